@@ -1,0 +1,85 @@
+//! Generates the ONNX wire types, compiles the libtorch shim and makes the binary find libtorch at run time.
+
+use std::path::{Path, PathBuf};
+
+fn main() {
+    println!("cargo:rerun-if-changed=onnx/onnx.proto");
+    generate_onnx_types();
+    bake_onnxruntime_hint();
+    #[cfg(feature = "train")]
+    train::link_libtorch();
+}
+
+/// `onnx/onnx.proto` -> Rust, by protox (no protoc). Bytes fields become `bytes::Bytes`, so that a memory-mapped file is
+/// decoded without copying its weights.
+fn generate_onnx_types() {
+    let set = protox::compile(["onnx/onnx.proto"], ["onnx"]).expect("onnx/onnx.proto compiles");
+    prost_build::Config::new()
+        .bytes(["."])
+        .compile_fds(set)
+        .expect("Rust types for onnx/onnx.proto");
+}
+
+/// Where `make setup` put libonnxruntime: the last place `runtime::ort` looks, after `ORT_DYLIB_PATH` and the folder of
+/// the executable.
+fn bake_onnxruntime_hint() {
+    println!("cargo:rerun-if-env-changed=ORT_DYLIB_PATH");
+    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    let libs = root.join(".venv/lib");
+    let python = std::fs::read_dir(&libs)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path().join("site-packages/onnxruntime/capi"))
+        .find(|p| p.is_dir());
+    println!("cargo:rerun-if-changed={}", if libs.is_dir() { libs.as_path() } else { Path::new("build.rs") }.display());
+    if let Some(dir) = python {
+        println!("cargo:rustc-env=DISBACK_ORT_DIR={}", dir.display());
+    }
+}
+
+#[cfg(feature = "train")]
+mod train {
+    use std::path::{Path, PathBuf};
+
+    /// torch-sys (a direct dependency for this very reason) tells where it linked libtorch.
+    pub fn link_libtorch() {
+        println!("cargo:rerun-if-env-changed=LIBTORCH");
+        println!("cargo:rerun-if-changed=src/torch/shim.cpp");
+        let lib = PathBuf::from(
+            std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys exports the path of libtorch (DEP_TCH_LIBTORCH_LIB)"),
+        );
+        let root = lib.parent().expect("libtorch's lib folder has a parent").to_path_buf();
+        compile_shim(&root);
+        println!("cargo:rustc-link-search=native={}", lib.display());
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+        // Nothing refers to libtorch_cuda by symbol, so the linker would drop it and a CUDA machine would train on its CPU.
+        let has = |name: &str| lib.join(name).exists();
+        println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
+        println!("cargo:rustc-link-arg=-ltorch");
+        if has("libtorch_cuda.so") {
+            println!("cargo:rustc-link-arg=-ltorch_cuda");
+            println!("cargo:rustc-link-arg=-lc10_cuda");
+            // Its own dependencies sit in the wheel's nvidia/ folders; the loader finds them by libtorch_cuda's rpath.
+            println!("cargo:rustc-link-arg=-Wl,--allow-shlib-undefined");
+        }
+        println!("cargo:rustc-link-arg=-Wl,--as-needed");
+    }
+
+    fn compile_shim(root: &Path) {
+        let include = root.join("include");
+        if !Path::new("src/torch/shim.cpp").exists() {
+            return;
+        }
+        cc::Build::new()
+            .cpp(true)
+            .std("c++20")
+            .file("src/torch/shim.cpp")
+            .include(&include)
+            .include(include.join("torch/csrc/api/include"))
+            .flag_if_supported("-Wno-unused-parameter")
+            .warnings(false)
+            .opt_level(2)
+            .compile("disback_shim");
+    }
+}

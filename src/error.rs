@@ -1,0 +1,140 @@
+//! One error type for the whole library: a kind for programs, and for the person at the keyboard what happened, where
+//! (outermost context first) and the way out.
+
+use std::fmt;
+
+/// What sort of failure this is. The command line maps it to the exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// Options, configuration or cards that make no sense: exit code 2.
+    Usage,
+    /// A file that is not what it should be, or could not be read or written.
+    Io,
+    /// The ONNX model breaks the specification.
+    InvalidModel,
+    /// The ONNX model is legal but holds something we refuse to approximate.
+    Unsupported,
+    /// Two computations that must agree do not.
+    Mismatch,
+    /// A library below (libtorch, ONNX Runtime, tract) failed.
+    Backend,
+}
+
+/// The error of every fallible function in this crate.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    message: String,
+    context: Vec<String>,
+    hint: Option<String>,
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of the given kind. The message says what was found and what was expected.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner { kind, message: message.into(), context: Vec::new(), hint: None }))
+    }
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Kind::Usage, message)
+    }
+    pub fn io(message: impl Into<String>) -> Self {
+        Self::new(Kind::Io, message)
+    }
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Kind::InvalidModel, message)
+    }
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Self::new(Kind::Unsupported, message)
+    }
+    pub fn mismatch(message: impl Into<String>) -> Self {
+        Self::new(Kind::Mismatch, message)
+    }
+    pub fn backend(message: impl Into<String>) -> Self {
+        Self::new(Kind::Backend, message)
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// Adds where it happened: a file, a node, a stage. Outer calls add outer context.
+    #[must_use]
+    pub fn context(mut self, context: impl Into<String>) -> Self {
+        self.0.context.push(context.into());
+        self
+    }
+
+    /// Adds the way out, shown on a line of its own. The innermost hint, the most specific, stays.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint.get_or_insert(hint.into());
+        self
+    }
+
+    /// The way out, where there is one.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+
+    /// Exit code of the process: 2 for usage, 1 for everything else.
+    pub fn exit_code(&self) -> u8 {
+        if self.0.kind == Kind::Usage { 2 } else { 1 }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for context in self.0.context.iter().rev() {
+            write!(f, "{context}: ")?;
+        }
+        f.write_str(&self.0.message)?;
+        match &self.0.hint {
+            Some(hint) => write!(f, "\n  help: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Self {
+        Self::io(e.to_string())
+    }
+}
+
+#[cfg(feature = "train")]
+impl From<tch::TchError> for Error {
+    /// libtorch appends its C++ stack to messages; the first line is the one that says something.
+    fn from(e: tch::TchError) -> Self {
+        let text = match &e {
+            tch::TchError::Torch(text) => text.clone(),
+            other => other.to_string(),
+        };
+        Self::backend(format!("libtorch: {}", text.lines().next().unwrap_or("unknown error").trim()))
+    }
+}
+
+/// `result.context(...)` for any error that turns into ours.
+pub trait Context<T> {
+    /// Adds where it happened.
+    fn context(self, context: impl Into<String>) -> Result<T>;
+    /// Adds where it happened; the text is made only on failure.
+    fn with_context<S: Into<String>>(self, context: impl FnOnce() -> S) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
+    fn context(self, context: impl Into<String>) -> Result<T> {
+        self.map_err(|e| e.into().context(context))
+    }
+    fn with_context<S: Into<String>>(self, context: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|e| e.into().context(context()))
+    }
+}

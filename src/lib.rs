@@ -1,0 +1,13 @@
+//! Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
+
+pub mod error;
+pub mod tensor;
+
+/// The ONNX wire format, generated from `onnx/onnx.proto`.
+#[allow(missing_docs, clippy::all)]
+pub mod onnx {
+    include!(concat!(env!("OUT_DIR"), "/onnx.rs"));
+}
+
+pub use error::{Context, Error, Kind, Result};
+pub use tensor::{DType, Element, HostTensor};

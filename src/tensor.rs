@@ -1,0 +1,326 @@
+//! Host tensors: what crosses the borders between the ONNX file, libtorch, the runtimes and files on disk.
+
+use std::fmt;
+
+use bytes::Bytes;
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+
+/// Element types that a dense tensor can have here. ONNX's complex, string and sub-byte types are not among them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    F32,
+    F64,
+    F16,
+    BF16,
+    I8,
+    I16,
+    I32,
+    I64,
+    U8,
+    U16,
+    U32,
+    U64,
+    Bool,
+}
+
+impl DType {
+    /// Bytes an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F64 | Self::I64 | Self::U64 => 8,
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F16 | Self::BF16 | Self::I16 | Self::U16 => 2,
+            Self::I8 | Self::U8 | Self::Bool => 1,
+        }
+    }
+
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F64 | Self::F16 | Self::BF16)
+    }
+
+    /// ONNX's number for it (`TensorProto.DataType`).
+    pub fn to_onnx(self) -> i32 {
+        match self {
+            Self::F32 => 1,
+            Self::U8 => 2,
+            Self::I8 => 3,
+            Self::U16 => 4,
+            Self::I16 => 5,
+            Self::I32 => 6,
+            Self::I64 => 7,
+            Self::Bool => 9,
+            Self::F16 => 10,
+            Self::F64 => 11,
+            Self::U32 => 12,
+            Self::U64 => 13,
+            Self::BF16 => 16,
+        }
+    }
+
+    /// The inverse of [`DType::to_onnx`]; an error names the ONNX types that have no dense host form here.
+    pub fn from_onnx(code: i32) -> Result<Self> {
+        Ok(match code {
+            1 => Self::F32,
+            2 => Self::U8,
+            3 => Self::I8,
+            4 => Self::U16,
+            5 => Self::I16,
+            6 => Self::I32,
+            7 => Self::I64,
+            9 => Self::Bool,
+            10 => Self::F16,
+            11 => Self::F64,
+            12 => Self::U32,
+            13 => Self::U64,
+            16 => Self::BF16,
+            8 => return Err(Error::unsupported("element type string")),
+            14 | 15 => return Err(Error::unsupported("complex element type")),
+            17..=26 => return Err(Error::unsupported(format!("8-, 4- or 2-bit element type (ONNX type {code})"))),
+            _ => return Err(Error::invalid(format!("unknown element type {code}"))),
+        })
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::I8 => "i8",
+            Self::I16 => "i16",
+            Self::I32 => "i32",
+            Self::I64 => "i64",
+            Self::U8 => "u8",
+            Self::U16 => "u16",
+            Self::U32 => "u32",
+            Self::U64 => "u64",
+            Self::Bool => "bool",
+        })
+    }
+}
+
+/// A Rust type that is the element of a [`HostTensor`].
+pub trait Element: Copy + Send + Sync + 'static {
+    const DTYPE: DType;
+    fn append_le(self, out: &mut Vec<u8>);
+    fn from_le(bytes: &[u8]) -> Self;
+}
+
+macro_rules! element {
+    ($($t:ty => $d:ident),* $(,)?) => {$(
+        impl Element for $t {
+            const DTYPE: DType = DType::$d;
+            fn append_le(self, out: &mut Vec<u8>) {
+                out.extend_from_slice(&self.to_le_bytes());
+            }
+            fn from_le(bytes: &[u8]) -> Self {
+                <$t>::from_le_bytes(bytes.try_into().expect("chunk of the element's size"))
+            }
+        }
+    )*};
+}
+element!(f32 => F32, f64 => F64, f16 => F16, bf16 => BF16, i8 => I8, i16 => I16, i32 => I32, i64 => I64, u8 => U8,
+    u16 => U16, u32 => U32, u64 => U64);
+
+impl Element for bool {
+    const DTYPE: DType = DType::Bool;
+    fn append_le(self, out: &mut Vec<u8>) {
+        out.push(u8::from(self));
+    }
+    fn from_le(bytes: &[u8]) -> Self {
+        bytes[0] != 0
+    }
+}
+
+/// A dense, row-major tensor in host memory (or in a memory-mapped file): element type, shape, little-endian bytes.
+/// Cloning is cheap: the bytes are shared.
+#[derive(Clone, PartialEq)]
+pub struct HostTensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    data: Bytes,
+}
+
+impl fmt::Debug for HostTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{:?}", self.dtype, self.shape)?;
+        if self.len() <= 16 { write!(f, " {:?}", self.to_f64()) } else { Ok(()) }
+    }
+}
+
+/// Product of the dimensions, refusing what does not fit in memory addresses (a hostile file may claim 2^60).
+pub fn checked_len(shape: &[usize]) -> Result<usize> {
+    shape
+        .iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(d))
+        .filter(|&n| n <= isize::MAX as usize / 8)
+        .ok_or_else(|| Error::invalid(format!("a tensor of shape {shape:?} is larger than memory")))
+}
+
+impl HostTensor {
+    /// From raw little-endian bytes; an error where their number does not fit the shape.
+    pub fn from_bytes(dtype: DType, shape: Vec<usize>, data: Bytes) -> Result<Self> {
+        let expected = checked_len(&shape)? * dtype.size();
+        if data.len() != expected {
+            return Err(Error::invalid(format!(
+                "{} bytes of data for {dtype}{shape:?}, expected {expected}",
+                data.len()
+            )));
+        }
+        Ok(Self { dtype, shape, data })
+    }
+
+    /// From elements in row-major order.
+    pub fn new<T: Element>(shape: &[usize], values: &[T]) -> Result<Self> {
+        let mut data = Vec::with_capacity(std::mem::size_of_val(values));
+        values.iter().for_each(|v| v.append_le(&mut data));
+        Self::from_bytes(T::DTYPE, shape.to_vec(), data.into())
+    }
+
+    /// A rank-0 tensor.
+    pub fn scalar<T: Element>(value: T) -> Self {
+        Self::new(&[], &[value]).expect("one element fits the empty shape")
+    }
+
+    /// A rank-1 tensor.
+    pub fn vec<T: Element>(values: &[T]) -> Self {
+        Self::new(&[values.len()], values).expect("the shape is taken from the values")
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    pub fn rank(&self) -> usize {
+        self.shape.len()
+    }
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.data.len() / self.dtype.size()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.data.is_empty()
+    }
+    /// Row-major little-endian bytes.
+    pub fn bytes(&self) -> &Bytes {
+        &self.data
+    }
+
+    /// The elements, where the type is exactly `T`.
+    pub fn values<T: Element>(&self) -> Result<Vec<T>> {
+        if self.dtype != T::DTYPE {
+            return Err(Error::mismatch(format!("a tensor of {}, expected {}", self.dtype, T::DTYPE)));
+        }
+        Ok(self.data.chunks_exact(self.dtype.size()).map(T::from_le).collect())
+    }
+
+    fn map<R>(&self, f: impl Fn(&[u8]) -> R) -> Vec<R> {
+        self.data.chunks_exact(self.dtype.size()).map(f).collect()
+    }
+
+    /// Every element as f64 (64-bit integers beyond 2^53 are rounded).
+    pub fn to_f64(&self) -> Vec<f64> {
+        match self.dtype {
+            DType::F32 => self.map(|b| f64::from(f32::from_le(b))),
+            DType::F64 => self.map(f64::from_le),
+            DType::F16 => self.map(|b| f16::from_le(b).to_f64()),
+            DType::BF16 => self.map(|b| bf16::from_le(b).to_f64()),
+            DType::U64 => self.map(|b| u64::from_le(b) as f64),
+            _ => self.to_i64().into_iter().map(|v| v as f64).collect(),
+        }
+    }
+
+    /// Every element as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::F32 => self.map(f32::from_le),
+            _ => self.to_f64().into_iter().map(|v| v as f32).collect(),
+        }
+    }
+
+    /// Every element as i64; floats are truncated, u64 wraps.
+    pub fn to_i64(&self) -> Vec<i64> {
+        match self.dtype {
+            DType::I64 => self.map(i64::from_le),
+            DType::I32 => self.map(|b| i64::from(i32::from_le(b))),
+            DType::I16 => self.map(|b| i64::from(i16::from_le(b))),
+            DType::I8 => self.map(|b| i64::from(i8::from_le(b))),
+            DType::U64 => self.map(|b| u64::from_le(b) as i64),
+            DType::U32 => self.map(|b| i64::from(u32::from_le(b))),
+            DType::U16 => self.map(|b| i64::from(u16::from_le(b))),
+            DType::U8 => self.map(|b| i64::from(b[0])),
+            DType::Bool => self.map(|b| i64::from(b[0] != 0)),
+            _ => self.to_f64().into_iter().map(|v| v as i64).collect(),
+        }
+    }
+
+    /// The same elements under another shape of the same size.
+    pub fn reshaped(&self, shape: &[usize]) -> Result<Self> {
+        Self::from_bytes(self.dtype, shape.to_vec(), self.data.clone())
+    }
+
+    /// Rows `start..start+count` of the first dimension.
+    pub fn rows(&self, start: usize, count: usize) -> Result<Self> {
+        let total = self.shape.first().copied().unwrap_or(0);
+        if start + count > total {
+            return Err(Error::mismatch(format!("rows {start}..{} of {total}", start + count)));
+        }
+        let row = if total == 0 { 0 } else { self.data.len() / total };
+        let mut shape = self.shape.clone();
+        shape[0] = count;
+        Self::from_bytes(self.dtype, shape, self.data.slice(start * row..(start + count) * row))
+    }
+
+    /// Joins along the first dimension; types and the other dimensions must agree.
+    pub fn concat_rows(parts: &[Self]) -> Result<Self> {
+        let first = parts.first().ok_or_else(|| Error::mismatch("nothing to join"))?;
+        let mut shape = first.shape.clone();
+        let mut data = Vec::with_capacity(parts.iter().map(|p| p.data.len()).sum());
+        let mut rows = 0;
+        for part in parts {
+            if part.rank() == 0 || part.dtype != first.dtype || part.shape[1..] != first.shape[1..] {
+                return Err(Error::mismatch(format!("cannot join {part:?} to {first:?}")));
+            }
+            rows += part.shape[0];
+            data.extend_from_slice(&part.data);
+        }
+        shape[0] = rows;
+        Self::from_bytes(first.dtype, shape, data.into())
+    }
+
+    /// Converts the element type; values are rounded towards the target's precision.
+    pub fn cast(&self, dtype: DType) -> Self {
+        if dtype == self.dtype {
+            return self.clone();
+        }
+        fn write<T: Element>(values: impl Iterator<Item = T>) -> Vec<u8> {
+            let mut out = Vec::new();
+            values.for_each(|v| v.append_le(&mut out));
+            out
+        }
+        let ints = || self.to_i64().into_iter();
+        let floats = || self.to_f64().into_iter();
+        let data = match dtype {
+            DType::F32 => write(self.to_f32().into_iter()),
+            DType::F64 => write(floats()),
+            DType::F16 => write(floats().map(f16::from_f64)),
+            DType::BF16 => write(floats().map(bf16::from_f64)),
+            DType::I8 => write(ints().map(|v| v as i8)),
+            DType::I16 => write(ints().map(|v| v as i16)),
+            DType::I32 => write(ints().map(|v| v as i32)),
+            DType::I64 => write(ints()),
+            DType::U8 => write(ints().map(|v| v as u8)),
+            DType::U16 => write(ints().map(|v| v as u16)),
+            DType::U32 => write(ints().map(|v| v as u32)),
+            DType::U64 => write(ints().map(|v| v as u64)),
+            DType::Bool => write(floats().map(|v| v != 0.0)),
+        };
+        Self { dtype, shape: self.shape.clone(), data: data.into() }
+    }
+}
