@@ -1,7 +1,11 @@
 //! Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
 
+pub mod cli;
 pub mod error;
+pub mod files;
 pub mod tensor;
+#[cfg(feature = "train")]
+pub mod torch;
 
 /// The ONNX wire format, generated from `onnx/onnx.proto`.
 #[allow(missing_docs, clippy::all)]

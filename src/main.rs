@@ -1,1 +1,7 @@
-fn main(){}
+//! The `disback` binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    disback::cli::main()
+}

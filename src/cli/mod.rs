@@ -1,0 +1,56 @@
+//! The command line: one file a command. A command parses, calls the library and prints; it holds no logic of its own.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+
+/// Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
+#[derive(Debug, Parser)]
+#[command(name = "disback", version, about, propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Machine-readable output: one JSON document on standard output, nothing else there.
+    #[arg(long, global = true)]
+    json: bool,
+    /// No progress bars and no notes; errors are still printed.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+/// What every command gets beside its own options.
+#[derive(Debug, Clone, Copy)]
+pub struct Globals {
+    pub json: bool,
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {}
+
+/// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("DISBACK_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+    let globals = Globals { json: cli.json, quiet: cli.quiet };
+    match run(cli.command, globals) {
+        Ok(code) => code,
+        Err(e) => {
+            if globals.json {
+                println!("{}", serde_json::json!({ "ok": false, "error": e.to_string() }));
+            }
+            eprintln!("error: {e}");
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+fn run(command: Command, _globals: Globals) -> Result<ExitCode> {
+    match command {}
+}

@@ -1,0 +1,40 @@
+//! Files written whole or not at all.
+
+use std::io::Write;
+use std::path::Path;
+
+use crate::error::{Context, Error, Result};
+
+/// Writes through a temporary file in the same folder: fsync, then rename. A killed process or a full disk leaves the old
+/// file or none, never half of one.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_with(path, |file| file.write_all(bytes))
+}
+
+/// [`write_atomic`] for content that is produced as it is written.
+pub fn write_atomic_with(path: &Path, write: impl FnOnce(&mut std::io::BufWriter<&std::fs::File>) -> std::io::Result<()>) -> Result<()> {
+    let dir = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    let run = || -> std::io::Result<()> {
+        let file = tempfile::Builder::new().prefix(".disback-").tempfile_in(dir)?;
+        let mut out = std::io::BufWriter::new(file.as_file());
+        write(&mut out)?;
+        out.flush()?;
+        drop(out);
+        file.as_file().sync_all()?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+        }
+        file.persist(path).map_err(|e| e.error)?;
+        Ok(())
+    };
+    run().map_err(|e| match e.kind() {
+        std::io::ErrorKind::StorageFull => Error::io(format!("no space left on the device: {e}")).hint("free some space and run again; nothing was left half-written"),
+        _ => Error::io(e.to_string()),
+    })
+    .with_context(|| format!("cannot write {}", path.display()))
+}
