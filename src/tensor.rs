@@ -107,7 +107,7 @@ impl fmt::Display for DType {
 pub trait Element: Copy + Send + Sync + 'static {
     const DTYPE: DType;
     fn append_le(self, out: &mut Vec<u8>);
-    fn from_le(bytes: &[u8]) -> Self;
+    fn read_le(bytes: &[u8]) -> Self;
 }
 
 macro_rules! element {
@@ -117,7 +117,7 @@ macro_rules! element {
             fn append_le(self, out: &mut Vec<u8>) {
                 out.extend_from_slice(&self.to_le_bytes());
             }
-            fn from_le(bytes: &[u8]) -> Self {
+            fn read_le(bytes: &[u8]) -> Self {
                 <$t>::from_le_bytes(bytes.try_into().expect("chunk of the element's size"))
             }
         }
@@ -131,7 +131,7 @@ impl Element for bool {
     fn append_le(self, out: &mut Vec<u8>) {
         out.push(u8::from(self));
     }
-    fn from_le(bytes: &[u8]) -> Self {
+    fn read_le(bytes: &[u8]) -> Self {
         bytes[0] != 0
     }
 }
@@ -217,7 +217,7 @@ impl HostTensor {
         if self.dtype != T::DTYPE {
             return Err(Error::mismatch(format!("a tensor of {}, expected {}", self.dtype, T::DTYPE)));
         }
-        Ok(self.data.chunks_exact(self.dtype.size()).map(T::from_le).collect())
+        Ok(self.data.chunks_exact(self.dtype.size()).map(T::read_le).collect())
     }
 
     fn map<R>(&self, f: impl Fn(&[u8]) -> R) -> Vec<R> {
@@ -227,11 +227,11 @@ impl HostTensor {
     /// Every element as f64 (64-bit integers beyond 2^53 are rounded).
     pub fn to_f64(&self) -> Vec<f64> {
         match self.dtype {
-            DType::F32 => self.map(|b| f64::from(f32::from_le(b))),
-            DType::F64 => self.map(f64::from_le),
-            DType::F16 => self.map(|b| f16::from_le(b).to_f64()),
-            DType::BF16 => self.map(|b| bf16::from_le(b).to_f64()),
-            DType::U64 => self.map(|b| u64::from_le(b) as f64),
+            DType::F32 => self.map(|b| f64::from(f32::read_le(b))),
+            DType::F64 => self.map(f64::read_le),
+            DType::F16 => self.map(|b| f16::read_le(b).to_f64()),
+            DType::BF16 => self.map(|b| bf16::read_le(b).to_f64()),
+            DType::U64 => self.map(|b| u64::read_le(b) as f64),
             _ => self.to_i64().into_iter().map(|v| v as f64).collect(),
         }
     }
@@ -239,7 +239,7 @@ impl HostTensor {
     /// Every element as f32.
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
-            DType::F32 => self.map(f32::from_le),
+            DType::F32 => self.map(f32::read_le),
             _ => self.to_f64().into_iter().map(|v| v as f32).collect(),
         }
     }
@@ -247,13 +247,13 @@ impl HostTensor {
     /// Every element as i64; floats are truncated, u64 wraps.
     pub fn to_i64(&self) -> Vec<i64> {
         match self.dtype {
-            DType::I64 => self.map(i64::from_le),
-            DType::I32 => self.map(|b| i64::from(i32::from_le(b))),
-            DType::I16 => self.map(|b| i64::from(i16::from_le(b))),
-            DType::I8 => self.map(|b| i64::from(i8::from_le(b))),
-            DType::U64 => self.map(|b| u64::from_le(b) as i64),
-            DType::U32 => self.map(|b| i64::from(u32::from_le(b))),
-            DType::U16 => self.map(|b| i64::from(u16::from_le(b))),
+            DType::I64 => self.map(i64::read_le),
+            DType::I32 => self.map(|b| i64::from(i32::read_le(b))),
+            DType::I16 => self.map(|b| i64::from(i16::read_le(b))),
+            DType::I8 => self.map(|b| i64::from(i8::read_le(b))),
+            DType::U64 => self.map(|b| u64::read_le(b) as i64),
+            DType::U32 => self.map(|b| i64::from(u32::read_le(b))),
+            DType::U16 => self.map(|b| i64::from(u16::read_le(b))),
             DType::U8 => self.map(|b| i64::from(b[0])),
             DType::Bool => self.map(|b| i64::from(b[0] != 0)),
             _ => self.to_f64().into_iter().map(|v| v as i64).collect(),

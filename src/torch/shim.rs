@@ -1,0 +1,216 @@
+//! What tch leaves out of libtorch, through `shim.cpp`: fused AdamW, foreach kernels, generators of our own, statistics.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use tch::{Device, Kind, Tensor};
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+
+unsafe extern "C" {
+    fn disback_free(p: *mut c_void);
+    fn disback_grads(params: *const *const C_tensor, count: usize, out: *mut *mut C_tensor) -> *mut c_char;
+    fn disback_global_norm(tensors: *const *const C_tensor, count: usize, out: *mut *mut C_tensor) -> *mut c_char;
+    fn disback_fused_adamw(
+        params: *const *const C_tensor,
+        grads: *const *const C_tensor,
+        exp_avg: *const *const C_tensor,
+        exp_avg_sq: *const *const C_tensor,
+        count: usize,
+        step: *const C_tensor,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        grad_scale: *const C_tensor,
+        found_inf: *const C_tensor,
+    ) -> *mut c_char;
+    fn disback_foreach_lerp(
+        mine: *const *const C_tensor,
+        theirs: *const *const C_tensor,
+        count: usize,
+        weight: f64,
+    ) -> *mut c_char;
+    fn disback_foreach_zero(tensors: *const *const C_tensor, count: usize) -> *mut c_char;
+    fn disback_randn(seed: u64, shape: *const i64, rank: usize, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
+    fn disback_set_tf32(on: bool) -> *mut c_char;
+    fn disback_memory_stats(device: c_int, current: *mut i64, peak: *mut i64) -> *mut c_char;
+}
+
+/// Turns the shim's answer into ours. libtorch appends notes and a stack; the first line says what happened.
+fn check(message: *mut c_char) -> Result<()> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the shim returns a NUL-terminated string from malloc, ours to free.
+    let text = unsafe {
+        let text = CStr::from_ptr(message).to_string_lossy().into_owned();
+        disback_free(message.cast());
+        text
+    };
+    Err(Error::backend(format!("libtorch: {}", text.lines().next().unwrap_or("unknown error").trim())))
+}
+
+fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(Tensor::as_ptr).collect()
+}
+
+fn same_length(a: &[Tensor], b: &[Tensor]) -> Result<()> {
+    if a.len() == b.len() {
+        return Ok(());
+    }
+    Err(Error::mismatch(format!("tensor lists of {} and {} entries", a.len(), b.len())))
+}
+
+/// The gradient of each parameter, `None` where nothing has flowed to it.
+pub fn grads(params: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+    let mut out = vec![std::ptr::null_mut(); params.len()];
+    // SAFETY: the pointers come from live tensors, and `out` has one place for each.
+    check(unsafe { disback_grads(pointers(params).as_ptr(), params.len(), out.as_mut_ptr()) })?;
+    // SAFETY: a non-null entry is a new handle that is now ours.
+    Ok(out.into_iter().map(|p| (!p.is_null()).then(|| unsafe { Tensor::from_ptr(p) })).collect())
+}
+
+/// Global Euclidean norm of a non-empty list: f32 of rank 0 that stays on the device.
+pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors in; on success `out` is a new handle that is ours.
+    check(unsafe { disback_global_norm(pointers(tensors).as_ptr(), tensors.len(), &mut out) })?;
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// Numbers of one AdamW step.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamWStep {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub weight_decay: f64,
+    pub eps: f64,
+}
+
+/// One step of AdamW over lists of equal length. `step` (f32, rank 0) is this step's number, counted from 1. Gradients
+/// are divided by `grad_scale` (f32, rank 0); where `found_inf` (f32, rank 0) is 1 nothing changes.
+#[allow(clippy::too_many_arguments)]
+pub fn fused_adamw(
+    params: &[Tensor],
+    grads: &[Tensor],
+    exp_avg: &[Tensor],
+    exp_avg_sq: &[Tensor],
+    step: &Tensor,
+    numbers: AdamWStep,
+    grad_scale: &Tensor,
+    found_inf: &Tensor,
+) -> Result<()> {
+    same_length(params, grads)?;
+    same_length(params, exp_avg)?;
+    same_length(params, exp_avg_sq)?;
+    let AdamWStep { lr, beta1, beta2, weight_decay, eps } = numbers;
+    // SAFETY: live tensors, four lists of one length.
+    check(unsafe {
+        disback_fused_adamw(
+            pointers(params).as_ptr(),
+            pointers(grads).as_ptr(),
+            pointers(exp_avg).as_ptr(),
+            pointers(exp_avg_sq).as_ptr(),
+            params.len(),
+            step.as_ptr(),
+            lr,
+            beta1,
+            beta2,
+            weight_decay,
+            eps,
+            grad_scale.as_ptr(),
+            found_inf.as_ptr(),
+        )
+    })
+}
+
+/// `mine += weight * (theirs - mine)` for each pair.
+pub fn foreach_lerp(mine: &[Tensor], theirs: &[Tensor], weight: f64) -> Result<()> {
+    same_length(mine, theirs)?;
+    // SAFETY: live tensors, two lists of one length.
+    check(unsafe { disback_foreach_lerp(pointers(mine).as_ptr(), pointers(theirs).as_ptr(), mine.len(), weight) })
+}
+
+/// Fills every tensor with zeros.
+pub fn foreach_zero(tensors: &[Tensor]) -> Result<()> {
+    // SAFETY: live tensors.
+    check(unsafe { disback_foreach_zero(pointers(tensors).as_ptr(), tensors.len()) })
+}
+
+/// Standard normal noise (f32) that depends on `seed`, the shape and the kind of device alone: libtorch's process-wide
+/// generators are neither read nor moved.
+pub fn randn(seed: u64, shape: &[i64], device: Device) -> Result<Tensor> {
+    let index = match device {
+        Device::Cpu => -1,
+        Device::Cuda(i) => i as c_int,
+        other => return Err(Error::unsupported(format!("noise on {other:?}"))),
+    };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the shape outlives the call; on success `out` is a new handle that is ours.
+    check(unsafe { disback_randn(seed, shape.as_ptr(), shape.len(), index, &mut out) })?;
+    let noise = unsafe { Tensor::from_ptr(out) };
+    debug_assert_eq!(noise.kind(), Kind::Float);
+    Ok(noise)
+}
+
+/// TF32 in matrix products and convolutions of f32 tensors on CUDA (10 bits of mantissa, several times faster).
+pub fn set_tf32(on: bool) -> Result<()> {
+    // SAFETY: sets two flags of libtorch's context.
+    check(unsafe { disback_set_tf32(on) })
+}
+
+/// Bytes of a CUDA device that tensors hold: now, and at most since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    pub current: u64,
+    pub peak: u64,
+}
+
+/// Memory of a CUDA device; `None` for the CPU, whose allocator keeps no count.
+pub fn memory(device: Device) -> Result<Option<Memory>> {
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let (mut current, mut peak) = (0, 0);
+    // SAFETY: writes two integers.
+    check(unsafe { disback_memory_stats(index as c_int, &mut current, &mut peak) })?;
+    Ok(Some(Memory { current: current.max(0) as u64, peak: peak.max(0) as u64 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_depends_on_the_seed_alone() {
+        tch::manual_seed(1);
+        let a = randn(7, &[3, 5], Device::Cpu).unwrap();
+        tch::manual_seed(2);
+        let before = Tensor::randn([4], (Kind::Float, Device::Cpu));
+        tch::manual_seed(2);
+        let b = randn(7, &[3, 5], Device::Cpu).unwrap();
+        let after = Tensor::randn([4], (Kind::Float, Device::Cpu));
+        assert!(a.equal(&b));
+        assert!(!a.equal(&randn(8, &[3, 5], Device::Cpu).unwrap()));
+        assert!(before.equal(&after), "the process-wide generator was moved");
+        let many = randn(3, &[100_000], Device::Cpu).unwrap();
+        assert!(many.mean(Kind::Float).double_value(&[]).abs() < 0.02);
+        assert!((many.std(true).double_value(&[]) - 1.0).abs() < 0.02);
+    }
+
+    #[test]
+    fn exceptions_become_errors() {
+        let e = global_norm(&[]).unwrap_err();
+        assert!(e.to_string().contains("libtorch"), "{e}");
+        let e = foreach_lerp(&[Tensor::zeros([2], (Kind::Float, Device::Cpu))], &[], 0.5).unwrap_err();
+        assert!(e.to_string().contains("1 and 0"), "{e}");
+    }
+
+    #[test]
+    fn global_norm_joins_all_entries() {
+        let a = Tensor::from_slice(&[3.0f32, 0.0]);
+        let b = Tensor::from_slice(&[0.0f32, -4.0, 12.0]);
+        assert_eq!(global_norm(&[a, b]).unwrap().double_value(&[]), 13.0);
+    }
+}
