@@ -3,6 +3,8 @@
 pub mod cli;
 pub mod error;
 pub mod files;
+pub mod noise;
+pub mod runtime;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod torch;

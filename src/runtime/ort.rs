@@ -1,0 +1,422 @@
+//! ONNX Runtime through `ort`, its library loaded at run time.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+use ort::environment::Environment;
+use ort::ep::{self, ExecutionProvider};
+use ort::ortsys;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{Session, SessionInputValue};
+use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
+
+use super::{Dim, Engine, EngineOptions, Source, ValueInfo, arrange};
+use crate::error::{Context, Error, Result};
+use crate::tensor::{DType, Element, HostTensor};
+
+/// The loaded ONNX Runtime library. One a process.
+#[derive(Debug)]
+pub struct Library {
+    /// What was loaded; a bare file name where the system's loader found it.
+    pub path: PathBuf,
+    /// `1.32.0`.
+    pub version: String,
+    /// Providers the library was built with (`CPUExecutionProvider`...). Being listed does not mean that one can load.
+    pub providers: Vec<String>,
+    environment: Environment,
+}
+
+/// Why there is no ONNX Runtime.
+#[derive(Debug, Clone)]
+pub struct LibraryError {
+    absent: bool,
+    message: String,
+    hint: String,
+}
+
+impl LibraryError {
+    /// No library anywhere, and none asked for: another engine may step in.
+    pub fn is_absent(&self) -> bool {
+        self.absent
+    }
+}
+
+impl From<&LibraryError> for Error {
+    fn from(e: &LibraryError) -> Self {
+        Error::backend(e.message.clone()).hint(e.hint.clone())
+    }
+}
+
+impl<R> From<ort::Error<R>> for Error {
+    fn from(e: ort::Error<R>) -> Self {
+        Error::backend(format!("ONNX Runtime: {}", e.message().trim()))
+    }
+}
+
+/// Loads ONNX Runtime once: `ORT_DYLIB_PATH` (which must then load), the folder of the executable (and `lib` in or beside
+/// it), `$VIRTUAL_ENV`, the folder that the build found, the system's loader.
+pub fn library() -> Result<&'static Library, &'static LibraryError> {
+    static LIBRARY: OnceLock<Result<Library, LibraryError>> = OnceLock::new();
+    LIBRARY.get_or_init(load).as_ref()
+}
+
+const FILE: &str = if cfg!(target_os = "windows") {
+    "onnxruntime.dll"
+} else if cfg!(target_os = "macos") {
+    "libonnxruntime.dylib"
+} else {
+    "libonnxruntime.so"
+};
+
+/// The library in a folder: `libonnxruntime.so`, or a versioned `libonnxruntime.so.1.32.0`, `libonnxruntime.1.32.0.dylib`.
+fn in_folder(folder: &Path) -> Option<PathBuf> {
+    let plain = folder.join(FILE);
+    if plain.is_file() {
+        return Some(plain);
+    }
+    let stem = FILE.split('.').next()?;
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .ok()?
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| {
+            let name = p.file_name().and_then(|n| n.to_str()).unwrap_or("");
+            let rest = name.strip_prefix(stem).unwrap_or("");
+            rest.starts_with(".so.") || (rest.starts_with('.') && rest.ends_with(".dylib"))
+        })
+        .collect();
+    found.sort();
+    found.pop()
+}
+
+fn candidates() -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = Vec::new();
+    if let Some(dir) = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_path_buf)) {
+        folders.extend([dir.clone(), dir.join("lib"), dir.join("../lib")]);
+    }
+    if let Some(env) = std::env::var_os("VIRTUAL_ENV") {
+        let pythons = std::fs::read_dir(Path::new(&env).join("lib")).into_iter().flatten().flatten();
+        folders.extend(pythons.map(|e| e.path().join("site-packages/onnxruntime/capi")));
+        folders.push(Path::new(&env).join("Lib/site-packages/onnxruntime/capi"));
+    }
+    folders.extend(option_env!("DISBACK_ORT_DIR").map(PathBuf::from));
+    let mut found: Vec<PathBuf> = folders.iter().filter_map(|f| in_folder(f)).collect();
+    found.push(PathBuf::from(FILE));
+    found
+}
+
+fn load() -> Result<Library, LibraryError> {
+    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").filter(|p| !p.is_empty()) {
+        let path = PathBuf::from(path);
+        let file = if path.is_dir() { in_folder(&path).unwrap_or_else(|| path.join(FILE)) } else { path };
+        return load_from(&file).map_err(|reason| LibraryError {
+            absent: false,
+            message: format!("ORT_DYLIB_PATH does not lead to a usable ONNX Runtime: {reason}"),
+            hint: "point ORT_DYLIB_PATH at libonnxruntime.so (1.27 or newer), or unset it".into(),
+        });
+    }
+    let mut reasons = Vec::new();
+    let mut present = false;
+    for path in candidates() {
+        match load_from(&path) {
+            Ok(library) => return Ok(library),
+            Err(reason) => {
+                // The last candidate is a bare name for the system's loader: its failure means 'not installed'.
+                present |= path.is_absolute() && path.is_file();
+                reasons.push(reason);
+            }
+        }
+    }
+    Err(LibraryError {
+        absent: !present,
+        message: match reasons.first() {
+            Some(reason) if present => format!("ONNX Runtime was found but cannot be used: {reason}"),
+            _ => format!("ONNX Runtime ({FILE}) was not found"),
+        },
+        hint:
+            "pip install onnxruntime (1.27 or newer) and set ORT_DYLIB_PATH to its capi folder, or use --engine tract"
+                .into(),
+    })
+}
+
+fn load_from(path: &Path) -> Result<Library, String> {
+    let builder = ort::init_from(path).map_err(|e| e.to_string())?;
+    let setup = || -> ort::Result<(Environment, Vec<String>)> {
+        let environment = builder.with_name("disback").with_telemetry(false).build()?;
+        Ok((environment, provider_names()?))
+    };
+    // `ort` asserts instead of failing where a library exports a broken API table.
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(setup))
+        .map_err(|_| format!("{} does not offer API version {}", path.display(), ort::MINOR_VERSION))?;
+    let (environment, providers) = done.map_err(|e| format!("{}: {}", path.display(), e.message()))?;
+    let version = loaded_version(path).unwrap_or_else(|| format!("1.{}+", ort::MINOR_VERSION));
+    Ok(Library { path: path.to_path_buf(), version, providers, environment })
+}
+
+fn provider_names() -> ort::Result<Vec<String>> {
+    let mut list: *mut *mut std::ffi::c_char = std::ptr::null_mut();
+    let mut count = 0;
+    ortsys![unsafe GetAvailableProviders(&mut list, &mut count)?];
+    let count = usize::try_from(count).unwrap_or(0);
+    // SAFETY: the call above succeeded, so `list` holds `count` NUL-terminated strings until it is released below.
+    let names =
+        (0..count).map(|k| unsafe { std::ffi::CStr::from_ptr(*list.add(k)) }.to_string_lossy().into_owned()).collect();
+    ortsys![unsafe ReleaseAvailableProviders(list, count as _)?];
+    Ok(names)
+}
+
+/// `ort` keeps the version to itself: asks the library once more, or reads it off the file's name.
+fn loaded_version(path: &Path) -> Option<String> {
+    #[cfg(unix)]
+    {
+        use std::ffi::{CStr, CString, c_char, c_int, c_void};
+        use std::os::unix::ffi::OsStrExt;
+        unsafe extern "C" {
+            fn dlopen(file: *const c_char, mode: c_int) -> *mut c_void;
+            fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+        }
+        let file = CString::new(path.as_os_str().as_bytes()).ok()?;
+        // SAFETY: the library is loaded already (mode 1 is RTLD_LAZY); OrtGetApiBase has been called by `ort` with this
+        // signature, and its string lives as long as the library, which is never unloaded.
+        unsafe {
+            let symbol = dlopen(file.as_ptr(), 1);
+            let symbol = if symbol.is_null() { symbol } else { dlsym(symbol, c"OrtGetApiBase".as_ptr()) };
+            if !symbol.is_null() {
+                let get: unsafe extern "C" fn() -> *const ort::sys::OrtApiBase = std::mem::transmute(symbol);
+                return Some(CStr::from_ptr(((*get()).GetVersionString)()).to_string_lossy().into_owned());
+            }
+        }
+    }
+    let real = path.canonicalize().ok()?;
+    let name = real.file_name()?.to_str()?;
+    let digits: String = name.chars().skip_while(|c| !c.is_ascii_digit()).take_while(|c| *c != 'd').collect();
+    Some(digits.trim_end_matches('.').to_string()).filter(|v| !v.is_empty())
+}
+
+/// Short name of a provider: `CUDAExecutionProvider` -> `CUDA`.
+pub fn short_name(provider: &str) -> &str {
+    provider.strip_suffix("ExecutionProvider").unwrap_or(provider)
+}
+
+/// A network in an ONNX Runtime session.
+pub struct OrtEngine {
+    session: Session,
+    inputs: Vec<ValueInfo>,
+    outputs: Vec<ValueInfo>,
+    name: String,
+}
+
+impl OrtEngine {
+    pub(crate) fn open(source: Source<'_>, options: &EngineOptions) -> Result<Self> {
+        let library = library()?;
+        let mut builder = Session::builder(&library.environment)?
+            .with_log_level(ort::logging::LogLevel::Error)?
+            .with_optimization_level(GraphOptimizationLevel::All)?;
+        if let Some(threads) = options.threads {
+            builder = builder.with_intra_threads(threads)?;
+        }
+        let provider = register(&mut builder, library, options)?;
+        if options.strict && provider != "CPUExecutionProvider" {
+            builder = builder.with_config_entry("session.disable_cpu_ep_fallback", "1")?;
+        }
+        let session = match source {
+            Source::File(path) => builder.commit_from_file(path),
+            Source::Bytes { bytes, folder } => {
+                if let Some(folder) = folder.and_then(Path::to_str) {
+                    builder =
+                        builder.with_config_entry("session.model_external_initializers_file_folder_path", folder)?;
+                }
+                builder.commit_from_memory(bytes)
+            }
+        }
+        .context("loading the network")?;
+        let infos = |outlets: &[ort::value::Outlet]| outlets.iter().map(value_info).collect::<Result<Vec<_>>>();
+        Ok(Self {
+            inputs: infos(session.inputs())?,
+            outputs: infos(session.outputs())?,
+            name: format!("onnxruntime {} ({})", library.version, short_name(&provider)),
+            session,
+        })
+    }
+}
+
+/// Registers the provider that the user named and returns its full name. Failure is an error: ONNX Runtime itself would go
+/// on silently on the CPU.
+fn register(builder: &mut SessionBuilder, library: &Library, options: &EngineOptions) -> Result<String> {
+    let wanted = options.provider.to_ascii_lowercase();
+    if wanted == "cpu" {
+        return Ok("CPUExecutionProvider".into());
+    }
+    let full = library
+        .providers
+        .iter()
+        .find(|p| p.eq_ignore_ascii_case(&options.provider) || short_name(p).eq_ignore_ascii_case(&wanted))
+        .ok_or_else(|| {
+            let have: Vec<String> = library.providers.iter().map(|p| short_name(p).to_ascii_lowercase()).collect();
+            Error::usage(format!(
+                "ONNX Runtime {} at {} has no provider `{}`; it has: {}",
+                library.version,
+                library.path.display(),
+                options.provider,
+                have.join(", ")
+            ))
+            .hint("install a build that has it (onnxruntime-gpu for cuda and tensorrt) and set ORT_DYLIB_PATH to it")
+        })?
+        .clone();
+    let device = options.device as i32;
+    let done = match short_name(&full) {
+        "CUDA" => {
+            preload_cuda(&library.path);
+            ep::CUDA::default().with_device_id(device).register(builder)
+        }
+        "Tensorrt" => {
+            preload_cuda(&library.path);
+            ep::TensorRT::default()
+                .with_device_id(device)
+                .register(builder)
+                .and_then(|()| ep::CUDA::default().with_device_id(device).register(builder))
+        }
+        other => register_by_name(builder, other, &full),
+    };
+    done.map_err(Error::from).context(format!("provider {}", options.provider)).map_err(|e| {
+        e.hint("its libraries (CUDA 13 and cuDNN 9, or TensorRT 10) must be where the loader finds them")
+    })?;
+    Ok(full)
+}
+
+/// Providers without typed options here. Old libraries know some only by the short name.
+fn register_by_name(builder: &mut SessionBuilder, short: &str, full: &str) -> ort::Result<()> {
+    use ort::AsPointer;
+    let append = |builder: &mut SessionBuilder, name: &str| -> ort::Result<()> {
+        let name = std::ffi::CString::new(name).unwrap_or_default();
+        let options = builder.ptr_mut();
+        ortsys![unsafe SessionOptionsAppendExecutionProvider(
+            options,
+            name.as_ptr(),
+            std::ptr::null(),
+            std::ptr::null(),
+            0
+        )?];
+        Ok(())
+    };
+    append(builder, full).or_else(|_| append(builder, short))
+}
+
+/// The CUDA provider needs CUDA and cuDNN in the process. Python wheels put them beside onnxruntime, where the loader does not
+/// look; a failure here shows when the provider is registered.
+fn preload_cuda(library: &Path) {
+    let Some(site) = library.parent().and_then(Path::parent).and_then(Path::parent) else { return };
+    let cuda = site.join("nvidia/cu13/lib");
+    let cudnn = site.join("nvidia/cudnn/lib");
+    let result =
+        ep::cuda::preload_dylibs(cuda.is_dir().then_some(cuda.as_path()), cudnn.is_dir().then_some(cudnn.as_path()));
+    if let Err(e) = result {
+        tracing::debug!("CUDA libraries beside onnxruntime: {}", e.message());
+    }
+}
+
+fn dtype_of(ty: TensorElementType) -> Result<DType> {
+    use TensorElementType as T;
+    Ok(match ty {
+        T::Float32 => DType::F32,
+        T::Float64 => DType::F64,
+        T::Float16 => DType::F16,
+        T::Bfloat16 => DType::BF16,
+        T::Int8 => DType::I8,
+        T::Int16 => DType::I16,
+        T::Int32 => DType::I32,
+        T::Int64 => DType::I64,
+        T::Uint8 => DType::U8,
+        T::Uint16 => DType::U16,
+        T::Uint32 => DType::U32,
+        T::Uint64 => DType::U64,
+        T::Bool => DType::Bool,
+        other => return Err(Error::unsupported(format!("element type {other}"))),
+    })
+}
+
+fn value_info(outlet: &ort::value::Outlet) -> Result<ValueInfo> {
+    let ValueType::Tensor { ty, shape, dimension_symbols } = outlet.dtype() else {
+        return Err(Error::unsupported(format!("`{}` is not a tensor but {}", outlet.name(), outlet.dtype())));
+    };
+    let dims = shape.iter().enumerate().map(|(k, &d)| match usize::try_from(d) {
+        Ok(n) => Dim::Fixed(n),
+        Err(_) => Dim::Symbol(dimension_symbols.get(k).cloned().unwrap_or_default()),
+    });
+    Ok(ValueInfo {
+        name: outlet.name().to_string(),
+        dtype: dtype_of(*ty).context(outlet.name())?,
+        shape: dims.collect(),
+    })
+}
+
+macro_rules! by_dtype {
+    ($dtype:expr, $go:ident!($($arg:expr),*)) => {
+        match $dtype {
+            DType::F32 => $go!(f32, $($arg),*),
+            DType::F64 => $go!(f64, $($arg),*),
+            DType::F16 => $go!(f16, $($arg),*),
+            DType::BF16 => $go!(bf16, $($arg),*),
+            DType::I8 => $go!(i8, $($arg),*),
+            DType::I16 => $go!(i16, $($arg),*),
+            DType::I32 => $go!(i32, $($arg),*),
+            DType::I64 => $go!(i64, $($arg),*),
+            DType::U8 => $go!(u8, $($arg),*),
+            DType::U16 => $go!(u16, $($arg),*),
+            DType::U32 => $go!(u32, $($arg),*),
+            DType::U64 => $go!(u64, $($arg),*),
+            DType::Bool => $go!(bool, $($arg),*),
+        }
+    };
+}
+
+fn to_value(tensor: &HostTensor) -> Result<DynValue> {
+    macro_rules! go {
+        ($t:ty, $x:expr) => {
+            Tensor::<$t>::from_array(($x.shape().to_vec(), $x.values::<$t>()?))?.into_dyn()
+        };
+    }
+    Ok(by_dtype!(tensor.dtype(), go!(tensor)))
+}
+
+fn from_value(value: &DynValue) -> Result<HostTensor> {
+    let ty = value.dtype().tensor_type().ok_or_else(|| Error::unsupported("an output that is not a tensor"))?;
+    fn tensor<T: Element>(shape: &[i64], values: &[T]) -> Result<HostTensor> {
+        let shape: Vec<usize> = shape.iter().map(|&d| d.max(0) as usize).collect();
+        HostTensor::new(&shape, values)
+    }
+    macro_rules! go {
+        ($t:ty, $x:expr) => {{
+            let (shape, values) = $x.try_extract_tensor::<$t>()?;
+            tensor(shape, values)
+        }};
+    }
+    by_dtype!(dtype_of(ty)?, go!(value))
+}
+
+impl Engine for OrtEngine {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+    fn inputs(&self) -> &[ValueInfo] {
+        &self.inputs
+    }
+    fn outputs(&self) -> &[ValueInfo] {
+        &self.outputs
+    }
+    fn run(&mut self, inputs: &[(&str, &HostTensor)]) -> Result<Vec<(String, HostTensor)>> {
+        let tensors = arrange(&self.inputs, inputs)?;
+        let values: Vec<SessionInputValue<'_>> =
+            tensors.into_iter().map(|t| Ok(to_value(t)?.into())).collect::<Result<_>>()?;
+        let outputs = self.session.run(values.as_slice())?;
+        self.outputs
+            .iter()
+            .map(|info| {
+                let value =
+                    outputs.get(&info.name).ok_or_else(|| Error::backend(format!("no output `{}`", info.name)))?;
+                Ok((info.name.clone(), from_value(value).context(&info.name)?))
+            })
+            .collect()
+    }
+}
