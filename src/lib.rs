@@ -5,6 +5,7 @@ pub mod error;
 pub mod files;
 pub mod noise;
 pub mod runtime;
+pub mod graph;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod torch;

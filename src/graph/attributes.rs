@@ -1,0 +1,117 @@
+//! Attributes of a node, read once, by name and type. An attribute that no one reads is an attribute we would ignore:
+//! [`Attributes::finish`] refuses it.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
+use std::rc::Rc;
+
+use crate::error::{Error, Result};
+use crate::graph::ir::Graph;
+use crate::tensor::HostTensor;
+
+/// One attribute value.
+#[derive(Debug, Clone)]
+pub enum Attribute {
+    Int(i64),
+    Float(f32),
+    String(String),
+    Ints(Vec<i64>),
+    Floats(Vec<f32>),
+    Strings(Vec<String>),
+    Tensor(HostTensor),
+    Graph(Rc<Graph>),
+    /// A kind that nothing here uses (types, sparse tensors, lists of graphs); named in the error if an operator has it.
+    Other(&'static str),
+}
+
+impl Attribute {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Int(_) => "an integer",
+            Self::Float(_) => "a float",
+            Self::String(_) => "a string",
+            Self::Ints(_) => "a list of integers",
+            Self::Floats(_) => "a list of floats",
+            Self::Strings(_) => "a list of strings",
+            Self::Tensor(_) => "a tensor",
+            Self::Graph(_) => "a graph",
+            Self::Other(kind) => kind,
+        }
+    }
+}
+
+/// The attributes of one node.
+#[derive(Debug, Clone, Default)]
+pub struct Attributes {
+    values: BTreeMap<String, Attribute>,
+    read: RefCell<HashSet<String>>,
+}
+
+macro_rules! getter {
+    ($name:ident, $variant:ident, $t:ty, $expected:literal) => {
+        #[doc = concat!("The attribute as ", $expected, "; `None` where absent, an error where it is of another kind.")]
+        pub fn $name(&self, name: &str) -> Result<Option<$t>> {
+            match self.get(name) {
+                None => Ok(None),
+                Some(Attribute::$variant(v)) => Ok(Some(v.clone())),
+                Some(other) => {
+                    Err(Error::invalid(format!("attribute `{name}` is {}, expected {}", other.kind(), $expected)))
+                }
+            }
+        }
+    };
+}
+
+impl Attributes {
+    pub fn new(values: BTreeMap<String, Attribute>) -> Self {
+        Self { values, read: RefCell::default() }
+    }
+
+    pub fn get(&self, name: &str) -> Option<&Attribute> {
+        self.read.borrow_mut().insert(name.to_owned());
+        self.values.get(name)
+    }
+
+    pub fn set(&mut self, name: &str, value: Attribute) {
+        self.values.insert(name.to_owned(), value);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Attribute)> {
+        self.values.iter().map(|(k, v)| (k.as_str(), v))
+    }
+
+    getter!(int, Int, i64, "an integer");
+    getter!(float, Float, f32, "a float");
+    getter!(string, String, String, "a string");
+    getter!(ints, Ints, Vec<i64>, "a list of integers");
+    getter!(floats, Floats, Vec<f32>, "a list of floats");
+    getter!(strings, Strings, Vec<String>, "a list of strings");
+    getter!(tensor, Tensor, HostTensor, "a tensor");
+    getter!(graph, Graph, Rc<Graph>, "a graph");
+
+    /// [`Attributes::int`] with a default.
+    pub fn int_or(&self, name: &str, default: i64) -> Result<i64> {
+        Ok(self.int(name)?.unwrap_or(default))
+    }
+    /// [`Attributes::int`] as a flag with a default.
+    pub fn flag(&self, name: &str, default: bool) -> Result<bool> {
+        Ok(self.int(name)?.map_or(default, |v| v != 0))
+    }
+    /// [`Attributes::float`] with a default, as f64.
+    pub fn float_or(&self, name: &str, default: f64) -> Result<f64> {
+        Ok(self.float(name)?.map_or(default, f64::from))
+    }
+    /// [`Attributes::string`] with a default.
+    pub fn string_or(&self, name: &str, default: &str) -> Result<String> {
+        Ok(self.string(name)?.unwrap_or_else(|| default.to_owned()))
+    }
+
+    /// Refuses attributes that nobody asked for: they would change the meaning without our noticing.
+    pub fn finish(&self) -> Result<()> {
+        let read = self.read.borrow();
+        match self.values.keys().find(|k| !read.contains(*k)) {
+            None => Ok(()),
+            Some(name) => Err(Error::unsupported(format!("attribute `{name}` is not known for this operator"))),
+        }
+    }
+}

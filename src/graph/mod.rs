@@ -1,0 +1,14 @@
+//! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, raising of decomposed operators.
+
+pub mod attributes;
+pub mod ir;
+pub mod load;
+pub mod lower;
+pub mod roles;
+pub mod save;
+pub mod tensors;
+
+pub use attributes::{Attribute, Attributes};
+pub use ir::{Graph, Node, Port, ValueId};
+pub use load::Model;
+pub use roles::{Role, TrainableChoice};

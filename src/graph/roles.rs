@@ -1,0 +1,1 @@
+pub enum Role {A} pub struct TrainableChoice;

@@ -1,0 +1,65 @@
+//! Host tensors to and from libtorch.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, HostTensor};
+
+/// libtorch's name for an element type. Unsigned 16-, 32- and 64-bit integers, which libtorch barely computes with, are
+/// widened to i64 on import.
+pub fn kind(dtype: DType) -> Kind {
+    match dtype {
+        DType::F32 => Kind::Float,
+        DType::F64 => Kind::Double,
+        DType::F16 => Kind::Half,
+        DType::BF16 => Kind::BFloat16,
+        DType::I8 => Kind::Int8,
+        DType::I16 => Kind::Int16,
+        DType::I32 => Kind::Int,
+        DType::I64 | DType::U16 | DType::U32 | DType::U64 => Kind::Int64,
+        DType::U8 => Kind::Uint8,
+        DType::Bool => Kind::Bool,
+    }
+}
+
+/// The element type that a libtorch tensor has on the host.
+pub fn dtype(kind: Kind) -> Result<DType> {
+    Ok(match kind {
+        Kind::Float => DType::F32,
+        Kind::Double => DType::F64,
+        Kind::Half => DType::F16,
+        Kind::BFloat16 => DType::BF16,
+        Kind::Int8 => DType::I8,
+        Kind::Int16 => DType::I16,
+        Kind::Int => DType::I32,
+        Kind::Int64 => DType::I64,
+        Kind::Uint8 => DType::U8,
+        Kind::Bool => DType::Bool,
+        other => return Err(Error::unsupported(format!("libtorch element type {other:?}"))),
+    })
+}
+
+/// Copies a host tensor to libtorch on the CPU.
+pub fn to_torch(t: &HostTensor) -> Result<Tensor> {
+    let shape: Vec<i64> = t.shape().iter().map(|&d| d as i64).collect();
+    let t = match t.dtype() {
+        DType::U16 | DType::U32 | DType::U64 => t.cast(DType::I64),
+        _ => t.clone(),
+    };
+    let kind = kind(t.dtype());
+    if t.is_empty() {
+        return Ok(Tensor::f_zeros(&shape[..], (kind, Device::Cpu))?);
+    }
+    Ok(Tensor::f_from_data_size(t.bytes(), &shape, kind)?)
+}
+
+/// Copies a libtorch tensor (from any device) to the host.
+pub fn to_host(t: &Tensor) -> Result<HostTensor> {
+    let dtype = dtype(t.kind())?;
+    let host = t.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
+    let mut bytes = vec![0u8; host.numel() * dtype.size()];
+    if !bytes.is_empty() {
+        host.f_copy_data_u8(&mut bytes, host.numel())?;
+    }
+    HostTensor::from_bytes(dtype, host.size().iter().map(|&d| d as usize).collect(), bytes.into())
+}

@@ -1,0 +1,197 @@
+//! Element by element: arithmetic, comparison, logic, mathematics, casts, selection.
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::graph::Node;
+use crate::tensor::DType;
+use crate::torch::convert;
+use crate::torch::kernel::{Args, Kernel, one};
+use crate::torch::registry::{MANY, Registry};
+
+type Unary = fn(&Tensor) -> Result<Tensor, tch::TchError>;
+type Binary = fn(&Tensor, &Tensor) -> Result<Tensor, tch::TchError>;
+
+fn unary(f: Unary) -> Kernel {
+    Kernel::new(move |a| one(f(a.t(0)?)?))
+}
+
+fn binary(f: Binary) -> Kernel {
+    Kernel::new(move |a| one(f(a.t(0)?, a.t(1)?)?))
+}
+
+/// Before opset 7 broadcasting was asked for by attribute, with an axis where the second operand starts.
+fn legacy_broadcast(node: &Node, f: Binary) -> Result<Kernel> {
+    if node.opset >= 7 {
+        return Ok(binary(f));
+    }
+    let broadcast = node.attributes.flag("broadcast", false)?;
+    let axis = node.attributes.int("axis")?;
+    node.attributes.get("consumed_inputs");
+    Ok(Kernel::new(move |a| {
+        let (x, y) = (a.t(0)?, a.t(1)?);
+        match (broadcast, axis) {
+            (true, Some(axis)) => {
+                let axis = super::util::axis(axis, x.dim())? as usize;
+                let mut shape = y.size();
+                let tail = x.dim().saturating_sub(axis + shape.len());
+                shape.extend(std::iter::repeat_n(1, tail));
+                one(f(x, &y.f_reshape(&shape[..])?)?)
+            }
+            _ => one(f(x, y)?),
+        }
+    }))
+}
+
+fn is_integer(k: Kind) -> bool {
+    matches!(k, Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64)
+}
+
+pub fn register(r: &mut Registry) {
+    r.add("Add", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_add(y)));
+    r.add("Sub", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_sub(y)));
+    r.add("Mul", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_mul(y)));
+    r.add("Div", 1, (2, 2), |n| {
+        // Integers divide towards zero in ONNX, as in C.
+        legacy_broadcast(n, |x, y| {
+            if is_integer(x.kind()) { x.f_divide_tensor_mode(y, "trunc") } else { x.f_div(y) }
+        })
+    });
+    r.add("Pow", 1, (2, 2), |n| {
+        legacy_broadcast(n, |x, y| {
+            let kind = x.kind();
+            // x^2 and x^0.5 as one exponent are common in exports; a rank-0 exponent keeps libtorch's fast paths.
+            let y = if y.numel() == 1 && y.dim() <= x.dim() { y.f_reshape([0i64; 0])? } else { y.shallow_clone() };
+            x.f_pow(&y)?.f_to_kind(kind)
+        })
+    });
+    r.add("Mod", 10, (2, 2), |n| {
+        let c_style = n.attributes.flag("fmod", false)?;
+        Ok(binary(if c_style { |x, y| x.f_fmod_tensor(y) } else { |x, y| x.f_remainder_tensor(y) }))
+    });
+    r.add("And", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_logical_and(y)));
+    r.add("Or", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_logical_or(y)));
+    r.add("Xor", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_logical_xor(y)));
+    r.add("Not", 1, (1, 1), |_| Ok(unary(|x| x.f_logical_not())));
+    r.add("Equal", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_eq_tensor(y)));
+    r.add("Less", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_lt_tensor(y)));
+    r.add("Greater", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_gt_tensor(y)));
+    r.add("LessOrEqual", 12, (2, 2), |_| Ok(binary(|x, y| x.f_le_tensor(y))));
+    r.add("GreaterOrEqual", 12, (2, 2), |_| Ok(binary(|x, y| x.f_ge_tensor(y))));
+
+    r.add("Neg", 1, (1, 1), |_| Ok(unary(|x| x.f_neg())));
+    r.add("Abs", 1, (1, 1), |_| Ok(unary(|x| x.f_abs())));
+    r.add("Reciprocal", 1, (1, 1), |_| Ok(unary(|x| x.f_reciprocal())));
+    r.add("Sqrt", 1, (1, 1), |_| Ok(unary(|x| x.f_sqrt())));
+    r.add("Exp", 1, (1, 1), |_| Ok(unary(|x| x.f_exp())));
+    r.add("Log", 1, (1, 1), |_| Ok(unary(|x| x.f_log())));
+    r.add("Sin", 7, (1, 1), |_| Ok(unary(|x| x.f_sin())));
+    r.add("Cos", 7, (1, 1), |_| Ok(unary(|x| x.f_cos())));
+    r.add("Tan", 7, (1, 1), |_| Ok(unary(|x| x.f_tan())));
+    r.add("Asin", 7, (1, 1), |_| Ok(unary(|x| x.f_asin())));
+    r.add("Acos", 7, (1, 1), |_| Ok(unary(|x| x.f_acos())));
+    r.add("Atan", 7, (1, 1), |_| Ok(unary(|x| x.f_atan())));
+    r.add("Sinh", 9, (1, 1), |_| Ok(unary(|x| x.f_sinh())));
+    r.add("Cosh", 9, (1, 1), |_| Ok(unary(|x| x.f_cosh())));
+    r.add("Asinh", 9, (1, 1), |_| Ok(unary(|x| x.f_asinh())));
+    r.add("Acosh", 9, (1, 1), |_| Ok(unary(|x| x.f_acosh())));
+    r.add("Atanh", 9, (1, 1), |_| Ok(unary(|x| x.f_atanh())));
+    r.add("Erf", 9, (1, 1), |_| Ok(unary(|x| x.f_erf())));
+    r.add("Floor", 1, (1, 1), |_| Ok(unary(|x| x.f_floor())));
+    r.add("Ceil", 1, (1, 1), |_| Ok(unary(|x| x.f_ceil())));
+    // Both round halves to even.
+    r.add("Round", 11, (1, 1), |_| Ok(unary(|x| x.f_round())));
+    r.add("Sign", 9, (1, 1), |_| Ok(unary(|x| x.f_sign())));
+    r.add("IsNaN", 9, (1, 1), |_| Ok(unary(|x| x.f_isnan())));
+    r.add("IsInf", 10, (1, 1), is_inf);
+    r.add("Identity", 1, (1, 1), |_| Ok(Kernel::new(|a| Ok(vec![a.value(0)?.clone()]))));
+
+    r.add("Max", 1, (1, MANY), |n| variadic(n, |x, y| x.f_maximum(y)));
+    r.add("Min", 1, (1, MANY), |n| variadic(n, |x, y| x.f_minimum(y)));
+    r.add("Sum", 1, (1, MANY), |n| variadic(n, |x, y| x.f_add(y)));
+    r.add("Mean", 1, (1, MANY), |n| {
+        n.attributes.get("consumed_inputs");
+        Ok(Kernel::new(|a| one(fold(a, |x, y| x.f_add(y))?.f_div_scalar(a.len() as f64)?)))
+    });
+    r.add("Where", 9, (3, 3), |_| Ok(Kernel::new(|a| one(a.t(1)?.f_where_self(a.t(0)?, a.t(2)?)?))));
+    r.add("Clip", 1, (1, 3), clip);
+    r.add("Cast", 6, (1, 1), cast);
+    r.add("CastLike", 15, (2, 2), |n| {
+        n.attributes.get("saturate");
+        n.attributes.get("round_mode");
+        Ok(Kernel::new(|a| one(convert_kind(a.t(0)?, a.kind(1)?)?)))
+    });
+}
+
+fn fold(a: &Args, f: Binary) -> Result<Tensor> {
+    let mut acc = a.t(0)?.shallow_clone();
+    for i in 1..a.len() {
+        acc = f(&acc, a.t(i)?)?;
+    }
+    Ok(acc)
+}
+
+fn variadic(node: &Node, f: Binary) -> Result<Kernel> {
+    node.attributes.get("consumed_inputs");
+    Ok(Kernel::new(move |a| one(fold(a, f)?)))
+}
+
+fn is_inf(node: &Node) -> Result<Kernel> {
+    let negative = node.attributes.flag("detect_negative", true)?;
+    let positive = node.attributes.flag("detect_positive", true)?;
+    Ok(Kernel::new(move |a| {
+        let x = a.t(0)?;
+        one(match (negative, positive) {
+            (true, true) => x.f_isinf()?,
+            (true, false) => x.f_isneginf()?,
+            (false, true) => x.f_isposinf()?,
+            (false, false) => x.f_isinf()?.f_zeros_like()?,
+        })
+    }))
+}
+
+/// Bounds come as attributes before opset 11, as inputs after.
+fn clip(node: &Node) -> Result<Kernel> {
+    if node.opset < 11 {
+        let low = node.attributes.float("min")?.map(f64::from);
+        let high = node.attributes.float("max")?.map(f64::from);
+        node.attributes.get("consumed_inputs");
+        return Ok(Kernel::new(move |a| {
+            let mut x = a.t(0)?.shallow_clone();
+            if let Some(v) = low {
+                x = x.f_clamp_min(v)?;
+            }
+            if let Some(v) = high {
+                x = x.f_clamp_max(v)?;
+            }
+            one(x)
+        }));
+    }
+    Ok(Kernel::new(|a| {
+        let mut x = a.t(0)?.shallow_clone();
+        if let Some(low) = a.opt(1)? {
+            x = x.f_maximum(&low.f_to_kind(x.kind())?)?;
+        }
+        if let Some(high) = a.opt(2)? {
+            x = x.f_minimum(&high.f_to_kind(x.kind())?)?;
+        }
+        one(x)
+    }))
+}
+
+fn cast(node: &Node) -> Result<Kernel> {
+    // `saturate` and `round_mode` speak of 8-bit floats only, which are refused.
+    node.attributes.get("saturate");
+    node.attributes.get("round_mode");
+    let to = node.attributes.int("to")?.ok_or_else(|| Error::invalid("attribute `to` is missing"))?;
+    let dtype = DType::from_onnx(i32::try_from(to).unwrap_or(-1))?;
+    let kind = convert::kind(dtype);
+    Ok(Kernel::new(move |a| one(convert_kind(a.t(0)?, kind)?)))
+}
+
+fn convert_kind(x: &Tensor, kind: Kind) -> Result<Tensor> {
+    if x.kind() == kind {
+        return Ok(x.shallow_clone());
+    }
+    Ok(x.f_to_kind(kind)?)
+}

@@ -1,0 +1,31 @@
+//! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
+
+mod activation;
+mod conv;
+mod elementwise;
+mod fused;
+mod index;
+mod linear;
+mod norm;
+mod pool;
+mod reduce;
+mod resize;
+mod shape;
+mod util;
+
+use crate::torch::registry::Registry;
+
+/// Registers every family.
+pub fn register(r: &mut Registry) {
+    activation::register(r);
+    conv::register(r);
+    elementwise::register(r);
+    fused::register(r);
+    index::register(r);
+    linear::register(r);
+    norm::register(r);
+    pool::register(r);
+    reduce::register(r);
+    resize::register(r);
+    shape::register(r);
+}

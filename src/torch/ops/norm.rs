@@ -1,0 +1,118 @@
+//! Normalisation. Statistics in f32 at least.
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::graph::Node;
+use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::ops::util;
+use crate::torch::registry::Registry;
+
+pub fn register(r: &mut Registry) {
+    r.add("InstanceNormalization", 1, (3, 3), instance_norm);
+    r.add("GroupNormalization", 18, (3, 3), group_norm);
+    r.add("LayerNormalization", 17, (2, 3), layer_norm);
+    r.add("RMSNormalization", 23, (2, 2), rms_norm);
+    r.add("BatchNormalization", 1, (5, 5), batch_norm);
+}
+
+fn instance_norm(node: &Node) -> Result<Kernel> {
+    let eps = node.attributes.float_or("epsilon", 1e-5)?;
+    node.attributes.get("consumed_inputs");
+    Ok(Kernel::new(move |a| {
+        let (x, scale, bias) = (a.t(0)?, a.t(1)?, a.t(2)?);
+        let channels = *x.size().get(1).ok_or_else(|| Error::invalid("input of rank below 2"))?;
+        // Instance norm is group norm with one channel a group; libtorch's group norm is the faster of its two.
+        one(x.f_group_norm(channels, Some(scale), Some(bias), eps, true)?)
+    }))
+}
+
+/// Scale and bias a channel since opset 21; a group at opset 18 (a mistake of the specification, since withdrawn).
+fn group_norm(node: &Node) -> Result<Kernel> {
+    let eps = node.attributes.float_or("epsilon", 1e-5)?;
+    let groups = node.attributes.int("num_groups")?.ok_or_else(|| Error::invalid("attribute `num_groups` is missing"))?;
+    node.attributes.get("stash_type");
+    let per_group = node.opset < 21;
+    Ok(Kernel::new(move |a| {
+        let x = a.t(0)?;
+        let channels = *x.size().get(1).ok_or_else(|| Error::invalid("input of rank below 2"))?;
+        if groups < 1 || channels % groups != 0 {
+            return Err(Error::invalid(format!("{channels} channels in {groups} groups")));
+        }
+        let spread = |v: &Tensor| -> Result<Tensor> {
+            if per_group && v.size() == [groups] && groups != channels {
+                Ok(v.f_repeat_interleave_self_int(channels / groups, 0, channels)?)
+            } else {
+                Ok(v.shallow_clone())
+            }
+        };
+        let (scale, bias) = (spread(a.t(1)?)?, spread(a.t(2)?)?);
+        one(x.f_group_norm(groups, Some(&scale), Some(&bias), eps, true)?)
+    }))
+}
+
+fn layer_norm(node: &Node) -> Result<Kernel> {
+    let eps = node.attributes.float_or("epsilon", 1e-5)?;
+    let axis = node.attributes.int_or("axis", -1)?;
+    node.attributes.get("stash_type");
+    let statistics = node.outputs.iter().skip(1).any(Option::is_some);
+    Ok(Kernel::new(move |a| {
+        let (x, scale) = (a.t(0)?, a.t(1)?);
+        let axis = util::axis(axis, x.dim())? as usize;
+        let shape = x.size()[axis..].to_vec();
+        let bias = a.opt(2)?;
+        let fits = |t: &Tensor| t.size() == shape;
+        let fused = fits(scale) && bias.is_none_or(fits);
+        let y = if fused {
+            x.f_layer_norm(&shape[..], Some(scale), bias, eps, true)?
+        } else {
+            // Scale and bias may be any shape that broadcasts.
+            let y = x.f_layer_norm(&shape[..], None::<&Tensor>, None, eps, true)?.f_mul(scale)?;
+            bias.map_or(Ok(y.shallow_clone()), |b| y.f_add(b))?
+        };
+        if !statistics {
+            return one(y);
+        }
+        let (wide, _) = util::widened(x)?;
+        let axes: Vec<i64> = (axis as i64..x.dim() as i64).collect();
+        let mean = wide.f_mean_dim(&axes[..], true, None)?;
+        let var = wide.f_sub(&mean)?.f_square()?.f_mean_dim(&axes[..], true, None)?;
+        Ok(vec![Value::device(y), Value::device(mean), Value::device(var.f_add_scalar(eps)?.f_rsqrt()?)])
+    }))
+}
+
+fn rms_norm(node: &Node) -> Result<Kernel> {
+    let eps = node.attributes.float_or("epsilon", 1e-5)?;
+    let axis = node.attributes.int_or("axis", -1)?;
+    node.attributes.get("stash_type");
+    Ok(Kernel::new(move |a| {
+        let (x, scale) = (a.t(0)?, a.t(1)?);
+        let axis = util::axis(axis, x.dim())? as i64;
+        let (wide, kind) = util::widened(x)?;
+        let axes: Vec<i64> = (axis..x.dim() as i64).collect();
+        let inverse = wide.f_square()?.f_mean_dim(&axes[..], true, None)?.f_add_scalar(eps)?.f_rsqrt()?;
+        one(wide.f_mul(&inverse)?.f_to_kind(kind)?.f_mul(scale)?)
+    }))
+}
+
+/// With the statistics of inference; training mode would change the teacher under our hands.
+fn batch_norm(node: &Node) -> Result<Kernel> {
+    let eps = node.attributes.float_or("epsilon", 1e-5)?;
+    node.attributes.get("momentum");
+    node.attributes.get("consumed_inputs");
+    let spatial = node.attributes.flag("spatial", true)?;
+    let training = node.attributes.flag("training_mode", false)?;
+    // Until opset 6 `is_test` = 0 meant training.
+    let is_test = node.attributes.flag("is_test", true)?;
+    if training || !is_test || node.outputs.iter().skip(1).any(Option::is_some) {
+        return Err(Error::unsupported("BatchNormalization in training mode")
+            .hint("export the network in evaluation mode (model.eval())"));
+    }
+    if !spatial {
+        return Err(Error::unsupported("BatchNormalization with spatial = 0"));
+    }
+    Ok(Kernel::new(move |a| {
+        let x = a.t(0)?;
+        one(x.f_batch_norm(a.opt(1)?, a.opt(2)?, a.opt(3)?, a.opt(4)?, false, 0.0, eps, true)?)
+    }))
+}

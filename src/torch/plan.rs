@@ -1,0 +1,300 @@
+//! The plan: an imported graph ready to run, immutable, shared by every copy of a network.
+//!
+//! A plan is specialised for each input signature (shapes, element types, device) when it first meets it: everything that
+//! follows from shapes and constants is computed once on the host and kept, and only steps that depend on the data or on
+//! parameters remain. A forward therefore never waits for the device.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Context, Error, Result};
+use crate::graph::{Graph, Port, ValueId};
+use crate::torch::convert;
+use crate::torch::kernel::{Kernel, Value};
+use crate::torch::registry::Registry;
+
+/// One operator call of a plan.
+#[derive(Debug)]
+struct Step {
+    kernel: Kernel,
+    inputs: Vec<Option<ValueId>>,
+    outputs: Vec<Option<ValueId>>,
+    label: String,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Plan {
+    steps: Vec<Step>,
+    values: usize,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    /// Buffers and other constants.
+    constants: Vec<(ValueId, Value)>,
+    /// The value that each parameter is, in the order of the parameter set.
+    parameters: Vec<ValueId>,
+    /// Graph inputs whose elements decide about shapes.
+    host_inputs: HashSet<ValueId>,
+    dynamic: bool,
+    specialised: RefCell<HashMap<Signature, Rc<Specialised>>>,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Signature {
+    device: Device2,
+    inputs: Vec<(Vec<i64>, i32)>,
+    /// Elements of host inputs.
+    host: Vec<Vec<i64>>,
+}
+
+/// `tch::Device` has no `Hash`.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Device2(i64);
+
+impl From<Device> for Device2 {
+    fn from(d: Device) -> Self {
+        Self(match d {
+            Device::Cpu => -1,
+            Device::Cuda(i) => i as i64,
+            Device::Mps => -2,
+            Device::Vulkan => -3,
+        })
+    }
+}
+
+/// What is left to do for one signature.
+#[derive(Debug)]
+struct Specialised {
+    /// Host values that remaining steps (or outputs) read.
+    fixed: Vec<(ValueId, Value)>,
+    /// Remaining steps, with the values nobody reads after each.
+    steps: Vec<(usize, Vec<ValueId>)>,
+}
+
+impl Plan {
+    /// Builds every operator of the graph. `parameters` are the constants that vary between copies.
+    ///
+    /// Errors: all nodes that cannot be imported, each with its reason.
+    pub fn new(graph: &Graph, parameters: &[ValueId]) -> Result<Self> {
+        let kernels = Registry::global().build_all(&graph.nodes)?;
+        let steps: Vec<Step> = graph
+            .nodes
+            .iter()
+            .zip(kernels)
+            .map(|(n, kernel)| Step {
+                kernel,
+                inputs: n.inputs.iter().copied().chain(n.captures.iter().map(|(_, v)| Some(*v))).collect(),
+                outputs: n.outputs.clone(),
+                label: n.label(),
+            })
+            .collect();
+        let varying: HashSet<ValueId> = parameters.iter().copied().collect();
+        let constants = graph
+            .constants
+            .iter()
+            .filter(|(id, _)| !varying.contains(id))
+            .map(|(&id, c)| Ok((id, Value::host(convert::to_torch(&c.tensor)?))))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            host_inputs: host_inputs(&steps, &graph.inputs),
+            dynamic: steps.iter().any(|s| s.kernel.dynamic),
+            steps,
+            values: graph.names.len(),
+            inputs: graph.inputs.clone(),
+            outputs: graph.outputs.clone(),
+            constants,
+            parameters: parameters.to_vec(),
+            specialised: RefCell::default(),
+        })
+    }
+
+    pub fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+    pub fn outputs(&self) -> &[Port] {
+        &self.outputs
+    }
+    /// Number of operator calls before specialisation.
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Runs the plan: named inputs in any order, parameters in the plan's order; outputs in the graph's order.
+    ///
+    /// Errors: missing or unknown inputs, an operator that fails (named), a shape that depends on the data.
+    pub fn run(&self, inputs: &[(&str, &Tensor)], parameters: &[Tensor], device: Device) -> Result<Vec<(String, Tensor)>> {
+        let values = self.run_values(inputs, parameters, device, &mut |_, _| {})?;
+        self.outputs
+            .iter()
+            .map(|p| {
+                let v = values[p.value].as_ref().ok_or_else(|| Error::invalid(format!("output `{}` was not made", p.name)))?;
+                Ok((p.name.clone(), v.tensor(device)?.shallow_clone()))
+            })
+            .collect()
+    }
+
+    /// [`Plan::run`] for outputs of any type (sequences too), calling `observe` with every value as it is made.
+    pub fn run_values(
+        &self,
+        inputs: &[(&str, &Tensor)],
+        parameters: &[Tensor],
+        device: Device,
+        observe: &mut dyn FnMut(ValueId, &Value),
+    ) -> Result<Vec<Option<Value>>> {
+        if parameters.len() != self.parameters.len() {
+            return Err(Error::mismatch(format!("{} parameters, expected {}", parameters.len(), self.parameters.len())));
+        }
+        let mut values: Vec<Option<Value>> = vec![None; self.values];
+        let mut signature = Signature { device: device.into(), inputs: Vec::new(), host: Vec::new() };
+        for (name, _) in inputs {
+            if !self.inputs.iter().any(|p| p.name == *name) {
+                return Err(self.no_such_input(name));
+            }
+        }
+        for port in &self.inputs {
+            let t = inputs.iter().find(|(n, _)| *n == port.name).map(|(_, t)| *t);
+            let t = t.ok_or_else(|| {
+                Error::usage(format!("input `{}` ({}) is missing", port.name, port.describe()))
+            })?;
+            check_input(port, t)?;
+            signature.inputs.push((t.size(), t.kind() as i32));
+            values[port.value] = Some(if self.host_inputs.contains(&port.value) {
+                let cpu = t.f_to_device(Device::Cpu)?;
+                signature.host.push(convert::to_host(&cpu)?.to_f64().iter().map(|v| v.to_bits() as i64).collect());
+                Value::host(cpu)
+            } else {
+                Value::device(t.f_to_device(device)?)
+            });
+        }
+        for (&id, t) in self.parameters.iter().zip(parameters) {
+            values[id] = Some(Value::device(t.shallow_clone()));
+        }
+        let known = self.specialised.borrow().get(&signature).cloned();
+        match known {
+            Some(s) => {
+                for (id, v) in &s.fixed {
+                    values[*id] = Some(v.clone());
+                }
+                for (index, release) in &s.steps {
+                    self.step(*index, &mut values, device, observe)?;
+                    for &v in release {
+                        values[v] = None;
+                    }
+                }
+            }
+            None => {
+                for (id, v) in &self.constants {
+                    values[*id] = Some(v.clone());
+                }
+                for index in 0..self.steps.len() {
+                    self.step(index, &mut values, device, observe)?;
+                }
+                if !self.dynamic {
+                    let s = self.specialise(&values);
+                    self.specialised.borrow_mut().insert(signature, Rc::new(s));
+                }
+            }
+        }
+        Ok(values)
+    }
+
+    fn step(
+        &self,
+        index: usize,
+        values: &mut [Option<Value>],
+        device: Device,
+        observe: &mut dyn FnMut(ValueId, &Value),
+    ) -> Result<()> {
+        let step = &self.steps[index];
+        let args: Vec<Option<&Value>> = step.inputs.iter().map(|v| v.and_then(|v| values[v].as_ref())).collect();
+        let out = step.kernel.call(args, device).with_context(|| step.label.clone())?;
+        if out.len() < step.outputs.iter().flatten().count() {
+            return Err(Error::unsupported("an optional output is asked for that is not implemented").context(&*step.label));
+        }
+        for (id, v) in step.outputs.iter().zip(out) {
+            if let Some(id) = id {
+                observe(*id, &v);
+                values[*id] = Some(v);
+            }
+        }
+        Ok(())
+    }
+
+    /// Separates, after a complete run, what is settled for this signature from what has to run every time.
+    fn specialise(&self, values: &[Option<Value>]) -> Specialised {
+        let is_host = |v: &ValueId| values[*v].as_ref().is_some_and(Value::is_host);
+        let remaining: Vec<usize> =
+            (0..self.steps.len()).filter(|&i| !self.steps[i].outputs.iter().flatten().all(is_host)).collect();
+        let outputs: HashSet<ValueId> = self.outputs.iter().map(|p| p.value).collect();
+        let mut last_read: HashMap<ValueId, usize> = HashMap::new();
+        for &i in &remaining {
+            for v in self.steps[i].inputs.iter().chain(&self.steps[i].outputs).flatten() {
+                last_read.insert(*v, i);
+            }
+        }
+        let mut release: HashMap<usize, Vec<ValueId>> = HashMap::new();
+        for (&v, &i) in last_read.iter().filter(|(v, _)| !outputs.contains(v)) {
+            release.entry(i).or_default().push(v);
+        }
+        let mut fixed: Vec<(ValueId, Value)> = Vec::new();
+        for v in last_read.keys().chain(&outputs).collect::<HashSet<_>>() {
+            match &values[*v] {
+                Some(value) if value.is_host() && !self.host_inputs.contains(v) => fixed.push((*v, value.clone())),
+                _ => {}
+            }
+        }
+        Specialised {
+            fixed,
+            steps: remaining.into_iter().map(|i| (i, release.remove(&i).unwrap_or_default())).collect(),
+        }
+    }
+
+    fn no_such_input(&self, name: &str) -> Error {
+        let names: Vec<_> = self.inputs.iter().map(|p| format!("`{}`", p.name)).collect();
+        Error::usage(format!("the graph has no input `{name}`; its inputs are {}", names.join(", ")))
+    }
+}
+
+/// Graph inputs from which an operator reads elements on the host, directly or through other operators.
+fn host_inputs(steps: &[Step], inputs: &[Port]) -> HashSet<ValueId> {
+    let mut wanted: HashSet<ValueId> = HashSet::new();
+    for step in steps.iter().rev() {
+        for &slot in &step.kernel.host_slots {
+            wanted.extend(step.inputs.get(slot).copied().flatten());
+        }
+        let makes_wanted = step.outputs.iter().flatten().any(|v| wanted.contains(v));
+        if makes_wanted && !step.kernel.shape_only {
+            wanted.extend(step.inputs.iter().flatten());
+        }
+    }
+    inputs.iter().map(|p| p.value).filter(|v| wanted.contains(v)).collect()
+}
+
+/// Rank, element type and fixed dimensions of an input against what the graph declares.
+fn check_input(port: &Port, t: &Tensor) -> Result<()> {
+    let bad = |what: String| Err(Error::usage(format!("input `{}`: {what}, expected {}", port.name, port.describe())));
+    if let Some(dtype) = port.dtype {
+        if convert::kind(dtype) != t.kind() {
+            return bad(format!("element type {:?}", t.kind()));
+        }
+    }
+    if let Some(dims) = port.dims() {
+        let size = t.size();
+        let fits = dims.len() == size.len() && dims.iter().zip(&size).all(|(d, &n)| d.is_none_or(|d| d as i64 == n));
+        if !fits {
+            return bad(format!("shape {size:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// The element type in which a tensor of this kind is computed when a plan asks for "float".
+pub fn is_float(kind: Kind) -> bool {
+    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
+}
