@@ -3,7 +3,9 @@
 pub mod cli;
 pub mod error;
 pub mod files;
+pub mod io;
 pub mod noise;
+pub mod report;
 pub mod runtime;
 pub mod graph;
 pub mod tensor;

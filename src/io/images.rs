@@ -1,0 +1,302 @@
+//! Sets of 8-bit images from a folder of PNG files, a `.npy` or a `.npz`.
+//!
+//! Values are rounded as the reference implementations do before they compute features: a float `x` in [-1, 1] becomes
+//! `clip(x * 127.5 + 128, 0, 255)` truncated to 8 bits (EDM, `generate.py`). Float arrays are quantised on the way in, so
+//! that a set scores the same whether it is read as floats or from the PNG files made of it.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Error, Result};
+use crate::tensor::{DType, HostTensor};
+
+/// A set of images of one size, read as they are asked for.
+#[derive(Debug, Clone)]
+pub struct ImageSet {
+    source: Source,
+    /// Channels, height, width.
+    shape: [usize; 3],
+    len: usize,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Files(Vec<PathBuf>),
+    /// Rows of images, converted as they are read. `last`: channels come last.
+    Array {
+        tensor: HostTensor,
+        last: bool,
+        range: [f64; 2],
+    },
+}
+
+/// Value `x` of `range` -> 8 bits, as EDM does for [-1, 1].
+pub fn quantise(x: f64, range: [f64; 2]) -> u8 {
+    let unit = (x - range[0]) / (range[1] - range[0]) * 2.0 - 1.0;
+    // f32 arithmetic like the references; `as` truncates and saturates.
+    (unit as f32 * 127.5 + 128.0).clamp(0.0, 255.0) as u8
+}
+
+impl ImageSet {
+    /// Opens a folder of PNG files (sorted by name), a `.npy` or a `.npz`. Float arrays hold values in `range`.
+    pub fn open(path: &Path, range: [f64; 2]) -> Result<Self> {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+        let run = || {
+            if path.is_dir() {
+                Self::from_folder(path)
+            } else if !path.is_file() {
+                Err(Error::io("no such file or folder"))
+            } else if extension == "npy" {
+                Self::from_tensor(crate::io::npy::read(path)?, range)
+            } else if extension == "npz" {
+                Self::from_tensor(pick(crate::io::npy::read_npz(path)?)?, range)
+            } else {
+                Err(Error::usage("images are read from a folder of PNG files, a .npy or a .npz"))
+            }
+        };
+        run().map_err(|e| {
+            if e.to_string().contains(&path.display().to_string()) { e } else { e.context(path.display().to_string()) }
+        })
+    }
+
+    fn from_folder(path: &Path) -> Result<Self> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(path)? {
+            let file = entry?.path();
+            if file.extension().and_then(|e| e.to_str()).is_some_and(|e| e.eq_ignore_ascii_case("png")) {
+                files.push(file);
+            }
+        }
+        files.sort();
+        let first = files.first().ok_or_else(|| Error::io("the folder holds no .png files"))?;
+        let (shape, _) = read_png(first)?;
+        Ok(Self { shape, len: files.len(), source: Source::Files(files) })
+    }
+
+    /// A tensor of images: [N,H,W], [N,C,H,W] or [N,H,W,C] with 1 or 3 channels, 8-bit unsigned or float in `range`. Where
+    /// both layouts are possible, 8-bit arrays are taken as [N,H,W,C] and floats as [N,C,H,W].
+    pub fn from_tensor(tensor: HostTensor, range: [f64; 2]) -> Result<Self> {
+        if !(tensor.dtype() == DType::U8 || tensor.dtype().is_float()) {
+            return Err(Error::io(format!("images of {}, expected u8 or float", tensor.dtype())));
+        }
+        if range[0].partial_cmp(&range[1]) != Some(std::cmp::Ordering::Less) {
+            return Err(Error::usage(format!("range {range:?}: expected low < high")));
+        }
+        let channels = |d: usize| d == 1 || d == 3;
+        let (shape, last) = match *tensor.shape() {
+            [_, h, w] => ([1, h, w], false),
+            [_, a, b, c] => {
+                let last = channels(c) && (!channels(a) || tensor.dtype() == DType::U8);
+                if !last && !channels(a) {
+                    return Err(Error::io(format!(
+                        "an array of shape {:?} holds no images of 1 or 3 channels",
+                        tensor.shape()
+                    )));
+                }
+                (if last { [c, a, b] } else { [a, b, c] }, last)
+            }
+            _ => return Err(Error::io(format!("an array of shape {:?}, expected 3 or 4 dimensions", tensor.shape()))),
+        };
+        let len = tensor.shape()[0];
+        if len == 0 || shape.contains(&0) {
+            return Err(Error::io(format!("an array of shape {:?} holds no images", tensor.shape())));
+        }
+        Ok(Self { shape, len, source: Source::Array { tensor, last, range } })
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// Channels, height, width.
+    pub fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    /// Images `start..start+count` as 8-bit values, [count,C,H,W].
+    pub fn batch_u8(&self, start: usize, count: usize) -> Result<HostTensor> {
+        let [c, h, w] = self.shape;
+        if start.checked_add(count).is_none_or(|end| end > self.len) {
+            return Err(Error::mismatch(format!("images {start}..{} of {}", start.saturating_add(count), self.len)));
+        }
+        let mut out = Vec::with_capacity(count * c * h * w);
+        match &self.source {
+            Source::Files(files) => {
+                for file in &files[start..start + count] {
+                    let (shape, pixels) = read_png(file)?;
+                    if shape != self.shape {
+                        return Err(Error::mismatch(format!(
+                            "{}: {} where the first image of the folder is {}",
+                            file.display(),
+                            describe(shape),
+                            describe(self.shape)
+                        )));
+                    }
+                    push_channels_first(&mut out, &pixels, shape);
+                }
+            }
+            Source::Array { tensor, last, range } => {
+                let rows = tensor.rows(start, count)?;
+                let values: Vec<u8> = if tensor.dtype() == DType::U8 {
+                    rows.bytes().to_vec()
+                } else {
+                    let floats = rows.to_f64();
+                    if let Some(at) = floats.iter().position(|v| !v.is_finite()) {
+                        let image = start + at / (c * h * w);
+                        return Err(Error::mismatch(format!("image {image} holds {}", floats[at])));
+                    }
+                    floats.into_iter().map(|x| quantise(x, *range)).collect()
+                };
+                if *last {
+                    values.chunks_exact(c * h * w).for_each(|image| push_channels_first(&mut out, image, self.shape));
+                } else {
+                    out = values;
+                }
+            }
+        }
+        HostTensor::from_bytes(DType::U8, vec![count, c, h, w], out.into())
+    }
+
+    /// Images `start..start+count` as floats in [-1, 1], [count,C,H,W]: 8-bit `v` becomes `v / 127.5 - 1`.
+    pub fn batch(&self, start: usize, count: usize) -> Result<HostTensor> {
+        let bytes = self.batch_u8(start, count)?;
+        let values: Vec<f32> = bytes.bytes().iter().map(|&v| f32::from(v) / 127.5 - 1.0).collect();
+        HostTensor::new(bytes.shape(), &values)
+    }
+}
+
+/// `8x8, grey`, `32x32, colour`.
+pub fn describe([c, h, w]: [usize; 3]) -> String {
+    format!("{w}x{h}, {}", if c == 1 { "grey" } else { "colour" })
+}
+
+/// The array of a `.npz` that holds the images: `images`, `samples`, `x`, `arr_0`, or the only one.
+fn pick(arrays: Vec<(String, HostTensor)>) -> Result<HostTensor> {
+    let names: Vec<String> = arrays.iter().map(|(n, _)| n.clone()).collect();
+    let known = ["images", "samples", "x", "arr_0"].iter().find_map(|k| names.iter().position(|n| n == k));
+    match known.or((names.len() == 1).then_some(0)) {
+        Some(k) => Ok(arrays.into_iter().nth(k).map(|(_, t)| t).unwrap_or_else(|| HostTensor::vec::<u8>(&[]))),
+        None => Err(Error::io(format!("which of these arrays are the images? {}", names.join(", ")))
+            .hint("call the array `images`, or save it alone as .npy")),
+    }
+}
+
+fn push_channels_first(out: &mut Vec<u8>, pixels: &[u8], [c, h, w]: [usize; 3]) {
+    for channel in 0..c {
+        out.extend((0..h * w).map(|p| pixels[p * c + channel]));
+    }
+}
+
+/// Shape (channels, height, width) and pixels with the channels last. An opaque alpha channel is dropped, another refused.
+fn read_png(path: &Path) -> Result<([usize; 3], Vec<u8>)> {
+    let run = || -> Result<([usize; 3], Vec<u8>)> {
+        let reader = std::io::BufReader::new(std::fs::File::open(path)?);
+        let image = image::ImageReader::with_format(reader, image::ImageFormat::Png)
+            .decode()
+            .map_err(|e| Error::io(format!("not a PNG file: {e}")))?;
+        let size = |c| [c, image.height() as usize, image.width() as usize];
+        let color = image.color();
+        if color.has_alpha() && image.to_rgba8().pixels().any(|p| p[3] != 255) {
+            return Err(Error::io("the image is partly transparent"));
+        }
+        Ok(if color.has_color() {
+            (size(3), image.to_rgb8().into_raw())
+        } else {
+            (size(1), image.to_luma8().into_raw())
+        })
+    };
+    run().with_context(|| path.display().to_string())
+}
+
+/// Writes one image, [C,H,W] 8-bit with 1 or 3 channels, as PNG bytes.
+pub fn encode_png(pixels: &[u8], [c, h, w]: [usize; 3]) -> Result<Vec<u8>> {
+    use image::ImageEncoder;
+    if !(c == 1 || c == 3) || pixels.len() != c * h * w || pixels.is_empty() {
+        return Err(Error::mismatch(format!("{} values for an image of {c} channels, {w}x{h}", pixels.len())));
+    }
+    let mut last = Vec::with_capacity(pixels.len());
+    for p in 0..h * w {
+        last.extend((0..c).map(|channel| pixels[channel * h * w + p]));
+    }
+    let color = if c == 1 { image::ExtendedColorType::L8 } else { image::ExtendedColorType::Rgb8 };
+    let mut out = Vec::new();
+    image::codecs::png::PngEncoder::new(&mut out)
+        .write_image(&last, w as u32, h as u32, color)
+        .map_err(|e| Error::io(format!("PNG: {e}")))?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_references() {
+        // numpy: (x * 127.5 + 128).clip(0, 255).astype(np.uint8)
+        let cases = [
+            (-1.0, 0),
+            (-0.999, 0),
+            (-0.99, 1),
+            (0.0, 128),
+            (0.5, 191),
+            (0.996, 254),
+            (1.0, 255),
+            (3.0, 255),
+            (-3.0, 0),
+        ];
+        for (x, want) in cases {
+            assert_eq!(quantise(x, [-1.0, 1.0]), want, "{x}");
+        }
+        assert_eq!(quantise(0.5, [0.0, 1.0]), 128);
+    }
+
+    #[test]
+    fn folder_and_arrays_hold_the_same_images() {
+        let dir = tempfile::tempdir().unwrap();
+        let pixels: Vec<u8> = (0..2 * 3 * 4 * 5).map(|v| v as u8).collect();
+        for k in 0..2 {
+            let png = encode_png(&pixels[k * 60..k * 60 + 60], [3, 4, 5]).unwrap();
+            std::fs::write(dir.path().join(format!("{k}.png")), png).unwrap();
+        }
+        let folder = ImageSet::open(dir.path(), [-1.0, 1.0]).unwrap();
+        assert_eq!((folder.len(), folder.shape()), (2, [3, 4, 5]));
+        let first = HostTensor::new(&[2, 3, 4, 5], &pixels).unwrap();
+        assert_eq!(folder.batch_u8(0, 2).unwrap(), first);
+        // The float form of an 8-bit image comes back as the same image.
+        let floats: Vec<f32> = pixels.iter().map(|&v| (f32::from(v) - 127.5) / 127.5).collect();
+        let set = ImageSet::from_tensor(HostTensor::new(&[2, 3, 4, 5], &floats).unwrap(), [-1.0, 1.0]).unwrap();
+        assert_eq!(set.batch_u8(0, 2).unwrap(), first);
+        // Channels last.
+        let mut last = vec![];
+        for k in 0..2 {
+            for p in 0..20 {
+                last.extend((0..3).map(|c| pixels[k * 60 + c * 20 + p]));
+            }
+        }
+        let set = ImageSet::from_tensor(HostTensor::new(&[2, 4, 5, 3], &last).unwrap(), [-1.0, 1.0]).unwrap();
+        assert_eq!(set.batch_u8(1, 1).unwrap(), first.rows(1, 1).unwrap());
+        assert_eq!(set.batch(0, 1).unwrap().to_f32()[3], 3.0 / 127.5 - 1.0);
+    }
+
+    #[test]
+    fn bad_sets_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |path: &Path| ImageSet::open(path, [-1.0, 1.0]).unwrap_err().to_string();
+        assert!(error(dir.path()).contains("no .png files"));
+        assert!(error(Path::new("/nowhere")).contains("/nowhere: no such"));
+        std::fs::write(dir.path().join("a.png"), b"no picture").unwrap();
+        assert!(error(dir.path()).contains("a.png: not a PNG file"));
+        std::fs::write(dir.path().join("a.png"), encode_png(&[0; 12], [3, 2, 2]).unwrap()).unwrap();
+        std::fs::write(dir.path().join("b.png"), encode_png(&[0; 4], [1, 2, 2]).unwrap()).unwrap();
+        let set = ImageSet::open(dir.path(), [-1.0, 1.0]).unwrap();
+        let mixed = set.batch_u8(0, 2).unwrap_err().to_string();
+        assert!(mixed.contains("b.png: 2x2, grey where the first image of the folder is 2x2, colour"), "{mixed}");
+        let nan = HostTensor::new(&[2, 1, 1], &[0.0, f32::NAN]).unwrap();
+        let set = ImageSet::from_tensor(nan, [-1.0, 1.0]).unwrap();
+        assert!(set.batch(0, 2).unwrap_err().to_string().contains("image 1 holds NaN"));
+        let labels = HostTensor::vec(&[1i64, 2]);
+        assert!(ImageSet::from_tensor(labels, [-1.0, 1.0]).is_err());
+    }
+}

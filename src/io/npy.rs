@@ -1,0 +1,295 @@
+//! NumPy's `.npy` and `.npz`. Headers are read by a parser of our own that neither recurses nor allocates by what a header
+//! claims; memory grows only with data that is really there.
+
+use std::io::{BufReader, Read, Write};
+use std::path::Path;
+
+use crate::error::{Context, Error, Result};
+use crate::tensor::{DType, HostTensor, checked_len};
+
+/// NumPy itself refuses longer headers.
+const MAX_HEADER: usize = 10_000;
+const MAGIC: &[u8; 6] = b"\x93NUMPY";
+
+struct Header {
+    dtype: DType,
+    big_endian: bool,
+    fortran: bool,
+    shape: Vec<usize>,
+}
+
+fn bad(what: impl Into<String>) -> Error {
+    Error::io(what)
+}
+
+/// The value of `'key':` in a header dictionary, up to its end.
+fn field<'a>(text: &'a str, key: &str) -> Result<&'a str> {
+    let missing = || bad(format!("the .npy header has no {key}"));
+    let at = text.find(&format!("'{key}'")).ok_or_else(missing)? + key.len() + 2;
+    let rest = text[at..].trim_start().strip_prefix(':').ok_or_else(missing)?.trim_start();
+    let end = match rest.as_bytes().first() {
+        Some(b'\'') => rest[1..].find('\'').map(|e| e + 2),
+        Some(b'(') => rest.find(')').map(|e| e + 1),
+        Some(b'[') => Some(1),
+        _ => rest.find([',', '}']),
+    };
+    Ok(rest[..end.ok_or_else(missing)?].trim())
+}
+
+fn parse_header(text: &str) -> Result<Header> {
+    let descr = field(text, "descr")?;
+    let code = descr.trim_matches('\'');
+    if descr == "[" {
+        return Err(bad("structured arrays are not supported, save one plain array"));
+    }
+    let (order, kind) = match code.as_bytes().first() {
+        Some(b'<' | b'>' | b'|' | b'=') => code.split_at(1),
+        _ => ("<", code),
+    };
+    let dtype = match kind {
+        "f4" => DType::F32,
+        "f8" => DType::F64,
+        "f2" => DType::F16,
+        "i1" => DType::I8,
+        "i2" => DType::I16,
+        "i4" => DType::I32,
+        "i8" => DType::I64,
+        "u1" => DType::U8,
+        "u2" => DType::U16,
+        "u4" => DType::U32,
+        "u8" => DType::U64,
+        "b1" => DType::Bool,
+        k if k.starts_with('O') => return Err(bad("pickled Python objects are not read, save a numeric array")),
+        _ => return Err(bad(format!("element type {descr} is not supported"))),
+    };
+    let fortran = match field(text, "fortran_order")? {
+        "True" => true,
+        "False" => false,
+        other => return Err(bad(format!("fortran_order is {other}"))),
+    };
+    let shape = field(text, "shape")?;
+    let inner = shape.strip_prefix('(').and_then(|s| s.strip_suffix(')'));
+    let inner = inner.ok_or_else(|| bad(format!("the shape {shape} is not a tuple")))?;
+    let dims = inner.split(',').map(str::trim).filter(|d| !d.is_empty());
+    let shape = dims
+        .map(|d| d.trim_end_matches('L').parse().map_err(|_| bad(format!("the shape holds {d}"))))
+        .collect::<Result<Vec<usize>>>()?;
+    if shape.len() > 64 {
+        return Err(bad(format!("{} dimensions", shape.len())));
+    }
+    Ok(Header { dtype, big_endian: order == ">", fortran, shape })
+}
+
+/// Reads one array.
+pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
+    let mut start = [0u8; 8];
+    let short = |_| bad("not a .npy array (too short)");
+    reader.read_exact(&mut start).map_err(short)?;
+    if &start[..6] != MAGIC {
+        return Err(bad("not a .npy array"));
+    }
+    let length = if start[6] == 1 {
+        let mut n = [0u8; 2];
+        reader.read_exact(&mut n).map_err(short)?;
+        u16::from_le_bytes(n) as usize
+    } else {
+        let mut n = [0u8; 4];
+        reader.read_exact(&mut n).map_err(short)?;
+        u32::from_le_bytes(n) as usize
+    };
+    if length > MAX_HEADER {
+        return Err(bad(format!("a header of {length} bytes (at most {MAX_HEADER})")));
+    }
+    let mut text = vec![0u8; length];
+    reader.read_exact(&mut text).map_err(short)?;
+    let text = String::from_utf8(text).map_err(|_| bad("the .npy header is not text"))?;
+    let header = parse_header(&text)?;
+    let size = header.dtype.size();
+    let expected = checked_len(&header.shape)? * size;
+    let mut data = Vec::new();
+    reader.take(expected as u64).read_to_end(&mut data)?;
+    if data.len() != expected {
+        return Err(bad(format!("{} bytes of data where the shape {:?} needs {expected}", data.len(), header.shape)));
+    }
+    if header.big_endian {
+        data.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+    }
+    if header.fortran {
+        data = from_fortran(&data, &header.shape, size);
+    }
+    HostTensor::from_bytes(header.dtype, header.shape, data.into())
+}
+
+/// Column-major to row-major.
+fn from_fortran(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
+    let mut strides = Vec::with_capacity(shape.len());
+    let mut step = size;
+    for &d in shape {
+        strides.push(step);
+        step *= d;
+    }
+    let mut out = Vec::with_capacity(data.len());
+    let mut index = vec![0usize; shape.len()];
+    while out.len() < data.len() {
+        let at: usize = index.iter().zip(&strides).map(|(i, s)| i * s).sum();
+        out.extend_from_slice(&data[at..at + size]);
+        for k in (0..shape.len()).rev() {
+            index[k] += 1;
+            if index[k] < shape[k] {
+                break;
+            }
+            index[k] = 0;
+        }
+    }
+    out
+}
+
+/// Reads a `.npy` file.
+pub fn read(path: &Path) -> Result<HostTensor> {
+    let open = || read_from(BufReader::new(std::fs::File::open(path)?));
+    open().with_context(|| path.display().to_string())
+}
+
+/// Writes one array, version 1.0, C order. NumPy has no bf16: such tensors are written as f32, which loses nothing.
+pub fn write_to(mut out: impl Write, tensor: &HostTensor) -> std::io::Result<()> {
+    let tensor = if tensor.dtype() == DType::BF16 { &tensor.cast(DType::F32) } else { tensor };
+    let descr = match tensor.dtype() {
+        DType::F32 | DType::BF16 => "<f4",
+        DType::F64 => "<f8",
+        DType::F16 => "<f2",
+        DType::I8 => "|i1",
+        DType::I16 => "<i2",
+        DType::I32 => "<i4",
+        DType::I64 => "<i8",
+        DType::U8 => "|u1",
+        DType::U16 => "<u2",
+        DType::U32 => "<u4",
+        DType::U64 => "<u8",
+        DType::Bool => "|b1",
+    };
+    let dims: String = tensor.shape().iter().map(|d| format!("{d}, ")).collect();
+    let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", dims.trim_end());
+    // Data starts at a multiple of 64 bytes, as NumPy writes it: 10 bytes before the text and a newline at its end.
+    let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
+    header.extend(std::iter::repeat_n(' ', padded - header.len() - 1));
+    header.push('\n');
+    out.write_all(MAGIC)?;
+    out.write_all(&[1, 0])?;
+    out.write_all(&(header.len() as u16).to_le_bytes())?;
+    out.write_all(header.as_bytes())?;
+    out.write_all(tensor.bytes())
+}
+
+/// Writes a `.npy` file, whole or not at all.
+pub fn write(path: &Path, tensor: &HostTensor) -> Result<()> {
+    crate::files::write_atomic_with(path, |out| write_to(out, tensor))
+}
+
+/// Reads every array of a `.npz` file, in the file's order.
+pub fn read_npz(path: &Path) -> Result<Vec<(String, HostTensor)>> {
+    let run = || -> Result<Vec<(String, HostTensor)>> {
+        let mut archive = npyz::npz::NpzArchive::open(path).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
+        let zip = archive.zip_archive();
+        let mut arrays = Vec::new();
+        for k in 0..zip.len() {
+            let file = zip.by_index(k).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
+            let Some(name) = npyz::npz::array_name_from_file_name(file.name()).map(str::to_string) else { continue };
+            arrays.push((name.clone(), read_from(file).context(format!("array `{name}`"))?));
+        }
+        Ok(arrays)
+    };
+    run().with_context(|| path.display().to_string())
+}
+
+/// Writes named arrays as a `.npz` file, whole or not at all.
+pub fn write_npz(path: &Path, arrays: &[(&str, &HostTensor)]) -> Result<()> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    {
+        let mut archive = npyz::npz::NpzWriter::new(&mut bytes);
+        let zip = archive.zip_writer();
+        for (name, tensor) in arrays {
+            let file = npyz::npz::file_name_from_array_name(name);
+            zip.start_file(file, Default::default()).map_err(|e| bad(e.to_string()))?;
+            write_to(&mut *zip, tensor)?;
+        }
+        zip.finish().map_err(|e| bad(e.to_string()))?;
+    }
+    crate::files::write_atomic(path, bytes.get_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes_of(header: &str, data: &[u8]) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        out.extend([1, 0]);
+        out.extend((header.len() as u16).to_le_bytes());
+        out.extend(header.as_bytes());
+        out.extend(data);
+        out
+    }
+
+    #[test]
+    fn every_type_survives_the_round_trip() {
+        let base = HostTensor::new(&[2, 3], &[0.0f64, 1.0, 2.0, 3.0, 100.0, 7.0]).unwrap();
+        use DType::*;
+        for dtype in [F32, F64, F16, I8, I16, I32, I64, U8, U16, U32, U64, Bool] {
+            let tensor = base.cast(dtype);
+            let mut out = Vec::new();
+            write_to(&mut out, &tensor).unwrap();
+            assert_eq!(read_from(&out[..]).unwrap(), tensor, "{dtype}");
+            assert_eq!((out.len() - tensor.bytes().len()) % 64, 0);
+        }
+        for shape in [&[][..], &[1], &[0, 4]] {
+            let n: usize = shape.iter().product();
+            let tensor = HostTensor::new(shape, &vec![1.5f32; n]).unwrap();
+            let mut out = Vec::new();
+            write_to(&mut out, &tensor).unwrap();
+            assert_eq!(read_from(&out[..]).unwrap(), tensor);
+        }
+    }
+
+    #[test]
+    fn fortran_and_big_endian_are_put_right() {
+        let data: Vec<u8> = [1i16, 4, 2, 5, 3, 6].iter().flat_map(|v| v.to_be_bytes()).collect();
+        let file = bytes_of("{'descr': '>i2', 'fortran_order': True, 'shape': (2, 3), }\n", &data);
+        let tensor = read_from(&file[..]).unwrap();
+        assert_eq!(tensor.values::<i16>().unwrap(), [1, 2, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn hostile_headers_are_errors() {
+        let f4 = |shape: &str| format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}");
+        let cases = [
+            (f4("(9223372036854775807, 9223372036854775807)"), "larger than memory"),
+            (f4("(1000000000000,)"), "0 bytes of data"),
+            (f4("(-1,)"), "holds -1"),
+            (f4("(2"), "no shape"),
+            ("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}".into(), "pickled"),
+            ("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,)}".into(), "structured"),
+            ("{'descr': '<U7', 'fortran_order': False, 'shape': (1,)}".into(), "not supported"),
+            ("((((((((".into(), "no descr"),
+        ];
+        for (header, want) in cases {
+            let error = read_from(&bytes_of(&header, &[])[..]).unwrap_err().to_string();
+            assert!(error.contains(want), "{header}: {error}");
+        }
+        let mut long = MAGIC.to_vec();
+        long.extend([2, 0, 0xff, 0xff, 0xff, 0xff]);
+        assert!(read_from(&long[..]).unwrap_err().to_string().contains("a header of 4294967295 bytes"));
+        assert!(read_from(&b"\x93NUM"[..]).is_err());
+    }
+
+    #[test]
+    fn archives_keep_names_and_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.npz");
+        let (a, b) = (HostTensor::vec(&[1i64, 2]), HostTensor::scalar(0.25f64));
+        write_npz(&path, &[("x", &a), ("a/b", &b)]).unwrap();
+        let read = read_npz(&path).unwrap();
+        assert_eq!(read, [("x".to_string(), a), ("a/b".to_string(), b)]);
+        std::fs::write(&path, b"PK nonsense").unwrap();
+        assert!(read_npz(&path).unwrap_err().to_string().contains("a.npz"));
+    }
+}
