@@ -1,6 +1,7 @@
 //! Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
 
 pub mod cli;
+pub mod diffusion;
 pub mod error;
 pub mod files;
 pub mod io;

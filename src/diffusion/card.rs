@@ -1,0 +1,502 @@
+//! The teacher card: what an ONNX file does not say about the diffusion model in it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::tensor::DType;
+
+use super::schedule::{Schedule, ScheduleSpec};
+
+/// What the network's output is. `x_t = a x0 + b e`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prediction {
+    /// x0 itself; with an EDM schedule the preconditioning is inside the graph.
+    Denoised,
+    /// EDM's raw `F`: `D(x) = c_skip x + c_out F(c_in x)`.
+    EdmRaw,
+    /// The noise `e`.
+    Epsilon,
+    /// `a e - b x0` with `a^2 + b^2 = 1`.
+    V,
+    /// `e - x0` (rectified flow).
+    Flow,
+}
+
+/// The number that the network takes as time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TimeUnit {
+    /// sigma.
+    Sigma,
+    /// ln(sigma) / 4, EDM's c_noise.
+    #[serde(rename = "ln-sigma-4")]
+    LnSigma4,
+    /// Index into a VP table, 0 to N-1.
+    Step,
+    /// \[0, 1\]: the flow's t, or the step divided by N-1.
+    Unit,
+    /// \[0, 1000\]: a thousand times [`TimeUnit::Unit`].
+    Thousand,
+}
+
+/// How the graph lays out a batch of samples. Outside the graph it is always `[B, C, H, W]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    #[default]
+    Nchw,
+    Nhwc,
+}
+
+/// The null value of a one-hot or embedding condition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Null {
+    /// One-hot at this index.
+    Index(usize),
+    /// The values of one row.
+    Values(Vec<f64>),
+    /// All zeros.
+    Zeros(Zeros),
+}
+
+/// The word `"zeros"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Zeros {
+    Zeros,
+}
+
+/// One condition input of the graph.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Condition {
+    /// An integer per sample, 0 to classes-1; `null` is the extra index that means "no class".
+    ClassIndex {
+        classes: usize,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        null: Option<i64>,
+    },
+    /// `[B, classes]` of zeros with a single one.
+    OneHot {
+        classes: usize,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        null: Option<Null>,
+    },
+    /// `[B, ...shape]` of numbers, e.g. text embeddings.
+    Embedding {
+        shape: Vec<usize>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        null: Option<Null>,
+    },
+}
+
+impl Condition {
+    /// Number of classes, where it is a class condition.
+    pub fn classes(&self) -> Option<usize> {
+        match self {
+            Self::ClassIndex { classes, .. } | Self::OneHot { classes, .. } => Some(*classes),
+            Self::Embedding { .. } => None,
+        }
+    }
+
+    /// Whether the card has a null value, which guidance needs.
+    pub fn has_null(&self) -> bool {
+        match self {
+            Self::ClassIndex { null, .. } => null.is_some(),
+            Self::OneHot { null, .. } | Self::Embedding { null, .. } => null.is_some(),
+        }
+    }
+
+    /// Shape of one row.
+    pub fn row_shape(&self) -> Vec<usize> {
+        match self {
+            Self::ClassIndex { .. } => vec![],
+            Self::OneHot { classes, .. } => vec![*classes],
+            Self::Embedding { shape, .. } => shape.clone(),
+        }
+    }
+
+    /// One null row as numbers (a class index is one number), where the card has a null value.
+    pub fn null_row(&self) -> Option<Vec<f64>> {
+        let width = self.row_shape().iter().product();
+        match self {
+            Self::ClassIndex { null, .. } => null.map(|n| vec![n as f64]),
+            Self::OneHot { null, .. } | Self::Embedding { null, .. } => null.as_ref().map(|n| match n {
+                Null::Zeros(_) => vec![0.0; width],
+                Null::Values(v) => v.clone(),
+                Null::Index(index) => (0..width).map(|i| f64::from(u8::from(i == *index))).collect(),
+            }),
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        let width: usize = self.row_shape().iter().product();
+        match self {
+            Self::ClassIndex { classes: 0, .. } | Self::OneHot { classes: 0, .. } => {
+                Err(Error::usage("classes is 0, expected 1 or more"))
+            }
+            Self::ClassIndex { null: Some(n), .. } if *n < 0 => Err(Error::usage(format!("null is {n}, below 0"))),
+            Self::OneHot { null: Some(Null::Index(i)), .. } if *i >= width => {
+                Err(Error::usage(format!("null is index {i}, expected 0 to {} or \"zeros\"", width - 1)))
+            }
+            Self::OneHot { null: Some(Null::Values(v)), .. } | Self::Embedding { null: Some(Null::Values(v)), .. }
+                if v.len() != width =>
+            {
+                Err(Error::usage(format!("null has {} values, expected {width}", v.len())))
+            }
+            Self::Embedding { null: Some(Null::Index(_)), .. } => {
+                Err(Error::usage("null of an embedding is \"zeros\" or the list of its values"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn one() -> f64 {
+    1.0
+}
+fn half() -> f64 {
+    0.5
+}
+
+/// The card. Every field is documented in the README under the same name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherCard {
+    /// Graph input that takes the noisy sample.
+    pub sample: String,
+    /// Graph input that takes the noise level or time: rank 0, `[1]` or `[B]`.
+    pub time: String,
+    /// Graph output to use.
+    pub output: String,
+    pub prediction: Prediction,
+    pub time_unit: TimeUnit,
+    /// C, H, W of one sample, whatever the layout.
+    pub shape: [usize; 3],
+    #[serde(default)]
+    pub layout: Layout,
+    /// Value range of a clean sample; absent for latents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<[f64; 2]>,
+    /// Standard deviation of the data, for EDM's preconditioning.
+    #[serde(default = "half")]
+    pub sigma_data: f64,
+    /// Latents are the autoencoder's output times this.
+    #[serde(default = "one")]
+    pub latent_scale: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
+    pub schedule: ScheduleSpec,
+    /// By graph input.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub conditions: BTreeMap<String, Condition>,
+    /// Graph inputs that are fixed to a number.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub constants: BTreeMap<String, f64>,
+}
+
+/// A graph input or output as its file declares it: `None` is a dynamic dimension.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputSpec {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Vec<Option<usize>>,
+}
+
+impl InputSpec {
+    pub fn new(name: impl Into<String>, dtype: DType, shape: &[Option<usize>]) -> Self {
+        Self { name: name.into(), dtype, shape: shape.to_vec() }
+    }
+}
+
+impl From<(String, DType, Vec<Option<usize>>)> for InputSpec {
+    fn from((name, dtype, shape): (String, DType, Vec<Option<usize>>)) -> Self {
+        Self { name, dtype, shape }
+    }
+}
+
+impl std::fmt::Display for InputSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let dims: Vec<_> = self.shape.iter().map(|d| d.map_or("?".into(), |d| d.to_string())).collect();
+        write!(f, "{} {}[{}]", self.name, self.dtype, dims.join(", "))
+    }
+}
+
+impl TeacherCard {
+    /// Elements of one sample.
+    pub fn sample_len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The schedule with its tables.
+    pub fn schedule(&self) -> Result<Schedule> {
+        Schedule::new(&self.schedule)
+    }
+
+    /// Number of classes of the first class condition, where there is one.
+    pub fn classes(&self) -> Option<usize> {
+        self.conditions.values().find_map(Condition::classes)
+    }
+
+    /// Checks every value on its own and against the others.
+    pub fn validate(&self) -> Result<()> {
+        let bad = |what: String| Err(Error::usage(format!("card: {what}")));
+        for (key, name) in [("sample", &self.sample), ("time", &self.time), ("output", &self.output)] {
+            if name.is_empty() {
+                return bad(format!("`{key}` is empty"));
+            }
+        }
+        if self.shape.contains(&0) || self.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).is_none() {
+            return bad(format!("`shape` is {:?}, expected C, H, W above 0", self.shape));
+        }
+        if let Some([low, high]) = self.range
+            && !(low < high && low.is_finite() && high.is_finite())
+        {
+            return bad(format!("`range` is [{low}, {high}], expected a low and a higher value"));
+        }
+        for (key, value) in [("sigma_data", self.sigma_data), ("latent_scale", self.latent_scale)] {
+            if !(value > 0.0 && value.is_finite()) {
+                return bad(format!("`{key}` is {value}, expected a number above 0"));
+            }
+        }
+        let mut used = vec![("sample", &self.sample)];
+        let rest = std::iter::once(("time", &self.time))
+            .chain(self.conditions.keys().map(|k| ("conditions", k)))
+            .chain(self.constants.keys().map(|k| ("constants", k)));
+        for (key, name) in rest {
+            if let Some((other, _)) = used.iter().find(|(_, n)| *n == name) {
+                return bad(format!("graph input `{name}` is named by both `{other}` and `{key}`"));
+            }
+            used.push((key, name));
+        }
+        for (name, condition) in &self.conditions {
+            condition.validate().with_context(|| format!("card key `conditions.{name}`"))?;
+        }
+        if let Some((name, value)) = self.constants.iter().find(|(_, v)| v.is_nan()) {
+            return bad(format!("`constants.{name}` is {value}"));
+        }
+        super::conversion::Conversion::new(self)?;
+        Ok(())
+    }
+
+    /// Checks that the graph has what the card names and that every graph input is covered. `inputs` without
+    /// initializers.
+    pub fn check_against(&self, inputs: &[InputSpec], outputs: &[InputSpec]) -> Result<()> {
+        let list = |values: &[InputSpec]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>().join("; ");
+        let fail = |what: String| {
+            Error::usage(format!(
+                "the card contradicts the graph: {what}\n  graph inputs: {}\n  graph outputs: {}",
+                list(inputs),
+                list(outputs)
+            ))
+            .hint("correct the card: --card key=value, <model>.card.toml, or the model's metadata_props")
+        };
+        let find = |key: &str, name: &str, values: &[InputSpec], what: &str| {
+            values
+                .iter()
+                .find(|v| v.name == name)
+                .cloned()
+                .ok_or_else(|| fail(format!("`{key}` names `{name}`, which is no {what} of the graph")))
+        };
+        let sample = find("sample", &self.sample, inputs, "input")?;
+        let time = find("time", &self.time, inputs, "input")?;
+        let output = find("output", &self.output, outputs, "output")?;
+        let [c, h, w] = self.shape;
+        let row = match self.layout {
+            Layout::Nchw => [c, h, w],
+            Layout::Nhwc => [h, w, c],
+        };
+        if !sample.dtype.is_float() {
+            return Err(fail(format!("sample `{sample}` is not a float")));
+        }
+        if !fits(&sample.shape, &row) {
+            return Err(fail(format!("sample `{sample}` does not fit [B, {}, {}, {}]", row[0], row[1], row[2])));
+        }
+        // Exporters may leave an output's shape out; it reads like a scalar then.
+        if !output.shape.is_empty() && !fits(&output.shape, &row) {
+            return Err(fail(format!("output `{output}` does not fit [B, {}, {}, {}]", row[0], row[1], row[2])));
+        }
+        let batch = sample.shape[0];
+        let lead = time.shape.first().copied().flatten();
+        if time.shape.iter().skip(1).any(|d| d.is_some_and(|d| d != 1)) || lead.is_some_and(|d| d != 1 && batch != lead) {
+            return Err(fail(format!("time `{time}` is not one number a sample (rank 0, [1] or [B])")));
+        }
+        if time.dtype == DType::Bool || (!time.dtype.is_float() && !matches!(self.time_unit, TimeUnit::Step)) {
+            return Err(fail(format!("time `{time}` cannot hold the fractions of time_unit {:?}", self.time_unit)));
+        }
+        for (name, condition) in &self.conditions {
+            let input = find("conditions", name, inputs, "input")?;
+            let fitting = match condition {
+                Condition::ClassIndex { .. } => input.shape.len() <= 1 || fits(&input.shape, &[1]),
+                _ => fits(&input.shape, &condition.row_shape()),
+            };
+            if !fitting || input.dtype == DType::Bool {
+                return Err(fail(format!("condition `{input}` does not fit {condition:?}")));
+            }
+        }
+        for name in self.constants.keys() {
+            find("constants", name, inputs, "input")?;
+        }
+        let covered = |name: &str| {
+            name == self.sample
+                || name == self.time
+                || self.conditions.contains_key(name)
+                || self.constants.contains_key(name)
+        };
+        let open: Vec<_> = inputs.iter().filter(|i| !covered(&i.name)).map(|i| format!("`{}`", i.name)).collect();
+        if !open.is_empty() {
+            return Err(fail(format!(
+                "input {} is neither sample, time, a condition nor a constant of the card",
+                open.join(", ")
+            )));
+        }
+        Ok(())
+    }
+
+    /// One `(dotted key, TOML value)` a leaf, for files and tables.
+    pub fn leaves(&self) -> Result<Vec<(String, toml::Value)>> {
+        let table = toml::Table::try_from(self).map_err(|e| Error::usage(format!("card: {e}")))?;
+        let mut leaves = Vec::new();
+        flatten(String::new(), toml::Value::Table(table), &mut leaves);
+        Ok(leaves)
+    }
+
+    /// `metadata_props` entries: `disback.<dotted key>` to the value as TOML text.
+    pub fn to_metadata(&self) -> Result<Vec<(String, String)>> {
+        Ok(self.leaves()?.into_iter().map(|(k, v)| (format!("disback.{k}"), v.to_string())).collect())
+    }
+
+    /// The side file's text.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::usage(format!("card: {e}")))
+    }
+}
+
+/// A graph's shape against `[B, ...row]`; dynamic dimensions fit anything.
+fn fits(shape: &[Option<usize>], row: &[usize]) -> bool {
+    shape.len() == row.len() + 1 && shape[1..].iter().zip(row).all(|(d, r)| d.is_none_or(|d| d == *r))
+}
+
+fn flatten(key: String, value: toml::Value, leaves: &mut Vec<(String, toml::Value)>) {
+    match value {
+        toml::Value::Table(table) => {
+            for (name, value) in table {
+                let key = if key.is_empty() { name } else { format!("{key}.{name}") };
+                flatten(key, value, leaves);
+            }
+        }
+        value => leaves.push((key, value)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The card of the digits example.
+    pub fn digits() -> TeacherCard {
+        toml::from_str(
+            r#"
+            sample = "x"
+            time = "sigma"
+            output = "denoised"
+            prediction = "denoised"
+            time_unit = "sigma"
+            shape = [1, 8, 8]
+            range = [-1.0, 1.0]
+            [schedule]
+            kind = "edm"
+            [conditions.labels]
+            kind = "class-index"
+            classes = 10
+            null = 10
+            "#,
+        )
+        .unwrap()
+    }
+
+    fn graph() -> (Vec<InputSpec>, Vec<InputSpec>) {
+        let image = [None, Some(1), Some(8), Some(8)];
+        (
+            vec![
+                InputSpec::new("x", DType::F32, &image),
+                InputSpec::new("sigma", DType::F32, &[None]),
+                InputSpec::new("labels", DType::I64, &[None]),
+            ],
+            vec![InputSpec::new("denoised", DType::F32, &image)],
+        )
+    }
+
+    #[test]
+    fn a_fitting_graph_passes_and_each_contradiction_is_named() {
+        let (inputs, outputs) = graph();
+        digits().validate().unwrap();
+        digits().check_against(&inputs, &outputs).unwrap();
+        type Change = fn(&mut TeacherCard, &mut Vec<InputSpec>);
+        let cases: [(Change, &str); 11] = [
+            (|c, _| c.sample = "y".into(), "`sample` names `y`, which is no input"),
+            (|c, _| c.output = "eps".into(), "`output` names `eps`, which is no output"),
+            (|c, _| c.shape = [3, 8, 8], "does not fit [B, 3, 8, 8]"),
+            (|c, _| c.layout = Layout::Nhwc, "does not fit [B, 8, 8, 1]"),
+            (|_, g| g[0].shape.truncate(3), "does not fit [B, 1, 8, 8]"),
+            (|_, g| g[0].dtype = DType::I64, "is not a float"),
+            (|_, g| g[1].shape = vec![None, Some(8)], "is not one number a sample"),
+            (|_, g| g[1].dtype = DType::I64, "cannot hold the fractions"),
+            (|_, g| g[2].shape = vec![None, Some(10)], "condition `labels i64[?, 10]`"),
+            (|_, g| g.push(InputSpec::new("mask", DType::F32, &[])), "input `mask` is neither"),
+            (|c, _| drop(c.constants.insert("w".into(), 1.0)), "`constants` names `w`"),
+        ];
+        for (change, expected) in cases {
+            let (mut card, mut inputs) = (digits(), inputs.clone());
+            change(&mut card, &mut inputs);
+            let error = card.check_against(&inputs, &outputs).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            let text = error.to_string();
+            assert!(text.contains(expected), "{text}\nexpected: {expected}");
+            assert!(text.contains("graph inputs: x f32[?, 1, 8, 8]") || text.contains("graph inputs: x "), "{text}");
+        }
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_refused() {
+        let cases: [fn(&mut TeacherCard); 9] = [
+            |c| c.shape = [1, 0, 8],
+            |c| c.range = Some([1.0, -1.0]),
+            |c| c.sigma_data = 0.0,
+            |c| c.latent_scale = f64::INFINITY,
+            |c| c.time = "x".into(),
+            |c| c.prediction = Prediction::Flow,
+            |c| c.time_unit = TimeUnit::Step,
+            |c| drop(c.conditions.insert("y".into(), Condition::OneHot { classes: 4, null: Some(Null::Index(4)) })),
+            |c| drop(c.conditions.insert("y".into(), Condition::ClassIndex { classes: 0, null: None })),
+        ];
+        for (i, change) in cases.iter().enumerate() {
+            let mut card = digits();
+            change(&mut card);
+            assert_eq!(card.validate().unwrap_err().exit_code(), 2, "case {i}");
+        }
+    }
+
+    #[test]
+    fn null_rows_of_every_kind() {
+        let row = |text: &str| toml::from_str::<Condition>(text).unwrap().null_row();
+        assert_eq!(row("kind='class-index'\nclasses=3\nnull=3"), Some(vec![3.0]));
+        assert_eq!(row("kind='one-hot'\nclasses=3\nnull=1"), Some(vec![0.0, 1.0, 0.0]));
+        assert_eq!(row("kind='one-hot'\nclasses=3\nnull='zeros'"), Some(vec![0.0; 3]));
+        assert_eq!(row("kind='embedding'\nshape=[2]\nnull=[1, 2.5]"), Some(vec![1.0, 2.5]));
+        assert_eq!(row("kind='embedding'\nshape=[2]"), None);
+    }
+
+    #[test]
+    fn toml_text_gives_the_same_card_back() {
+        let card = digits();
+        assert_eq!(toml::from_str::<TeacherCard>(&card.to_toml().unwrap()).unwrap(), card);
+        let metadata = card.to_metadata().unwrap();
+        assert!(metadata.contains(&("disback.prediction".into(), "\"denoised\"".into())));
+        assert!(metadata.contains(&("disback.conditions.labels.null".into(), "10".into())));
+    }
+}

@@ -1,0 +1,312 @@
+//! The one place where predictions are turned into `x0`. Every family is affine in the network's output:
+//! `x_net = c_in x_edm`, `F = net(x_net, time)`, `x0 = skip x_net + out F`, with coefficients computed in f64 (1/a
+//! reaches 157 at the end of DDPM's schedule) and applied in f32.
+
+use crate::error::{Error, Result};
+
+use super::card::{Prediction, TeacherCard, TimeUnit};
+use super::schedule::{Schedule, ScheduleSpec};
+
+/// The conversion at one noise level.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Coefficients {
+    /// `x_net = c_in x_edm`.
+    pub c_in: f64,
+    /// The number for the network's time input.
+    pub time: f64,
+    /// `x0 = skip x_net + out F`.
+    pub skip: f64,
+    /// `x0 = skip x_net + out F`.
+    pub out: f64,
+}
+
+/// Where a one-step student starts: `x_net = init_scale z`, `z ~ N(0, I)`, `x0 = skip x_net + out F`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StudentStart {
+    pub init_scale: f64,
+    /// The noise level that `x_net` stands for; infinite for flow at t = 1.
+    pub sigma: f64,
+    pub coefficients: Coefficients,
+}
+
+/// A card's prediction, time unit and schedule, ready to compute with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conversion {
+    prediction: Prediction,
+    time_unit: TimeUnit,
+    sigma_data: f64,
+    schedule: Schedule,
+}
+
+impl Conversion {
+    /// Refuses combinations that have no meaning, such as flow with a VP schedule.
+    pub fn new(card: &TeacherCard) -> Result<Self> {
+        let no = |what: &str, hint: &str| Err(Error::usage(format!("card: {what}")).hint(hint));
+        match (card.prediction, &card.schedule) {
+            (Prediction::EdmRaw, ScheduleSpec::Vp { .. } | ScheduleSpec::Flow { .. }) => {
+                return no(
+                    "prediction `edm-raw` with a schedule that is not `edm`",
+                    "EDM's VP networks are prediction `epsilon` with a `vp` schedule",
+                );
+            }
+            (Prediction::Flow, ScheduleSpec::Edm { .. } | ScheduleSpec::Vp { .. }) => {
+                return no("prediction `flow` with a schedule that is not `flow`", "set schedule.kind = \"flow\"");
+            }
+            (Prediction::V, ScheduleSpec::Flow { .. }) => {
+                return no("prediction `v` with a `flow` schedule, where a^2 + b^2 is not 1", "use prediction `flow`");
+            }
+            _ => {}
+        }
+        match (card.time_unit, &card.schedule) {
+            (TimeUnit::Step, ScheduleSpec::Edm { .. } | ScheduleSpec::Flow { .. }) => {
+                return no("time_unit `step` without a table of steps (schedule `vp`)", "flow times are `unit` or `thousand`");
+            }
+            (TimeUnit::Unit | TimeUnit::Thousand, ScheduleSpec::Edm { .. }) => {
+                return no("an `edm` schedule has no time within bounds", "use time_unit `sigma` or `ln-sigma-4`");
+            }
+            _ => {}
+        }
+        Ok(Self {
+            prediction: card.prediction,
+            time_unit: card.time_unit,
+            sigma_data: card.sigma_data,
+            schedule: card.schedule()?,
+        })
+    }
+
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// The number that the network takes for a noise level.
+    pub fn time(&self, sigma: f64) -> f64 {
+        let unit = || match self.schedule.steps() {
+            Some(n) => self.schedule.t(sigma) / (n - 1) as f64,
+            None => self.schedule.t(sigma),
+        };
+        match self.time_unit {
+            TimeUnit::Sigma => sigma,
+            TimeUnit::LnSigma4 => sigma.ln() / 4.0,
+            // The table's entries are integers; what the logarithms leave of 1e-13 must not reach a truncating cast.
+            TimeUnit::Step => {
+                let t = self.schedule.t(sigma);
+                if (t - t.round()).abs() < 1e-6 { t.round() } else { t }
+            }
+            TimeUnit::Unit => unit(),
+            TimeUnit::Thousand => 1000.0 * unit(),
+        }
+    }
+
+    /// Coefficients at a finite noise level above 0.
+    pub fn at(&self, sigma: f64) -> Result<Coefficients> {
+        if !(sigma.is_finite() && sigma > 0.0) {
+            return Err(Error::usage(format!("noise level {sigma}, expected a finite number above 0")));
+        }
+        Ok(self.coefficients(sigma))
+    }
+
+    fn coefficients(&self, sigma: f64) -> Coefficients {
+        let time = self.time(sigma);
+        let (a, b) = (self.schedule.a(sigma), self.schedule.b(sigma));
+        let edm = matches!(self.schedule, Schedule::Edm { .. });
+        let (c_in, skip, out) = match self.prediction {
+            Prediction::Denoised => (a, 0.0, 1.0),
+            Prediction::EdmRaw => {
+                // c_skip / c_in = sd^2 / root, because skip multiplies x_net = c_in x.
+                let sd = self.sigma_data;
+                let root = sigma.hypot(sd);
+                (1.0 / root, sd * sd / root, sigma * sd / root)
+            }
+            Prediction::Epsilon => (a, 1.0 / a, -b / a),
+            Prediction::V if edm => {
+                // v needs a^2 + b^2 = 1: the EDM schedule's sample scaled to unit variance, as Stable Video Diffusion does.
+                let unit = 1.0 / sigma.hypot(1.0);
+                (unit, unit, -sigma * unit)
+            }
+            Prediction::V => (a, a, -b),
+            Prediction::Flow => (a, 1.0, -b),
+        };
+        Coefficients { c_in, time, skip, out }
+    }
+
+    /// The start of a one-step student (method of DMD, SiD, Diff-Instruct): EDM `x0 = D(sigma_init z; sigma_init)`, by
+    /// default sigma_max; VP `x_net = z` at the step next to sigma_init, by default the last; flow `x_net = z` at t = 1,
+    /// or `x_net = t z` at a finite sigma_init.
+    pub fn at_start(&self, sigma_init: Option<f64>) -> Result<StudentStart> {
+        if let Some(sigma) = sigma_init
+            && !(sigma > 0.0 && sigma.is_finite())
+        {
+            return Err(Error::usage(format!("sigma_init is {sigma}, expected a finite number above 0")));
+        }
+        let (sigma, init_scale) = match &self.schedule {
+            Schedule::Edm { sigma_max, .. } => {
+                let sigma = sigma_init.unwrap_or(*sigma_max);
+                (sigma, self.coefficients(sigma).c_in * sigma)
+            }
+            Schedule::Vp { .. } => (self.schedule.snap(sigma_init.unwrap_or(self.schedule.sigma_max())), 1.0),
+            Schedule::Flow { .. } => {
+                let sigma = sigma_init.unwrap_or(f64::INFINITY);
+                (sigma, self.schedule.b(sigma))
+            }
+        };
+        let coefficients = self.coefficients(sigma);
+        let Coefficients { c_in, time, skip, out } = coefficients;
+        if ![c_in, time, skip, out].iter().all(|c| c.is_finite()) {
+            return Err(Error::usage(format!(
+                "a student cannot start at sigma {sigma} with prediction {:?} and time unit {:?}: x0 is undefined there",
+                self.prediction, self.time_unit
+            ))
+            .hint("give a finite sigma_init"));
+        }
+        Ok(StudentStart { init_scale, sigma, coefficients })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diffusion::schedule::{Betas, karras};
+
+    fn card(prediction: Prediction, time_unit: TimeUnit, schedule: ScheduleSpec) -> TeacherCard {
+        TeacherCard {
+            sample: "x".into(),
+            time: "t".into(),
+            output: "y".into(),
+            prediction,
+            time_unit,
+            shape: [1, 1, 1],
+            layout: Default::default(),
+            range: None,
+            sigma_data: 0.5,
+            latent_scale: 1.0,
+            dataset: None,
+            schedule,
+            conditions: Default::default(),
+            constants: Default::default(),
+        }
+    }
+    fn edm() -> ScheduleSpec {
+        ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 }
+    }
+    fn vp(betas: Betas) -> ScheduleSpec {
+        ScheduleSpec::Vp { betas, beta_start: None, beta_end: None, steps: None, table: vec![] }
+    }
+    fn flow() -> ScheduleSpec {
+        ScheduleSpec::Flow { shift: 3.0 }
+    }
+
+    /// Every family with the exact network output of method.md's table, as functions of (a, b, sigma, x0, e).
+    #[test]
+    fn exact_outputs_give_x0_back_over_the_whole_range_of_sigma() {
+        type Exact = fn(f64, f64, f64, f64, f64) -> f64;
+        let raw: Exact = |_, _, s, x0, e| {
+            let (skip, out) = (0.25 / (s * s + 0.25), s * 0.5 / (s * s + 0.25).sqrt());
+            (x0 - skip * (x0 + s * e)) / out
+        };
+        let cases: Vec<(Prediction, ScheduleSpec, Exact)> = vec![
+            (Prediction::Denoised, edm(), |_, _, _, x0, _| x0),
+            (Prediction::EdmRaw, edm(), raw),
+            (Prediction::Epsilon, edm(), |_, _, _, _, e| e),
+            (Prediction::V, edm(), |_, _, s, x0, e| (e - s * x0) / (1.0 + s * s).sqrt()),
+            (Prediction::Denoised, vp(Betas::Linear), |_, _, _, x0, _| x0),
+            (Prediction::Epsilon, vp(Betas::Linear), |_, _, _, _, e| e),
+            (Prediction::Epsilon, vp(Betas::ScaledLinear), |_, _, _, _, e| e),
+            (Prediction::V, vp(Betas::ScaledLinear), |a, b, _, x0, e| a * e - b * x0),
+            (Prediction::V, vp(Betas::Cosine), |a, b, _, x0, e| a * e - b * x0),
+            (Prediction::Flow, flow(), |_, _, _, x0, e| e - x0),
+            (Prediction::Denoised, flow(), |_, _, _, x0, _| x0),
+            (Prediction::Epsilon, flow(), |_, _, _, _, e| e),
+        ];
+        for (prediction, spec, exact) in cases {
+            let unit = match spec {
+                ScheduleSpec::Edm { .. } => TimeUnit::LnSigma4,
+                ScheduleSpec::Vp { .. } => TimeUnit::Step,
+                ScheduleSpec::Flow { .. } => TimeUnit::Unit,
+            };
+            let conversion = Conversion::new(&card(prediction, unit, spec)).unwrap();
+            let schedule = conversion.schedule().clone();
+            let (lo, hi) = (schedule.sigma_min(), schedule.sigma_max().min(160.0));
+            for sigma in karras(lo, hi, 7.0, 50) {
+                for (x0, e) in [(0.8, -1.3), (-0.25, 0.4), (1.0, 2.0)] {
+                    let c = conversion.at(sigma).unwrap();
+                    let x_net = c.c_in * (x0 + sigma * e);
+                    let (a, b) = (schedule.a(sigma), schedule.b(sigma));
+                    let found = c.skip * x_net + c.out * exact(a, b, sigma, x0, e);
+                    // The subtraction of terms of size sigma loses log10(sigma) of f64's digits.
+                    let tolerance = 1e-12 * f64::max(1.0, sigma / 10.0);
+                    assert!((found - x0).abs() <= tolerance, "{prediction:?} at {sigma}: {found} is not {x0}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn edm_coefficients_are_the_papers() {
+        let conversion = Conversion::new(&card(Prediction::EdmRaw, TimeUnit::LnSigma4, edm())).unwrap();
+        for s in [0.002f64, 0.1, 0.5, 1.0, 13.0, 80.0] {
+            let c = conversion.at(s).unwrap();
+            let sum = s * s + 0.25;
+            let close = |x: f64, y: f64| assert!((x - y).abs() <= 1e-14 * y.abs(), "{x} {y}");
+            close(c.c_in, 1.0 / sum.sqrt());
+            close(c.skip * c.c_in, 0.25 / sum);
+            close(c.out, s * 0.5 / sum.sqrt());
+            assert_eq!(c.time, s.ln() / 4.0);
+        }
+    }
+
+    #[test]
+    fn vp_epsilon_is_edms_vp_preconditioning() {
+        // c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2 + 1) in x_edm coordinates.
+        let conversion = Conversion::new(&card(Prediction::Epsilon, TimeUnit::Step, vp(Betas::Linear))).unwrap();
+        for s in [0.02, 1.0, 50.0] {
+            let c = conversion.at(s).unwrap();
+            assert!((c.c_in * (s * s + 1.0f64).sqrt() - 1.0).abs() < 1e-14);
+            assert!((c.skip * c.c_in - 1.0).abs() < 1e-14 && (c.out + s).abs() < 1e-13 * s);
+        }
+    }
+
+    #[test]
+    fn time_numbers_of_every_unit() {
+        let time = |unit, spec, sigma| Conversion::new(&card(Prediction::Denoised, unit, spec)).unwrap().time(sigma);
+        assert_eq!(time(TimeUnit::Sigma, edm(), 3.0), 3.0);
+        assert_eq!(time(TimeUnit::LnSigma4, edm(), 1.0), 0.0);
+        let table = Schedule::new(&vp(Betas::Linear)).unwrap();
+        for step in 0..1000 {
+            let sigma = table.sigma(f64::from(step));
+            assert_eq!(time(TimeUnit::Step, vp(Betas::Linear), sigma), f64::from(step));
+        }
+        assert!((time(TimeUnit::Unit, vp(Betas::Linear), table.sigma(999.0)) - 1.0).abs() < 1e-12);
+        assert_eq!(time(TimeUnit::Unit, flow(), 3.0), 0.75);
+        assert_eq!(time(TimeUnit::Thousand, flow(), 1.0), 500.0);
+    }
+
+    #[test]
+    fn students_start_as_in_the_method() {
+        let start = |prediction, unit, spec, sigma| {
+            Conversion::new(&card(prediction, unit, spec)).unwrap().at_start(sigma)
+        };
+        // EDM: x0 = D(80 z; 80).
+        let s = start(Prediction::Denoised, TimeUnit::Sigma, edm(), None).unwrap();
+        assert_eq!((s.init_scale, s.sigma), (80.0, 80.0));
+        assert_eq!(s.coefficients, Coefficients { c_in: 1.0, time: 80.0, skip: 0.0, out: 1.0 });
+        let s = start(Prediction::EdmRaw, TimeUnit::LnSigma4, edm(), Some(2.5)).unwrap();
+        assert!((s.init_scale - 2.5 / (6.25f64 + 0.25).sqrt()).abs() < 1e-15);
+        // VP: x_net = z at T*, x0 = (z - b eps) / a.
+        let table = Schedule::new(&vp(Betas::ScaledLinear)).unwrap();
+        for (sigma_init, step) in [(None, 999.0), (Some(table.sigma(399.2)), 399.0)] {
+            let s = start(Prediction::Epsilon, TimeUnit::Step, vp(Betas::ScaledLinear), sigma_init).unwrap();
+            let (a, b) = (table.a(s.sigma), table.b(s.sigma));
+            assert_eq!((s.init_scale, s.coefficients.time), (1.0, step));
+            let (z, eps) = (0.7, -0.2);
+            assert!((s.coefficients.skip * z + s.coefficients.out * eps - (z - b * eps) / a).abs() < 1e-12);
+        }
+        // Flow: x0 = z - u at t = 1.
+        let s = start(Prediction::Flow, TimeUnit::Thousand, flow(), None).unwrap();
+        assert_eq!(s.init_scale, 1.0);
+        assert_eq!(s.coefficients, Coefficients { c_in: 0.0, time: 1000.0, skip: 1.0, out: -1.0 });
+        // x0 cannot be had from noise alone when the network predicts the noise.
+        assert!(start(Prediction::Epsilon, TimeUnit::Unit, flow(), None).is_err());
+        assert!(start(Prediction::Epsilon, TimeUnit::Unit, flow(), Some(9.0)).is_ok());
+        assert!(start(Prediction::Denoised, TimeUnit::Sigma, edm(), Some(-1.0)).is_err());
+    }
+}

@@ -1,0 +1,13 @@
+//! Diffusion models as this project sees them: the teacher card, noise schedules, conversions between predictions,
+//! denoisers and samplers. The common coordinate is `x_edm = x_t / a_t = x0 + sigma e` with `sigma = b_t / a_t`.
+
+pub mod card;
+pub mod card_source;
+pub mod conversion;
+pub mod schedule;
+mod scheduler_config;
+
+pub use card::{Condition, InputSpec, Layout, Null, Prediction, TeacherCard, TimeUnit};
+pub use card_source::{CardSource, Origin, ResolvedCard};
+pub use conversion::{Coefficients, Conversion, StudentStart};
+pub use schedule::{Betas, Schedule, ScheduleSpec};

@@ -1,0 +1,428 @@
+//! Noise schedules `x_t = a_t x0 + b_t e`, all in f64. Natural time `t` of a schedule: EDM sigma itself, VP the table
+//! index 0..N-1 (fractions between entries), flow t in [0, 1].
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How the betas of a VP schedule are made (diffusers' `beta_schedule`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Betas {
+    /// `linspace(beta_start, beta_end, N)`: DDPM.
+    Linear,
+    /// `linspace(sqrt(beta_start), sqrt(beta_end), N)^2`: Stable Diffusion.
+    ScaledLinear,
+    /// `squaredcos_cap_v2`: improved DDPM; beta_start and beta_end play no part.
+    Cosine,
+    /// `abar` given entry by entry.
+    Table,
+}
+
+/// The schedule as a card states it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum ScheduleSpec {
+    /// `a = 1, b = sigma` (EDM, VE).
+    Edm {
+        #[serde(default = "default_sigma_min")]
+        sigma_min: f64,
+        #[serde(default = "default_sigma_max")]
+        sigma_max: f64,
+        #[serde(default = "default_rho")]
+        rho: f64,
+    },
+    /// `a = sqrt(abar), b = sqrt(1 - abar)` (DDPM, Stable Diffusion).
+    Vp {
+        betas: Betas,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        beta_start: Option<f64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        beta_end: Option<f64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        steps: Option<usize>,
+        /// abar of every step, falling; only with `betas = "table"`.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        table: Vec<f64>,
+    },
+    /// `a = 1 - t, b = t` (rectified flow); `shift` moves the times of sampling and training, not `a` and `b`.
+    Flow {
+        #[serde(default = "default_shift")]
+        shift: f64,
+    },
+}
+
+fn default_sigma_min() -> f64 {
+    0.002
+}
+fn default_sigma_max() -> f64 {
+    80.0
+}
+fn default_rho() -> f64 {
+    7.0
+}
+fn default_shift() -> f64 {
+    1.0
+}
+
+/// Flow sampling starts at this t instead of 1, where sigma is infinite; the signal left out is 1e-5 of x0.
+pub const FLOW_T_MAX: f64 = 1.0 - 1e-5;
+/// Smallest t of the flow's noise levels.
+const FLOW_T_MIN: f64 = 1e-3;
+
+/// A schedule ready to compute with.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Schedule {
+    Edm { sigma_min: f64, sigma_max: f64, rho: f64 },
+    /// `ln sigma` of every step, strictly rising.
+    Vp { ln_sigma: Vec<f64> },
+    Flow { shift: f64 },
+}
+
+fn positive(name: &str, value: f64) -> Result<f64> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(value);
+    }
+    Err(Error::usage(format!("card key `schedule.{name}` is {value}, expected a number above 0")))
+}
+
+impl Schedule {
+    /// Checks a card's schedule and computes its tables.
+    pub fn new(spec: &ScheduleSpec) -> Result<Self> {
+        match spec {
+            ScheduleSpec::Edm { sigma_min, sigma_max, rho } => {
+                let (lo, hi) = (positive("sigma_min", *sigma_min)?, positive("sigma_max", *sigma_max)?);
+                if lo >= hi {
+                    return Err(Error::usage(format!("card: schedule.sigma_min {lo} is not below sigma_max {hi}")));
+                }
+                Ok(Self::Edm { sigma_min: lo, sigma_max: hi, rho: positive("rho", *rho)? })
+            }
+            ScheduleSpec::Flow { shift } => Ok(Self::Flow { shift: positive("shift", *shift)? }),
+            ScheduleSpec::Vp { betas, beta_start, beta_end, steps, table } => {
+                let abar = match betas {
+                    Betas::Table => table.clone(),
+                    _ if !table.is_empty() => {
+                        return Err(Error::usage("card: schedule.table is only read with schedule.betas = \"table\""));
+                    }
+                    _ => abar_from_betas(&betas_of(*betas, *beta_start, *beta_end, steps.unwrap_or(1000))?),
+                };
+                if let (Betas::Table, Some(n)) = (betas, steps)
+                    && *n != abar.len()
+                {
+                    return Err(Error::usage(format!("card: schedule.table has {} entries, steps is {n}", abar.len())));
+                }
+                Self::from_abar(&abar)
+            }
+        }
+    }
+
+    /// A VP schedule from `abar` of every step: at least two entries within (0, 1), strictly falling.
+    pub fn from_abar(abar: &[f64]) -> Result<Self> {
+        let bad = |what: String| Err(Error::usage(format!("card: VP schedule: {what}")));
+        if abar.len() < 2 {
+            return bad(format!("{} steps, expected 2 or more", abar.len()));
+        }
+        if let Some((i, v)) = abar.iter().enumerate().find(|(_, v)| !(**v > 0.0 && **v < 1.0)) {
+            return bad(format!("abar of step {i} is {v}, expected a value between 0 and 1"));
+        }
+        if let Some(i) = (1..abar.len()).find(|&i| abar[i] >= abar[i - 1]) {
+            return bad(format!("abar rises from step {} to {i}, expected falling values", i - 1));
+        }
+        Ok(Self::Vp { ln_sigma: abar.iter().map(|v| 0.5 * ((1.0 - v) / v).ln()).collect() })
+    }
+
+    /// Number of table entries of a VP schedule.
+    pub fn steps(&self) -> Option<usize> {
+        match self {
+            Self::Vp { ln_sigma } => Some(ln_sigma.len()),
+            _ => None,
+        }
+    }
+
+    /// sigma = b/a at natural time `t`; infinite for flow at t = 1.
+    pub fn sigma(&self, t: f64) -> f64 {
+        match self {
+            Self::Edm { .. } => t,
+            Self::Flow { .. } => t / (1.0 - t),
+            Self::Vp { ln_sigma } => {
+                // Between entries ln sigma is interpolated; outside it goes on with the slope of the last two.
+                let low = (t.floor().max(0.0) as usize).min(ln_sigma.len() - 2);
+                let fraction = t - low as f64;
+                // At an entry the table is read as it stands, free of the interpolation's rounding.
+                let ln = if fraction == 0.0 {
+                    ln_sigma[low]
+                } else if fraction == 1.0 {
+                    ln_sigma[low + 1]
+                } else {
+                    ln_sigma[low] + fraction * (ln_sigma[low + 1] - ln_sigma[low])
+                };
+                ln.exp()
+            }
+        }
+    }
+
+    /// Natural time of a noise level, the inverse of [`Schedule::sigma`].
+    pub fn t(&self, sigma: f64) -> f64 {
+        match self {
+            Self::Edm { .. } => sigma,
+            Self::Flow { .. } if sigma.is_infinite() => 1.0,
+            Self::Flow { .. } => sigma / (1.0 + sigma),
+            Self::Vp { ln_sigma } => {
+                let ln = sigma.ln();
+                let low = ln_sigma.partition_point(|v| *v <= ln).saturating_sub(1).min(ln_sigma.len() - 2);
+                low as f64 + (ln - ln_sigma[low]) / (ln_sigma[low + 1] - ln_sigma[low])
+            }
+        }
+    }
+
+    /// `a` of the forward process at a noise level: `x_t = a x_edm`.
+    pub fn a(&self, sigma: f64) -> f64 {
+        match self {
+            Self::Edm { .. } => 1.0,
+            Self::Vp { .. } => 1.0 / sigma.hypot(1.0),
+            Self::Flow { .. } => 1.0 / (1.0 + sigma),
+        }
+    }
+
+    /// `b = a sigma` of the forward process at a noise level; 1 at an infinite one.
+    pub fn b(&self, sigma: f64) -> f64 {
+        if sigma.is_infinite() && !matches!(self, Self::Edm { .. }) { 1.0 } else { self.a(sigma) * sigma }
+    }
+
+    /// Lowest noise level that the network was trained on.
+    pub fn sigma_min(&self) -> f64 {
+        match self {
+            Self::Edm { sigma_min, .. } => *sigma_min,
+            Self::Vp { .. } => self.sigma(0.0),
+            Self::Flow { .. } => self.sigma(FLOW_T_MIN),
+        }
+    }
+
+    /// Highest finite noise level, from which sampling starts with `x_edm = sigma_max z`.
+    pub fn sigma_max(&self) -> f64 {
+        match self {
+            Self::Edm { sigma_max, .. } => *sigma_max,
+            Self::Vp { ln_sigma } => self.sigma((ln_sigma.len() - 1) as f64),
+            Self::Flow { .. } => self.sigma(FLOW_T_MAX),
+        }
+    }
+
+    /// The nearest noise level that the network knows: the nearest step of a VP table, the value itself elsewhere.
+    pub fn snap(&self, sigma: f64) -> f64 {
+        match self {
+            Self::Vp { ln_sigma } => self.sigma(self.t(sigma).round().clamp(0.0, (ln_sigma.len() - 1) as f64)),
+            _ => sigma,
+        }
+    }
+
+    /// Noise levels to draw from in distillation, rising: EDM the `n`-entry Karras table (DMD2: n = 1000), flow `n` times
+    /// spread evenly over (0, 1) and shifted, VP `n` steps of its own table (each of them where n is at least as large).
+    pub fn training_sigmas(&self, n: usize) -> Vec<f64> {
+        let n = n.max(2);
+        match self {
+            Self::Edm { sigma_min, sigma_max, rho } => {
+                let mut table = karras(*sigma_min, *sigma_max, *rho, n);
+                table.reverse();
+                table
+            }
+            Self::Vp { ln_sigma } => {
+                let last = (ln_sigma.len() - 1) as f64;
+                let n = n.min(ln_sigma.len());
+                (0..n).map(|i| self.sigma((last * i as f64 / (n - 1) as f64).round())).collect()
+            }
+            Self::Flow { shift } => (0..n).map(|i| self.sigma(shifted((i as f64 + 0.5) / n as f64, *shift))).collect(),
+        }
+    }
+
+    /// The falling noise levels of a sampler with `n` steps, `n + 1` values of which the last is 0: EDM Karras, VP table
+    /// entries (diffusers' "trailing" spacing, which begins at the last one), flow even times, shifted.
+    pub fn sampling_sigmas(&self, n: usize) -> Vec<f64> {
+        let n = n.max(1);
+        let mut sigmas = match self {
+            Self::Edm { sigma_min, sigma_max, rho } => karras(*sigma_min, *sigma_max, *rho, n),
+            Self::Vp { ln_sigma } => {
+                let total = ln_sigma.len();
+                let n = n.min(total);
+                (0..n).map(|i| self.sigma((total as f64 * (1.0 - i as f64 / n as f64)).round() - 1.0)).collect()
+            }
+            Self::Flow { shift } => (0..n)
+                .map(|i| self.sigma(shifted(1.0 - i as f64 / n as f64, *shift).min(FLOW_T_MAX)))
+                .collect(),
+        };
+        sigmas.push(0.0);
+        sigmas
+    }
+}
+
+/// Time shift of flow models for higher resolutions: `t' = shift t / (1 + (shift - 1) t)`.
+pub fn shifted(t: f64, shift: f64) -> f64 {
+    shift * t / (1.0 + (shift - 1.0) * t)
+}
+
+/// EDM equation 5: `n` levels from `sigma_max` down to `sigma_min`, evenly spaced in `sigma^(1/rho)`.
+pub fn karras(sigma_min: f64, sigma_max: f64, rho: f64, n: usize) -> Vec<f64> {
+    let (lo, hi) = (sigma_min.powf(1.0 / rho), sigma_max.powf(1.0 / rho));
+    (0..n)
+        .map(|i| match i {
+            0 => sigma_max,
+            _ if i == n - 1 => sigma_min,
+            _ => (hi + i as f64 / (n - 1) as f64 * (lo - hi)).powf(rho),
+        })
+        .collect()
+}
+
+/// The betas of a named schedule; the defaults of start and end are DDPM's and Stable Diffusion's.
+fn betas_of(betas: Betas, start: Option<f64>, end: Option<f64>, n: usize) -> Result<Vec<f64>> {
+    if !(2..=1_000_000).contains(&n) {
+        return Err(Error::usage(format!("card key `schedule.steps` is {n}, expected 2 to 1000000")));
+    }
+    let (default_start, default_end) = if betas == Betas::ScaledLinear { (0.00085, 0.012) } else { (1e-4, 0.02) };
+    let start = positive("beta_start", start.unwrap_or(default_start))?;
+    let end = positive("beta_end", end.unwrap_or(default_end))?;
+    if start >= 1.0 || end >= 1.0 {
+        return Err(Error::usage(format!("card: betas from {start} to {end}, expected values below 1")));
+    }
+    let ramp = |from: f64, to: f64, i: usize| from + (to - from) * i as f64 / (n - 1) as f64;
+    Ok((0..n)
+        .map(|i| match betas {
+            Betas::ScaledLinear => ramp(start.sqrt(), end.sqrt(), i).powi(2),
+            Betas::Cosine => {
+                let bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+                (1.0 - bar((i + 1) as f64 / n as f64) / bar(i as f64 / n as f64)).min(0.999)
+            }
+            Betas::Linear | Betas::Table => ramp(start, end, i),
+        })
+        .collect())
+}
+
+/// `abar_i = prod_{j <= i} (1 - beta_j)`.
+pub(super) fn abar_from_betas(betas: &[f64]) -> Vec<f64> {
+    betas
+        .iter()
+        .scan(1.0, |product, beta| {
+            *product *= 1.0 - beta;
+            Some(*product)
+        })
+        .collect()
+}
+
+/// abar of a named schedule, for the scheduler configurations that change it afterwards.
+pub(super) fn abar_of(betas: Betas, start: Option<f64>, end: Option<f64>, n: usize) -> Result<Vec<f64>> {
+    Ok(abar_from_betas(&betas_of(betas, start, end, n)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(found: f64, expected: f64, tolerance: f64) {
+        assert!((found - expected).abs() <= tolerance * expected.abs(), "{found} is not {expected}");
+    }
+
+    fn vp(betas: Betas) -> Schedule {
+        let spec = ScheduleSpec::Vp { betas, beta_start: None, beta_end: None, steps: None, table: vec![] };
+        Schedule::new(&spec).unwrap()
+    }
+
+    #[test]
+    fn named_beta_schedules_equal_numpy() {
+        // numpy: np.cumprod(1 - betas) for the betas of diffusers' DDPMScheduler, sigma = sqrt((1 - abar) / abar).
+        for (betas, at, expected) in NUMPY_SIGMAS {
+            close(vp(betas).sigma(at), expected, 1e-9);
+        }
+    }
+
+    const NUMPY_SIGMAS: [(Betas, f64, f64); 15] = [
+        (Betas::Linear, 0.0, 1.000050003750e-02),
+        (Betas::Linear, 1.0, 1.483092370898e-02),
+        (Betas::Linear, 500.0, 3.442967112526e+00),
+        (Betas::Linear, 980.0, 1.301437001379e+02),
+        (Betas::Linear, 999.0, 1.574072808104e+02),
+        (Betas::ScaledLinear, 0.0, 2.916715815172e-02),
+        (Betas::ScaledLinear, 1.0, 4.131441199678e-02),
+        (Betas::ScaledLinear, 500.0, 1.618278826019e+00),
+        (Betas::ScaledLinear, 980.0, 1.304308318552e+01),
+        (Betas::ScaledLinear, 999.0, 1.461464122933e+01),
+        (Betas::Cosine, 0.0, 6.425412771142e-03),
+        (Betas::Cosine, 1.0, 9.350492835615e-03),
+        (Betas::Cosine, 500.0, 1.015550550520e+00),
+        (Betas::Cosine, 980.0, 3.376185818523e+01),
+        (Betas::Cosine, 999.0, 2.029116961002e+04),
+    ];
+    const NUMPY_KARRAS: [(usize, f64); 4] =
+        [(1, 0.002050197199044034), (20, 0.003231590769819518), (500, 2.5265068484381206), (980, 72.05389868632781)];
+
+    #[test]
+    fn linear_betas_follow_the_continuous_vp_formula() {
+        // t(s) = (sqrt(bmin^2 + 2 bd ln(1 + s^2)) - bmin) / bd with bmin 0.1, bd 19.9, in units of 1/N.
+        let schedule = vp(Betas::Linear);
+        for sigma in [0.1, 1.0, 10.0, 50.0] {
+            let t = ((0.01 + 2.0 * 19.9 * f64::ln_1p(sigma * sigma)).sqrt() - 0.1) / 19.9;
+            assert!((schedule.t(sigma) - 999.0 * t).abs() < 2.0, "{} {}", schedule.t(sigma), 999.0 * t);
+        }
+    }
+
+    #[test]
+    fn t_inverts_sigma_between_and_at_the_entries() {
+        for schedule in [vp(Betas::Linear), vp(Betas::ScaledLinear), vp(Betas::Cosine)] {
+            for t in [0.0, 0.25, 1.0, 17.5, 400.0, 998.0, 998.75, 999.0] {
+                assert!((schedule.t(schedule.sigma(t)) - t).abs() < 1e-9, "{t}");
+            }
+            for sigma in [0.5, 1.0, 7.3] {
+                close(schedule.a(sigma).powi(2) + schedule.b(sigma).powi(2), 1.0, 1e-14);
+                close(schedule.b(sigma) / schedule.a(sigma), sigma, 1e-14);
+                let snapped = schedule.t(schedule.snap(sigma));
+                assert!((snapped - snapped.round()).abs() < 1e-9);
+                assert!((snapped - schedule.t(sigma)).abs() <= 0.5 + 1e-9);
+            }
+        }
+        let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0 }).unwrap();
+        close(flow.sigma(0.75), 3.0, 1e-15);
+        close(flow.t(3.0), 0.75, 1e-15);
+        assert_eq!((flow.t(f64::INFINITY), flow.a(f64::INFINITY), flow.b(f64::INFINITY)), (1.0, 0.0, 1.0));
+    }
+
+    #[test]
+    fn karras_table_has_1000_entries_between_the_ends() {
+        let edm = Schedule::new(&ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 }).unwrap();
+        let table = edm.training_sigmas(1000);
+        assert_eq!((table.len(), table[0], table[999]), (1000, 0.002, 80.0));
+        assert!(table.windows(2).all(|w| w[0] < w[1]));
+        for (i, expected) in NUMPY_KARRAS {
+            close(table[i], expected, 1e-9);
+        }
+        let sampling = edm.sampling_sigmas(18);
+        assert_eq!((sampling.len(), sampling[0], sampling[17], sampling[18]), (19, 80.0, 0.002, 0.0));
+        assert_eq!(edm.sampling_sigmas(1), [80.0, 0.0]);
+    }
+
+    #[test]
+    fn sampling_levels_of_vp_are_steps_and_of_flow_are_shifted() {
+        let schedule = vp(Betas::ScaledLinear);
+        // diffusers, timestep_spacing="trailing", 10 steps: 999, 899, ..., 99.
+        let sigmas = schedule.sampling_sigmas(10);
+        for (i, sigma) in sigmas[..10].iter().enumerate() {
+            assert!((schedule.t(*sigma) - (999.0 - 100.0 * i as f64)).abs() < 1e-9);
+        }
+        assert_eq!(sigmas[10], 0.0);
+        assert_eq!(schedule.training_sigmas(1000).len(), 1000);
+        let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0 }).unwrap();
+        let sigmas = flow.sampling_sigmas(4);
+        // t' = 3 t / (1 + 2 t): 1, 0.9, 0.75, 0.5
+        for (sigma, t) in sigmas.iter().zip([FLOW_T_MAX, 0.9, 0.75, 0.5, 0.0]) {
+            assert!((flow.t(*sigma) - t).abs() < 1e-12);
+        }
+        assert!(flow.training_sigmas(1000).windows(2).all(|w| w[0] < w[1]));
+    }
+
+    #[test]
+    fn impossible_schedules_are_refused() {
+        let edm = |sigma_min, sigma_max| Schedule::new(&ScheduleSpec::Edm { sigma_min, sigma_max, rho: 7.0 });
+        assert!(edm(1.0, 0.5).is_err() && edm(0.0, 1.0).is_err() && edm(f64::NAN, 1.0).is_err());
+        assert!(Schedule::new(&ScheduleSpec::Flow { shift: -1.0 }).is_err());
+        assert!(Schedule::from_abar(&[0.9]).is_err());
+        assert!(Schedule::from_abar(&[0.9, 0.95]).is_err());
+        assert!(Schedule::from_abar(&[0.9, 0.0]).is_err());
+        assert!(Schedule::from_abar(&[0.9, 0.5, 0.1]).is_ok());
+    }
+}
