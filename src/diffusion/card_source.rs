@@ -60,8 +60,20 @@ impl ResolvedCard {
 const FOREIGN: [&str; 9] =
     ["student", "features", "provenance", "parameters", "converter", "teacher", "training", "license", "version"];
 const TOP: [&str; 14] = [
-    "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "range", "sigma_data", "latent_scale",
-    "dataset", "schedule", "conditions", "constants",
+    "sample",
+    "time",
+    "output",
+    "prediction",
+    "time_unit",
+    "shape",
+    "layout",
+    "range",
+    "sigma_data",
+    "latent_scale",
+    "dataset",
+    "schedule",
+    "conditions",
+    "constants",
 ];
 const SCHEDULE: [&str; 9] =
     ["kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table"];
@@ -158,9 +170,8 @@ impl CardSource {
     fn from_overrides(&self) -> Result<Leaves> {
         let mut leaves = Leaves::new();
         for item in &self.overrides {
-            let (key, value) = item
-                .split_once('=')
-                .ok_or_else(|| Error::usage(format!("--card {item}: expected key=value")))?;
+            let (key, value) =
+                item.split_once('=').ok_or_else(|| Error::usage(format!("--card {item}: expected key=value")))?;
             let run = || -> Result<Leaves> {
                 let mut one = Leaves::new();
                 insert_text(key.trim(), value.trim(), &Origin::CommandLine, &mut one)?;
@@ -187,8 +198,9 @@ impl CardSource {
         };
         let run = || -> Result<Leaves> {
             let text = std::fs::read_to_string(path)?;
-            let table: toml::Table =
-                text.parse().map_err(|e: toml::de::Error| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))?;
+            let table: toml::Table = text
+                .parse()
+                .map_err(|e: toml::de::Error| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))?;
             let mut leaves = Leaves::new();
             insert(vec![], toml::Value::Table(table), None, &Origin::SideFile(path.clone()), &mut leaves)?;
             Ok(leaves)
@@ -204,7 +216,8 @@ impl CardSource {
                 extra.insert(key.into(), value.clone());
                 continue;
             }
-            insert_text(key, value.trim(), &Origin::Metadata, &mut leaves).with_context(|| format!("metadata `{name}`"))?;
+            insert_text(key, value.trim(), &Origin::Metadata, &mut leaves)
+                .with_context(|| format!("metadata `{name}`"))?;
         }
         Ok(leaves)
     }
@@ -264,7 +277,8 @@ fn split(key: &str) -> Result<Key> {
 
 fn insert_text(key: &str, text: &str, origin: &Origin, leaves: &mut Leaves) -> Result<()> {
     // What is no TOML value is a plain string.
-    let parsed = format!("v = {text}").parse::<toml::Table>().ok().filter(|t| t.len() == 1).and_then(|mut t| t.remove("v"));
+    let parsed =
+        format!("v = {text}").parse::<toml::Table>().ok().filter(|t| t.len() == 1).and_then(|mut t| t.remove("v"));
     let value = parsed.unwrap_or_else(|| toml::Value::String(text.to_owned()));
     insert(split(key)?, value, Some(text), origin, leaves)
 }
@@ -286,7 +300,8 @@ fn insert(key: Key, value: toml::Value, text: Option<&str>, origin: &Origin, lea
 fn check_known(key: &Key, is_table: bool) -> Result<()> {
     let parts: Vec<&str> = key.iter().map(String::as_str).collect();
     let refuse = |known: &[&str], found: &str| {
-        let nearest = known.iter().max_by(|a, b| strsim::jaro_winkler(a, found).total_cmp(&strsim::jaro_winkler(b, found)));
+        let nearest =
+            known.iter().max_by(|a, b| strsim::jaro_winkler(a, found).total_cmp(&strsim::jaro_winkler(b, found)));
         Err(Error::usage(format!("unknown card key `{}`", parts.join(".")))
             .hint(format!("the nearest known key is `{}`", nearest.unwrap_or(&""))))
     };
@@ -391,7 +406,8 @@ fn check_fields(prefix: &str, table: &toml::Value) -> Result<()> {
     if let Some(field) = needed.iter().find(|f| !table.contains_key(**f)) {
         return Err(Error::usage(format!("card key `{prefix}.{field}` is missing, which kind `{kind}` needs")));
     }
-    let surplus = table.keys().find(|k| *k != "kind" && !needed.contains(&k.as_str()) && !optional.contains(&k.as_str()));
+    let surplus =
+        table.keys().find(|k| *k != "kind" && !needed.contains(&k.as_str()) && !optional.contains(&k.as_str()));
     match surplus {
         Some(field) => Err(Error::usage(format!("card key `{prefix}.{field}` does not belong to kind `{kind}`"))),
         None => Ok(()),

@@ -59,7 +59,10 @@ impl Conversion {
         }
         match (card.time_unit, &card.schedule) {
             (TimeUnit::Step, ScheduleSpec::Edm { .. } | ScheduleSpec::Flow { .. }) => {
-                return no("time_unit `step` without a table of steps (schedule `vp`)", "flow times are `unit` or `thousand`");
+                return no(
+                    "time_unit `step` without a table of steps (schedule `vp`)",
+                    "flow times are `unit` or `thousand`",
+                );
             }
             (TimeUnit::Unit | TimeUnit::Thousand, ScheduleSpec::Edm { .. }) => {
                 return no("an `edm` schedule has no time within bounds", "use time_unit `sigma` or `ln-sigma-4`");
@@ -282,9 +285,8 @@ mod tests {
 
     #[test]
     fn students_start_as_in_the_method() {
-        let start = |prediction, unit, spec, sigma| {
-            Conversion::new(&card(prediction, unit, spec)).unwrap().at_start(sigma)
-        };
+        let start =
+            |prediction, unit, spec, sigma| Conversion::new(&card(prediction, unit, spec)).unwrap().at_start(sigma);
         // EDM: x0 = D(80 z; 80).
         let s = start(Prediction::Denoised, TimeUnit::Sigma, edm(), None).unwrap();
         assert_eq!((s.init_scale, s.sigma), (80.0, 80.0));

@@ -73,10 +73,18 @@ const FLOW_T_MIN: f64 = 1e-3;
 /// A schedule ready to compute with.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Schedule {
-    Edm { sigma_min: f64, sigma_max: f64, rho: f64 },
+    Edm {
+        sigma_min: f64,
+        sigma_max: f64,
+        rho: f64,
+    },
     /// `ln sigma` of every step, strictly rising.
-    Vp { ln_sigma: Vec<f64> },
-    Flow { shift: f64 },
+    Vp {
+        ln_sigma: Vec<f64>,
+    },
+    Flow {
+        shift: f64,
+    },
 }
 
 fn positive(name: &str, value: f64) -> Result<f64> {
@@ -245,9 +253,9 @@ impl Schedule {
                 let n = n.min(total);
                 (0..n).map(|i| self.sigma((total as f64 * (1.0 - i as f64 / n as f64)).round() - 1.0)).collect()
             }
-            Self::Flow { shift } => (0..n)
-                .map(|i| self.sigma(shifted(1.0 - i as f64 / n as f64, *shift).min(FLOW_T_MAX)))
-                .collect(),
+            Self::Flow { shift } => {
+                (0..n).map(|i| self.sigma(shifted(1.0 - i as f64 / n as f64, *shift).min(FLOW_T_MAX))).collect()
+            }
         };
         sigmas.push(0.0);
         sigmas
@@ -358,7 +366,8 @@ mod tests {
         let schedule = vp(Betas::Linear);
         for sigma in [0.1, 1.0, 10.0, 50.0] {
             let t = ((0.01 + 2.0 * 19.9 * f64::ln_1p(sigma * sigma)).sqrt() - 0.1) / 19.9;
-            assert!((schedule.t(sigma) - 999.0 * t).abs() < 2.0, "{} {}", schedule.t(sigma), 999.0 * t);
+            // The table has ln(1 - beta) where the integral has -beta: 0.3 % late in the schedule.
+            assert!((schedule.t(sigma) - 999.0 * t).abs() < 4.0, "{} {}", schedule.t(sigma), 999.0 * t);
         }
     }
 

@@ -131,7 +131,8 @@ mod tests {
         assert_eq!(get(&sd, "schedule.betas"), Some(&"scaled-linear".into()));
         assert_eq!(get(&sd, "schedule.beta_end"), Some(&0.012.into()));
         assert_eq!(get(&sd, "time_unit"), Some(&"step".into()));
-        let flow = parse(&serde_json::json!({ "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0 })).unwrap();
+        let flow =
+            parse(&serde_json::json!({ "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0 })).unwrap();
         assert_eq!(get(&flow, "schedule.shift"), Some(&3.0.into()));
         assert_eq!(get(&flow, "time_unit"), Some(&"thousand".into()));
         let edm = parse(&serde_json::json!({ "_class_name": "EDMEulerScheduler", "sigma_max": 80.0 })).unwrap();

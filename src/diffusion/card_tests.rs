@@ -1,0 +1,104 @@
+use super::*;
+
+/// The card of the digits example.
+pub fn digits() -> TeacherCard {
+    toml::from_str(
+        r#"
+        sample = "x"
+        time = "sigma"
+        output = "denoised"
+        prediction = "denoised"
+        time_unit = "sigma"
+        shape = [1, 8, 8]
+        range = [-1.0, 1.0]
+        [schedule]
+        kind = "edm"
+        [conditions.labels]
+        kind = "class-index"
+        classes = 10
+        null = 10
+        "#,
+    )
+    .unwrap()
+}
+
+fn graph() -> (Vec<InputSpec>, Vec<InputSpec>) {
+    let image = [None, Some(1), Some(8), Some(8)];
+    (
+        vec![
+            InputSpec::new("x", DType::F32, &image),
+            InputSpec::new("sigma", DType::F32, &[None]),
+            InputSpec::new("labels", DType::I64, &[None]),
+        ],
+        vec![InputSpec::new("denoised", DType::F32, &image)],
+    )
+}
+
+#[test]
+fn a_fitting_graph_passes_and_each_contradiction_is_named() {
+    let (inputs, outputs) = graph();
+    digits().validate().unwrap();
+    digits().check_against(&inputs, &outputs).unwrap();
+    type Change = fn(&mut TeacherCard, &mut Vec<InputSpec>);
+    let cases: [(Change, &str); 11] = [
+        (|c, _| c.sample = "y".into(), "`sample` names `y`, which is no input"),
+        (|c, _| c.output = "eps".into(), "`output` names `eps`, which is no output"),
+        (|c, _| c.shape = [3, 8, 8], "does not fit [B, 3, 8, 8]"),
+        (|c, _| c.layout = Layout::Nhwc, "does not fit [B, 8, 8, 1]"),
+        (|_, g| g[0].shape.truncate(3), "does not fit [B, 1, 8, 8]"),
+        (|_, g| g[0].dtype = DType::I64, "is not a float"),
+        (|_, g| g[1].shape = vec![None, Some(8)], "is not one number a sample"),
+        (|_, g| g[1].dtype = DType::I64, "cannot hold the fractions"),
+        (|_, g| g[2].shape = vec![None, Some(10)], "condition `labels i64[?, 10]`"),
+        (|_, g| g.push(InputSpec::new("mask", DType::F32, &[])), "input `mask` is neither"),
+        (|c, _| c.constants = [("w".to_owned(), 1.0)].into(), "`constants` names `w`"),
+    ];
+    for (change, expected) in cases {
+        let (mut card, mut inputs) = (digits(), inputs.clone());
+        change(&mut card, &mut inputs);
+        let error = card.check_against(&inputs, &outputs).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let text = error.to_string();
+        assert!(text.contains(expected), "{text}\nexpected: {expected}");
+        assert!(text.contains("graph inputs: x f32[?, 1, 8, 8]") || text.contains("graph inputs: x "), "{text}");
+    }
+}
+
+#[test]
+fn values_that_make_no_sense_are_refused() {
+    let cases: [fn(&mut TeacherCard); 9] = [
+        |c| c.shape = [1, 0, 8],
+        |c| c.range = Some([1.0, -1.0]),
+        |c| c.sigma_data = 0.0,
+        |c| c.latent_scale = f64::INFINITY,
+        |c| c.time = "x".into(),
+        |c| c.prediction = Prediction::Flow,
+        |c| c.time_unit = TimeUnit::Step,
+        |c| drop(c.conditions.insert("y".into(), Condition::OneHot { classes: 4, null: Some(Null::Index(4)) })),
+        |c| drop(c.conditions.insert("y".into(), Condition::ClassIndex { classes: 0, null: None })),
+    ];
+    for (i, change) in cases.iter().enumerate() {
+        let mut card = digits();
+        change(&mut card);
+        assert_eq!(card.validate().unwrap_err().exit_code(), 2, "case {i}");
+    }
+}
+
+#[test]
+fn null_rows_of_every_kind() {
+    let row = |text: &str| toml::from_str::<Condition>(text).unwrap().null_row();
+    assert_eq!(row("kind='class-index'\nclasses=3\nnull=3"), Some(vec![3.0]));
+    assert_eq!(row("kind='one-hot'\nclasses=3\nnull=1"), Some(vec![0.0, 1.0, 0.0]));
+    assert_eq!(row("kind='one-hot'\nclasses=3\nnull='zeros'"), Some(vec![0.0; 3]));
+    assert_eq!(row("kind='embedding'\nshape=[2]\nnull=[1, 2.5]"), Some(vec![1.0, 2.5]));
+    assert_eq!(row("kind='embedding'\nshape=[2]"), None);
+}
+
+#[test]
+fn toml_text_gives_the_same_card_back() {
+    let card = digits();
+    assert_eq!(toml::from_str::<TeacherCard>(&card.to_toml().unwrap()).unwrap(), card);
+    let metadata = card.to_metadata().unwrap();
+    assert!(metadata.contains(&("disback.prediction".into(), "\"denoised\"".into())));
+    assert!(metadata.contains(&("disback.conditions.labels.null".into(), "10".into())));
+}
