@@ -1,5 +1,8 @@
 //! The command line: one file a command. A command parses, calls the library and prints; it holds no logic of its own.
 
+mod engine;
+pub mod sample;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -28,7 +31,9 @@ pub struct Globals {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    Sample(sample::SampleArgs),
+}
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
 pub fn main() -> ExitCode {
@@ -51,6 +56,19 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, _globals: Globals) -> Result<ExitCode> {
-    match command {}
+fn run(command: Command, globals: Globals) -> Result<ExitCode> {
+    match command {
+        Command::Sample(args) => sample::run(&args, globals),
+    }
+}
+
+/// A bar on standard error for `total` things of a kind; hidden where nobody looks (`--quiet`, `--json`, no terminal).
+pub(crate) fn progress(globals: Globals, total: u64, unit: &str) -> indicatif::ProgressBar {
+    if globals.json || globals.quiet {
+        return indicatif::ProgressBar::hidden();
+    }
+    let style =
+        indicatif::ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {unit} ({{per_sec}}, {{eta}})"));
+    let bar = indicatif::ProgressBar::new(total);
+    style.map(|s| bar.clone().with_style(s)).unwrap_or(bar)
 }

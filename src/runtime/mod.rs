@@ -2,8 +2,11 @@
 
 #[cfg(feature = "ort")]
 pub mod ort;
+pub mod student;
 #[cfg(feature = "tract")]
 pub mod tract;
+
+pub use student::Student;
 
 use std::fmt;
 use std::path::Path;

@@ -1,0 +1,316 @@
+//! A one-step student in use: `noise` and conditions in, `sample` out, in one call of the network.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use prost::Message;
+
+use super::{Dim, Engine, EngineOptions, ValueInfo, open, open_bytes, run_batched};
+use crate::error::{Context, Error, Result};
+use crate::noise::{batch_noise, image_class};
+use crate::onnx::ModelProto;
+use crate::tensor::{DType, HostTensor};
+
+/// Prefix of our entries in an ONNX file's `metadata_props`.
+pub const PREFIX: &str = "disback.";
+
+/// The `disback.*` entries of a model, without the prefix.
+pub fn metadata(model: &ModelProto) -> BTreeMap<String, String> {
+    let entries = model.metadata_props.iter();
+    entries.filter_map(|e| Some((e.key().strip_prefix(PREFIX)?.to_string(), e.value().to_string()))).collect()
+}
+
+/// A metadata value: TOML value text, or a plain string where it is no valid TOML.
+pub fn parse_value(text: &str) -> toml::Value {
+    let table: Option<toml::Table> = toml::from_str(&format!("v = {text}")).ok();
+    table.and_then(|mut t| t.remove("v")).unwrap_or_else(|| toml::Value::String(text.to_string()))
+}
+
+/// One condition input of a student.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Condition {
+    pub input: ValueInfo,
+    pub kind: ConditionKind,
+}
+
+/// What a condition input wants.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ConditionKind {
+    /// A class number an image.
+    ClassIndex { classes: usize },
+    /// A row of zeros with a one an image.
+    OneHot { classes: usize },
+    /// A row of numbers (text embedding) an image; the caller brings them.
+    Embedding,
+}
+
+/// What a student's file says about it.
+#[derive(Debug, Clone)]
+pub struct StudentInfo {
+    pub method: String,
+    /// Channels, height, width.
+    pub shape: [usize; 3],
+    /// Range of the sample's values; absent for latents.
+    pub range: Option<[f64; 2]>,
+    pub noise: ValueInfo,
+    pub conditions: Vec<Condition>,
+    /// All `disback.*` entries without the prefix.
+    pub metadata: BTreeMap<String, String>,
+}
+
+fn number(value: &toml::Value) -> Option<f64> {
+    value.as_float().or_else(|| value.as_integer().map(|i| i as f64))
+}
+
+impl StudentInfo {
+    /// Reads a student's description; a clear error for any other ONNX file.
+    pub fn from_model(model: &ModelProto) -> Result<Self> {
+        let metadata = metadata(model);
+        let Some(method) = metadata.get("student.method").cloned() else {
+            let what = if metadata.contains_key("prediction") { "this is a teacher" } else { "this ONNX file is none" };
+            return Err(Error::mismatch(format!(
+                "not a student written by disback: {what} (no disback.student.method)"
+            ))
+            .hint("students come from `disback distill` or `disback export`"));
+        };
+        let (inputs, outputs) = super::model_values(model)?;
+        let Some(noise) = inputs.iter().find(|i| i.name == "noise").cloned() else {
+            return Err(Error::mismatch(
+                "the student has no input `noise`: it was exported with the teacher's own inputs",
+            )
+            .hint("sample with the student.onnx that `disback export` writes without --same-graph"));
+        };
+        if !outputs.iter().any(|o| o.name == "sample") {
+            return Err(Error::mismatch("the student has no output `sample`"));
+        }
+        let fixed = |d: Option<&Dim>| if let Some(Dim::Fixed(n)) = d { Some(*n) } else { None };
+        let graph_shape = (1..4).filter_map(|k| fixed(noise.shape.get(k))).collect::<Vec<_>>();
+        let shape = match (noise.shape.len(), graph_shape.as_slice()) {
+            (4, [c, h, w]) => [*c, *h, *w],
+            _ => Self::card_shape(&metadata)?,
+        };
+        let range = match metadata.get("range").map(|t| parse_value(t)) {
+            None => None,
+            Some(toml::Value::Array(v)) if v.len() == 2 => match (number(&v[0]), number(&v[1])) {
+                (Some(low), Some(high)) if low < high => Some([low, high]),
+                _ => return Err(Error::invalid(format!("metadata disback.range is {v:?}"))),
+            },
+            Some(other) => return Err(Error::invalid(format!("metadata disback.range is {other}"))),
+        };
+        let mut conditions = Vec::new();
+        for input in inputs.into_iter().filter(|i| i.name != "noise") {
+            let key = |leaf: &str| metadata.get(&format!("conditions.{}.{leaf}", input.name)).map(|t| parse_value(t));
+            let kind = key("kind").and_then(|v| v.as_str().map(str::to_string)).unwrap_or_default();
+            let classes = key("classes").and_then(|v| v.as_integer()).and_then(|n| usize::try_from(n).ok());
+            let kind = match (kind.as_str(), classes) {
+                ("class-index", Some(classes)) => ConditionKind::ClassIndex { classes },
+                ("one-hot", Some(classes)) => ConditionKind::OneHot { classes },
+                ("embedding" | "", _) => ConditionKind::Embedding,
+                _ => {
+                    return Err(Error::invalid(format!(
+                        "metadata of condition `{}`: kind {kind} without classes",
+                        input.name
+                    )));
+                }
+            };
+            conditions.push(Condition { input, kind });
+        }
+        Ok(Self { method, shape, range, noise, conditions, metadata })
+    }
+
+    fn card_shape(metadata: &BTreeMap<String, String>) -> Result<[usize; 3]> {
+        let dims = metadata.get("shape").map(|t| parse_value(t));
+        let dims = dims
+            .as_ref()
+            .and_then(|v| v.as_array())
+            .map(|v| v.iter().filter_map(|d| usize::try_from(d.as_integer()?).ok()).collect::<Vec<_>>());
+        match dims.as_deref() {
+            Some([c, h, w]) => Ok([*c, *h, *w]),
+            _ => Err(Error::invalid("the student's sample shape is neither in its graph nor in disback.shape")),
+        }
+    }
+
+    /// Number of classes, where a condition is a class.
+    pub fn classes(&self) -> Option<usize> {
+        self.conditions.iter().find_map(|c| match c.kind {
+            ConditionKind::ClassIndex { classes } | ConditionKind::OneHot { classes } => Some(classes),
+            ConditionKind::Embedding => None,
+        })
+    }
+}
+
+/// What to sample. Image `k` depends on the seed and on `k` alone.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    pub seed: u64,
+    /// Classes of images 0, 1, 2... repeated as needed; drawn uniformly from the seed where empty.
+    pub classes: Vec<usize>,
+    /// Rows for conditions that the caller must bring, by input name, repeated as needed.
+    pub embeddings: Vec<(String, HostTensor)>,
+    /// Images a call.
+    pub batch: usize,
+}
+
+/// A student with its engine.
+pub struct Student {
+    engine: Box<dyn Engine>,
+    info: StudentInfo,
+}
+
+impl Student {
+    /// Opens a student file.
+    pub fn open(path: &Path, options: &EngineOptions) -> Result<Self> {
+        let read = || -> Result<StudentInfo> {
+            let bytes = std::fs::read(path)?;
+            let model =
+                ModelProto::decode(bytes.as_slice()).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
+            StudentInfo::from_model(&model)
+        };
+        let info = read().with_context(|| path.display().to_string())?;
+        Ok(Self { engine: open(path, options)?, info })
+    }
+
+    /// Opens a serialised student without external data.
+    pub fn from_bytes(bytes: &[u8], options: &EngineOptions) -> Result<Self> {
+        let model = ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
+        Ok(Self { info: StudentInfo::from_model(&model)?, engine: open_bytes(bytes, None, options)? })
+    }
+
+    pub fn info(&self) -> &StudentInfo {
+        &self.info
+    }
+    pub fn engine(&mut self) -> &mut dyn Engine {
+        self.engine.as_mut()
+    }
+    /// What computes, with version and provider.
+    pub fn engine_name(&self) -> String {
+        self.engine.name()
+    }
+
+    /// Classes of images `start..start+count`, where the student has classes.
+    pub fn classes(&self, request: &Request, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
+        let Some(classes) = self.info.classes() else {
+            return match request.classes.is_empty() {
+                true => Ok(None),
+                false => Err(Error::usage("the student has no classes")),
+            };
+        };
+        if let Some(wrong) = request.classes.iter().find(|&&c| c >= classes) {
+            return Err(Error::usage(format!("class {wrong}: the student has classes 0 to {}", classes - 1)));
+        }
+        let class = |k: u64| match request.classes.as_slice() {
+            [] => image_class(request.seed, k, classes),
+            given => given[(k % given.len() as u64) as usize],
+        };
+        Ok(Some((0..count as u64).map(|k| class(start + k)).collect()))
+    }
+
+    /// Inputs of the network for images `start..start+count`, by name.
+    pub fn inputs(&self, request: &Request, start: u64, count: usize) -> Result<Vec<(String, HostTensor)>> {
+        let [c, h, w] = self.info.shape;
+        let noise = HostTensor::new(&[count, c, h, w], &batch_noise(request.seed, start, count, c * h * w))?;
+        let mut inputs = vec![("noise".to_string(), noise.cast(self.info.noise.dtype))];
+        let labels = self.classes(request, start, count)?.unwrap_or_default();
+        for condition in &self.info.conditions {
+            let name = condition.input.name.clone();
+            let tensor = match condition.kind {
+                ConditionKind::ClassIndex { .. } => {
+                    HostTensor::vec(&labels.iter().map(|&l| l as i64).collect::<Vec<_>>())
+                }
+                ConditionKind::OneHot { classes } => {
+                    let mut rows = vec![0f32; count * classes];
+                    labels.iter().enumerate().for_each(|(k, &l)| rows[k * classes + l] = 1.0);
+                    HostTensor::new(&[count, classes], &rows)?
+                }
+                ConditionKind::Embedding => {
+                    let given = request.embeddings.iter().find(|(n, _)| *n == name).map(|(_, t)| t);
+                    let rows = given.filter(|t| t.rank() > 0 && t.shape()[0] > 0).ok_or_else(|| {
+                        Error::usage(format!("the student wants rows for its condition {}", condition.input))
+                            .hint(format!("--condition {name}=rows.npy"))
+                    })?;
+                    let pick = |k: u64| rows.rows(((start + k) % rows.shape()[0] as u64) as usize, 1);
+                    HostTensor::concat_rows(&(0..count as u64).map(pick).collect::<Result<Vec<_>>>()?)?
+                }
+            };
+            inputs.push((name, tensor.cast(condition.input.dtype)));
+        }
+        Ok(inputs)
+    }
+
+    /// Samples `start..start+count` as f32 [count,C,H,W] in the student's range.
+    pub fn sample(&mut self, request: &Request, start: u64, count: usize) -> Result<HostTensor> {
+        let inputs = self.inputs(request, start, count)?;
+        let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let outputs = run_batched(self.engine.as_mut(), &named, request.batch.max(1))?;
+        let (_, sample) =
+            outputs.into_iter().find(|(n, _)| n == "sample").ok_or_else(|| Error::backend("no output `sample`"))?;
+        let [c, h, w] = self.info.shape;
+        if sample.shape() != [count, c, h, w] {
+            let expected = [count, c, h, w];
+            return Err(Error::mismatch(format!("the student gave {:?}, expected {expected:?}", sample.shape())));
+        }
+        Ok(sample.cast(DType::F32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::EngineKind;
+    use crate::runtime::testing;
+
+    fn kinds() -> Vec<EngineOptions> {
+        let kinds = [EngineKind::Auto, EngineKind::Tract];
+        kinds.into_iter().map(|engine| EngineOptions { engine, ..EngineOptions::default() }).collect()
+    }
+
+    #[test]
+    fn an_image_does_not_depend_on_its_batch() {
+        for options in kinds() {
+            let mut student = Student::from_bytes(&testing::student("batch"), &options).unwrap();
+            assert_eq!((student.info().shape, student.info().range), ([1, 2, 2], Some([-1.0, 1.0])));
+            assert_eq!(student.info().classes(), Some(3));
+            let mut request = Request { seed: 5, batch: 64, ..Request::default() };
+            let whole = student.sample(&request, 0, 10).unwrap();
+            for batch in [1, 3, 10] {
+                request.batch = batch;
+                assert_eq!(student.sample(&request, 0, 10).unwrap(), whole);
+            }
+            assert_eq!(student.sample(&request, 7, 2).unwrap(), whole.rows(7, 2).unwrap());
+            request.seed = 6;
+            assert_ne!(student.sample(&request, 0, 10).unwrap(), whole);
+        }
+    }
+
+    #[test]
+    fn classes_are_the_ones_asked_for() {
+        let mut student = Student::from_bytes(&testing::student("batch"), &EngineOptions::default()).unwrap();
+        let request = Request { classes: vec![0, 2], batch: 8, ..Request::default() };
+        assert_eq!(student.classes(&request, 1, 3).unwrap(), Some(vec![2, 0, 2]));
+        let samples = student.sample(&request, 0, 2).unwrap().to_f32();
+        let noise = batch_noise(0, 0, 2, 4);
+        for k in 0..8 {
+            let want = (noise[k] * 0.5 + if k < 4 { -0.5 } else { 0.5 }).clamp(-1.0, 1.0);
+            assert!((samples[k] - want).abs() < 1e-6);
+        }
+        let request = Request { classes: vec![3], batch: 8, ..Request::default() };
+        assert_eq!(student.sample(&request, 0, 2).unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn other_files_are_refused() {
+        let error = Student::from_bytes(&testing::features(&[1.0; 4]), &EngineOptions::default()).err().unwrap();
+        assert!(error.to_string().contains("not a student"), "{error}");
+        assert!(
+            Student::from_bytes(b"hello", &EngineOptions::default()).err().unwrap().to_string().contains("not an ONNX")
+        );
+    }
+
+    #[test]
+    fn metadata_values_are_toml_or_plain_text() {
+        assert_eq!(parse_value("[1, 2]").as_array().unwrap().len(), 2);
+        assert_eq!(parse_value("\"class-index\"").as_str(), Some("class-index"));
+        assert_eq!(parse_value("class-index").as_str(), Some("class-index"));
+        assert_eq!(parse_value("3").as_integer(), Some(3));
+    }
+}
