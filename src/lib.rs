@@ -2,6 +2,8 @@
 
 pub mod cli;
 pub mod diffusion;
+#[cfg(feature = "train")]
+pub mod distill;
 pub mod error;
 pub mod files;
 pub mod io;

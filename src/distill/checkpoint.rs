@@ -1,0 +1,180 @@
+//! Checkpoints: one safetensors file with every tensor of a stage, and `latest.json` that points to it. The pointer is
+//! renamed into place after the file is on disk, so whatever kills the process, a whole checkpoint is found.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::distill::trajectory::short;
+use crate::error::{Context, Error, Result};
+use crate::torch::ParamSet;
+use crate::torch::params::{load_tensors, save_tensors};
+
+/// The stage that a checkpoint belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    Degrade,
+    Backtrack,
+}
+
+impl Stage {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Degrade => "degrade",
+            Self::Backtrack => "backtrack",
+        }
+    }
+}
+
+/// Numbers that go with the tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub stage: Stage,
+    /// Iterations of the stage that are done.
+    pub iteration: u64,
+    pub teacher_hash: String,
+    /// Seconds spent in the stage.
+    pub seconds: f64,
+    /// Node that stage 2 aims at.
+    pub target: usize,
+    /// Generator update at which the present target was set.
+    pub target_since: u64,
+    /// Lowest score mismatch seen with the present target, and looks since.
+    pub best_mismatch: Option<f64>,
+    pub stale: u64,
+    /// Lowest probe loss of stage 1 and the iteration it was reached at.
+    pub best_loss: Option<f64>,
+    pub best_at: u64,
+    /// The tensors' file.
+    pub file: String,
+}
+
+impl State {
+    pub fn new(stage: Stage, teacher_hash: &str) -> Self {
+        Self {
+            stage,
+            iteration: 0,
+            teacher_hash: teacher_hash.into(),
+            seconds: 0.0,
+            target: 0,
+            target_since: 0,
+            best_mismatch: None,
+            stale: 0,
+            best_loss: None,
+            best_at: 0,
+            file: String::new(),
+        }
+    }
+}
+
+const LATEST: &str = "latest.json";
+
+/// Saves a checkpoint and removes the one before.
+pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)]) -> Result<()> {
+    let file = format!("{}-{:08}.safetensors", state.stage.name(), state.iteration);
+    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+    save_tensors(&dir.join(&file), &borrowed)?;
+    let state = State { file: file.clone(), ..state.clone() };
+    let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io(e.to_string()))?;
+    crate::files::write_atomic(&dir.join(LATEST), &text)?;
+    for entry in std::fs::read_dir(dir)?.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.ends_with(".safetensors") && name != file.as_str() {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// A checkpoint read back: its state, and its tensors to be taken one by one.
+#[derive(Debug)]
+pub struct Checkpoint {
+    pub state: State,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Checkpoint {
+    /// The latest one; `None` where there is none yet. A checkpoint of another teacher is refused.
+    pub fn latest(dir: &Path, teacher_hash: &str) -> Result<Option<Self>> {
+        let path = dir.join(LATEST);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        let state: State = serde_json::from_slice(&text)
+            .map_err(|e| Error::io(format!("not a checkpoint: {e}")))
+            .with_context(|| path.display().to_string())?;
+        if state.teacher_hash != teacher_hash {
+            return Err(Error::usage(format!(
+                "{}: the run began with another teacher (weights {}, this teacher's are {})",
+                path.display(),
+                short(&state.teacher_hash),
+                short(teacher_hash)
+            ))
+            .hint("give the teacher that the run began with"));
+        }
+        if Path::new(&state.file).file_name() != Some(state.file.as_ref()) {
+            return Err(Error::io(format!("{}: `{}` is not a file name", path.display(), state.file)));
+        }
+        let tensors = load_tensors(&dir.join(&state.file))?.into_iter().collect();
+        Ok(Some(Self { state, tensors }))
+    }
+
+    /// Takes a tensor out.
+    pub fn take(&mut self, name: &str) -> Result<Tensor> {
+        self.tensors.remove(name).ok_or_else(|| Error::mismatch(format!("the checkpoint has no tensor `{name}`")))
+    }
+
+    /// Takes a whole parameter set, saved under `prefix`, into `params`.
+    pub fn take_params(&mut self, prefix: &str, params: &ParamSet) -> Result<()> {
+        let tensors = params.names().iter().map(|n| self.take(&format!("{prefix}{n}"))).collect::<Result<_>>()?;
+        params.copy_from(&ParamSet::new(params.names().to_vec(), tensors)?)
+    }
+
+    /// Everything must have been taken: a surplus means another network or another version.
+    pub fn finish(self) -> Result<()> {
+        match self.tensors.keys().min() {
+            None => Ok(()),
+            Some(name) => Err(Error::mismatch(format!("the checkpoint has a surplus tensor `{name}`"))),
+        }
+    }
+}
+
+/// The tensors of a parameter set under `prefix`.
+pub fn named(prefix: &str, params: &ParamSet) -> Vec<(String, Tensor)> {
+    params.iter().map(|(n, t)| (format!("{prefix}{n}"), t.shallow_clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(v: f32) -> ParamSet {
+        ParamSet::new(vec!["a".into()], vec![Tensor::from_slice(&[v, 1.0 / v])]).unwrap()
+    }
+
+    #[test]
+    fn comes_back_whole_and_strict() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Checkpoint::latest(dir.path(), "h").unwrap().is_none());
+        for k in 1..4 {
+            let state = State { iteration: k, ..State::new(Stage::Backtrack, "h") };
+            save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0))).unwrap();
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "only the latest is kept");
+        let mut c = Checkpoint::latest(dir.path(), "h").unwrap().unwrap();
+        assert_eq!((c.state.iteration, c.state.stage), (3, Stage::Backtrack));
+        let into = set(1.0);
+        assert!(c.take_params("ema/", &into).unwrap_err().to_string().contains("ema/a"));
+        c.take_params("g/", &into).unwrap();
+        assert_eq!(into.hash().unwrap(), set(9.0).hash().unwrap());
+        c.finish().unwrap();
+        assert!(Checkpoint::latest(dir.path(), "h").unwrap().unwrap().finish().is_err());
+        let e = Checkpoint::latest(dir.path(), "other").unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains("another teacher"), "{e}");
+    }
+}

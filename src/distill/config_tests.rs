@@ -1,0 +1,85 @@
+use super::*;
+
+fn sets(pairs: &[&str]) -> Result<Config> {
+    Config::resolve(None, &pairs.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
+}
+
+fn file(text: &str, pairs: &[&str]) -> Result<Config> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.toml");
+    std::fs::write(&path, text).unwrap();
+    Config::resolve(Some(&path), &pairs.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
+}
+
+#[test]
+fn the_command_line_wins_over_the_file_over_the_defaults() {
+    let c = file(
+        "batch = 7\n[degrade]\nlr = 0.5\nsteps = 9\n",
+        &["degrade.lr=2e-3", "objective=diff-instruct", "device=cpu"],
+    )
+    .unwrap();
+    assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 5));
+    assert_eq!((c.objective, c.device.as_str()), (ObjectiveKind::DiffInstruct, "cpu"));
+    assert_eq!(sets(&["noise.fake=[1, 5]", "noise.levels = 6", "noise.generator=[0,2]"]).unwrap().noise.fake, [1, 5]);
+    assert_eq!(sets(&["backtrack.lr_fake=1"]).unwrap().backtrack.lr_fake, 1.0, "an integer is a number");
+}
+
+#[test]
+fn every_key_survives_being_saved() {
+    let c =
+        sets(&["seed=5", "degrade.spacing=log-iteration", "backtrack.switch=mismatch", "noise.distribution=lognormal"])
+            .unwrap();
+    let back = file(&c.to_toml().unwrap(), &[]).unwrap();
+    assert_eq!(c, back);
+    assert!(c.differences(&back).unwrap().is_empty());
+    // Each key of the saved file can be set on the command line to the value it has.
+    for (key, value) in leaves(&as_table(&c).unwrap()) {
+        sets(&[&format!("{key}={value}")]).unwrap_or_else(|e| panic!("{key}: {e}"));
+    }
+}
+
+#[test]
+fn differences_name_the_key() {
+    let d = sets(&["degrade.lr=0.1"]).unwrap().differences(&Config::default()).unwrap();
+    assert_eq!(d, [("degrade.lr".to_owned(), "0.1".to_owned(), "0.00001".to_owned())].to_vec());
+}
+
+#[test]
+fn unknown_keys_are_refused_with_the_nearest_name() {
+    for (text, nearest) in [
+        ("batc = 3", "`batch`"),
+        ("[degrade]\nsteps_ = 3", "`degrade.steps`"),
+        ("lr_fake = 3.0", "`backtrack.lr_fake`"),
+        ("[backtrak]\nratio = 3", "`backtrack.ratio`"),
+        ("[degrade.lr]\nx = 1", "`degrade.lr`"),
+    ] {
+        let e = file(text, &[]).unwrap_err();
+        assert_eq!(e.exit_code(), 2);
+        assert!(e.hint_text().unwrap_or_default().contains(nearest), "{text}: {e}");
+        assert!(e.to_string().contains("c.toml"), "{e}");
+    }
+    let e = sets(&["emma.half_life=3"]).unwrap_err();
+    assert!(e.to_string().contains("`ema.half_life`") && e.to_string().contains("--set"), "{e}");
+}
+
+#[test]
+fn values_that_make_no_sense_are_refused() {
+    for (pair, says) in [
+        ("batch=0", "batch is 0"),
+        ("batch=-3", "batch"),
+        ("degrade.lr=0", "degrade.lr is 0"),
+        ("degrade.lr=nan", "degrade.lr is NaN"),
+        ("degrade.lr=fast", "degrade.lr"),
+        ("objective=gan", "diff-instruct"),
+        ("degrade=3", "section"),
+        ("noise.fake=[0, 1000]", "noise.fake"),
+        ("noise.generator=[5, 4]", "noise.generator"),
+        ("optimizer.beta1=1.0", "beta1"),
+        ("degrade.steps=3", "degrade.nodes is 5"),
+        ("batch", "key=value"),
+    ] {
+        let e = sets(&[pair]).unwrap_err();
+        assert_eq!(e.exit_code(), 2, "{pair}");
+        assert!(e.to_string().contains(says), "{pair}: {e}");
+    }
+}

@@ -1,0 +1,221 @@
+//! Random draws of training. Each is a function of (seed, stage, iteration, micro-batch, what for) alone: nothing is
+//! carried from one step to the next, so a resumed run draws what the uninterrupted one would have, and neither the
+//! number of trajectory nodes nor the update ratio shifts a draw.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use tch::{Device, Tensor};
+
+use crate::distill::config::{Distribution, NoiseConfig};
+use crate::error::Result;
+use crate::torch::shim;
+
+/// The part of a run that draws.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Phase {
+    Degrade = 1,
+    Backtrack = 2,
+    /// Fixed batches: probes of the loss.
+    Probe = 3,
+}
+
+/// What a draw is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Use {
+    Latent = 1,
+    Class = 2,
+    GeneratorSigma = 3,
+    GeneratorNoise = 4,
+    FakeSigma = 5,
+    FakeNoise = 6,
+}
+
+/// The draws of one micro-batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Draws {
+    seed: u64,
+    phase: Phase,
+    iteration: u64,
+    micro: u32,
+}
+
+impl Draws {
+    pub fn new(seed: u64, phase: Phase, iteration: u64, micro: usize) -> Self {
+        Self { seed, phase, iteration, micro: micro as u32 }
+    }
+
+    fn stream(&self, what: Use) -> ChaCha8Rng {
+        let mut key = [0u8; 32];
+        key[..8].copy_from_slice(&self.seed.to_le_bytes());
+        key[8..16].copy_from_slice(&self.iteration.to_le_bytes());
+        key[16..20].copy_from_slice(&self.micro.to_le_bytes());
+        key[20..24].copy_from_slice(&(self.phase as u32).to_le_bytes());
+        key[24..28].copy_from_slice(&(what as u32).to_le_bytes());
+        ChaCha8Rng::from_seed(key)
+    }
+
+    /// Standard normal f32 made on `device`.
+    pub fn noise(&self, what: Use, shape: &[i64], device: Device) -> Result<Tensor> {
+        shim::randn(self.stream(what).next_u64(), shape, device)
+    }
+
+    /// `count` classes, uniform over `0..classes`.
+    pub fn classes(&self, count: usize, classes: usize) -> Vec<i64> {
+        let mut rng = self.stream(Use::Class);
+        (0..count).map(|_| below(&mut rng, classes) as i64).collect()
+    }
+
+    /// `count` noise levels.
+    pub fn sigmas(&self, what: Use, levels: &Levels, count: usize) -> Vec<f64> {
+        let mut rng = self.stream(what);
+        (0..count).map(|_| levels.draw(&mut rng)).collect()
+    }
+}
+
+fn below(rng: &mut ChaCha8Rng, n: usize) -> usize {
+    ((u128::from(rng.next_u64()) * n as u128) >> 64) as usize
+}
+
+/// Uniform in (0, 1].
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    ((rng.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
+}
+
+/// A distribution of noise levels.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Levels {
+    /// Uniform over these entries, rising.
+    Table(Vec<f64>),
+    /// `ln sigma ~ N(mean, std^2)`, clamped to `[low, high]`; snapped to the table where the network knows no others.
+    Lognormal { mean: f64, std: f64, low: f64, high: f64, snap: Option<Vec<f64>> },
+}
+
+impl Levels {
+    /// Entries `range` (first and last, counted in `config.levels`) of a schedule's rising table of noise levels. A
+    /// table with another number of entries, such as a VP schedule's own, is cut in the same proportion. `discrete`:
+    /// the network knows no level beside the table's.
+    pub fn new(config: &NoiseConfig, range: [usize; 2], table: &[f64], discrete: bool) -> Self {
+        let scale = |i: usize| {
+            let at = i as f64 * (table.len() - 1) as f64 / (config.levels - 1) as f64;
+            (at.round() as usize).min(table.len() - 1)
+        };
+        let part = &table[scale(range[0])..=scale(range[1])];
+        match config.distribution {
+            Distribution::Table => Self::Table(part.to_vec()),
+            Distribution::Lognormal => Self::Lognormal {
+                mean: config.log_mean,
+                std: config.log_std,
+                low: part[0],
+                high: part[part.len() - 1],
+                snap: discrete.then(|| part.to_vec()),
+            },
+        }
+    }
+
+    fn draw(&self, rng: &mut ChaCha8Rng) -> f64 {
+        match self {
+            Self::Table(entries) => entries[below(rng, entries.len())],
+            Self::Lognormal { mean, std, low, high, snap } => {
+                let normal = (-2.0 * unit(rng).ln()).sqrt() * (std::f64::consts::TAU * unit(rng)).cos();
+                let sigma = (mean + std * normal).exp().clamp(*low, *high);
+                match snap {
+                    None => sigma,
+                    Some(table) => {
+                        let above = table.partition_point(|s| *s < sigma).min(table.len() - 1);
+                        let below = above.saturating_sub(1);
+                        if (sigma / table[below]).abs() < (table[above] / sigma).abs() {
+                            table[below]
+                        } else {
+                            table[above]
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// `count` levels spread evenly over the distribution's range, for probes.
+    pub fn spread(&self, count: usize) -> Vec<f64> {
+        let at = |i: usize| (i as f64 + 0.5) / count as f64;
+        match self {
+            Self::Table(entries) | Self::Lognormal { snap: Some(entries), .. } => {
+                (0..count).map(|i| entries[((at(i) * entries.len() as f64) as usize).min(entries.len() - 1)]).collect()
+            }
+            Self::Lognormal { low, high, mean, std, .. } => (0..count)
+                // Between the quantiles at -2 and +2 standard deviations.
+                .map(|i| (mean + std * (4.0 * at(i) - 2.0)).exp().clamp(*low, *high))
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Vec<f64> {
+        (0..1000).map(|i| (1 + i) as f64).collect()
+    }
+
+    #[test]
+    fn ranges_are_cut_from_the_table() {
+        let config = NoiseConfig::default();
+        let levels = Levels::new(&config, [20, 980], &table(), false);
+        let drawn = Draws::new(1, Phase::Backtrack, 3, 0).sigmas(Use::GeneratorSigma, &levels, 50_000);
+        let (low, high) = drawn.iter().fold((f64::MAX, 0.0f64), |(l, h), &s| (l.min(s), h.max(s)));
+        assert_eq!((low, high), (21.0, 981.0));
+        let mean = drawn.iter().sum::<f64>() / drawn.len() as f64;
+        assert!((mean - 501.0).abs() < 5.0, "{mean}");
+        // A table of 100 steps is cut in proportion.
+        let Levels::Table(part) = Levels::new(&config, [20, 980], &table()[..100], true) else { panic!() };
+        assert_eq!((part[0], part[part.len() - 1]), (3.0, 98.0));
+        assert_eq!(levels.spread(4).len(), 4);
+    }
+
+    #[test]
+    fn lognormal_levels_have_the_moments_and_snap_to_a_discrete_table() {
+        let config = NoiseConfig {
+            distribution: Distribution::Lognormal,
+            log_mean: 3.0,
+            log_std: 0.5,
+            ..NoiseConfig::default()
+        };
+        let draws = Draws::new(1, Phase::Degrade, 0, 0);
+        let levels = Levels::new(&config, [0, 999], &table(), false);
+        let ln: Vec<f64> = draws.sigmas(Use::FakeSigma, &levels, 50_000).iter().map(|s| s.ln()).collect();
+        let mean = ln.iter().sum::<f64>() / ln.len() as f64;
+        let var = ln.iter().map(|l| (l - mean).powi(2)).sum::<f64>() / ln.len() as f64;
+        assert!((mean - 3.0).abs() < 0.01 && (var.sqrt() - 0.5).abs() < 0.01, "{mean} {var}");
+        let snapped = Levels::new(&config, [0, 999], &table(), true);
+        assert!(draws.sigmas(Use::FakeSigma, &snapped, 1000).iter().all(|s| s.fract() == 0.0));
+    }
+
+    #[test]
+    fn draws_depend_on_their_key_alone() {
+        let a = Draws::new(7, Phase::Backtrack, 5, 1);
+        let levels = Levels::Table(table());
+        assert_eq!(
+            a.sigmas(Use::FakeSigma, &levels, 9),
+            Draws::new(7, Phase::Backtrack, 5, 1).sigmas(Use::FakeSigma, &levels, 9)
+        );
+        for other in [
+            Draws::new(8, Phase::Backtrack, 5, 1),
+            Draws::new(7, Phase::Degrade, 5, 1),
+            Draws::new(7, Phase::Backtrack, 6, 1),
+            Draws::new(7, Phase::Backtrack, 5, 0),
+        ] {
+            assert_ne!(a.sigmas(Use::FakeSigma, &levels, 9), other.sigmas(Use::FakeSigma, &levels, 9));
+            assert_ne!(a.classes(40, 10), other.classes(40, 10));
+            let noise = |d: &Draws| Vec::<f32>::try_from(d.noise(Use::Latent, &[8], Device::Cpu).unwrap()).unwrap();
+            assert_ne!(noise(&a), noise(&other));
+        }
+        assert_ne!(a.sigmas(Use::FakeSigma, &levels, 9), a.sigmas(Use::GeneratorSigma, &levels, 9));
+        let classes = a.classes(10_000, 10);
+        for c in 0..10 {
+            let n = classes.iter().filter(|&&k| k == c).count();
+            assert!((850..1150).contains(&n), "class {c}: {n}");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! What a run measures: means kept on the device until a row is written, and `metrics.jsonl`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::distill::checkpoint::Stage;
+use crate::error::{Context, Error, Result};
+
+/// Running means of scalars that stay on the device; reading them is the only synchronisation of a training loop.
+#[derive(Debug, Default)]
+pub struct Meters {
+    sums: Vec<(&'static str, Tensor, u64)>,
+}
+
+impl Meters {
+    /// Adds a scalar (rank 0) to the mean of that name.
+    pub fn add(&mut self, name: &'static str, value: &Tensor) -> Result<()> {
+        let value = value.detach();
+        match self.sums.iter_mut().find(|(n, ..)| *n == name) {
+            Some((_, sum, count)) => {
+                let _ = sum.f_add_(&value)?;
+                *count += 1;
+            }
+            // A copy: the sum is accumulated in place.
+            None => self.sums.push((name, value.f_to_dtype(Kind::Double, false, true)?, 1)),
+        }
+        Ok(())
+    }
+
+    /// Reads all means at once and starts anew.
+    pub fn take(&mut self) -> Result<Means> {
+        if self.sums.is_empty() {
+            return Ok(Means::default());
+        }
+        let sums = Tensor::f_stack(&self.sums.iter().map(|(_, s, _)| s).collect::<Vec<_>>(), 0)?;
+        let values = Vec::<f64>::try_from(sums.f_to_device(tch::Device::Cpu)?)?;
+        let means = self.sums.drain(..).zip(values).map(|((name, _, count), sum)| (name, sum / count as f64)).collect();
+        Ok(Means(means))
+    }
+}
+
+/// Means read from the device.
+#[derive(Debug, Default, Clone)]
+pub struct Means(Vec<(&'static str, f64)>);
+
+impl Means {
+    /// The mean of that name, where anything was added to it.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|(n, _)| *n == name).map(|(_, v)| *v)
+    }
+}
+
+/// One line of `metrics.jsonl`. Losses and norms are means since the line before; `null` where there is none, or where it
+/// is not finite.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    pub stage: Stage,
+    /// Iterations of the stage that are done.
+    pub iteration: u64,
+    /// Stage 1: nodes recorded so far. Stage 2: the node that the generator is drawn to.
+    pub node: usize,
+    pub loss_fake: Option<f64>,
+    pub loss_generator: Option<f64>,
+    pub grad_norm_fake: Option<f64>,
+    pub grad_norm_generator: Option<f64>,
+    /// Score mismatch to the target: `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`.
+    pub mismatch: Option<f64>,
+    /// Learning rate: stage 1 of the copy, stage 2 of the generator.
+    pub lr: f64,
+    /// Generator updates done.
+    pub updates: u64,
+    /// Images generated in the stage.
+    pub images: u64,
+    pub images_per_s: f64,
+    /// Seconds spent in the stage.
+    pub seconds: f64,
+    /// Optimiser steps skipped for a gradient that was not finite.
+    pub skipped: u64,
+}
+
+/// `metrics.jsonl`, appended row by row.
+#[derive(Debug)]
+pub struct MetricsFile {
+    path: PathBuf,
+    file: std::fs::File,
+}
+
+impl MetricsFile {
+    /// Opens the file, first dropping rows that a resumed run will write again: those for which `keep` is false, and a
+    /// last line cut short.
+    pub fn open(path: &Path, keep: impl Fn(&Row) -> bool) -> Result<Self> {
+        if path.is_file() {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            let kept: String = text
+                .lines()
+                .filter(|line| serde_json::from_str::<Row>(line).is_ok_and(|row| keep(&row)))
+                .flat_map(|line| [line, "\n"])
+                .collect();
+            if kept != text {
+                crate::files::write_atomic(path, kept.as_bytes())?;
+            }
+        }
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .with_context(|| path.display().to_string())?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    pub fn append(&mut self, row: &Row) -> Result<()> {
+        let mut line = serde_json::to_string(row).map_err(|e| Error::io(e.to_string()))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).with_context(|| self.path.display().to_string())
+    }
+}
+
+/// Reads a `metrics.jsonl`; lines that are not rows are passed over.
+pub fn read(path: &Path) -> Result<Vec<Row>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(stage: Stage, iteration: u64) -> Row {
+        Row {
+            stage,
+            iteration,
+            node: 1,
+            loss_fake: Some(0.5),
+            loss_generator: None,
+            grad_norm_fake: Some(f64::NAN),
+            grad_norm_generator: None,
+            mismatch: None,
+            lr: 1e-4,
+            updates: 0,
+            images: 128,
+            images_per_s: 3.0,
+            seconds: 1.0,
+            skipped: 0,
+        }
+    }
+
+    #[test]
+    fn means_are_over_what_was_added() {
+        let mut meters = Meters::default();
+        for v in [1f32, 2.0, 6.0] {
+            meters.add("a", &Tensor::from(v)).unwrap();
+        }
+        let kept = Tensor::from(4f32);
+        meters.add("b", &kept).unwrap();
+        meters.add("b", &Tensor::from(2f32)).unwrap();
+        let means = meters.take().unwrap();
+        assert_eq!((means.get("a"), means.get("b"), means.get("c")), (Some(3.0), Some(3.0), None));
+        assert_eq!(kept.double_value(&[]), 4.0, "the first tensor added must not be accumulated into");
+        assert!(meters.take().unwrap().get("a").is_none());
+    }
+
+    #[test]
+    fn rows_after_the_checkpoint_and_cut_lines_are_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut file = MetricsFile::open(&path, |_| true).unwrap();
+        for k in 1..5 {
+            file.append(&row(Stage::Degrade, k)).unwrap();
+        }
+        drop(file);
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("{\"stage\":\"degrade\",\"iteration\":1,"), "{text}");
+        assert!(text.contains("\"grad_norm_fake\":null"));
+        text.push_str("{\"stage\":\"degr");
+        std::fs::write(&path, text).unwrap();
+        let mut file = MetricsFile::open(&path, |r| r.iteration <= 2).unwrap();
+        file.append(&row(Stage::Backtrack, 9)).unwrap();
+        let iterations: Vec<u64> = read(&path).unwrap().iter().map(|r| r.iteration).collect();
+        assert_eq!(iterations, [1, 2, 9]);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 3);
+    }
+}

@@ -1,0 +1,326 @@
+//! The degradation trajectory on disk: one safetensors file a node and `trajectory.json`. Node 0 is the teacher, bit for
+//! bit; loads are strict and checked against the recorded hash.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::torch::ParamSet;
+
+/// One recorded set of weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Node {
+    pub index: usize,
+    /// File name inside the trajectory's folder.
+    pub file: String,
+    /// Stage-1 steps before it was recorded; 0 for the teacher.
+    pub iteration: u64,
+    /// Denoising loss on the initial student's samples (a fixed batch), weighted by lambda(sigma); none where no
+    /// trajectory was recorded.
+    pub loss: Option<f64>,
+    /// [`ParamSet::hash`] of the weights.
+    pub hash: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Index {
+    teacher_hash: String,
+    /// Whether stage 1 has ended: nodes 0..N are final.
+    complete: bool,
+    nodes: Vec<Node>,
+}
+
+/// Nodes 0 (the teacher) to N (fits the initial student).
+#[derive(Debug, Clone)]
+pub struct Trajectory {
+    dir: PathBuf,
+    index: Index,
+}
+
+const INDEX: &str = "trajectory.json";
+
+impl Trajectory {
+    /// Starts a trajectory with the teacher as node 0.
+    pub fn create(dir: &Path, teacher: &ParamSet, loss: Option<f64>) -> Result<Self> {
+        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        let index = Index { teacher_hash: teacher.hash()?, complete: false, nodes: Vec::new() };
+        let mut trajectory = Self { dir: dir.to_owned(), index };
+        trajectory.record(teacher, 0, loss)?;
+        Ok(trajectory)
+    }
+
+    /// Opens a recorded trajectory of the teacher with this hash.
+    pub fn open(dir: &Path, teacher_hash: &str) -> Result<Self> {
+        let path = dir.join(INDEX);
+        let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|e| Error::io(format!("not a trajectory index: {e}")))
+            .with_context(|| path.display().to_string())?;
+        let bad = |what: String| Err(Error::mismatch(what).context(path.display().to_string()));
+        if index.teacher_hash != teacher_hash {
+            return Err(Error::usage(format!(
+                "{}: recorded with another teacher (weights {}, this teacher's are {})",
+                path.display(),
+                short(&index.teacher_hash),
+                short(teacher_hash)
+            ))
+            .hint("give the teacher that the run began with, or another output folder"));
+        }
+        match index.nodes.first() {
+            Some(first) if first.hash == index.teacher_hash => {}
+            _ => return bad("node 0 is not the teacher".into()),
+        }
+        for (k, node) in index.nodes.iter().enumerate() {
+            if node.index != k {
+                return bad(format!("node {k} is numbered {}", node.index));
+            }
+            // A file name, never a path that leaves the folder.
+            if Path::new(&node.file).file_name() != Some(node.file.as_ref()) {
+                return bad(format!("node {k}: `{}` is not a file name", node.file));
+            }
+            if !dir.join(&node.file).is_file() {
+                return bad(format!("node {k}: {} is missing", node.file));
+            }
+        }
+        Ok(Self { dir: dir.to_owned(), index })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+    pub fn nodes(&self) -> &[Node] {
+        &self.index.nodes
+    }
+    /// N: the number of nodes beside the teacher.
+    pub fn last(&self) -> usize {
+        self.index.nodes.len() - 1
+    }
+    pub fn is_complete(&self) -> bool {
+        self.index.complete
+    }
+    pub fn teacher_hash(&self) -> &str {
+        &self.index.teacher_hash
+    }
+
+    /// Writes the weights as the next node.
+    pub fn record(&mut self, params: &ParamSet, iteration: u64, loss: Option<f64>) -> Result<usize> {
+        let index = self.index.nodes.len();
+        let file = format!("node-{index:03}.safetensors");
+        params.save(&self.dir.join(&file))?;
+        self.index.nodes.push(Node { index, file, iteration, loss, hash: params.hash()? });
+        self.save()?;
+        Ok(index)
+    }
+
+    /// Copies node `index` into `slot`. Every key and shape must fit and the weights must have the recorded hash.
+    pub fn load(&self, index: usize, slot: &ParamSet) -> Result<()> {
+        let node = self.index.nodes.get(index).ok_or_else(|| {
+            Error::mismatch(format!("node {index} of a trajectory that ends with node {}", self.last()))
+        })?;
+        let path = self.dir.join(&node.file);
+        slot.load(&path)?;
+        let found = slot.hash()?;
+        if found != node.hash {
+            return Err(Error::mismatch(format!(
+                "{}: weights {} are not the recorded {}",
+                path.display(),
+                short(&found),
+                short(&node.hash)
+            ))
+            .hint("the file was changed after it was recorded; run stage 1 again in a new folder"));
+        }
+        Ok(())
+    }
+
+    /// Forgets nodes recorded after `iteration` steps: a resumed stage 1 records them again.
+    pub fn truncate(&mut self, iteration: u64) -> Result<()> {
+        let keep = self.index.nodes.iter().take_while(|n| n.iteration <= iteration).count();
+        self.keep(&(0..keep).collect::<Vec<_>>())
+    }
+
+    /// Keeps these nodes (rising, beginning with 0) and numbers them anew.
+    pub fn keep(&mut self, which: &[usize]) -> Result<()> {
+        debug_assert!(which.first() == Some(&0) && which.windows(2).all(|w| w[0] < w[1]));
+        let mut dropped: Vec<PathBuf> = Vec::new();
+        let mut nodes = Vec::new();
+        for (old, node) in self.index.nodes.iter().enumerate() {
+            if which.contains(&old) {
+                nodes.push(Node { index: nodes.len(), ..node.clone() });
+            } else {
+                dropped.push(self.dir.join(&node.file));
+            }
+        }
+        self.index.nodes = nodes;
+        self.save()?;
+        for path in dropped {
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(())
+    }
+
+    /// Stage 1 has ended. Files get their final names.
+    pub fn complete(&mut self) -> Result<()> {
+        for k in 0..self.index.nodes.len() {
+            let (from, to) = (self.index.nodes[k].file.clone(), format!("node-{k:03}.safetensors"));
+            if from == to {
+                continue;
+            }
+            // Numbers only fall and are saved one by one, so `to` is no node's file any more. A copy before the index,
+            // the old name after it: a kill in between loses nothing.
+            let (from, to_path) = (self.dir.join(from), self.dir.join(&to));
+            let _ = std::fs::remove_file(&to_path);
+            std::fs::hard_link(&from, &to_path)
+                .or_else(|_| std::fs::copy(&from, &to_path).map(|_| ()))
+                .with_context(|| to_path.display().to_string())?;
+            self.index.nodes[k].file = to;
+            self.save()?;
+            let _ = std::fs::remove_file(from);
+        }
+        self.index.complete = true;
+        self.save()
+    }
+
+    fn save(&self) -> Result<()> {
+        let text = serde_json::to_vec_pretty(&self.index).map_err(|e| Error::io(e.to_string()))?;
+        crate::files::write_atomic(&self.dir.join(INDEX), &text)
+    }
+}
+
+/// The first digits of a hash, for people.
+pub fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
+/// Which node stage 2 aims at after `updates` generator updates, switching every `every` of them: method section 4,
+/// `path[N - min(1 + floor(updates / every), N)]`. Starts at N-1, ends at 0 (the teacher) and stays there.
+pub fn target_by_count(updates: u64, every: u64, last: usize) -> usize {
+    last - (updates / every.max(1)).saturating_add(1).min(last as u64) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Tensor;
+
+    fn set(v: f32) -> ParamSet {
+        ParamSet::new(vec!["a".into(), "b".into()], vec![Tensor::from(v), Tensor::from_slice(&[v, -v])]).unwrap()
+    }
+
+    fn recorded(dir: &Path) -> Trajectory {
+        let mut t = Trajectory::create(dir, &set(1.0), Some(9.0)).unwrap();
+        t.record(&set(2.0), 10, Some(4.0)).unwrap();
+        t.record(&set(3.0), 20, Some(1.0)).unwrap();
+        t.complete().unwrap();
+        t
+    }
+
+    #[test]
+    fn targets_go_back_one_by_one_and_stay_with_the_teacher() {
+        let path: Vec<usize> = (0..12).map(|j| target_by_count(j, 2, 4)).collect();
+        assert_eq!(path, [3, 3, 2, 2, 1, 1, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(target_by_count(u64::MAX, 1, 7), 0, "the index does not run past the end");
+        assert!((0..50).all(|j| target_by_count(j, 3, 0) == 0), "no trajectory: the teacher from the start");
+    }
+
+    #[test]
+    fn node_zero_is_the_teacher_and_nodes_do_not_alias_the_live_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let live = set(1.0);
+        let mut t = Trajectory::create(dir.path(), &live, None).unwrap();
+        let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(5.0));
+        t.record(&live, 3, None).unwrap();
+        let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(7.0));
+        let slot = set(0.0);
+        t.load(0, &slot).unwrap();
+        assert_eq!(slot.hash().unwrap(), set(1.0).hash().unwrap());
+        assert_eq!(slot.hash().unwrap(), t.teacher_hash());
+        t.load(1, &slot).unwrap();
+        assert_eq!(slot.tensors()[0].double_value(&[]), 5.0);
+        assert!(t.load(2, &slot).unwrap_err().to_string().contains("ends with node 1"));
+    }
+
+    #[test]
+    fn opening_checks_teacher_numbers_and_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let t = recorded(dir.path());
+        let again = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
+        assert_eq!(again.nodes(), t.nodes());
+        assert!(again.is_complete() && again.last() == 2);
+        let e = Trajectory::open(dir.path(), &set(8.0).hash().unwrap()).unwrap_err();
+        assert!(e.to_string().contains("another teacher") && e.exit_code() == 2, "{e}");
+
+        let index = dir.path().join(INDEX);
+        let text = std::fs::read_to_string(&index).unwrap();
+        for (from, to, says) in [
+            ("\"index\": 1", "\"index\": 4", "numbered 4"),
+            ("node-002.safetensors", "../node-002.safetensors", "not a file name"),
+            ("node-002.safetensors", "node-009.safetensors", "missing"),
+            ("\"nodes\"", "\"knots\"", "not a trajectory index"),
+        ] {
+            std::fs::write(&index, text.replacen(from, to, 1)).unwrap();
+            let e = Trajectory::open(dir.path(), t.teacher_hash()).unwrap_err();
+            assert!(e.to_string().contains(says), "{e}");
+        }
+        // The teacher missing from the path.
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut cut = json.clone();
+        cut["nodes"].as_array_mut().unwrap().remove(0);
+        std::fs::write(&index, cut.to_string()).unwrap();
+        assert!(
+            Trajectory::open(dir.path(), t.teacher_hash())
+                .unwrap_err()
+                .to_string()
+                .contains("node 0 is not the teacher")
+        );
+    }
+
+    #[test]
+    fn a_node_with_other_keys_or_other_weights_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let t = recorded(dir.path());
+        let slot = set(0.0);
+        let replace = |names: &[&str]| {
+            let tensors = names.iter().map(|_| Tensor::from(1f32)).collect();
+            ParamSet::new(names.iter().map(|n| (*n).to_owned()).collect(), tensors)
+                .unwrap()
+                .save(&dir.path().join("node-001.safetensors"))
+                .unwrap();
+        };
+        replace(&["a"]);
+        assert!(t.load(1, &slot).unwrap_err().to_string().contains("missing [b]"));
+        replace(&["a", "b", "c"]);
+        assert!(t.load(1, &slot).unwrap_err().to_string().contains("surplus [c]"));
+        replace(&["module.a", "module.b"]);
+        assert!(t.load(1, &slot).is_err());
+        set(2.5).save(&dir.path().join("node-001.safetensors")).unwrap();
+        assert!(t.load(1, &slot).unwrap_err().to_string().contains("not the recorded"));
+        let bytes = std::fs::read(dir.path().join("node-002.safetensors")).unwrap();
+        std::fs::write(dir.path().join("node-002.safetensors"), &bytes[..bytes.len() - 3]).unwrap();
+        assert!(t.load(2, &slot).unwrap_err().to_string().contains("not a safetensors file"));
+    }
+
+    #[test]
+    fn truncating_and_choosing_renumber_and_leave_no_stray_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut t = Trajectory::create(dir.path(), &set(1.0), None).unwrap();
+        for k in 1..6 {
+            t.record(&set(1.0 + k as f32), 10 * k, None).unwrap();
+        }
+        t.truncate(44).unwrap();
+        assert_eq!(t.last(), 4);
+        t.keep(&[0, 2, 4]).unwrap();
+        t.complete().unwrap();
+        let t = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
+        let mut files: Vec<_> =
+            std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+        files.sort();
+        assert_eq!(files, ["node-000.safetensors", "node-001.safetensors", "node-002.safetensors", "trajectory.json"]);
+        let slot = set(0.0);
+        for (k, v) in [(0, 1.0), (1, 3.0), (2, 5.0)] {
+            t.load(k, &slot).unwrap();
+            assert_eq!(slot.tensors()[0].double_value(&[]), v);
+        }
+        assert_eq!(t.nodes().iter().map(|n| n.iteration).collect::<Vec<_>>(), [0, 20, 40]);
+    }
+}
