@@ -4,6 +4,7 @@ pub mod attributes;
 pub mod ir;
 pub mod load;
 pub mod lower;
+pub mod raise;
 pub mod roles;
 pub mod save;
 pub mod tensors;

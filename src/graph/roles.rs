@@ -1,1 +1,484 @@
-pub enum Role {A} pub struct TrainableChoice;
+//! Which constants are weights. An ONNX file does not say: weights and frequency tables, filters, masks and shape constants
+//! are all initializers or Constant nodes. The role follows from who reads a tensor and in which slot.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+use globset::Glob;
+
+use crate::error::{Error, Result};
+use crate::graph::ir::{Constant, Graph, Node, Origin, ValueId};
+use crate::tensor::{DType, HostTensor};
+
+/// What a floating constant is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Weight of Conv or ConvTranspose.
+    ConvWeight,
+    /// Operand of MatMul, Gemm, Einsum or a recurrent layer.
+    LinearWeight,
+    /// Added to features: bias of a convolution, a linear layer, a norm, or a position embedding.
+    Bias,
+    /// Multiplies features: scale of a norm, layer scale, slope of PRelu.
+    Scale,
+    /// Table that Gather reads rows of.
+    Embedding,
+    /// Not trained: frequencies, filters, masks, statistics, plain numbers.
+    Buffer,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ConvWeight => "conv weight",
+            Self::LinearWeight => "linear weight",
+            Self::Bias => "bias",
+            Self::Scale => "scale",
+            Self::Embedding => "embedding",
+            Self::Buffer => "buffer",
+        })
+    }
+}
+
+/// A trainable tensor of the graph.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    pub value: ValueId,
+    /// The initializer's name; parted copies of one initializer get `#2`, `#3`...
+    pub name: String,
+    pub role: Role,
+    pub shape: Vec<usize>,
+    /// Element type in the file; masters are f32 whatever it is.
+    pub dtype: DType,
+    /// Where the bytes came from, for writing back.
+    pub origin: Origin,
+    /// Node (index in the file) and slot that must be rewired to this parameter, for parted copies.
+    pub rewire: Vec<(usize, usize)>,
+}
+
+/// A floating constant with more than one element that is not trained.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+    /// Why it is not a parameter.
+    pub reason: &'static str,
+}
+
+/// What the user, or a converter through the model's metadata, says about trainable tensors.
+#[derive(Debug, Clone, Default)]
+pub struct TrainableChoice {
+    /// The framework's own list of parameters; where given, it replaces the roles.
+    pub declared: Option<Vec<String>>,
+    /// Globs over names that are never trained.
+    pub freeze: Vec<String>,
+    /// Globs over names that are trained whatever their role.
+    pub train: Vec<String>,
+}
+
+/// The outcome of [`classify`].
+#[derive(Debug, Clone, Default)]
+pub struct Roles {
+    pub parameters: Vec<Parameter>,
+    pub buffers: Vec<Buffer>,
+}
+
+/// Parts constants that an exporter merged because their bytes were equal: freshly initialised scales (all ones) and
+/// biases (all zeros) of different layers are different weights. Tensors with any two different elements stay shared:
+/// equal by design, not by accident. Returns, per new value, the constant it was parted from and the slot it now feeds.
+pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
+    let consumers = graph.consumers();
+    let mut rewired = HashMap::new();
+    let shared: Vec<(ValueId, Constant)> = graph
+        .constants
+        .iter()
+        .filter(|(v, c)| {
+            c.tensor.dtype().is_float()
+                && c.tensor.len() > 1
+                && consumers.get(v).is_some_and(|u| u.len() > 1)
+                && uniform(&c.tensor)
+        })
+        .map(|(v, c)| (*v, c.clone()))
+        .collect();
+    for (value, constant) in shared {
+        // The first reader keeps the original.
+        for &(node, slot) in consumers[&value].iter().skip(1) {
+            if node == usize::MAX || slot == usize::MAX {
+                continue;
+            }
+            let Some(origin) = graph.nodes[node].origin else { continue };
+            let name = graph.names[value].clone();
+            let copy = graph.add_value(&name);
+            graph.constants.insert(copy, constant.clone());
+            graph.nodes[node].inputs[slot] = Some(copy);
+            rewired.insert(copy, vec![(origin, slot)]);
+        }
+    }
+    rewired
+}
+
+fn uniform(t: &HostTensor) -> bool {
+    let size = t.dtype().size();
+    let bytes = t.bytes();
+    bytes.len() >= size && bytes.chunks_exact(size).all(|c| c == &bytes[..size])
+}
+
+/// Sorts every floating constant into parameters and buffers.
+///
+/// Errors: a `--train`/`--freeze` glob that is not one or matches nothing; a declared parameter that the graph lacks.
+pub fn classify(
+    graph: &Graph,
+    choice: &TrainableChoice,
+    rewired: &HashMap<ValueId, Vec<(usize, usize)>>,
+) -> Result<Roles> {
+    let roles = Classifier::new(graph).run();
+    let names = |v: &ValueId| graph.names[*v].clone();
+    let floats: Vec<ValueId> =
+        graph.constants.iter().filter(|(_, c)| c.tensor.dtype().is_float()).map(|(v, _)| *v).collect();
+    let base = |name: &str| name.split('#').next().unwrap_or(name).to_owned();
+    if let Some(declared) = &choice.declared {
+        let known: HashSet<String> = floats.iter().map(|v| base(&graph.names[*v])).collect();
+        let missing: Vec<_> = declared.iter().filter(|d| !known.contains(*d)).cloned().collect();
+        if !missing.is_empty() {
+            return Err(Error::invalid(format!(
+                "the model's metadata declares parameters that the graph does not have: {}",
+                missing.join(", ")
+            )));
+        }
+    }
+    let freeze = Globs::new("--freeze", &choice.freeze)?;
+    let train = Globs::new("--train", &choice.train)?;
+    let mut out = Roles::default();
+    for v in &floats {
+        let constant = &graph.constants[v];
+        let name = names(v);
+        let (mut role, reason) = roles.get(v).copied().unwrap_or((Role::Buffer, "no weight slot reads it"));
+        if let Some(declared) = &choice.declared {
+            let listed = declared.contains(&base(&name));
+            if listed && role == Role::Buffer {
+                role = Role::LinearWeight;
+            } else if !listed {
+                role = Role::Buffer;
+            }
+        }
+        let forced = train.matches(&name);
+        if forced && role == Role::Buffer {
+            role = Role::LinearWeight;
+        }
+        let frozen = freeze.matches(&name) && !forced;
+        if role != Role::Buffer && !frozen {
+            out.parameters.push(Parameter {
+                value: *v,
+                role,
+                shape: constant.tensor.shape().to_vec(),
+                dtype: constant.tensor.dtype(),
+                origin: constant.origin.clone(),
+                rewire: rewired.get(v).cloned().unwrap_or_default(),
+                name,
+            });
+        } else if constant.tensor.len() > 1 {
+            let reason = if frozen { "frozen on request" } else { reason };
+            out.buffers.push(Buffer {
+                name,
+                shape: constant.tensor.shape().to_vec(),
+                dtype: constant.tensor.dtype(),
+                reason,
+            });
+        }
+    }
+    freeze.all_used()?;
+    train.all_used()?;
+    Ok(out)
+}
+
+struct Globs {
+    option: &'static str,
+    globs: Vec<(globset::GlobMatcher, String, std::cell::Cell<bool>)>,
+}
+
+impl Globs {
+    fn new(option: &'static str, patterns: &[String]) -> Result<Self> {
+        let globs = patterns
+            .iter()
+            .map(|p| {
+                let glob = Glob::new(p).map_err(|e| Error::usage(format!("{option} {p}: {e}")))?;
+                Ok((glob.compile_matcher(), p.clone(), std::cell::Cell::new(false)))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { option, globs })
+    }
+    fn matches(&self, name: &str) -> bool {
+        let mut any = false;
+        for (glob, _, used) in &self.globs {
+            if glob.is_match(name) {
+                used.set(true);
+                any = true;
+            }
+        }
+        any
+    }
+    fn all_used(&self) -> Result<()> {
+        match self.globs.iter().find(|(_, _, used)| !used.get()) {
+            None => Ok(()),
+            Some((_, p, _)) => Err(Error::usage(format!("{} `{p}` matches no tensor of the graph", self.option))
+                .hint("`disback inspect --parameters` lists the names")),
+        }
+    }
+}
+
+/// Layers whose output is a feature of the network (as opposed to a function of time or shape alone).
+const LAYERS: &[&str] = &[
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "Einsum",
+    "Gather",
+    "InstanceNormalization",
+    "GroupNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+    "BatchNormalization",
+    "LSTM",
+    "GRU",
+    "RNN",
+];
+
+/// Operators that only move or rescale a weight on its way to the layer.
+const PASSING: &[&str] =
+    &["Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Slice"];
+
+struct Classifier<'a> {
+    graph: &'a Graph,
+    producers: HashMap<ValueId, usize>,
+    consumers: HashMap<ValueId, Vec<(usize, usize)>>,
+    /// Depends on a graph input's elements (not merely on its shape).
+    data: HashSet<ValueId>,
+    /// Depends on the output of a layer.
+    feature: HashSet<ValueId>,
+    roles: HashMap<ValueId, (Role, &'static str)>,
+}
+
+impl<'a> Classifier<'a> {
+    fn new(graph: &'a Graph) -> Self {
+        let mut c = Self {
+            graph,
+            producers: graph.producers(),
+            consumers: graph.consumers(),
+            data: graph.inputs.iter().map(|p| p.value).chain(graph.captures.iter().map(|(_, v)| *v)).collect(),
+            feature: HashSet::new(),
+            roles: HashMap::new(),
+        };
+        for node in &graph.nodes {
+            let reads = || node.inputs.iter().flatten().chain(node.captures.iter().map(|(_, v)| v));
+            let from_shape = matches!(node.op.as_str(), "Shape" | "Size");
+            if !from_shape && reads().any(|v| c.data.contains(v)) {
+                c.data.extend(node.outputs.iter().flatten());
+                let layer = LAYERS.contains(&node.op.as_str());
+                if layer || reads().any(|v| c.feature.contains(v)) {
+                    c.feature.extend(node.outputs.iter().flatten());
+                }
+            }
+        }
+        c
+    }
+
+    fn run(mut self) -> HashMap<ValueId, (Role, &'static str)> {
+        for node in &self.graph.nodes {
+            self.node(node);
+        }
+        self.roles
+    }
+
+    fn is_data(&self, v: Option<ValueId>) -> bool {
+        v.is_some_and(|v| self.data.contains(&v))
+    }
+
+    fn constant(&self, v: Option<ValueId>) -> Option<&'a HostTensor> {
+        v.and_then(|v| self.graph.constants.get(&v)).map(|c| &c.tensor)
+    }
+
+    /// Gives a role to a slot: to the constant in it, or to those that reach it through operators that only move weights.
+    fn assign(&mut self, value: Option<ValueId>, role: Role, reason: &'static str) {
+        let Some(value) = value else { return };
+        if self.data.contains(&value) {
+            return;
+        }
+        if let Some(c) = self.graph.constants.get(&value) {
+            if c.tensor.dtype().is_float() {
+                let entry = self.roles.entry(value).or_insert((role, reason));
+                // A tensor that any layer trains is a parameter, whoever else reads it.
+                if entry.0 == Role::Buffer {
+                    *entry = (role, reason);
+                }
+            }
+            return;
+        }
+        let Some(&p) = self.producers.get(&value) else { return };
+        let node = &self.graph.nodes[p];
+        match node.op.as_str() {
+            op if PASSING.contains(&op) => self.assign(node.input(0), role, reason),
+            "Mul" | "Div" | "Add" | "Sub" | "Concat" => {
+                for v in node.inputs.clone() {
+                    if self.constant(v).is_none_or(|t| t.len() > 1) {
+                        self.assign(v, role, reason);
+                    }
+                }
+            }
+            // A filter repeated for each channel inside the graph (EDM's resampling) is no weight.
+            "Tile" => self.assign(node.input(0), Role::Buffer, "resampling filter, tiled in the graph"),
+            _ => {}
+        }
+    }
+
+    fn node(&mut self, node: &Node) {
+        let i = |k: usize| node.input(k);
+        match node.op.as_str() {
+            "Conv" | "ConvTranspose" => {
+                let filter = self.constant(i(1)).is_some_and(resampling_filter);
+                if filter {
+                    self.assign(i(1), Role::Buffer, "resampling filter: every channel has the same");
+                } else {
+                    self.assign(i(1), Role::ConvWeight, "");
+                }
+                self.assign(i(2), Role::Bias, "");
+            }
+            "Gemm" => {
+                if self.is_data(i(0)) || self.is_data(i(1)) {
+                    self.assign(i(0), Role::LinearWeight, "");
+                    self.assign(i(1), Role::LinearWeight, "");
+                    self.assign(i(2), Role::Bias, "");
+                }
+            }
+            "MatMul" | "Einsum" | "FusedMatMul" => {
+                if node.inputs.iter().any(|v| self.is_data(*v)) {
+                    for v in &node.inputs {
+                        self.assign(*v, Role::LinearWeight, "");
+                    }
+                }
+            }
+            "LSTM" | "GRU" | "RNN" => {
+                self.assign(i(1), Role::LinearWeight, "");
+                self.assign(i(2), Role::LinearWeight, "");
+                self.assign(i(3), Role::Bias, "");
+            }
+            "InstanceNormalization" => {
+                if self.plain_statistics(node) {
+                    self.assign(i(1), Role::Buffer, "ones of a decomposed GroupNorm");
+                    self.assign(i(2), Role::Buffer, "zeros of a decomposed GroupNorm");
+                } else {
+                    self.assign(i(1), Role::Scale, "");
+                    self.assign(i(2), Role::Bias, "");
+                }
+            }
+            "GroupNormalization" | "LayerNormalization" | "RMSNormalization" | "BatchNormalization" | "GroupNorm"
+            | "SimplifiedLayerNormalization" => {
+                self.assign(i(1), Role::Scale, "");
+                self.assign(i(2), Role::Bias, "");
+                self.assign(i(3), Role::Buffer, "running statistics");
+                self.assign(i(4), Role::Buffer, "running statistics");
+            }
+            "SkipLayerNormalization" => {
+                self.assign(i(2), Role::Scale, "");
+                self.assign(i(3), Role::Bias, "");
+                self.assign(i(4), Role::Bias, "");
+            }
+            "BiasGelu" | "FastGelu" | "BiasAdd" => self.assign(i(1), Role::Bias, ""),
+            "PRelu" => self.assign(i(1), Role::Scale, ""),
+            "Gather" => {
+                let table = self.constant(i(0)).is_some_and(|t| t.rank() >= 2);
+                if table && self.is_data(i(1)) {
+                    self.assign(i(0), Role::Embedding, "");
+                }
+            }
+            "Add" | "Sub" => self.elementwise(node, Role::Bias),
+            "Mul" | "Div" => self.elementwise(node, Role::Scale),
+            _ => {}
+        }
+    }
+
+    /// A constant that is added to, or multiplies, what layers made is a bias or scale; one that meets time or shapes is a
+    /// table.
+    fn elementwise(&mut self, node: &Node, role: Role) {
+        for (mine, other) in [(0, 1), (1, 0)] {
+            let (mine, other) = (node.input(mine), node.input(other));
+            if self.is_data(mine) || !self.is_data(other) {
+                continue;
+            }
+            if !other.is_some_and(|v| self.feature.contains(&v)) {
+                self.assign(mine, Role::Buffer, "meets an input before any layer (frequencies, scaling)");
+            } else if role == Role::Bias && self.leads_to_softmax(node) && self.constant(mine).is_none_or(is_mask) {
+                self.assign(mine, Role::Buffer, "attention mask");
+            } else if self.constant(mine).is_some_and(|t| t.len() == 1 && !named_like_a_weight(&self.graph.names[mine.unwrap_or(0)])) {
+                self.assign(mine, Role::Buffer, "plain number");
+            } else {
+                self.assign(mine, role, "");
+            }
+        }
+    }
+
+    fn leads_to_softmax(&self, node: &Node) -> bool {
+        let mut at = node.output(0);
+        for _ in 0..4 {
+            let Some(uses) = at.and_then(|v| self.consumers.get(&v)) else { return false };
+            let Some(next) = uses.iter().find_map(|&(n, _)| self.graph.nodes.get(n)) else { return false };
+            match next.op.as_str() {
+                "Softmax" => return true,
+                "Cast" | "Reshape" | "Identity" | "Add" => at = next.output(0),
+                _ => return false,
+            }
+        }
+        false
+    }
+
+    /// Instance norm with scale 1 and bias 0 whose result is reshaped: the middle of a decomposed GroupNorm, whose real
+    /// scale and bias come after.
+    fn plain_statistics(&self, node: &Node) -> bool {
+        let all = |v: Option<ValueId>, n: f64| self.constant(v).is_some_and(|t| uniform(t) && t.to_f64()[0] == n);
+        let reshaped = node
+            .output(0)
+            .and_then(|v| self.consumers.get(&v))
+            .is_some_and(|u| u.iter().all(|&(n, _)| self.graph.nodes.get(n).is_some_and(|n| n.is("Reshape"))));
+        all(node.input(1), 1.0) && all(node.input(2), 0.0) && reshaped
+    }
+}
+
+/// A depthwise kernel that is the same for every channel and not constant zero.
+fn resampling_filter(t: &HostTensor) -> bool {
+    let [channels, 1, ref window @ ..] = *t.shape() else { return false };
+    if channels < 2 || window.iter().product::<usize>() < 2 || !t.dtype().is_float() {
+        return false;
+    }
+    let bytes = t.bytes();
+    let slice = bytes.len() / channels;
+    bytes.chunks_exact(slice).all(|c| c == &bytes[..slice]) && bytes.iter().any(|&b| b != 0)
+}
+
+fn is_mask(t: &HostTensor) -> bool {
+    t.to_f32().iter().any(|v| !v.is_finite() || *v <= -1e4)
+}
+
+fn named_like_a_weight(name: &str) -> bool {
+    const ENDS: &[&str] = &["weight", "bias", "scale", "gamma", "beta", "alpha", "gate"];
+    name.contains('.') && ENDS.iter().any(|e| name.ends_with(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uniform_tensors_are_recognised_by_their_bytes() {
+        assert!(uniform(&HostTensor::vec(&[1f32; 5])));
+        assert!(!uniform(&HostTensor::vec(&[1f32, 1.0, 1.5])));
+    }
+
+    #[test]
+    fn a_depthwise_kernel_is_a_filter_only_when_all_channels_agree() {
+        let same = HostTensor::new(&[2, 1, 1, 2], &[0.25f32, 0.75, 0.25, 0.75]).unwrap();
+        let different = HostTensor::new(&[2, 1, 1, 2], &[0.25f32, 0.75, 0.25, 0.5]).unwrap();
+        assert!(resampling_filter(&same));
+        assert!(!resampling_filter(&different));
+    }
+}

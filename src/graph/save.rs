@@ -1,1 +1,124 @@
+//! Writing weights back: the original file with its initializers replaced, and nothing else touched.
 
+use std::path::Path;
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::graph::ir::Origin;
+use crate::graph::roles::Parameter;
+use crate::onnx::tensor_proto::DataLocation;
+use crate::onnx::{ModelProto, StringStringEntryProto, TensorProto};
+use crate::tensor::HostTensor;
+
+/// Models with more bytes of weights than this get them in a file of their own: protobuf ends at 2 GiB.
+pub const EXTERNAL_ABOVE: usize = 1_900_000_000;
+
+/// Returns the model with the parameters' new values (f32 masters, in the order of `parameters`), cast to the element type
+/// of the file. Parted copies become initializers of their own.
+pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: &[HostTensor]) -> Result<ModelProto> {
+    if parameters.len() != values.len() {
+        return Err(Error::mismatch(format!("{} values for {} parameters", values.len(), parameters.len())));
+    }
+    let mut model = original.clone();
+    let graph = model.graph.as_mut().ok_or_else(|| Error::invalid("the model holds no graph"))?;
+    for (p, value) in parameters.iter().zip(values) {
+        if value.shape() != p.shape {
+            return Err(Error::mismatch(format!("parameter `{}` has shape {:?}, expected {:?}", p.name, value.shape(), p.shape)));
+        }
+        let bytes = value.cast(p.dtype).bytes().clone();
+        if !p.rewire.is_empty() {
+            let mut t = crate::graph::tensors::to_proto(&p.name, &value.cast(p.dtype));
+            t.raw_data = Some(bytes);
+            graph.initializer.push(t);
+            for &(node, slot) in &p.rewire {
+                let input = graph.node.get_mut(node).and_then(|n| n.input.get_mut(slot));
+                *input.ok_or_else(|| Error::invalid(format!("no slot for parameter `{}`", p.name)))? = p.name.clone();
+            }
+            continue;
+        }
+        let target = match p.origin {
+            Origin::Initializer(i) => graph.initializer.get_mut(i),
+            Origin::ConstantNode(i) => graph.node.get_mut(i).and_then(|n| n.attribute.iter_mut().find_map(|a| a.t.as_mut())),
+            Origin::Made => None,
+        };
+        let target = target
+            .ok_or_else(|| Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name)))?;
+        set_raw(target, bytes);
+    }
+    internalise(&mut model);
+    Ok(model)
+}
+
+fn set_raw(t: &mut TensorProto, bytes: Bytes) {
+    t.float_data.clear();
+    t.double_data.clear();
+    t.int32_data.clear();
+    t.int64_data.clear();
+    t.uint64_data.clear();
+    t.raw_data = Some(bytes);
+}
+
+/// Forgets where external data came from: its bytes are in `raw_data` since loading.
+pub fn internalise(model: &mut ModelProto) {
+    let Some(graph) = model.graph.as_mut() else { return };
+    let tensors = graph.initializer.iter_mut().chain(
+        graph.node.iter_mut().flat_map(|n| n.attribute.iter_mut()).flat_map(|a| a.t.iter_mut().chain(a.tensors.iter_mut())),
+    );
+    for t in tensors {
+        t.external_data.clear();
+        t.data_location = None;
+    }
+}
+
+/// Sets a metadata entry, replacing one of the same key.
+pub fn set_metadata(model: &mut ModelProto, key: &str, value: &str) {
+    model.metadata_props.retain(|p| p.key() != key);
+    model.metadata_props.push(StringStringEntryProto { key: Some(key.to_owned()), value: Some(value.to_owned()) });
+}
+
+/// Writes the model whole or not at all; weights above [`EXTERNAL_ABOVE`] bytes go to `<file>.data` beside it.
+pub fn write(model: &ModelProto, path: &Path) -> Result<()> {
+    let total: usize = model
+        .graph
+        .iter()
+        .flat_map(|g| &g.initializer)
+        .map(|t| t.raw_data.as_ref().map_or(0, |b| b.len()))
+        .sum();
+    if total <= EXTERNAL_ABOVE {
+        return files::write_atomic(path, &model.encode_to_vec());
+    }
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let location = format!("{name}.data");
+    let mut model = model.clone();
+    let mut chunks: Vec<(usize, Bytes)> = Vec::new();
+    let mut at = 0usize;
+    for t in model.graph.iter_mut().flat_map(|g| g.initializer.iter_mut()) {
+        // Small tensors stay inside: shape constants must be readable without the data file.
+        let Some(bytes) = t.raw_data.take_if(|b| b.len() >= 1024) else { continue };
+        at = at.next_multiple_of(4096);
+        let entry = |k: &str, v: String| StringStringEntryProto { key: Some(k.to_owned()), value: Some(v) };
+        t.external_data = vec![
+            entry("location", location.clone()),
+            entry("offset", at.to_string()),
+            entry("length", bytes.len().to_string()),
+        ];
+        t.data_location = Some(DataLocation::External as i32);
+        let length = bytes.len();
+        chunks.push((at, bytes));
+        at += length;
+    }
+    files::write_atomic_with(&path.with_file_name(&location), |out| {
+        use std::io::Write;
+        let mut position = 0;
+        for (offset, bytes) in &chunks {
+            out.write_all(&vec![0; offset - position])?;
+            out.write_all(bytes)?;
+            position = offset + bytes.len();
+        }
+        Ok(())
+    })?;
+    files::write_atomic(path, &model.encode_to_vec())
+}

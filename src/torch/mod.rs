@@ -1,11 +1,16 @@
 //! ONNX operators on libtorch: a shared immutable plan, parameter sets, networks, the optimiser and devices.
 
+pub mod convert;
 pub mod device;
 pub mod ema;
+pub mod kernel;
 pub mod network;
+mod ops;
 pub mod optim;
 pub mod params;
+pub mod plan;
+pub mod registry;
 pub mod shim;
 
-pub use network::{Forward, Network};
+pub use network::{Forward, ImportOptions, Network};
 pub use params::ParamSet;

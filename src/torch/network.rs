@@ -1,9 +1,19 @@
-//! A network: a shared plan and one set of parameters.
+//! A network: an imported ONNX graph (shared) and one set of parameters (its own).
 
-use tch::Tensor;
+use std::path::Path;
+use std::rc::Rc;
 
-use crate::error::Result;
+use tch::{Device, Tensor};
+
+use crate::error::{Context, Error, Result};
+use crate::graph::raise::{self, Report};
+use crate::graph::roles::{self, Buffer, Parameter};
+use crate::graph::{Graph, Model, Port, TrainableChoice, lower};
+use crate::onnx::ModelProto;
+use crate::tensor::HostTensor;
+use crate::torch::convert;
 use crate::torch::params::ParamSet;
+use crate::torch::plan::Plan;
 
 /// What the method needs of a network: named inputs in, named outputs out, and its parameters.
 pub trait Forward {
@@ -16,6 +26,162 @@ pub trait Forward {
     fn copy(&self) -> Result<Box<dyn Forward>>;
 }
 
+/// How a model is imported.
+#[derive(Debug, Clone)]
+pub struct ImportOptions {
+    /// Whether decomposed operators are raised (`--no-raise` turns it off).
+    pub raise: bool,
+    pub trainable: TrainableChoice,
+}
+
+impl Default for ImportOptions {
+    fn default() -> Self {
+        Self { raise: true, trainable: TrainableChoice::default() }
+    }
+}
+
+/// Everything that the copies of a network share.
+#[derive(Debug)]
+pub struct Imported {
+    pub model: Model,
+    /// The graph as it runs: raised, its dead nodes gone.
+    pub graph: Graph,
+    /// Operators of the file, before raising, with their counts.
+    pub operators: std::collections::BTreeMap<String, usize>,
+    pub parameters: Vec<Parameter>,
+    pub buffers: Vec<Buffer>,
+    pub raised: Report,
+    pub plan: Plan,
+}
+
 /// An imported ONNX graph with its own parameters.
 #[derive(Debug)]
-pub struct Network {}
+pub struct Network {
+    shared: Rc<Imported>,
+    params: ParamSet,
+    device: Device,
+}
+
+impl Network {
+    /// Imports a model from a file onto a device with default options.
+    pub fn load(path: &Path, device: Device) -> Result<Self> {
+        Self::import(Model::load(path)?, &ImportOptions::default(), device)
+    }
+
+    /// Imports a model.
+    ///
+    /// Errors: whatever breaks ONNX's rules, all operators that are not supported, NaN or infinity in a weight.
+    pub fn import(model: Model, options: &ImportOptions, device: Device) -> Result<Self> {
+        let shown = model.path.display().to_string();
+        Self::import_inner(model, options, device).map_err(|e| if shown.is_empty() { e } else { e.context(shown) })
+    }
+
+    fn import_inner(model: Model, options: &ImportOptions, device: Device) -> Result<Self> {
+        let mut graph = lower::lower(&model)?;
+        graph.remove_dead();
+        let mut operators = std::collections::BTreeMap::new();
+        for n in &graph.nodes {
+            let name = if n.domain.is_empty() { n.op.clone() } else { format!("{}.{}", n.domain, n.op) };
+            *operators.entry(name).or_insert(0) += 1;
+        }
+        let mut trainable = options.trainable.clone();
+        if trainable.declared.is_none() {
+            trainable.declared = declared_parameters(&model)?;
+        }
+        let rewired = roles::part_merged(&mut graph);
+        let roles = roles::classify(&graph, &trainable, &rewired)?;
+        let raised = if options.raise { raise::raise(&mut graph) } else { Report::default() };
+        graph.remove_dead();
+        let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
+        let plan = Plan::new(&graph, &values)?;
+        let mut tensors = Vec::with_capacity(values.len());
+        for p in &roles.parameters {
+            let constant = graph.constants.get(&p.value).ok_or_else(|| Error::invalid(format!("parameter `{}` is not read", p.name)))?;
+            let t = convert::to_torch(&constant.tensor)?.f_to_kind(tch::Kind::Float)?;
+            // The sum is finite exactly when no element is NaN or infinite (f64: f32 weights cannot overflow it).
+            if !t.f_sum(tch::Kind::Double)?.f_double_value(&[])?.is_finite() {
+                return Err(Error::invalid(format!("tensor `{}` holds NaN or infinity", p.name))
+                    .hint("the checkpoint is damaged, or overflowed when it was converted to half precision"));
+            }
+            tensors.push(t.f_to_device(device)?);
+        }
+        // The weights live in the parameter sets from here on.
+        for v in &values {
+            graph.constants.remove(v);
+        }
+        let names = roles.parameters.iter().map(|p| p.name.clone()).collect();
+        let params = ParamSet::new(names, tensors)?;
+        let shared = Imported {
+            model,
+            graph,
+            operators,
+            parameters: roles.parameters,
+            buffers: roles.buffers,
+            raised,
+            plan,
+        };
+        Ok(Self { shared: Rc::new(shared), params, device })
+    }
+
+    pub fn shared(&self) -> &Imported {
+        &self.shared
+    }
+    pub fn device(&self) -> Device {
+        self.device
+    }
+    pub fn inputs(&self) -> &[Port] {
+        self.shared.plan.inputs()
+    }
+    pub fn outputs(&self) -> &[Port] {
+        self.shared.plan.outputs()
+    }
+
+    /// The original file with this set's weights in the place of its own.
+    pub fn to_model(&self, params: &ParamSet) -> Result<ModelProto> {
+        let values = params.tensors().iter().map(convert::to_host).collect::<Result<Vec<HostTensor>>>()?;
+        crate::graph::save::with_parameters(&self.shared.model.proto, &self.shared.parameters, &values)
+    }
+
+    /// The master weights, cast where the file computes in another element type.
+    fn arguments(&self) -> Result<Vec<Tensor>> {
+        self.shared
+            .parameters
+            .iter()
+            .zip(self.params.tensors())
+            .map(|(p, t)| {
+                let kind = convert::kind(p.dtype);
+                Ok(if t.kind() == kind { t.shallow_clone() } else { t.f_to_kind(kind)? })
+            })
+            .collect()
+    }
+
+    /// [`Forward::copy`] as a network.
+    pub fn duplicate(&self) -> Result<Self> {
+        Ok(Self { shared: self.shared.clone(), params: self.params.deep_copy(self.device)?, device: self.device })
+    }
+}
+
+/// The converter's list in `disback.parameters`: a JSON array of initializer names.
+fn declared_parameters(model: &Model) -> Result<Option<Vec<String>>> {
+    let entry = model.metadata().into_iter().find(|(k, _)| k == "disback.parameters");
+    entry
+        .map(|(_, v)| {
+            serde_json::from_str(&v).map_err(|e| Error::invalid(format!("metadata disback.parameters is not a JSON list of names ({e})")))
+        })
+        .transpose()
+}
+
+impl Forward for Network {
+    fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let args = self.arguments()?;
+        self.shared.plan.run(inputs, &args, self.device).with_context(|| self.shared.model.path.display().to_string())
+    }
+
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn copy(&self) -> Result<Box<dyn Forward>> {
+        Ok(Box::new(self.duplicate()?))
+    }
+}
