@@ -5,6 +5,7 @@ pub mod diffusion;
 #[cfg(feature = "train")]
 pub mod distill;
 pub mod error;
+pub mod eval;
 pub mod files;
 pub mod io;
 pub mod noise;

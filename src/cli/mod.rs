@@ -1,6 +1,7 @@
 //! The command line: one file a command. A command parses, calls the library and prints; it holds no logic of its own.
 
 mod engine;
+pub mod evaluate;
 pub mod sample;
 
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ pub struct Globals {
 #[derive(Debug, Subcommand)]
 enum Command {
     Sample(sample::SampleArgs),
+    Evaluate(evaluate::EvaluateArgs),
 }
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
@@ -59,6 +61,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
         Command::Sample(args) => sample::run(&args, globals),
+        Command::Evaluate(args) => evaluate::run(&args, globals),
     }
 }
 
@@ -71,4 +74,11 @@ pub(crate) fn progress(globals: Globals, total: u64, unit: &str) -> indicatif::P
         indicatif::ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {unit} ({{per_sec}}, {{eta}})"));
     let bar = indicatif::ProgressBar::new(total);
     style.map(|s| bar.clone().with_style(s)).unwrap_or(bar)
+}
+
+/// A table for people.
+pub(crate) fn table<const N: usize>(header: [&str; N]) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY).set_header(header);
+    table
 }

@@ -103,6 +103,17 @@ impl ImageSet {
         Ok(Self { shape, len, source: Source::Array { tensor, last, range } })
     }
 
+    /// Samples [N,C,H,W] of a model, values in `range`: the layout is known, nothing is taken from the sizes.
+    pub fn from_samples(samples: HostTensor, range: [f64; 2]) -> Result<Self> {
+        let [len, c, h, w] = *samples.shape() else {
+            return Err(Error::mismatch(format!("samples of shape {:?}, expected [N, C, H, W]", samples.shape())));
+        };
+        if !(c == 1 || c == 3) || samples.is_empty() {
+            return Err(Error::mismatch(format!("samples of shape {:?} are no images", samples.shape())));
+        }
+        Ok(Self { shape: [c, h, w], len, source: Source::Array { tensor: samples, last: false, range } })
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
         self.len

@@ -14,6 +14,15 @@ use crate::tensor::{DType, HostTensor};
 /// Prefix of our entries in an ONNX file's `metadata_props`.
 pub const PREFIX: &str = "disback.";
 
+/// A serialised model; what is no ONNX file is an error.
+pub fn decode(bytes: &[u8]) -> Result<ModelProto> {
+    let model = ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
+    match model.graph {
+        Some(_) => Ok(model),
+        None => Err(Error::invalid("not an ONNX model: it holds no graph")),
+    }
+}
+
 /// The `disback.*` entries of a model, without the prefix.
 pub fn metadata(model: &ModelProto) -> BTreeMap<String, String> {
     let entries = model.metadata_props.iter();
@@ -160,20 +169,14 @@ pub struct Student {
 impl Student {
     /// Opens a student file.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self> {
-        let read = || -> Result<StudentInfo> {
-            let bytes = std::fs::read(path)?;
-            let model =
-                ModelProto::decode(bytes.as_slice()).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
-            StudentInfo::from_model(&model)
-        };
+        let read = || StudentInfo::from_model(&decode(&std::fs::read(path)?)?);
         let info = read().with_context(|| path.display().to_string())?;
         Ok(Self { engine: open(path, options)?, info })
     }
 
     /// Opens a serialised student without external data.
     pub fn from_bytes(bytes: &[u8], options: &EngineOptions) -> Result<Self> {
-        let model = ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
-        Ok(Self { info: StudentInfo::from_model(&model)?, engine: open_bytes(bytes, None, options)? })
+        Ok(Self { info: StudentInfo::from_model(&decode(bytes)?)?, engine: open_bytes(bytes, None, options)? })
     }
 
     pub fn info(&self) -> &StudentInfo {

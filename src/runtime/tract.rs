@@ -6,7 +6,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use half::f16;
-use prost::Message;
 use tract_onnx::prelude::*;
 
 use super::{Engine, Source, ValueInfo, arrange, model_values};
@@ -50,10 +49,7 @@ impl TractEngine {
             }
             Source::Bytes { bytes, folder } => (bytes, folder),
         };
-        let proto =
-            crate::onnx::ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
-        let (inputs, outputs) = model_values(&proto)?;
-        drop(proto);
+        let (inputs, outputs) = model_values(&super::student::decode(bytes)?)?;
         let model = guarded(|| {
             let framework = tract_onnx::onnx().with_ignore_value_info(true).with_ignore_output_shapes(true);
             let proto = framework.proto_model_for_read(&mut &*bytes)?;

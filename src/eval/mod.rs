@@ -1,0 +1,135 @@
+//! Distances between sets of images in the feature space of an ONNX network that the user names.
+//!
+//! None of these numbers can be compared across feature networks, image sizes or sample counts; within one set-up they say
+//! which of two generators is nearer to the reference.
+
+pub mod features;
+pub mod frechet;
+pub mod kernel;
+pub mod precision_recall;
+pub mod source;
+
+use faer::Mat;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::tensor::HostTensor;
+
+pub use features::FeatureNet;
+pub use frechet::Statistics;
+pub use source::Source;
+
+/// Features of a set: one row an image.
+#[derive(Debug, Clone)]
+pub struct FeatureMatrix {
+    rows: Mat<f64>,
+}
+
+impl FeatureMatrix {
+    /// From a tensor [N, D]. Refuses NaN, infinities, and sets in which every image has the same features.
+    pub fn new(features: &HostTensor) -> Result<Self> {
+        let [n, d] = *features.shape() else {
+            return Err(Error::mismatch(format!("features of shape {:?}, expected [N, D]", features.shape())));
+        };
+        let values = features.to_f64();
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(Error::mismatch(format!("feature {} of image {} is {}", at % d, at / d, values[at])));
+        }
+        if n < 2 || d == 0 {
+            return Err(Error::mismatch(format!("{n} images with {d} features: at least two images are needed")));
+        }
+        if values.chunks_exact(d).all(|row| row == &values[..d]) {
+            return Err(Error::mismatch("all images of the set have the same features")
+                .hint("the images are all equal, or the network does not look at its input"));
+        }
+        Ok(Self { rows: Mat::from_fn(n, d, |i, j| values[i * d + j]) })
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.rows.nrows()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Number of features.
+    pub fn dims(&self) -> usize {
+        self.rows.ncols()
+    }
+    pub(crate) fn mat(&self) -> &Mat<f64> {
+        &self.rows
+    }
+    /// The rows in the given order.
+    pub(crate) fn select(&self, order: &[usize]) -> Mat<f64> {
+        Mat::from_fn(order.len(), self.dims(), |i, j| self.rows[(order[i], j)])
+    }
+}
+
+/// What [`compare`] found. `a` is the generated set, `b` the reference.
+#[derive(Debug, Clone, Serialize)]
+pub struct Scores {
+    /// Frechet distance of the Gaussians fitted to both sets; 0 for equal sets.
+    pub frechet: f64,
+    /// Kernel distance (squared MMD) and its standard error; may be slightly negative for equal sets.
+    pub kernel: f64,
+    pub kernel_standard_error: f64,
+    /// Share of `a` that lies where `b` is: quality.
+    pub precision: f64,
+    /// Share of `b` that `a` covers: diversity.
+    pub recall: f64,
+    pub images: [usize; 2],
+    pub features: usize,
+    /// What weakens the numbers.
+    pub warnings: Vec<String>,
+}
+
+/// All measures between a generated set and a reference.
+pub fn compare(a: &FeatureMatrix, b: &FeatureMatrix) -> Result<Scores> {
+    let mut warnings = Vec::new();
+    for (set, n) in [("first", a.len()), ("second", b.len())] {
+        if n < a.dims() {
+            warnings.push(format!(
+                "the {set} set has {n} images for {} features: the Frechet distance is biased upwards",
+                a.dims()
+            ));
+        }
+    }
+    let frechet = frechet::distance(&Statistics::of(a), &Statistics::of(b))?;
+    let kernel = kernel::distance(a, b)?;
+    let pr = precision_recall::measure(a, b, precision_recall::NEIGHBOUR)?;
+    if pr.used[0] < a.len() || pr.used[1] < b.len() {
+        warnings.push(format!("precision and recall use {} and {} images", pr.used[0], pr.used[1]));
+    }
+    Ok(Scores {
+        frechet,
+        kernel: kernel.mean,
+        kernel_standard_error: kernel.standard_error,
+        precision: pr.precision,
+        recall: pr.recall,
+        images: [a.len(), b.len()],
+        features: a.dims(),
+        warnings,
+    })
+}
+
+pub(crate) fn same_dims(a: usize, b: usize) -> Result<()> {
+    match a == b {
+        true => Ok(()),
+        false => Err(Error::mismatch(format!("{a} features against {b}: the sets were seen by different networks"))),
+    }
+}
+
+/// A permutation of `0..n` that depends on `n` and `salt` alone.
+pub(crate) fn shuffled(n: usize, salt: u64) -> Vec<usize> {
+    use rand_chacha::rand_core::{Rng, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(salt);
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in (1..n).rev() {
+        let j = ((u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64) as usize;
+        order.swap(i, j);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests;
