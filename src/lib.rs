@@ -1,6 +1,8 @@
 //! Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
 
 pub mod cli;
+#[cfg(feature = "train")]
+pub mod conformance;
 pub mod diffusion;
 #[cfg(feature = "train")]
 pub mod distill;

@@ -18,7 +18,9 @@ pub enum Value {
     /// Depends on the data.
     Device(Rc<Tensor>),
     /// An ONNX sequence.
-    Sequence(Rc<Vec<Value>>),
+    Sequence(Rc<[Value]>),
+    /// An ONNX optional without a value; one with a value is the value itself.
+    Nothing,
 }
 
 /// A host value and, once somebody asked for it, its copy on the device.
@@ -41,6 +43,7 @@ impl Value {
             Self::Host(_) => true,
             Self::Device(_) => false,
             Self::Sequence(items) => items.iter().all(Self::is_host),
+            Self::Nothing => true,
         }
     }
     /// The tensor on `device`.
@@ -55,7 +58,8 @@ impl Value {
                 }
                 Ok(h.moved.get().expect("set above"))
             }
-            Self::Sequence(_) => Err(Error::unsupported("a sequence where a tensor is expected")),
+            Self::Sequence(_) => Err(Error::invalid("a sequence where a tensor is expected")),
+            Self::Nothing => Err(Error::invalid("an empty optional where a tensor is expected")),
         }
     }
     /// The same value known to be of the host, after a step that only saw host values.
@@ -65,8 +69,8 @@ impl Value {
                 Ok(t) => Self::host(t),
                 Err(t) => Self::host(t.shallow_clone()),
             },
-            Self::Sequence(items) => Self::Sequence(Rc::new(items.iter().cloned().map(Self::into_host).collect())),
-            host @ Self::Host(_) => host,
+            Self::Sequence(items) => Self::Sequence(items.iter().cloned().map(Self::into_host).collect()),
+            host @ (Self::Host(_) | Self::Nothing) => host,
         }
     }
 }
@@ -95,11 +99,7 @@ impl<'a> Args<'a> {
     }
     /// The i-th input as a value.
     pub fn value(&self, i: usize) -> Result<&'a Value> {
-        self.values
-            .get(i)
-            .copied()
-            .flatten()
-            .ok_or_else(|| Error::invalid(format!("input {i} is missing")))
+        self.values.get(i).copied().flatten().ok_or_else(|| Error::invalid(format!("input {i} is missing")))
     }
     /// The i-th input as a tensor on the device.
     pub fn t(&self, i: usize) -> Result<&'a Tensor> {
@@ -115,13 +115,22 @@ impl<'a> Args<'a> {
             Value::Host(h) => h.cpu.size(),
             Value::Device(t) => t.size(),
             Value::Sequence(items) => vec![items.len() as i64],
+            Value::Nothing => return Err(Error::invalid("an empty optional where a tensor is expected")),
         })
     }
     pub fn kind(&self, i: usize) -> Result<Kind> {
         match self.value(i)? {
             Value::Host(h) => Ok(h.cpu.kind()),
             Value::Device(t) => Ok(t.kind()),
-            Value::Sequence(_) => Err(Error::unsupported("a sequence where a tensor is expected")),
+            Value::Sequence(_) => Err(Error::invalid("a sequence where a tensor is expected")),
+            Value::Nothing => Err(Error::invalid("an empty optional where a tensor is expected")),
+        }
+    }
+    /// The i-th input as a sequence.
+    pub fn sequence(&self, i: usize) -> Result<&'a [Value]> {
+        match self.value(i)? {
+            Value::Sequence(items) => Ok(items),
+            _ => Err(Error::invalid(format!("input {i} is not a sequence"))),
         }
     }
     /// The i-th input's elements on the host. An error where they depend on the data: reading them would stop the device

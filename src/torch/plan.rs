@@ -36,6 +36,8 @@ pub struct Plan {
     constants: Vec<(ValueId, Value)>,
     /// The value that each parameter is, in the order of the parameter set.
     parameters: Vec<ValueId>,
+    /// Values of an enclosing graph, for the plan of a subgraph.
+    captures: Vec<ValueId>,
     /// Graph inputs whose elements decide about shapes.
     host_inputs: HashSet<ValueId>,
     dynamic: bool,
@@ -91,6 +93,8 @@ impl Plan {
                 label: n.label(),
             })
             .collect();
+        let mut host_inputs = wanted_on_host(&steps, []);
+        host_inputs.retain(|v| graph.inputs.iter().any(|p| p.value == *v));
         let varying: HashSet<ValueId> = parameters.iter().copied().collect();
         let constants = graph
             .constants
@@ -99,7 +103,8 @@ impl Plan {
             .map(|(&id, c)| Ok((id, Value::host(convert::to_torch(&c.tensor)?))))
             .collect::<Result<_>>()?;
         Ok(Self {
-            host_inputs: host_inputs(&steps, &graph.inputs),
+            captures: graph.captures.iter().map(|(_, v)| *v).collect(),
+            host_inputs,
             dynamic: steps.iter().any(|s| s.kernel.dynamic),
             steps,
             values: graph.names.len(),
@@ -128,18 +133,25 @@ impl Plan {
     /// Runs the plan: named inputs in any order, parameters in the plan's order; outputs in the graph's order.
     ///
     /// Errors: missing or unknown inputs, an operator that fails (named), a shape that depends on the data.
-    pub fn run(&self, inputs: &[(&str, &Tensor)], parameters: &[Tensor], device: Device) -> Result<Vec<(String, Tensor)>> {
+    pub fn run(
+        &self,
+        inputs: &[(&str, &Tensor)],
+        parameters: &[Tensor],
+        device: Device,
+    ) -> Result<Vec<(String, Tensor)>> {
         let values = self.run_values(inputs, parameters, device, &mut |_, _| {})?;
         self.outputs
             .iter()
             .map(|p| {
-                let v = values[p.value].as_ref().ok_or_else(|| Error::invalid(format!("output `{}` was not made", p.name)))?;
+                let v = values[p.value]
+                    .as_ref()
+                    .ok_or_else(|| Error::invalid(format!("output `{}` was not made", p.name)))?;
                 Ok((p.name.clone(), v.tensor(device)?.shallow_clone()))
             })
             .collect()
     }
 
-    /// [`Plan::run`] for outputs of any type (sequences too), calling `observe` with every value as it is made.
+    /// [`Plan::run`], calling `observe` with every value as it is made; all values that are still alive at the end.
     pub fn run_values(
         &self,
         inputs: &[(&str, &Tensor)],
@@ -147,21 +159,97 @@ impl Plan {
         device: Device,
         observe: &mut dyn FnMut(ValueId, &Value),
     ) -> Result<Vec<Option<Value>>> {
+        let inputs: Vec<_> = inputs.iter().map(|(n, t)| (*n, Value::device(t.shallow_clone()))).collect();
+        self.execute(&inputs, parameters, device, observe)
+    }
+
+    /// [`Plan::run`] for inputs and outputs of any type: sequences and optionals too.
+    pub fn run_typed(
+        &self,
+        inputs: &[(&str, Value)],
+        parameters: &[Tensor],
+        device: Device,
+        observe: &mut dyn FnMut(ValueId, &Value),
+    ) -> Result<Vec<Value>> {
+        let values = self.execute(inputs, parameters, device, observe)?;
+        self.collect(&values, &self.outputs)
+    }
+
+    fn collect(&self, values: &[Option<Value>], ports: &[Port]) -> Result<Vec<Value>> {
+        let missing = |p: &Port| Error::invalid(format!("output `{}` was not made", p.name));
+        ports.iter().map(|p| values[p.value].clone().ok_or_else(|| missing(p))).collect()
+    }
+
+    /// Runs the plan of a subgraph: its inputs and the enclosing values it refers to, both in its own order.
+    pub fn run_sub(&self, inputs: &[Value], captures: &[Value], device: Device) -> Result<Vec<Value>> {
+        if inputs.len() != self.inputs.len() || captures.len() != self.captures.len() {
+            return Err(Error::invalid(format!("{} inputs for a subgraph with {}", inputs.len(), self.inputs.len())));
+        }
+        let mut values: Vec<Option<Value>> = vec![None; self.values];
+        for (id, v) in &self.constants {
+            values[*id] = Some(v.clone());
+        }
+        let ids = self.inputs.iter().map(|p| &p.value).chain(&self.captures);
+        for (&id, v) in ids.zip(inputs.iter().chain(captures)) {
+            values[id] = Some(v.clone());
+        }
+        for index in 0..self.steps.len() {
+            self.step(index, &mut values, device, &mut |_, _| {})?;
+        }
+        self.collect(&values, &self.outputs)
+    }
+
+    /// For the plan of a subgraph: which of its inputs and captures decide about shapes, where `outputs` (by index) do.
+    pub fn wanted_on_host(&self, outputs: &[usize]) -> (Vec<usize>, Vec<usize>) {
+        let seeds = outputs.iter().filter_map(|&i| self.outputs.get(i)).map(|p| p.value);
+        let wanted = wanted_on_host(&self.steps, seeds);
+        let inputs = (0..self.inputs.len()).filter(|&i| wanted.contains(&self.inputs[i].value)).collect();
+        let captures = (0..self.captures.len()).filter(|&i| wanted.contains(&self.captures[i])).collect();
+        (inputs, captures)
+    }
+
+    /// Whether shapes inside depend on the data.
+    pub fn is_dynamic(&self) -> bool {
+        self.dynamic
+    }
+
+    /// Whether the elements of this graph input are read on the host.
+    pub fn is_host_input(&self, port: &Port) -> bool {
+        self.host_inputs.contains(&port.value)
+    }
+
+    fn execute(
+        &self,
+        inputs: &[(&str, Value)],
+        parameters: &[Tensor],
+        device: Device,
+        observe: &mut dyn FnMut(ValueId, &Value),
+    ) -> Result<Vec<Option<Value>>> {
         if parameters.len() != self.parameters.len() {
-            return Err(Error::mismatch(format!("{} parameters, expected {}", parameters.len(), self.parameters.len())));
+            return Err(Error::mismatch(format!(
+                "{} parameters, expected {}",
+                parameters.len(),
+                self.parameters.len()
+            )));
         }
         let mut values: Vec<Option<Value>> = vec![None; self.values];
         let mut signature = Signature { device: device.into(), inputs: Vec::new(), host: Vec::new() };
+        let mut dynamic = self.dynamic;
         for (name, _) in inputs {
             if !self.inputs.iter().any(|p| p.name == *name) {
                 return Err(self.no_such_input(name));
             }
         }
         for port in &self.inputs {
-            let t = inputs.iter().find(|(n, _)| *n == port.name).map(|(_, t)| *t);
-            let t = t.ok_or_else(|| {
-                Error::usage(format!("input `{}` ({}) is missing", port.name, port.describe()))
-            })?;
+            let v = inputs.iter().find(|(n, _)| *n == port.name).map(|(_, v)| v);
+            let v = v.ok_or_else(|| Error::usage(format!("input `{}` ({}) is missing", port.name, port.describe())))?;
+            if matches!(v, Value::Sequence(_) | Value::Nothing) {
+                // The number of elements is part of no signature.
+                dynamic = true;
+                values[port.value] = Some(v.clone());
+                continue;
+            }
+            let t = v.tensor(Device::Cpu)?;
             check_input(port, t)?;
             signature.inputs.push((t.size(), t.kind() as i32));
             values[port.value] = Some(if self.host_inputs.contains(&port.value) {
@@ -195,7 +283,7 @@ impl Plan {
                 for index in 0..self.steps.len() {
                     self.step(index, &mut values, device, observe)?;
                 }
-                if !self.dynamic {
+                if !dynamic {
                     let s = self.specialise(&values);
                     self.specialised.borrow_mut().insert(signature, Rc::new(s));
                 }
@@ -214,8 +302,11 @@ impl Plan {
         let step = &self.steps[index];
         let args: Vec<Option<&Value>> = step.inputs.iter().map(|v| v.and_then(|v| values[v].as_ref())).collect();
         let out = step.kernel.call(args, device).with_context(|| step.label.clone())?;
-        if out.len() < step.outputs.iter().flatten().count() {
-            return Err(Error::unsupported("an optional output is asked for that is not implemented").context(&*step.label));
+        let asked = step.outputs.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
+        if out.len() < asked {
+            return Err(
+                Error::unsupported("an optional output is asked for that is not implemented").context(&*step.label)
+            );
         }
         for (id, v) in step.outputs.iter().zip(out) {
             if let Some(id) = id {
@@ -261,9 +352,9 @@ impl Plan {
     }
 }
 
-/// Graph inputs from which an operator reads elements on the host, directly or through other operators.
-fn host_inputs(steps: &[Step], inputs: &[Port]) -> HashSet<ValueId> {
-    let mut wanted: HashSet<ValueId> = HashSet::new();
+/// Values whose elements an operator reads on the host, directly or through other operators, and those behind `seeds`.
+fn wanted_on_host(steps: &[Step], seeds: impl IntoIterator<Item = ValueId>) -> HashSet<ValueId> {
+    let mut wanted: HashSet<ValueId> = seeds.into_iter().collect();
     for step in steps.iter().rev() {
         for &slot in &step.kernel.host_slots {
             wanted.extend(step.inputs.get(slot).copied().flatten());
@@ -273,7 +364,7 @@ fn host_inputs(steps: &[Step], inputs: &[Port]) -> HashSet<ValueId> {
             wanted.extend(step.inputs.iter().flatten());
         }
     }
-    inputs.iter().map(|p| p.value).filter(|v| wanted.contains(v)).collect()
+    wanted
 }
 
 /// Rank, element type and fixed dimensions of an input against what the graph declares.

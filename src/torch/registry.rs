@@ -83,8 +83,12 @@ impl Registry {
             Error::unsupported(format!("operator {} of domain `{}` is not implemented", node.op, node.domain))
         };
         match node.domain.as_str() {
-            "com.microsoft" => e.hint("export without ONNX Runtime's graph optimisations: they introduce com.microsoft operators"),
-            "" => e.hint("export with the dynamo exporter at opset 20 or newer, or rewrite the layer with common operators"),
+            "com.microsoft" => {
+                e.hint("export without ONNX Runtime's graph optimisations: they introduce com.microsoft operators")
+            }
+            "" => e.hint(
+                "export with the dynamo exporter at opset 20 or newer, or rewrite the layer with common operators",
+            ),
             _ => e.hint("custom operators cannot be trained; export the layer with standard operators"),
         }
     }

@@ -78,10 +78,7 @@ pub fn register(r: &mut Registry) {
 }
 
 /// Until opset 12 softmax ran over all axes from `axis` on, flattened; since 13 over one axis.
-fn softmax(
-    node: &Node,
-    f: fn(&Tensor, i64, Option<Kind>) -> Result<Tensor, tch::TchError>,
-) -> Result<Kernel> {
+fn softmax(node: &Node, f: fn(&Tensor, i64, Option<Kind>) -> Result<Tensor, tch::TchError>) -> Result<Kernel> {
     let flattened = node.opset < 13;
     let axis = node.attributes.int_or("axis", if flattened { 1 } else { -1 })?;
     Ok(Kernel::new(move |a| {

@@ -121,7 +121,10 @@ fn conv(node: &Node) -> Result<Kernel> {
         let (x, w, rank) = operands(a)?;
         let kernel = &w.size()[2..];
         if window.kernel.as_ref().is_some_and(|k| k != kernel) {
-            return Err(Error::invalid(format!("attribute `kernel_shape` is {:?}, the weight's is {kernel:?}", window.kernel)));
+            return Err(Error::invalid(format!(
+                "attribute `kernel_shape` is {:?}, the weight's is {kernel:?}",
+                window.kernel
+            )));
         }
         let pads = window.padding(&x.size()[2..], kernel)?;
         let (x, padding) = split_padding(&x, &pads, 0.0)?;
@@ -174,12 +177,12 @@ fn conv_transpose(node: &Node) -> Result<Kernel> {
             .map(|i| if extra[i] < strides[i].max(dilations[i]) { (extra[i], 0) } else { (0, extra[i]) })
             .unzip();
         let late_any = late.iter().any(|&n| n > 0);
-        let y = x.f_convolution(&w, if late_any { None } else { bias }, strides, padding, dilations, true, native, groups)?;
+        let y =
+            x.f_convolution(&w, if late_any { None } else { bias }, strides, padding, dilations, true, native, groups)?;
         let mut y = y;
         if late_any || !symmetric {
-            let crop: Vec<(i64, i64)> = (0..rank)
-                .map(|i| if symmetric { (0, late[i]) } else { (-pads[i].0, late[i] - pads[i].1) })
-                .collect();
+            let crop: Vec<(i64, i64)> =
+                (0..rank).map(|i| if symmetric { (0, late[i]) } else { (-pads[i].0, late[i] - pads[i].1) }).collect();
             y = pad_spatial(&y, &crop, 0.0)?;
         }
         match bias {

@@ -53,9 +53,7 @@ pub fn register(r: &mut Registry) {
     r.add("Mul", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_mul(y)));
     r.add("Div", 1, (2, 2), |n| {
         // Integers divide towards zero in ONNX, as in C.
-        legacy_broadcast(n, |x, y| {
-            if is_integer(x.kind()) { x.f_divide_tensor_mode(y, "trunc") } else { x.f_div(y) }
-        })
+        legacy_broadcast(n, |x, y| if is_integer(x.kind()) { x.f_divide_tensor_mode(y, "trunc") } else { x.f_div(y) })
     });
     r.add("Pow", 1, (2, 2), |n| {
         legacy_broadcast(n, |x, y| {

@@ -8,7 +8,8 @@ use crate::torch::kernel::{Args, Kernel, one};
 use crate::torch::registry::{Entry, MANY, Registry};
 
 pub fn register(r: &mut Registry) {
-    let mut add = |op, inputs, build| r.add_entry(Entry { domain: "disback", op, since: 1, until: i64::MAX, inputs, build });
+    let mut add =
+        |op, inputs, build| r.add_entry(Entry { domain: "disback", op, since: 1, until: i64::MAX, inputs, build });
     // x * sigmoid(x)
     add("SiLU", (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_silu()?))));
     // x * Phi(x)

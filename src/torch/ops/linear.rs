@@ -57,10 +57,8 @@ fn scaled(t: &Tensor, by: f64, integer: bool) -> Result<Tensor> {
 }
 
 fn einsum(node: &Node) -> Result<Kernel> {
-    let equation = node
-        .attributes
-        .string("equation")?
-        .ok_or_else(|| Error::invalid("attribute `equation` is missing"))?;
+    let equation =
+        node.attributes.string("equation")?.ok_or_else(|| Error::invalid("attribute `equation` is missing"))?;
     let equation: String = equation.chars().filter(|c| !c.is_whitespace()).collect();
     Ok(Kernel::new(move |a| {
         let operands = (0..a.len()).map(|i| a.t(i)).collect::<Result<Vec<_>>>()?;

@@ -1,6 +1,7 @@
 //! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
 
 mod activation;
+mod control;
 mod conv;
 mod elementwise;
 mod fused;
@@ -10,6 +11,7 @@ mod norm;
 mod pool;
 mod reduce;
 mod resize;
+mod sequence;
 mod shape;
 mod util;
 
@@ -18,6 +20,7 @@ use crate::torch::registry::Registry;
 /// Registers every family.
 pub fn register(r: &mut Registry) {
     activation::register(r);
+    control::register(r);
     conv::register(r);
     elementwise::register(r);
     fused::register(r);
@@ -27,5 +30,6 @@ pub fn register(r: &mut Registry) {
     pool::register(r);
     reduce::register(r);
     resize::register(r);
+    sequence::register(r);
     shape::register(r);
 }

@@ -30,7 +30,8 @@ fn instance_norm(node: &Node) -> Result<Kernel> {
 /// Scale and bias a channel since opset 21; a group at opset 18 (a mistake of the specification, since withdrawn).
 fn group_norm(node: &Node) -> Result<Kernel> {
     let eps = node.attributes.float_or("epsilon", 1e-5)?;
-    let groups = node.attributes.int("num_groups")?.ok_or_else(|| Error::invalid("attribute `num_groups` is missing"))?;
+    let groups =
+        node.attributes.int("num_groups")?.ok_or_else(|| Error::invalid("attribute `num_groups` is missing"))?;
     node.attributes.get("stash_type");
     let per_group = node.opset < 21;
     Ok(Kernel::new(move |a| {

@@ -1,11 +1,11 @@
 //! Pooling.
 
+use crate::error::Error;
 use crate::error::Result;
 use crate::graph::Node;
 use crate::torch::kernel::{Kernel, one};
 use crate::torch::ops::conv::{Window, split_padding};
 use crate::torch::registry::Registry;
-use crate::error::Error;
 
 pub fn register(r: &mut Registry) {
     r.add("GlobalAveragePool", 1, (1, 1), |_| {

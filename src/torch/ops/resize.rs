@@ -109,8 +109,20 @@ fn nearest_resize(x: &Tensor, sizes: &[i64], scales: &[f64], coordinates: &str, 
                 let at = match coordinates {
                     "asymmetric" => i / scale,
                     "half_pixel" => (i + 0.5) / scale - 0.5,
-                    "pytorch_half_pixel" => if out > 1 { (i + 0.5) / scale - 0.5 } else { 0.0 },
-                    "align_corners" => if out > 1 { i * (n - 1) as f64 / (out - 1) as f64 } else { 0.0 },
+                    "pytorch_half_pixel" => {
+                        if out > 1 {
+                            (i + 0.5) / scale - 0.5
+                        } else {
+                            0.0
+                        }
+                    }
+                    "align_corners" => {
+                        if out > 1 {
+                            i * (n - 1) as f64 / (out - 1) as f64
+                        } else {
+                            0.0
+                        }
+                    }
                     "half_pixel_symmetric" => {
                         let adjustment = out as f64 / (scale * n as f64);
                         let centre = n as f64 / 2.0;

@@ -12,9 +12,7 @@ use crate::torch::registry::{MANY, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("Shape", 1, (1, 1), shape);
-    r.add("Size", 1, (1, 1), |_| {
-        Ok(Kernel::new(|a| one(Tensor::from(a.shape(0)?.iter().product::<i64>()))).shapes())
-    });
+    r.add("Size", 1, (1, 1), |_| Ok(Kernel::new(|a| one(Tensor::from(a.shape(0)?.iter().product::<i64>()))).shapes()));
     r.add("Reshape", 1, (1, 2), reshape);
     r.add("Flatten", 1, (1, 1), |n| {
         let axis = n.attributes.int_or("axis", 1)?;
