@@ -2,6 +2,7 @@
 
 mod engine;
 pub mod evaluate;
+pub mod report;
 pub mod sample;
 
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ pub struct Globals {
 enum Command {
     Sample(sample::SampleArgs),
     Evaluate(evaluate::EvaluateArgs),
+    Report(report::ReportArgs),
 }
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
@@ -62,6 +64,7 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
+        Command::Report(args) => report::run(&args, globals),
     }
 }
 

@@ -1,3 +1,9 @@
 //! What a person looks at: sample grids, plots, the HTML report, TensorBoard events.
 
 pub mod grid;
+mod html;
+pub mod plot;
+mod run;
+pub mod tfevents;
+
+pub use html::write;

@@ -1,0 +1,176 @@
+//! Curves as inline SVG that follows the page's colours.
+
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+/// One curve.
+#[derive(Debug, Clone)]
+pub struct Series {
+    pub name: String,
+    /// (x, y), x ascending. Points that are not finite are left out.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// A vertical line with a label: a node switch.
+#[derive(Debug, Clone)]
+pub struct Mark {
+    pub x: f64,
+    pub label: String,
+}
+
+const SIZE: (u32, u32) = (640, 320);
+/// Mid tones that can be told apart on light and on dark ground, also by most colour-blind readers.
+const COLOURS: [RGBColor; 4] =
+    [RGBColor(59, 130, 246), RGBColor(234, 138, 30), RGBColor(16, 165, 120), RGBColor(200, 70, 160)];
+/// Stands for the page's text colour until the SVG is written.
+const INK: RGBColor = RGBColor(1, 2, 3);
+const INK_HEX: &str = "#010203";
+/// More points than this are joined by their means.
+const MOST: usize = 600;
+
+fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let finite: Vec<(f64, f64)> = points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect();
+    if finite.len() <= MOST {
+        return finite;
+    }
+    let size = finite.len().div_ceil(MOST);
+    let mean = |c: &[(f64, f64)], f: fn(&(f64, f64)) -> f64| c.iter().map(f).sum::<f64>() / c.len() as f64;
+    finite.chunks(size).map(|c| (mean(c, |p| p.0), mean(c, |p| p.1))).collect()
+}
+
+/// The range of the middle 98 % of the values, with a margin: a single spike must not flatten a curve.
+fn span(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let pick = |share: f64| sorted.get(((sorted.len().max(1) - 1) as f64 * share).round() as usize).copied();
+    let (low, high) = (pick(0.01)?, pick(0.99)?);
+    let margin = 0.08 * (high - low).max(high.abs().max(low.abs()) * 1e-3).max(1e-9);
+    Some((low - margin, high + margin))
+}
+
+/// Short numbers for axes: 0.003, 12.5, 40k.
+fn tick(v: f64) -> String {
+    let a = v.abs();
+    if v == 0.0 || a < 1e-12 {
+        "0".into()
+    } else if a >= 1e6 || a < 1e-3 {
+        format!("{v:.1e}")
+    } else if a >= 1e4 {
+        format!("{:.0}k", v / 1e3)
+    } else {
+        let text = format!(
+            "{:.*}",
+            if a >= 100.0 {
+                0
+            } else if a >= 1.0 {
+                2
+            } else {
+                4
+            },
+            v
+        );
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_string() } else { text }
+    }
+}
+
+/// Draws curves over a common x axis, with vertical marks. Nothing where no curve has two points.
+pub fn curves(x_label: &str, series: &[Series], marks: &[Mark]) -> Option<String> {
+    let drawn: Vec<(&str, Vec<(f64, f64)>)> =
+        series.iter().map(|s| (s.name.as_str(), thin(&s.points))).filter(|(_, p)| p.len() >= 2).collect();
+    let all = || drawn.iter().flat_map(|(_, p)| p.iter());
+    let (y0, y1) = span(all().map(|p| p.1))?;
+    let x0 = all().map(|p| p.0).fold(f64::INFINITY, f64::min);
+    let x1 = all().map(|p| p.0).fold(f64::NEG_INFINITY, f64::max);
+    let mut svg = String::new();
+    draw(&mut svg, x_label, &drawn, marks, (x0, x1.max(x0 + 1e-9)), (y0, y1)).ok()?;
+    Some(svg.replace(INK_HEX, "currentColor"))
+}
+
+type Drawn = Result<(), Box<dyn std::error::Error>>;
+
+fn draw(
+    svg: &mut String,
+    x_label: &str,
+    series: &[(&str, Vec<(f64, f64)>)],
+    marks: &[Mark],
+    (x0, x1): (f64, f64),
+    (y0, y1): (f64, f64),
+) -> Drawn {
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    let text = |size: i32| ("sans-serif", size).into_font().color(&INK);
+    let mut chart = ChartBuilder::on(&root)
+        .margin_top(24)
+        .margin_right(14)
+        .x_label_area_size(44)
+        .y_label_area_size(64)
+        .build_cartesian_2d(x0..x1, y0..y1)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(INK.mix(0.12))
+        .axis_style(INK.mix(0.5))
+        .x_labels(6)
+        .y_labels(6)
+        .label_style(text(16))
+        .x_label_formatter(&|v| tick(*v))
+        .y_label_formatter(&|v| tick(*v))
+        .x_desc(x_label)
+        .axis_desc_style(text(16))
+        .draw()?;
+    for mark in marks.iter().filter(|m| (x0..=x1).contains(&m.x)) {
+        chart.draw_series(std::iter::once(PathElement::new(vec![(mark.x, y0), (mark.x, y1)], INK.mix(0.35))))?;
+        let style = text(14).pos(Pos::new(HPos::Left, VPos::Top));
+        chart.draw_series(std::iter::once(Text::new(format!(" {}", mark.label), (mark.x, y1), style)))?;
+    }
+    for (k, (_, points)) in series.iter().enumerate() {
+        let colour = COLOURS[k % COLOURS.len()];
+        let inside = points.iter().map(|&(x, y)| (x, y.clamp(y0, y1)));
+        chart.draw_series(LineSeries::new(inside, colour.stroke_width(2)))?;
+    }
+    // The legend stands above the plot, where it hides nothing.
+    let mut left = 66;
+    for (k, (name, _)) in series.iter().enumerate() {
+        let colour = COLOURS[k % COLOURS.len()];
+        root.draw(&PathElement::new(vec![(left, 11), (left + 18, 11)], colour.stroke_width(3)))?;
+        root.draw(&Text::new(name.to_string(), (left + 24, 3), text(16).pos(Pos::new(HPos::Left, VPos::Top))))?;
+        left += 40 + 9 * name.chars().count() as i32;
+    }
+    root.present()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn series(points: Vec<(f64, f64)>) -> Series {
+        Series { name: "loss".into(), points }
+    }
+
+    #[test]
+    fn a_plot_is_one_svg_with_its_curves_and_marks() {
+        let points: Vec<(f64, f64)> = (0..5000).map(|k| (k as f64, 1.0 / (k + 1) as f64)).collect();
+        let mark = Mark { x: 2500.0, label: "node 3".into() };
+        let svg = curves("iteration", &[series(points)], &[mark]).unwrap();
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+        assert!(svg.contains("node 3") && svg.contains("loss") && svg.contains("iteration"));
+        assert!(svg.contains("currentColor") && !svg.contains(INK_HEX));
+        assert!(svg.len() < 60_000, "{}", svg.len());
+    }
+
+    #[test]
+    fn nothing_to_draw_is_no_plot() {
+        assert!(curves("x", &[], &[]).is_none());
+        assert!(curves("x", &[series(vec![(0.0, f64::NAN), (1.0, 1.0)])], &[]).is_none());
+        // A constant curve has no extent of its own.
+        assert!(curves("x", &[series(vec![(0.0, 2.0), (1.0, 2.0)])], &[]).is_some());
+    }
+
+    #[test]
+    fn ticks_are_short() {
+        let cases =
+            [(0.0, "0"), (0.0031, "0.0031"), (12.5, "12.5"), (250.0, "250"), (40_000.0, "40k"), (1e-5, "1.0e-5")];
+        cases.iter().for_each(|(v, want)| assert_eq!(tick(*v), *want));
+    }
+}
