@@ -118,6 +118,8 @@ def main():
     parser.add_argument("--ema", type=float, default=50_000, help="half-life of the weight average, in images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--init", type=Path, help="go on from this state dict (of --weights) instead of a random start")
+    parser.add_argument("--history", default="", help="how the weights of --init came about, for the provenance")
     parser.add_argument("--weights", type=Path, help="also save the torch state dict here")
     parser.add_argument("--out", type=Path, default=HERE / "teacher.onnx")
     args = parser.parse_args()
@@ -125,12 +127,14 @@ def main():
     torch.manual_seed(args.seed)
     images, labels = (torch.from_numpy(array) for array in digits())
     net = Denoiser()
+    if args.init:
+        net.load_state_dict(torch.load(args.init))
     count = sum(p.numel() for p in net.parameters())
     print(f"{count} parameters")
     net = train(net, images, labels, args.steps, args.batch, args.lr, args.ema, args.weights)
     provenance = (
         f"class-conditional EDM UNet, {count} parameters, trained by examples/digits/train_teacher.py on scikit-learn's "
-        f"digits (UCI optical recognition of handwritten digits, 1797 images): {args.steps} steps of {args.batch} images, "
+        f"digits (UCI optical recognition of handwritten digits, 1797 images): {args.history}{args.steps} steps of {args.batch} images, "
         f"Adam {args.lr}, EMA half-life {args.ema:.0f} images, seed {args.seed}, torch {torch.__version__.split('+')[0]}"
     )
     write(net, args.out, provenance)
