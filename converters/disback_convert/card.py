@@ -1,0 +1,142 @@
+"""The teacher card: what an ONNX graph does not say about the diffusion model in it.
+
+Keys are dotted (`schedule.kind`); each is written into the model's metadata_props as `disback.<key>` with its TOML value
+as text. `check` refuses what disback itself would refuse, so that a conversion fails early and not when distilling.
+"""
+
+import difflib
+import tomllib
+
+from . import ConversionError
+
+PREFIX = "disback."
+PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow")
+TIME_UNITS = ("sigma", "ln-sigma-4", "step", "unit", "thousand")
+SCHEDULES = ("edm", "vp", "flow")
+CONDITIONS = ("class-index", "one-hot", "embedding")
+LAYOUTS = ("nchw", "nhwc")
+
+PLAIN = {
+    "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "range", "sigma_data", "latent_scale",
+    "dataset", "provenance",
+}  # fmt: skip
+SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift"}
+CONDITION = {"kind", "classes", "null", "shape"}
+REQUIRED = ("sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind")
+
+
+def value_of(text):
+    """The value that a metadata text stands for: TOML where it parses as such, else the plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def text_of(value):
+    """A value as metadata text; strings stay unquoted."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(f'"{item}"' if isinstance(item, str) else text_of(item) for item in value) + "]"
+    return repr(value)
+
+
+def flatten(table, prefix=""):
+    """Nested tables -> {dotted key: value}."""
+    flat = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def parse(pairs=(), file=None):
+    """Card from a TOML file and `key=value` pairs (which win) -> {dotted key: value}."""
+    card = {}
+    if file is not None:
+        try:
+            with open(file, "rb") as handle:
+                card = flatten(tomllib.load(handle))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConversionError(f"card file {file}: {error}") from error
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConversionError(f"--card {pair}: write it as key=value, for instance --card prediction=epsilon")
+        card[key.strip().removeprefix(PREFIX)] = value_of(text.strip())
+    return card
+
+
+def known(key):
+    """Whether `key` is one that a card may have."""
+    head, _, rest = key.partition(".")
+    if head == "schedule":
+        return rest in SCHEDULE
+    if head == "conditions":
+        name, _, leaf = rest.rpartition(".")
+        return bool(name) and leaf in CONDITION
+    if head == "constants":
+        return bool(rest)
+    return key in PLAIN
+
+
+def nearest(key):
+    """The known key most like `key`, or None."""
+    names = PLAIN | {f"schedule.{leaf}" for leaf in SCHEDULE}
+    head, _, rest = key.partition(".")
+    if head == "conditions":
+        names = {f"conditions.{rest.rpartition('.')[0] or rest}.{leaf}" for leaf in CONDITION}
+    found = difflib.get_close_matches(key, sorted(names), 1, 0.0)
+    return found[0] if found else None
+
+
+def one_of(card, key, allowed):
+    if key in card and card[key] not in allowed:
+        raise ConversionError(f"card: {key} = {card[key]!r}; it is one of {', '.join(allowed)}")
+
+
+def check(card, inputs, outputs):
+    """Refuses unknown and missing keys, bad values, and names that the graph does not have."""
+    for key in card:
+        if not known(key):
+            raise ConversionError(f"card: unknown key {key!r}; did you mean {nearest(key)!r}?")
+    missing = [key for key in REQUIRED if key not in card]
+    if missing:
+        raise ConversionError(f"card: {', '.join(missing)} missing; give each by --card key=value or in a --card-file")
+    one_of(card, "prediction", PREDICTIONS)
+    one_of(card, "time_unit", TIME_UNITS)
+    one_of(card, "layout", LAYOUTS)
+    one_of(card, "schedule.kind", SCHEDULES)
+    shape = card["shape"]
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise ConversionError(f"card: shape = {shape!r}; it is [channels, height, width] of one sample")
+    conditions = {key.split(".", 1)[1].rpartition(".")[0] for key in card if key.startswith("conditions.")}
+    for name in conditions:
+        if f"conditions.{name}.kind" not in card:
+            raise ConversionError(f"card: conditions.{name}.kind missing; it is one of {', '.join(CONDITIONS)}")
+        one_of(card, f"conditions.{name}.kind", CONDITIONS)
+    constants = {key.split(".", 1)[1] for key in card if key.startswith("constants.")}
+    named = [card["sample"], card["time"], *sorted(conditions), *sorted(constants)]
+    for name in named:
+        if name not in inputs:
+            raise ConversionError(f"card: the graph has no input {name!r}; its inputs are {', '.join(inputs)}")
+        if named.count(name) > 1:
+            raise ConversionError(f"card: input {name!r} is named twice")
+    unnamed = [name for name in inputs if name not in named]
+    if unnamed:
+        raise ConversionError(
+            f"card: nothing said about the inputs {', '.join(unnamed)}; each is a condition (conditions.NAME.kind) "
+            "or a constant (constants.NAME)"
+        )
+    if card["output"] not in outputs:
+        raise ConversionError(f"card: the graph has no output {card['output']!r}; its outputs are {', '.join(outputs)}")
+
+
+def metadata(card):
+    """{dotted key: value} -> metadata_props entries."""
+    return {PREFIX + key: text_of(value) for key, value in card.items()}
