@@ -3,7 +3,11 @@
 
 pub mod card;
 pub mod card_source;
+pub mod conditions;
 pub mod conversion;
+#[cfg(feature = "train")]
+pub mod denoiser;
+pub mod sampler;
 pub mod schedule;
 mod scheduler_config;
 
@@ -11,3 +15,9 @@ pub use card::{Condition, InputSpec, Layout, Null, Prediction, TeacherCard, Time
 pub use card_source::{CardSource, Origin, ResolvedCard};
 pub use conversion::{Coefficients, Conversion, StudentStart};
 pub use schedule::{Betas, Schedule, ScheduleSpec};
+pub use conditions::HostConditions;
+#[cfg(feature = "train")]
+pub use conditions::Conditions;
+#[cfg(feature = "train")]
+pub use denoiser::Denoiser;
+pub use sampler::{Sampled, Sampler, VectorSpace};

@@ -1,0 +1,304 @@
+use super::*;
+use crate::diffusion::{Betas, Null, Prediction, ScheduleSpec, TimeUnit, card::Zeros};
+use crate::tensor::DType;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// `F = w x + time + 0.1 label_effect`, any layout; records the inputs' shapes and types.
+struct Fake {
+    params: ParamSet,
+    seen: Rc<RefCell<Vec<Vec<(String, Vec<i64>, Kind)>>>>,
+}
+
+impl Forward for Fake {
+    fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let record = inputs.iter().map(|(n, t)| (n.to_string(), t.size(), t.kind())).collect();
+        self.seen.borrow_mut().push(record);
+        let get = |name: &str| inputs.iter().find(|(n, _)| *n == name).map(|(_, t)| *t);
+        let x = get("x").unwrap().to_kind(Kind::Float);
+        let time = get("t").unwrap().to_kind(Kind::Float);
+        let time = if time.numel() == 1 { time.reshape([1, 1, 1, 1]) } else { time.reshape([-1, 1, 1, 1]) };
+        let mut y = &x * &self.params.tensors()[0] + time;
+        if let Some(c) = get("c") {
+            let rows = c.size()[0];
+            let effect = match c.dim() {
+                // The sum of the classes' numbers weighted by the one-hot: its index + 1, or 0 for zeros.
+                2 if c.size()[1] > 1 => {
+                    let n = Tensor::arange(c.size()[1], (Kind::Float, Device::Cpu)) + 1.0;
+                    (c.to_kind(Kind::Float) * n).sum_dim_intlist(1i64, false, Kind::Float)
+                }
+                _ => c.to_kind(Kind::Float).reshape([rows]),
+            };
+            y = y + effect.reshape([-1, 1, 1, 1]) * 0.1;
+        }
+        if let Some(k) = get("k") {
+            y = y + k.to_kind(Kind::Float).reshape([-1, 1, 1, 1]);
+        }
+        Ok(vec![("other".into(), Tensor::zeros([1], (Kind::Float, Device::Cpu))), ("y".into(), y)])
+    }
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+    fn copy(&self) -> Result<Box<dyn Forward>> {
+        Ok(Box::new(Self { params: self.params.deep_copy(Device::Cpu)?, seen: self.seen.clone() }))
+    }
+}
+
+const W: f64 = 0.25;
+
+fn card() -> TeacherCard {
+    TeacherCard {
+        sample: "x".into(),
+        time: "t".into(),
+        output: "y".into(),
+        prediction: Prediction::EdmRaw,
+        time_unit: TimeUnit::LnSigma4,
+        shape: [2, 1, 3],
+        layout: Layout::Nchw,
+        range: None,
+        sigma_data: 0.5,
+        latent_scale: 1.0,
+        dataset: None,
+        schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
+        conditions: Default::default(),
+        constants: Default::default(),
+    }
+}
+
+type Seen = Rc<RefCell<Vec<Vec<(String, Vec<i64>, Kind)>>>>;
+
+fn denoiser(card: TeacherCard, inputs: &[InputSpec]) -> (Denoiser, Seen) {
+    let seen = Seen::default();
+    let w = Tensor::from_slice(&[W as f32]).set_requires_grad(true);
+    let params = ParamSet::new(vec!["w".into()], vec![w]).unwrap();
+    let network = Box::new(Fake { params, seen: seen.clone() });
+    (Denoiser::new(network, Arc::new(card), inputs).unwrap(), seen)
+}
+
+fn inputs(time: DType, time_shape: &[Option<usize>], layout: Layout) -> Vec<InputSpec> {
+    let image = match layout {
+        Layout::Nchw => [None, Some(2), Some(1), Some(3)],
+        Layout::Nhwc => [None, Some(1), Some(3), Some(2)],
+    };
+    vec![InputSpec::new("x", DType::F32, &image), InputSpec::new("t", time, time_shape)]
+}
+
+fn batch(rows: i64) -> Tensor {
+    (Tensor::arange(rows * 6, (Kind::Float, Device::Cpu)) * 0.1 - 1.0).reshape([rows, 2, 1, 3])
+}
+
+fn values(t: &Tensor) -> Vec<f64> {
+    Vec::<f32>::try_from(t.detach().contiguous().view(-1)).unwrap().into_iter().map(f64::from).collect()
+}
+
+/// `skip c_in x + out (w c_in x + time + extra)` in f64.
+fn expected(card: &TeacherCard, x: &Tensor, sigma: &[f64], extra: &[f64]) -> Vec<f64> {
+    let conversion = Conversion::new(card).unwrap();
+    let per_row = 6;
+    let one = |(i, x): (usize, &f64)| {
+        let c = conversion.at(sigma[i / per_row]).unwrap();
+        let net = c.c_in * x;
+        c.skip * net + c.out * (W * net + c.time + extra[i / per_row])
+    };
+    values(x).iter().enumerate().map(one).collect()
+}
+
+fn assert_close(found: &Tensor, expected: &[f64]) {
+    for (x, y) in values(found).iter().zip(expected) {
+        assert!((x - y).abs() <= 2e-6 * y.abs().max(1.0), "{x} is not {y}");
+    }
+    assert_eq!(found.numel(), expected.len());
+}
+
+#[test]
+fn every_form_of_time_and_layout_gives_the_conversions_value() {
+    let sigma = [0.5, 3.0, 0.5, 20.0];
+    let vp = ScheduleSpec::Vp { betas: Betas::Linear, beta_start: None, beta_end: None, steps: None, table: vec![] };
+    for layout in [Layout::Nchw, Layout::Nhwc] {
+        let cases: [(DType, &[Option<usize>], usize, Vec<i64>); 6] = [
+            (DType::F32, &[None], 1, vec![4]),
+            (DType::F64, &[None, Some(1)], 1, vec![4, 1]),
+            (DType::F16, &[None], 1, vec![4]),
+            // One number for the batch: three different levels, three calls.
+            (DType::F32, &[], 3, vec![]),
+            (DType::F32, &[Some(1)], 3, vec![1]),
+            (DType::F32, &[Some(4)], 1, vec![4]),
+        ];
+        for (dtype, shape, calls, time_shape) in cases {
+            let card = TeacherCard { layout, ..card() };
+            let (d, seen) = denoiser(card.clone(), &inputs(dtype, shape, layout));
+            let x = batch(4);
+            let found = d.denoise(&x, &sigma, &Conditions::none(4)).unwrap();
+            let tolerance = if dtype == DType::F16 { 1e-2 } else { 2e-6 };
+            for (x, y) in values(&found).iter().zip(expected(&card, &x, &sigma, &[0.0; 4])) {
+                assert!((x - y).abs() <= tolerance * y.abs().max(1.0), "{x} is not {y}: {dtype} {shape:?} {layout:?}");
+            }
+            let seen = seen.borrow();
+            assert_eq!(seen.len(), calls);
+            let time = seen[0].iter().find(|(n, ..)| n == "t").unwrap();
+            assert_eq!((&time.1, time.2), (&time_shape, convert::kind(dtype)));
+            if layout == Layout::Nhwc {
+                assert_eq!(seen[0][0].1[1..], [1, 3, 2]);
+            }
+        }
+    }
+    // Integer steps: levels next to a table entry give that entry.
+    let card = TeacherCard { prediction: Prediction::Epsilon, time_unit: TimeUnit::Step, schedule: vp, ..card() };
+    let (d, seen) = denoiser(card.clone(), &inputs(DType::I64, &[None], Layout::Nchw));
+    let schedule = card.schedule().unwrap();
+    let sigma = [schedule.sigma(0.0), schedule.sigma(500.0), schedule.sigma(999.0)];
+    let found = d.denoise(&batch(3), &sigma, &Conditions::none(3)).unwrap();
+    let want = expected(&card, &batch(3), &sigma, &[0.0; 3]);
+    for (x, y) in values(&found).iter().zip(want) {
+        assert!((x - y).abs() <= 1e-6 * y.abs().max(1.0), "{x} is not {y}");
+    }
+    assert_eq!(seen.borrow()[0][1].2, Kind::Int64);
+}
+
+#[test]
+fn a_denoising_graph_is_used_untouched() {
+    let card = TeacherCard { prediction: Prediction::Denoised, time_unit: TimeUnit::Sigma, ..card() };
+    let (d, _) = denoiser(card, &inputs(DType::F32, &[None], Layout::Nchw));
+    let x = batch(2);
+    let found = d.denoise(&x, &[2.0, 3.0], &Conditions::none(2)).unwrap();
+    let w = &d.params().tensors()[0];
+    let direct = &x * w + Tensor::from_slice(&[2f32, 3.0]).reshape([2, 1, 1, 1]);
+    assert_eq!(found, direct);
+}
+
+fn with_classes(null: Option<i64>) -> (TeacherCard, Vec<InputSpec>) {
+    let mut card = card();
+    card.conditions.insert("c".into(), Condition::ClassIndex { classes: 4, null });
+    let mut inputs = inputs(DType::F32, &[None], Layout::Nchw);
+    inputs.push(InputSpec::new("c", DType::I64, &[None]));
+    (card, inputs)
+}
+
+fn labels(labels: &[i64]) -> Conditions {
+    Conditions::new(labels.len() as i64, vec![("c".into(), Tensor::from_slice(labels))]).unwrap()
+}
+
+#[test]
+fn conditions_and_constants_reach_the_graph_in_its_own_form() {
+    let (card, specs) = with_classes(Some(4));
+    let x = batch(3);
+    let sigma = [0.3, 1.0, 5.0];
+    let (d, _) = denoiser(card.clone(), &specs);
+    let found = d.denoise(&x, &sigma, &labels(&[0, 3, 2])).unwrap();
+    assert_close(&found, &expected(&card, &x, &sigma, &[0.0, 0.3, 0.2]));
+    // One-hot from the same indices; -1 is the row of zeros.
+    let mut hot = card.clone();
+    hot.conditions.insert("c".into(), Condition::OneHot { classes: 4, null: Some(Null::Zeros(Zeros::Zeros)) });
+    hot.constants.insert("k".into(), 0.5);
+    let mut hot_specs = specs.clone();
+    hot_specs[2] = InputSpec::new("c", DType::F32, &[None, Some(4)]);
+    hot_specs.push(InputSpec::new("k", DType::F64, &[]));
+    let (d, seen) = denoiser(hot.clone(), &hot_specs);
+    let found = d.denoise(&x, &sigma, &labels(&[0, 3, -1])).unwrap();
+    assert_close(&found, &expected(&hot, &x, &sigma, &[0.6, 0.9, 0.5]));
+    let record = seen.borrow()[0].clone();
+    assert_eq!(record[2], ("c".to_string(), vec![3, 4], Kind::Float));
+    assert_eq!(record[3], ("k".to_string(), vec![], Kind::Double));
+    // Rows that do not fit, and a condition left out, are errors.
+    assert!(d.denoise(&x, &sigma, &labels(&[0, 1])).is_err());
+    assert!(d.denoise(&x, &sigma, &Conditions::none(3)).unwrap_err().to_string().contains("`c` is not given"));
+    assert!(d.denoise(&batch(2), &sigma, &labels(&[0, 1, 2])).is_err());
+    assert!(d.denoise(&x, &[0.3, 1.0, f64::INFINITY], &labels(&[0, 1, 2])).is_err());
+}
+
+#[test]
+fn guidance_extrapolates_from_the_null_condition_in_one_call() {
+    let (card, specs) = with_classes(Some(4));
+    let (d, seen) = denoiser(card.clone(), &specs);
+    let x = batch(2).set_requires_grad(true);
+    let (sigma, scale) = ([0.4, 2.0], 2.5);
+    let found = d.guided(&x, &sigma, &labels(&[1, 3]), scale).unwrap();
+    assert_eq!(seen.borrow().len(), 1);
+    assert_eq!(seen.borrow()[0][2].1, [4]);
+    let with = expected(&card, &x, &sigma, &[0.1, 0.3]);
+    let without = expected(&card, &x, &sigma, &[0.4, 0.4]);
+    let want: Vec<f64> = with.iter().zip(&without).map(|(c, u)| u + scale * (c - u)).collect();
+    assert_close(&found, &want);
+    // The gradient flows to the sample and to the parameters: dD/dx = c_in (skip + out w), the guidance's weights sum to 1.
+    let grads = Tensor::run_backward(&[found.sum(Kind::Float)], &[&x, &d.params().tensors()[0]], false, false);
+    let conversion = Conversion::new(&card).unwrap();
+    let c = sigma.map(|s| conversion.at(s).unwrap());
+    let want: Vec<f64> = (0..12).map(|i| c[i / 6].c_in * (c[i / 6].skip + c[i / 6].out * W)).collect();
+    assert_close(&grads[0], &want);
+    let want: f64 = values(&x).iter().enumerate().map(|(i, x)| c[i / 6].out * c[i / 6].c_in * x).sum();
+    assert!((values(&grads[1])[0] - want).abs() < 1e-5 * want.abs());
+    // Scale 1 is the plain denoiser; without a null value guidance is refused.
+    assert_eq!(
+        d.guided(&x, &sigma, &labels(&[1, 3]), 1.0).unwrap(),
+        d.denoise(&x, &sigma, &labels(&[1, 3])).unwrap()
+    );
+    let (card, specs) = with_classes(None);
+    let error = denoiser(card, &specs).0.guided(&x, &sigma, &labels(&[1, 3]), 2.0).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("null"), "{error}");
+}
+
+#[test]
+fn the_student_is_the_denoiser_at_its_start() {
+    let (d, _) = denoiser(card(), &inputs(DType::F32, &[None], Layout::Nchw));
+    let start = d.conversion().at_start(Some(2.5)).unwrap();
+    let z = batch(2);
+    let student = d.generate(&z, &Conditions::none(2), &start).unwrap();
+    let same = d.denoise(&(&z * 2.5), &[2.5, 2.5], &Conditions::none(2)).unwrap();
+    assert!((student - same).abs().max().double_value(&[]) < 1e-6);
+    // Flow at t = 1, where sigma is infinite: x0 = z - F(z, 1).
+    let flow = TeacherCard {
+        prediction: Prediction::Flow,
+        time_unit: TimeUnit::Unit,
+        schedule: ScheduleSpec::Flow { shift: 1.0 },
+        ..card()
+    };
+    let (d, _) = denoiser(flow, &inputs(DType::F32, &[None], Layout::Nchw));
+    let start = d.conversion().at_start(None).unwrap();
+    let found = d.generate(&z, &Conditions::none(2), &start).unwrap();
+    let want: Vec<f64> = values(&z).iter().map(|z| z - (W * z + 1.0)).collect();
+    assert_close(&found, &want);
+}
+
+#[test]
+fn copies_have_their_own_parameters() {
+    let (d, _) = denoiser(card(), &inputs(DType::F32, &[None], Layout::Nchw));
+    let copy = d.copy().unwrap();
+    assert_eq!(copy.params().hash().unwrap(), d.params().hash().unwrap());
+    tch::no_grad(|| copy.params().tensors()[0].shallow_clone().fill_(3.0));
+    assert_ne!(copy.params().hash().unwrap(), d.params().hash().unwrap());
+}
+
+#[test]
+fn drawn_conditions_are_classes_of_the_card_and_depend_on_the_generator_alone() {
+    use rand_chacha::rand_core::SeedableRng;
+    let (card, specs) = with_classes(Some(4));
+    let (d, _) = denoiser(card, &specs);
+    let draw = |seed| {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let drawn = d.sample_conditions(&mut rng, 4000).unwrap();
+        Vec::<i64>::try_from(drawn.get("c").unwrap()).unwrap()
+    };
+    let first = draw(1);
+    assert_eq!(first, draw(1));
+    assert_ne!(first, draw(2));
+    for class in 0..4 {
+        let count = first.iter().filter(|l| **l == class).count();
+        assert!((900..1100).contains(&count), "class {class}: {count} of 4000");
+    }
+    let both = Conditions::cat(&[&labels(&[0, 1]), &labels(&[2])]).unwrap();
+    assert_eq!(both.len(), 3);
+    assert_eq!(Vec::<i64>::try_from(both.rows(1, 2).unwrap().get("c").unwrap()).unwrap(), [1, 2]);
+    let picked = both.select(&Tensor::from_slice(&[2i64, 0])).unwrap();
+    assert_eq!(Vec::<i64>::try_from(picked.get("c").unwrap()).unwrap(), [2, 0]);
+}
+
+#[test]
+fn sampling_with_a_linear_network_runs_the_ode() {
+    // Prediction `denoised` with w = 0 and time 0 would be D = 0; here D = w x + sigma is not physical, but NFE and shape are.
+    let card = TeacherCard { prediction: Prediction::Denoised, time_unit: TimeUnit::Sigma, ..card() };
+    let (d, seen) = denoiser(card, &inputs(DType::F32, &[None], Layout::Nchw));
+    let found = d.sample(&batch(2), &Conditions::none(2), crate::diffusion::Sampler::Heun, 5, 1.0).unwrap();
+    assert_eq!((found.nfe, seen.borrow().len()), (9, 9));
+    assert_eq!(found.value.size(), [2, 2, 1, 3]);
+    assert!(!found.value.requires_grad());
+}
