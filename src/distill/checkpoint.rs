@@ -29,7 +29,7 @@ impl Stage {
     }
 }
 
-/// Numbers that go with the tensors.
+/// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub stage: Stage,
@@ -43,10 +43,10 @@ pub struct State {
     /// Generator update at which the present target was set.
     pub target_since: u64,
     /// Lowest score mismatch seen with the present target, and looks since.
-    pub best_mismatch: Option<f64>,
+    pub best_mismatch: Option<f32>,
     pub stale: u64,
     /// Lowest probe loss of stage 1 and the iteration it was reached at.
-    pub best_loss: Option<f64>,
+    pub best_loss: Option<f32>,
     pub best_at: u64,
     /// The tensors' file.
     pub file: String,

@@ -6,6 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use tch::{Device, Tensor};
 
+use crate::diffusion::{HostConditions, TeacherCard};
 use crate::distill::config::{Distribution, NoiseConfig};
 use crate::error::Result;
 use crate::torch::shim;
@@ -25,7 +26,7 @@ pub enum Phase {
 #[repr(u32)]
 pub enum Use {
     Latent = 1,
-    Class = 2,
+    Condition = 2,
     GeneratorSigma = 3,
     GeneratorNoise = 4,
     FakeSigma = 5,
@@ -61,10 +62,9 @@ impl Draws {
         shim::randn(self.stream(what).next_u64(), shape, device)
     }
 
-    /// `count` classes, uniform over `0..classes`.
-    pub fn classes(&self, count: usize, classes: usize) -> Vec<i64> {
-        let mut rng = self.stream(Use::Class);
-        (0..count).map(|_| below(&mut rng, classes) as i64).collect()
+    /// Conditions of `rows` samples: uniform classes.
+    pub fn conditions(&self, card: &TeacherCard, rows: usize) -> Result<HostConditions> {
+        HostConditions::draw(card, &mut self.stream(Use::Condition), rows)
     }
 
     /// `count` noise levels.
@@ -159,6 +159,11 @@ mod tests {
         (0..1000).map(|i| (1 + i) as f64).collect()
     }
 
+    fn classes(draws: &Draws, rows: usize) -> Vec<i64> {
+        let drawn = draws.conditions(&crate::distill::tests::labelled_card(), rows).unwrap();
+        drawn.get("labels").unwrap().to_i64()
+    }
+
     #[test]
     fn ranges_are_cut_from_the_table() {
         let config = NoiseConfig::default();
@@ -207,12 +212,12 @@ mod tests {
             Draws::new(7, Phase::Backtrack, 5, 0),
         ] {
             assert_ne!(a.sigmas(Use::FakeSigma, &levels, 9), other.sigmas(Use::FakeSigma, &levels, 9));
-            assert_ne!(a.classes(40, 10), other.classes(40, 10));
+            assert_ne!(classes(&a, 40), classes(&other, 40));
             let noise = |d: &Draws| Vec::<f32>::try_from(d.noise(Use::Latent, &[8], Device::Cpu).unwrap()).unwrap();
             assert_ne!(noise(&a), noise(&other));
         }
         assert_ne!(a.sigmas(Use::FakeSigma, &levels, 9), a.sigmas(Use::GeneratorSigma, &levels, 9));
-        let classes = a.classes(10_000, 10);
+        let classes = classes(&a, 10_000);
         for c in 0..10 {
             let n = classes.iter().filter(|&&k| k == c).count();
             assert!((850..1150).contains(&n), "class {c}: {n}");

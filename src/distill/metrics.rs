@@ -30,6 +30,12 @@ impl Meters {
         Ok(())
     }
 
+    /// Replaces whatever was there by this one value.
+    pub fn set(&mut self, name: &'static str, value: &Tensor) -> Result<()> {
+        self.sums.retain(|(n, ..)| *n != name);
+        self.add(name, value)
+    }
+
     /// Reads all means at once and starts anew.
     pub fn take(&mut self) -> Result<Means> {
         if self.sums.is_empty() {

@@ -1,14 +1,80 @@
 //! DisBack: stage 1 records how the teacher degrades into the initial student, stage 2 distils back along that path.
 
+pub mod backtrack;
 pub mod checkpoint;
 pub mod config;
+pub mod degrade;
 pub mod draws;
 pub mod metrics;
 pub mod objective;
 pub mod progress;
 pub mod rundir;
+pub mod student;
+#[cfg(test)]
+mod tests;
+pub mod trainer;
 pub mod trajectory;
 
 pub use config::Config;
 pub use rundir::RunDir;
+pub use student::Student;
+pub use trainer::{Job, Observer, Unobserved};
 pub use trajectory::Trajectory;
+
+use crate::diffusion::Denoiser;
+use crate::distill::checkpoint::{Checkpoint, Stage};
+use crate::error::{Error, Result};
+
+/// Which stages to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stages {
+    Both,
+    /// Stage 1 alone: the run directory is left with a complete trajectory.
+    Degrade,
+    /// Stage 2 alone, on the complete trajectory in the run directory.
+    Backtrack,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Stopped from outside, with a checkpoint to go on from.
+    Stopped(Stage),
+    /// Stage 1 is done.
+    Recorded(Trajectory),
+    /// Stage 2 is done: the student with its averaged weights.
+    Finished(Student),
+}
+
+/// Runs the stages, each from its checkpoint where there is one. The final weights are saved as `student.safetensors`.
+pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outcome> {
+    let hash = teacher.params().hash()?;
+    let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
+    let dir = job.run.trajectory();
+    let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };
+    let trajectory = match recorded {
+        Some(trajectory) if trajectory.is_complete() => trajectory,
+        _ if stages == Stages::Backtrack => {
+            return Err(Error::usage(format!("{} holds no complete trajectory", job.run.path().display()))
+                .hint("run `disback degrade` first, or give one with --trajectory"));
+        }
+        _ => {
+            let from = checkpoint.take_if(|c| c.state.stage == Stage::Degrade);
+            match degrade::degrade(&mut job, teacher, from)? {
+                Some(trajectory) => trajectory,
+                None => return Ok(Outcome::Stopped(Stage::Degrade)),
+            }
+        }
+    };
+    if stages == Stages::Degrade {
+        return Ok(Outcome::Recorded(trajectory));
+    }
+    let from = checkpoint.filter(|c| c.state.stage == Stage::Backtrack);
+    match backtrack::backtrack(&mut job, teacher, &trajectory, from)? {
+        Some(student) => {
+            student.params().save(&job.run.student_weights())?;
+            Ok(Outcome::Finished(student))
+        }
+        None => Ok(Outcome::Stopped(Stage::Backtrack)),
+    }
+}

@@ -17,8 +17,8 @@ pub struct Node {
     /// Stage-1 steps before it was recorded; 0 for the teacher.
     pub iteration: u64,
     /// Denoising loss on the initial student's samples (a fixed batch), weighted by lambda(sigma); none where no
-    /// trajectory was recorded.
-    pub loss: Option<f64>,
+    /// trajectory was recorded. (f32: its decimal form reads back exactly.)
+    pub loss: Option<f32>,
     /// [`ParamSet::hash`] of the weights.
     pub hash: String,
 }
@@ -38,11 +38,11 @@ pub struct Trajectory {
     index: Index,
 }
 
-const INDEX: &str = "trajectory.json";
+pub(crate) const INDEX: &str = "trajectory.json";
 
 impl Trajectory {
     /// Starts a trajectory with the teacher as node 0.
-    pub fn create(dir: &Path, teacher: &ParamSet, loss: Option<f64>) -> Result<Self> {
+    pub fn create(dir: &Path, teacher: &ParamSet, loss: Option<f32>) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let index = Index { teacher_hash: teacher.hash()?, complete: false, nodes: Vec::new() };
         let mut trajectory = Self { dir: dir.to_owned(), index };
@@ -104,7 +104,7 @@ impl Trajectory {
     }
 
     /// Writes the weights as the next node.
-    pub fn record(&mut self, params: &ParamSet, iteration: u64, loss: Option<f64>) -> Result<usize> {
+    pub fn record(&mut self, params: &ParamSet, iteration: u64, loss: Option<f32>) -> Result<usize> {
         let index = self.index.nodes.len();
         let file = format!("node-{index:03}.safetensors");
         params.save(&self.dir.join(&file))?;
@@ -140,7 +140,7 @@ impl Trajectory {
     }
 
     /// Keeps these nodes (rising, beginning with 0) and numbers them anew.
-    pub fn keep(&mut self, which: &[usize]) -> Result<()> {
+    fn keep(&mut self, which: &[usize]) -> Result<()> {
         debug_assert!(which.first() == Some(&0) && which.windows(2).all(|w| w[0] < w[1]));
         let mut dropped: Vec<PathBuf> = Vec::new();
         let mut nodes = Vec::new();
@@ -159,8 +159,10 @@ impl Trajectory {
         Ok(())
     }
 
-    /// Stage 1 has ended. Files get their final names.
-    pub fn complete(&mut self) -> Result<()> {
+    /// Stage 1 has ended: these nodes (rising, beginning with 0) are the trajectory. Files get their final names.
+    pub fn complete(&mut self, which: &[usize]) -> Result<()> {
+        self.index.complete = true;
+        self.keep(which)?;
         for k in 0..self.index.nodes.len() {
             let (from, to) = (self.index.nodes[k].file.clone(), format!("node-{k:03}.safetensors"));
             if from == to {
@@ -177,8 +179,7 @@ impl Trajectory {
             self.save()?;
             let _ = std::fs::remove_file(from);
         }
-        self.index.complete = true;
-        self.save()
+        Ok(())
     }
 
     fn save(&self) -> Result<()> {
@@ -211,7 +212,7 @@ mod tests {
         let mut t = Trajectory::create(dir, &set(1.0), Some(9.0)).unwrap();
         t.record(&set(2.0), 10, Some(4.0)).unwrap();
         t.record(&set(3.0), 20, Some(1.0)).unwrap();
-        t.complete().unwrap();
+        t.complete(&[0, 1, 2]).unwrap();
         t
     }
 
@@ -309,8 +310,7 @@ mod tests {
         }
         t.truncate(44).unwrap();
         assert_eq!(t.last(), 4);
-        t.keep(&[0, 2, 4]).unwrap();
-        t.complete().unwrap();
+        t.complete(&[0, 2, 4]).unwrap();
         let t = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
         let mut files: Vec<_> =
             std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();

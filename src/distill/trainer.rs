@@ -1,0 +1,260 @@
+//! What both stages share: the run's surroundings, batches, losses, metrics and checkpoints.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::diffusion::{Conditions, Denoiser, Prediction};
+use crate::distill::checkpoint::{self, Stage, State};
+use crate::distill::config::Config;
+use crate::distill::draws::{Draws, Levels, Phase, Use};
+use crate::distill::metrics::{Means, Meters, MetricsFile, Row};
+use crate::distill::progress::Progress;
+use crate::distill::rundir::RunDir;
+use crate::distill::student::Student;
+use crate::error::{Error, Result};
+use crate::torch::optim::{AdamW, AdamWConfig};
+
+/// Learns of a run's landmarks: sample grids, event files, a person's interface.
+pub trait Observer {
+    /// A row of metrics was written.
+    fn metrics(&mut self, _row: &Row) -> Result<()> {
+        Ok(())
+    }
+    /// Stage 1 recorded a node (0: the teacher itself, before the first step).
+    fn node_recorded(&mut self, _node: usize, _denoiser: &Denoiser) -> Result<()> {
+        Ok(())
+    }
+    /// Stage 2 is drawn to a target from now on (its weights are in `target`).
+    fn target_entered(&mut self, _node: usize, _target: &Denoiser) -> Result<()> {
+        Ok(())
+    }
+    /// Stage 2 leaves a target for the next one; the student has its averaged weights.
+    fn target_left(&mut self, _node: usize, _student: &Student) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// An observer that looks away.
+#[derive(Debug, Clone, Copy)]
+pub struct Unobserved;
+impl Observer for Unobserved {}
+
+/// What a run needs beside the teacher.
+pub struct Job<'a> {
+    pub config: &'a Config,
+    pub run: &'a RunDir,
+    pub observer: &'a mut dyn Observer,
+    /// Raised from outside (Ctrl-C): the run stops after the present step, with a checkpoint.
+    pub stop: &'a AtomicBool,
+    /// Shows no progress.
+    pub silent: bool,
+}
+
+impl Job<'_> {
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Batches and losses for one teacher card and configuration.
+#[derive(Debug)]
+pub struct Batches {
+    pub batch: usize,
+    pub device: Device,
+    seed: u64,
+    shape: [i64; 3],
+    pub generator_levels: Levels,
+    pub fake_levels: Levels,
+}
+
+impl Batches {
+    pub fn new(config: &Config, teacher: &Denoiser) -> Result<Self> {
+        let card = teacher.card();
+        let schedule = card.schedule()?;
+        let table = schedule.training_sigmas(config.noise.levels);
+        let discrete = schedule.steps().is_some();
+        Ok(Self {
+            batch: config.batch,
+            device: teacher.params().tensors().first().map_or(Device::Cpu, Tensor::device),
+            seed: config.seed,
+            shape: card.shape.map(|d| d as i64),
+            generator_levels: Levels::new(&config.noise, config.noise.generator, &table, discrete),
+            fake_levels: Levels::new(&config.noise, config.noise.fake, &table, discrete),
+        })
+    }
+
+    /// Draws of one micro-batch.
+    pub fn draws(&self, phase: Phase, iteration: u64, micro: usize) -> Draws {
+        Draws::new(self.seed, phase, iteration, micro)
+    }
+
+    /// Standard normal images.
+    pub fn noise(&self, draws: &Draws, what: Use) -> Result<Tensor> {
+        let [c, h, w] = self.shape;
+        draws.noise(what, &[self.batch as i64, c, h, w], self.device)
+    }
+
+    /// Random conditions of a batch.
+    pub fn conditions(&self, draws: &Draws, denoiser: &Denoiser) -> Result<Conditions> {
+        Conditions::from_host(&draws.conditions(denoiser.card(), self.batch)?, self.device)
+    }
+}
+
+/// f32 `[B, 1, 1, 1]` on `device`, without waiting for the device.
+pub fn column(values: &[f64], device: Device) -> Result<Tensor> {
+    let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+    let host = Tensor::f_from_slice(&values)?.f_view([values.len() as i64, 1, 1, 1])?;
+    Ok(host.f_to_device_(device, Kind::Float, true, false)?)
+}
+
+/// Weight of the denoising loss in x0 space that makes it the teacher's own: the error of the network's output F, since
+/// `x0 = skip x_net + out F`, weighs `1/out^2` (epsilon-, v-, flow-matching loss, and for EDM
+/// `lambda = (s^2 + sd^2) / (s sd)^2`, which is also the weight for networks that give x0 itself).
+pub fn loss_weight(denoiser: &Denoiser, sigma: f64) -> Result<f64> {
+    let card = denoiser.card();
+    if card.prediction == Prediction::Denoised {
+        let sd = card.sigma_data;
+        return Ok((sigma * sigma + sd * sd) / (sigma * sd).powi(2));
+    }
+    Ok(1.0 / denoiser.conversion().at(sigma)?.out.powi(2))
+}
+
+/// Loss weights of a batch as a column.
+pub fn weights(denoiser: &Denoiser, sigmas: &[f64], device: Device) -> Result<Tensor> {
+    column(&sigmas.iter().map(|&s| loss_weight(denoiser, s)).collect::<Result<Vec<_>>>()?, device)
+}
+
+/// Denoising score matching on fixed images: `mean weight(sigma) (D(x0 + sigma e; sigma) - x0)^2`.
+pub fn denoising_loss(
+    denoiser: &Denoiser,
+    x0: &Tensor,
+    sigmas: &[f64],
+    noise: &Tensor,
+    conditions: &Conditions,
+) -> Result<Tensor> {
+    let x_t = x0.f_add(&noise.f_mul(&column(sigmas, x0.device())?)?)?;
+    let error = denoiser.denoise(&x_t, sigmas, conditions)?.f_sub(x0)?.f_square()?;
+    Ok(error.f_mul(&weights(denoiser, sigmas, x0.device())?)?.f_mean(Kind::Float)?)
+}
+
+/// AdamW settings with this learning rate.
+pub fn adamw(config: &Config, lr: f64) -> AdamWConfig {
+    let o = &config.optimizer;
+    AdamWConfig {
+        lr,
+        beta1: o.beta1,
+        beta2: o.beta2,
+        eps: o.eps,
+        weight_decay: o.weight_decay,
+        clip: o.clip,
+        warmup: o.warmup,
+    }
+}
+
+/// Metrics, progress and time of one stage.
+pub(crate) struct Log {
+    stage: Stage,
+    pub meters: Meters,
+    file: MetricsFile,
+    pub progress: Progress,
+    started: Instant,
+    seconds_before: f64,
+    row_at: Instant,
+    row_images: u64,
+    max_skips: u64,
+}
+
+impl Log {
+    /// Opens `metrics.jsonl`, dropping the rows after the checkpoint that the stage goes on from.
+    pub fn new(job: &Job, state: &State, total: u64, last: usize, images: u64) -> Result<Self> {
+        let keep = |row: &Row| match (row.stage, state.stage) {
+            (Stage::Degrade, Stage::Backtrack) => true,
+            (Stage::Backtrack, Stage::Degrade) => false,
+            _ => row.iteration <= state.iteration,
+        };
+        Ok(Self {
+            stage: state.stage,
+            meters: Meters::default(),
+            file: MetricsFile::open(&job.run.metrics(), keep)?,
+            progress: Progress::new(state.stage, total, state.iteration, last, job.silent),
+            started: Instant::now(),
+            seconds_before: state.seconds,
+            row_at: Instant::now(),
+            row_images: images,
+            max_skips: job.config.optimizer.max_skips,
+        })
+    }
+
+    /// Seconds spent in the stage, earlier processes included.
+    pub fn seconds(&self) -> f64 {
+        self.seconds_before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Adds an optimiser's counters of skipped steps: in all, and in a row.
+    pub fn skips(&mut self, names: [&'static str; 2], adam: &AdamW) -> Result<()> {
+        let (total, row) = adam.skipped();
+        self.meters.set(names[0], total)?;
+        self.meters.set(names[1], row)
+    }
+
+    /// Reads the meters, writes a row, shows it. Fails where a network has had nothing but gradients that are not finite
+    /// for too long.
+    pub fn row(&mut self, at: At, observer: &mut dyn Observer) -> Result<Means> {
+        let means = self.meters.take()?;
+        let seconds = self.row_at.elapsed().as_secs_f64().max(1e-9);
+        let skips = |names: [&str; 2]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
+        let row = Row {
+            stage: self.stage,
+            iteration: at.iteration,
+            node: at.node,
+            loss_fake: means.get("loss_fake"),
+            loss_generator: means.get("loss_generator"),
+            grad_norm_fake: means.get("grad_norm_fake"),
+            grad_norm_generator: means.get("grad_norm_generator"),
+            mismatch: means.get("mismatch"),
+            lr: at.lr,
+            updates: at.updates,
+            images: at.images,
+            images_per_s: (at.images - self.row_images) as f64 / seconds,
+            seconds: self.seconds(),
+            skipped: skips(["skipped_fake", "skipped_generator"]),
+        };
+        self.row_at = Instant::now();
+        self.row_images = at.images;
+        self.file.append(&row)?;
+        self.progress.row(&row);
+        observer.metrics(&row)?;
+        for (name, network) in [
+            ("in_a_row_generator", "the generator"),
+            ("in_a_row_fake", if self.stage == Stage::Degrade { "the degraded copy" } else { "the fake score" }),
+        ] {
+            if means.get(name).is_some_and(|n| n >= self.max_skips as f64) {
+                return Err(Error::backend(format!(
+                    "{}, iteration {}: the gradient of {network} has not been finite for {} steps in a row",
+                    self.stage.name(),
+                    at.iteration,
+                    means.get(name).unwrap_or_default()
+                ))
+                .hint("a lower learning rate, a smaller optimizer.clip, or NaN in the teacher's output at some noise level"));
+            }
+        }
+        Ok(means)
+    }
+
+    /// Writes a checkpoint.
+    pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[(String, Tensor)]) -> Result<()> {
+        state.seconds = self.seconds();
+        checkpoint::save(&job.run.checkpoints(), state, tensors)
+    }
+}
+
+/// Where a row of metrics stands.
+pub(crate) struct At {
+    pub iteration: u64,
+    pub node: usize,
+    pub lr: f64,
+    pub updates: u64,
+    pub images: u64,
+}
