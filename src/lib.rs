@@ -7,6 +7,7 @@ pub mod diffusion;
 #[cfg(feature = "train")]
 pub mod distill;
 pub mod error;
+pub mod export;
 pub mod eval;
 pub mod files;
 pub mod io;
@@ -14,6 +15,10 @@ pub mod noise;
 pub mod report;
 pub mod runtime;
 pub mod graph;
+#[cfg(feature = "train")]
+pub mod parity;
+#[cfg(feature = "train")]
+pub mod teacher;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod torch;

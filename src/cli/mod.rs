@@ -1,6 +1,8 @@
 //! The command line: one file a command. A command parses, calls the library and prints; it holds no logic of its own.
 
 mod engine;
+#[cfg(feature = "train")]
+pub mod parity;
 pub mod evaluate;
 pub mod report;
 pub mod sample;
@@ -34,6 +36,8 @@ pub struct Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[cfg(feature = "train")]
+    Parity(parity::ParityArgs),
     Sample(sample::SampleArgs),
     Evaluate(evaluate::EvaluateArgs),
     Report(report::ReportArgs),
@@ -62,6 +66,8 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
+        #[cfg(feature = "train")]
+        Command::Parity(args) => parity::run(&args, globals),
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
         Command::Report(args) => report::run(&args, globals),

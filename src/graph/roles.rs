@@ -88,6 +88,7 @@ pub struct Roles {
 /// biases (all zeros) of different layers are different weights. Tensors with any two different elements stay shared:
 /// equal by design, not by accident. Returns, per new value, the constant it was parted from and the slot it now feeds.
 pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
+    bypass_identities(graph);
     let consumers = graph.consumers();
     let mut rewired = HashMap::new();
     let shared: Vec<(ValueId, Constant)> = graph
@@ -116,6 +117,27 @@ pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
         }
     }
     rewired
+}
+
+/// Reads constants directly instead of through Identity: the legacy exporter writes one for each layer that shares a
+/// merged tensor.
+fn bypass_identities(graph: &mut Graph) {
+    let outputs: HashSet<ValueId> = graph.outputs.iter().map(|p| p.value).collect();
+    let mut alias: HashMap<ValueId, ValueId> = HashMap::new();
+    graph.nodes.retain(|n| match (n.is("Identity"), n.input(0), n.output(0)) {
+        (true, Some(from), Some(to)) if graph.constants.contains_key(&from) && !outputs.contains(&to) => {
+            alias.insert(to, from);
+            false
+        }
+        _ => true,
+    });
+    for node in &mut graph.nodes {
+        for v in node.inputs.iter_mut().flatten().chain(node.captures.iter_mut().map(|(_, v)| v)) {
+            if let Some(from) = alias.get(v) {
+                *v = *from;
+            }
+        }
+    }
 }
 
 fn uniform(t: &HostTensor) -> bool {

@@ -12,6 +12,7 @@ use crate::graph::{Graph, Model, Port, TrainableChoice, lower};
 use crate::onnx::ModelProto;
 use crate::tensor::HostTensor;
 use crate::torch::convert;
+use crate::torch::kernel::Value;
 use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
 
@@ -153,6 +154,12 @@ impl Network {
                 Ok(if t.kind() == kind { t.shallow_clone() } else { t.f_to_kind(kind)? })
             })
             .collect()
+    }
+
+    /// Runs the network and shows every intermediate value as it is made.
+    pub fn observe(&self, inputs: &[(&str, &Tensor)], observe: &mut dyn FnMut(usize, &Value)) -> Result<()> {
+        let args = self.arguments()?;
+        self.shared.plan.run_values(inputs, &args, self.device, observe).map(drop)
     }
 
     /// [`Forward::copy`] as a network.

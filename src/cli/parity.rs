@@ -1,0 +1,104 @@
+//! `disback parity`: does the imported network compute what ONNX Runtime computes?
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use tch::Device;
+
+use crate::cli::Globals;
+use crate::error::{Error, Result};
+use crate::graph::Model;
+use crate::io::npy;
+use crate::parity::{self, Parity, Tolerance};
+use crate::teacher;
+use crate::torch::{ImportOptions, Network};
+
+/// Run the same inputs through libtorch and ONNX Runtime; exit code 1 where they disagree.
+#[derive(Debug, Args)]
+pub struct ParityArgs {
+    /// The ONNX file.
+    pub model: PathBuf,
+    /// Inputs; names are the graph's input names. Without it they are random, by the graph's signature and the card.
+    #[arg(long, value_name = "NPZ")]
+    pub inputs: Option<PathBuf>,
+    /// Outputs to compare with beside ONNX Runtime's, e.g. those of the framework; names are the graph's output names.
+    #[arg(long, value_name = "NPZ", requires = "inputs")]
+    pub expected: Option<PathBuf>,
+    /// Rows of random inputs.
+    #[arg(long, default_value_t = 2)]
+    pub batch: usize,
+    /// Size of a symbolic dimension, for random inputs.
+    #[arg(long = "dim", value_name = "NAME=N")]
+    pub dims: Vec<String>,
+    /// Seed of random inputs.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Absolute tolerance, times the output's standard deviation where that is above 1.
+    #[arg(long, default_value_t = 1e-5)]
+    pub atol: f64,
+    /// Relative tolerance.
+    #[arg(long, default_value_t = 1e-3)]
+    pub rtol: f64,
+    /// Do not raise decomposed operators.
+    #[arg(long)]
+    pub no_raise: bool,
+    /// Where libtorch runs: cpu, cuda, cuda:1.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+}
+
+/// Runs the command.
+pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
+    let device: Device = crate::torch::device::parse(&args.device)?;
+    let model = Model::load(&args.model)?;
+    // A network need not be a teacher to be compared: without a card inputs are plain noise.
+    let card = teacher::card(&model, &[]).ok();
+    let options = ImportOptions { raise: !args.no_raise, ..ImportOptions::default() };
+    let net = Network::import(model, &options, device)?;
+    let inputs = match &args.inputs {
+        Some(path) => npy::read_npz(path)?,
+        None => {
+            let dims = dimensions(&args.dims)?;
+            parity::random_inputs(net.inputs(), card.as_ref().map(|c| &c.card), args.batch, &dims, args.seed)?
+        }
+    };
+    let expected = args.expected.as_ref().map(|p| npy::read_npz(p)).transpose()?;
+    let tolerance = Tolerance { atol: args.atol, rtol: args.rtol };
+    let result = parity::check(&net, &inputs, expected.as_deref(), tolerance)?;
+    if globals.json {
+        println!("{}", serde_json::to_string_pretty(&result).map_err(|e| Error::io(e.to_string()))?);
+    } else {
+        show(&result);
+    }
+    Ok(if result.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn dimensions(list: &[String]) -> Result<BTreeMap<String, usize>> {
+    list.iter()
+        .map(|d| {
+            let parsed = d.split_once('=').and_then(|(k, v)| Some((k.to_owned(), v.parse().ok()?)));
+            parsed.ok_or_else(|| Error::usage(format!("--dim {d}: expected NAME=NUMBER")))
+        })
+        .collect()
+}
+
+fn show(result: &Parity) {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header(["output", "against", "max abs", "of its std", ""]);
+    let verdict = |ok| if ok { "agrees" } else { "DIFFERS" };
+    for o in &result.outputs {
+        table.add_row([&o.name, &result.engine, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
+    }
+    for o in result.expected.iter().flatten() {
+        table.add_row([&o.name, "--expected", &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
+    }
+    println!("{table}");
+    if let Some(d) = &result.first_divergence {
+        println!("\nfirst value that differs: `{}`, made by {} (max abs {:.2e})", d.value, d.node, d.max_abs);
+        println!("  libtorch     mean {:>12.5}  std {:>12.5}", d.libtorch[0], d.libtorch[1]);
+        println!("  ONNX Runtime mean {:>12.5}  std {:>12.5}", d.onnxruntime[0], d.onnxruntime[1]);
+    }
+}

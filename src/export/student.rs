@@ -1,0 +1,361 @@
+//! The one-step student as ONNX: `noise` and the teacher's conditions in, `sample` out; preconditioning inside, sigma folded
+//! away.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::diffusion::{Conversion, Coefficients, Layout, StudentStart, TeacherCard};
+use crate::error::{Context, Error, Result};
+use crate::export::edit::{self, float_attribute, ints_attribute, node, value_info};
+use crate::export::fold;
+use crate::graph::ir::Port;
+use crate::graph::{Model, save, tensors};
+use crate::onnx::{ModelProto, OperatorSetIdProto};
+use crate::tensor::{DType, HostTensor};
+use crate::torch::{Forward, ImportOptions, Network, ParamSet};
+
+/// What the metadata of a student says beside the card.
+#[derive(Debug, Clone, Default)]
+pub struct StudentOptions {
+    /// Noise level at which the student starts; `None` is the schedule's own.
+    pub sigma_init: Option<f64>,
+    /// `disback`, or the base method's name where no trajectory was used.
+    pub method: String,
+    pub objective: String,
+    /// SHA-256 of the teacher's file.
+    pub teacher_hash: String,
+}
+
+/// Largest difference between the exported file and the training network, relative to the sample's largest value.
+const TOLERANCE: f64 = 1e-5;
+
+/// Builds the one-step student from the teacher's graph and the student's weights, and checks it in libtorch against the
+/// training network at two batch sizes.
+///
+/// Errors: a card that does not fit the graph; a student file that would not compute what was trained.
+pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &StudentOptions) -> Result<ModelProto> {
+    let start = Conversion::new(card)?.at_start(options.sigma_init)?;
+    let ours = net.duplicate()?;
+    ours.params().copy_from(params)?;
+    let reference = Reference { net: &ours, card, start: &start };
+    // A time of shape [1] broadcasts over the batch in every usual network and leaves a constant embedding. Where a graph
+    // insists on one time an image, the time is expanded to the batch inside the graph instead.
+    let mut failure = None;
+    for time in [TimeForm::Folded, TimeForm::Expanded] {
+        let built = build(net, params, card, &start, time)?;
+        match reference.check(&built) {
+            Ok(()) => return finish(built, card, options, &start),
+            Err(e) => failure = Some(e),
+        }
+    }
+    Err(failure.expect("two forms were tried").context("the exported student does not compute what was trained"))
+}
+
+/// The teacher's graph with the student's weights and nothing else changed.
+pub fn same_graph(net: &Network, params: &ParamSet, card: &TeacherCard, options: &StudentOptions) -> Result<ModelProto> {
+    let mut model = net.to_model(params)?;
+    for (key, value) in card.to_metadata()? {
+        save::set_metadata(&mut model, &key, &value);
+    }
+    save::set_metadata(&mut model, "disback.same_graph.method", &options.method);
+    save::set_metadata(&mut model, "disback.same_graph.teacher_hash", &options.teacher_hash);
+    Ok(model)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TimeForm {
+    Folded,
+    Expanded,
+}
+
+fn port<'a>(net: &'a Network, name: &str) -> Result<&'a Port> {
+    net.inputs().iter().find(|p| p.name == name).ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
+}
+
+fn build(net: &Network, params: &ParamSet, card: &TeacherCard, start: &StudentStart, time: TimeForm) -> Result<ModelProto> {
+    let mut model = net.to_model(params)?;
+    if edit::opset(&model) < 8 {
+        return Err(Error::unsupported(format!("a student at opset {}, expected 8 or newer", edit::opset(&model)))
+            .hint("export the teacher with a newer opset"));
+    }
+    let clip_by_input = edit::opset(&model) >= 11;
+    let x = port(net, &card.sample)?;
+    let t = port(net, &card.time)?;
+    let x_dtype = x.dtype.unwrap_or(DType::F32);
+    let graph = model.graph.as_mut().ok_or_else(|| Error::invalid("the model holds no graph"))?;
+    graph.value_info.clear();
+    // Our names must be free: `sample` is what diffusers calls its input.
+    for ours in ["noise", "sample"] {
+        let taken = edit::value_names(graph);
+        if taken.contains(ours) && !card.conditions.contains_key(ours) {
+            edit::rename(graph, ours, &edit::free_name(&taken, &format!("teacher_{ours}")));
+        }
+    }
+    let renamed = |graph: &crate::onnx::GraphProto, name: &str| {
+        let prefixed = format!("teacher_{name}");
+        if edit::value_names(graph).contains(name) { name.to_owned() } else { prefixed }
+    };
+    let (x_name, t_name, f_name) =
+        (renamed(graph, &card.sample), renamed(graph, &card.time), renamed(graph, &card.output));
+    let constants: Vec<(String, f64)> = card.constants.iter().map(|(n, v)| (renamed(graph, n), *v)).collect();
+
+    let batch = x.dims().and_then(|d| d.first().copied().flatten());
+    let [c, h, w] = card.shape;
+    let dim = batch.map_or(Err("batch"), Ok);
+    graph.input.retain(|v| v.name() != x_name && v.name() != t_name && !constants.iter().any(|(n, _)| n == v.name()));
+    // One symbol for the batch in all inputs: other names would let runtimes believe they may differ.
+    for v in &mut graph.input {
+        if let Some(crate::onnx::type_proto::Value::TensorType(tt)) = v.r#type.as_mut().and_then(|t| t.value.as_mut()) {
+            if let (Some(first), None) = (tt.shape.as_mut().and_then(|s| s.dim.first_mut()), batch) {
+                first.value = Some(crate::onnx::tensor_shape_proto::dimension::Value::DimParam("batch".into()));
+            }
+        }
+    }
+    graph.input.insert(0, value_info("noise", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)]));
+
+    let mut before = Vec::new();
+    let number = |graph: &mut crate::onnx::GraphProto, name: &str, t: HostTensor| {
+        graph.initializer.push(tensors::to_proto(name, &t));
+        name.to_owned()
+    };
+    // noise -> scaled -> layout -> element type -> x_net
+    let mut at = "noise".to_owned();
+    let push = |before: &mut Vec<_>, n| before.push(n);
+    if start.init_scale != 1.0 {
+        let scale = number(graph, "disback/init_scale", HostTensor::scalar(start.init_scale as f32));
+        push(&mut before, node("Mul", &[&at, &scale], "disback/x_start"));
+        at = "disback/x_start".into();
+    }
+    let x_f32 = at.clone();
+    if card.layout == Layout::Nhwc {
+        let mut n = node("Transpose", &[&at], "disback/x_nhwc");
+        n.attribute.push(ints_attribute("perm", &[0, 2, 3, 1]));
+        push(&mut before, n);
+        at = "disback/x_nhwc".into();
+    }
+    if x_dtype != DType::F32 {
+        let mut n = node("Cast", &[&at], "disback/x_cast");
+        n.attribute.push(edit::int_attribute("to", i64::from(x_dtype.to_onnx())));
+        push(&mut before, n);
+        at = "disback/x_cast".into();
+    }
+    edit::rename(graph, &x_name, &at);
+
+    // Time and other fixed inputs become initializers.
+    let filled = |p: &Port, value: f64| -> Result<HostTensor> {
+        let shape: Vec<usize> = p.dims().unwrap_or_default().into_iter().map(|d| d.unwrap_or(1)).collect();
+        let len = shape.iter().product();
+        Ok(HostTensor::new(&shape, &vec![value; len])?.cast(p.dtype.unwrap_or(DType::F32)))
+    };
+    let time_value = filled(t, start.coefficients.time)?;
+    let expandable = t.dims().is_some_and(|d| d.first() == Some(&None));
+    match time {
+        TimeForm::Folded => {
+            number(graph, &t_name, time_value);
+        }
+        TimeForm::Expanded if expandable => {
+            let value = number(graph, "disback/time", time_value);
+            push(&mut before, node("Shape", &["noise"], "disback/noise_shape"));
+            let zero = number(graph, "disback/zero", HostTensor::vec(&[0i64]));
+            push(&mut before, node("Gather", &["disback/noise_shape", &zero], "disback/batch"));
+            push(&mut before, node("Expand", &[&value, "disback/batch"], &t_name));
+        }
+        TimeForm::Expanded => {
+            number(graph, &t_name, time_value);
+        }
+    }
+    for (name, value) in &constants {
+        let original = card.constants.keys().find(|k| renamed(graph, k) == *name).cloned().unwrap_or_else(|| name.clone());
+        let p = port(net, &original)?;
+        number(graph, name, filled(p, *value)?);
+    }
+
+    // F -> f32 -> layout -> skip x_net + out F -> clip
+    let mut after = Vec::new();
+    let mut out = f_name;
+    let f_dtype = net.outputs().iter().find(|p| p.name == card.output).and_then(|p| p.dtype).unwrap_or(x_dtype);
+    if f_dtype != DType::F32 {
+        let mut n = node("Cast", &[&out], "disback/f_cast");
+        n.attribute.push(edit::int_attribute("to", i64::from(DType::F32.to_onnx())));
+        after.push(n);
+        out = "disback/f_cast".into();
+    }
+    if card.layout == Layout::Nhwc {
+        let mut n = node("Transpose", &[&out], "disback/f_nchw");
+        n.attribute.push(ints_attribute("perm", &[0, 3, 1, 2]));
+        after.push(n);
+        out = "disback/f_nchw".into();
+    }
+    let Coefficients { skip, out: scale, .. } = start.coefficients;
+    if scale != 1.0 {
+        let s = number(graph, "disback/out", HostTensor::scalar(scale as f32));
+        after.push(node("Mul", &[&out, &s], "disback/f_scaled"));
+        out = "disback/f_scaled".into();
+    }
+    if skip != 0.0 {
+        let s = number(graph, "disback/skip", HostTensor::scalar(skip as f32));
+        after.push(node("Mul", &[&x_f32, &s], "disback/x_skip"));
+        after.push(node("Add", &[&out, "disback/x_skip"], "disback/x0"));
+        out = "disback/x0".into();
+    }
+    match card.range {
+        Some([low, high]) if clip_by_input => {
+            let (l, h) = (
+                number(graph, "disback/low", HostTensor::scalar(low as f32)),
+                number(graph, "disback/high", HostTensor::scalar(high as f32)),
+            );
+            after.push(node("Clip", &[&out, &l, &h], "sample"));
+        }
+        Some([low, high]) => {
+            let mut n = node("Clip", &[&out], "sample");
+            n.attribute.extend([float_attribute("min", low as f32), float_attribute("max", high as f32)]);
+            after.push(n);
+        }
+        None => after.push(node("Identity", &[&out], "sample")),
+    }
+    let middle = std::mem::take(&mut graph.node);
+    graph.node = before.into_iter().chain(middle).chain(after).collect();
+    graph.output = vec![value_info("sample", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)])];
+    edit::remove_dead(graph);
+    if time == TimeForm::Folded {
+        fold::fold(&mut model, &t_name)?;
+    }
+    Ok(model)
+}
+
+fn finish(mut model: ModelProto, card: &TeacherCard, options: &StudentOptions, start: &StudentStart) -> Result<ModelProto> {
+    // IR version 4 is the first where initializers need not be inputs; ours are not.
+    model.ir_version = Some(model.ir_version().max(4));
+    if model.opset_import.is_empty() {
+        model.opset_import.push(OperatorSetIdProto { domain: Some(String::new()), version: Some(8) });
+    }
+    model.producer_name = Some("disback".into());
+    model.producer_version = Some(env!("CARGO_PKG_VERSION").into());
+    // The framework's list speaks of the teacher's graph.
+    model.metadata_props.retain(|p| !p.key().starts_with("disback.parameters"));
+    for (key, value) in card.to_metadata()? {
+        save::set_metadata(&mut model, &key, &value);
+    }
+    let entries = [
+        ("method", options.method.clone()),
+        ("objective", options.objective.clone()),
+        ("steps", "1".to_owned()),
+        ("sigma_init", start.sigma.to_string()),
+        ("teacher_hash", options.teacher_hash.clone()),
+        ("noise", "standard normal".to_owned()),
+        (
+            "seed_convention",
+            "image k of seed s: ChaCha8 keyed by (s, k), Box-Muller pairs in row-major order; see disback::noise".to_owned(),
+        ),
+    ];
+    for (key, value) in entries {
+        save::set_metadata(&mut model, &format!("disback.student.{key}"), &value);
+    }
+    Ok(model)
+}
+
+/// The student as it was trained.
+struct Reference<'a> {
+    net: &'a Network,
+    card: &'a TeacherCard,
+    start: &'a StudentStart,
+}
+
+impl Reference<'_> {
+    /// Compares a built file with the training network on fixed noise at batch 1 and 3 (or the graph's fixed batch).
+    fn check(&self, built: &ModelProto) -> Result<()> {
+        let options = ImportOptions { raise: false, ..ImportOptions::default() };
+        let exported = Network::import(Model::from_proto(built.clone()), &options, Device::Cpu)?;
+        let fixed = port(self.net, &self.card.sample)?.dims().and_then(|d| d.first().copied().flatten());
+        let batches = fixed.map_or(vec![1, 3], |b| vec![b]);
+        for batch in batches {
+            let (ours, theirs) = tch::no_grad(|| -> Result<_> {
+                let noise = self.noise(batch)?;
+                let conditions = self.conditions(batch)?;
+                let mut inputs: Vec<(&str, &Tensor)> = vec![("noise", &noise)];
+                inputs.extend(conditions.iter().map(|(n, t)| (n.as_str(), t)));
+                let (_, ours) = exported.forward(&inputs)?.remove(0);
+                Ok((ours, self.forward(&noise, &conditions)?))
+            })
+            .with_context(|| format!("at batch {batch}"))?;
+            if ours.size() != theirs.size() {
+                return Err(Error::mismatch(format!("shape {:?} at batch {batch}, expected {:?}", ours.size(), theirs.size())));
+            }
+            let worst = |t: &Tensor| -> Result<f64> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
+            let (error, size) = (worst(&ours.f_sub(&theirs)?)?, worst(&theirs)?);
+            // Written so that NaN fails.
+            if !(error <= TOLERANCE * size.max(1.0)) {
+                return Err(Error::mismatch(format!("max abs error {error:.2e} at batch {batch} where values reach {size:.2}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn noise(&self, batch: usize) -> Result<Tensor> {
+        let [c, h, w] = self.card.shape;
+        let values = crate::noise::batch_noise(0, 0, batch, c * h * w);
+        Ok(Tensor::f_from_slice(&values)?.f_reshape([batch as i64, c as i64, h as i64, w as i64])?)
+    }
+
+    /// Different class indices for the images, ones for other conditions.
+    fn conditions(&self, batch: usize) -> Result<Vec<(String, Tensor)>> {
+        self.card
+            .conditions
+            .iter()
+            .map(|(name, condition)| {
+                let p = port(self.net, name)?;
+                let mut size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(1, |n| n as i64)).collect();
+                if let Some(first) = size.first_mut() {
+                    *first = batch as i64;
+                }
+                let kind = crate::torch::convert::kind(p.dtype.unwrap_or(DType::F32));
+                let classes = condition.classes().unwrap_or(1).max(1) as i64;
+                let t = if kind == Kind::Int64 || kind == Kind::Int {
+                    let n: i64 = size.iter().product();
+                    Tensor::f_arange(n, (kind, Device::Cpu))?.f_remainder(classes)?.f_reshape(&size[..])?
+                } else {
+                    Tensor::f_ones(&size[..], (kind, Device::Cpu))?
+                };
+                Ok((name.clone(), t))
+            })
+            .collect()
+    }
+
+    fn forward(&self, noise: &Tensor, conditions: &[(String, Tensor)]) -> Result<Tensor> {
+        let batch = noise.size()[0];
+        let x = noise.f_mul_scalar(self.start.init_scale)?;
+        let nhwc = self.card.layout == Layout::Nhwc;
+        let x_port = port(self.net, &self.card.sample)?;
+        let cast = |t: &Tensor, p: &Port| -> Result<Tensor> { Ok(t.f_to_kind(crate::torch::convert::kind(p.dtype.unwrap_or(DType::F32)))?) };
+        let x_in = cast(&if nhwc { x.f_permute([0, 2, 3, 1])? } else { x.shallow_clone() }, x_port)?;
+        let full = |p: &Port, v: f64| -> Result<Tensor> {
+            let size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(batch, |n| n as i64)).collect();
+            cast(&Tensor::f_full(&size[..], v, (Kind::Double, Device::Cpu))?, p)
+        };
+        let time = full(port(self.net, &self.card.time)?, self.start.coefficients.time)?;
+        let constants = self
+            .card
+            .constants
+            .iter()
+            .map(|(n, v)| Ok((n.clone(), full(port(self.net, n)?, *v)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let mut inputs: Vec<(&str, &Tensor)> = vec![(&self.card.sample, &x_in), (&self.card.time, &time)];
+        inputs.extend(conditions.iter().chain(&constants).map(|(n, t)| (n.as_str(), t)));
+        // The training network may live on another device; the check is made on the CPU.
+        let device = self.net.device();
+        let moved: Vec<(&str, Tensor)> = inputs.iter().map(|(n, t)| Ok((*n, t.f_to_device(device)?))).collect::<Result<_>>()?;
+        let refs: Vec<(&str, &Tensor)> = moved.iter().map(|(n, t)| (*n, t)).collect();
+        let out = self.net.forward(&refs)?;
+        let (_, f) = out
+            .into_iter()
+            .find(|(n, _)| *n == self.card.output)
+            .ok_or_else(|| Error::usage(format!("the graph has no output `{}`", self.card.output)))?;
+        let f = f.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+        let f = if nhwc { f.f_permute([0, 3, 1, 2])? } else { f };
+        let Coefficients { skip, out, .. } = self.start.coefficients;
+        let x0 = f.f_mul_scalar(out)?.f_add(&x.f_mul_scalar(skip)?)?;
+        Ok(match self.card.range {
+            Some([low, high]) => x0.f_clamp(low, high)?,
+            None => x0,
+        })
+    }
+}

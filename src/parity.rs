@@ -1,0 +1,319 @@
+//! Parity: the same inputs through libtorch and through ONNX Runtime, before anyone trains.
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+use rand::{RngExt, SeedableRng};
+use serde::Serialize;
+use tch::{Device, Tensor};
+
+use crate::diffusion::{Condition, TeacherCard, TimeUnit};
+use crate::error::{Context, Error, Result};
+use crate::graph::ir::Port;
+use crate::graph::{Model, save};
+use crate::onnx::ValueInfoProto;
+use crate::runtime::{EngineKind, EngineOptions, open_bytes};
+use crate::tensor::{DType, HostTensor};
+use crate::torch::{Forward, ImportOptions, Network, convert};
+
+/// What counts as equal: `|a - b| <= atol max(1, std(b)) + rtol |b|`.
+#[derive(Debug, Clone, Copy)]
+pub struct Tolerance {
+    pub atol: f64,
+    pub rtol: f64,
+}
+
+impl Default for Tolerance {
+    fn default() -> Self {
+        Self { atol: 1e-5, rtol: 1e-3 }
+    }
+}
+
+/// Error of one output.
+#[derive(Debug, Clone, Serialize)]
+pub struct OutputError {
+    pub name: String,
+    pub ok: bool,
+    pub max_abs: f64,
+    /// `max_abs` over the reference's standard deviation.
+    pub max_rel: f64,
+}
+
+/// The first value, in the order of computation, on which the two disagree.
+#[derive(Debug, Clone, Serialize)]
+pub struct Divergence {
+    pub node: String,
+    pub value: String,
+    pub max_abs: f64,
+    /// Mean and standard deviation in libtorch and in ONNX Runtime.
+    pub libtorch: [f64; 2],
+    pub onnxruntime: [f64; 2],
+}
+
+/// Outcome of [`check`].
+#[derive(Debug, Clone, Serialize)]
+pub struct Parity {
+    pub ok: bool,
+    pub max_abs: f64,
+    pub max_rel: f64,
+    /// Against ONNX Runtime.
+    pub outputs: Vec<OutputError>,
+    /// libtorch against outputs that the user gave.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Vec<OutputError>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_divergence: Option<Divergence>,
+    pub engine: String,
+}
+
+/// Mean, standard deviation.
+fn statistics(values: &[f64]) -> [f64; 2] {
+    let n = values.len().max(1) as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    [mean, (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n).sqrt()]
+}
+
+/// Compares a value with its reference.
+pub fn compare(name: &str, ours: &HostTensor, theirs: &HostTensor, tolerance: Tolerance) -> Result<OutputError> {
+    if ours.shape() != theirs.shape() {
+        return Err(Error::mismatch(format!("`{name}` has shape {:?}, expected {:?}", ours.shape(), theirs.shape())));
+    }
+    let (a, b) = (ours.to_f64(), theirs.to_f64());
+    let [_, std] = statistics(&b);
+    let floor = tolerance.atol * std.max(1.0);
+    let (mut ok, mut max_abs) = (true, 0f64);
+    for (x, y) in a.iter().zip(&b) {
+        if x.is_nan() && y.is_nan() || x == y {
+            continue;
+        }
+        let d = (x - y).abs();
+        // Written so that NaN on one side fails.
+        if !(d <= floor + tolerance.rtol * y.abs()) {
+            ok = false;
+        }
+        max_abs = if d.is_nan() { f64::INFINITY } else { max_abs.max(d) };
+    }
+    let max_rel = if std > 0.0 { max_abs / std } else { max_abs };
+    Ok(OutputError { name: name.to_owned(), ok, max_abs, max_rel })
+}
+
+/// Random inputs that fit the graph's signature, and the card where there is one: noise for samples, noise levels inside the
+/// schedule, existing classes. `dims` fixes symbolic dimensions; the first unknown one is the batch.
+pub fn random_inputs(
+    ports: &[Port],
+    card: Option<&TeacherCard>,
+    batch: usize,
+    dims: &BTreeMap<String, usize>,
+    seed: u64,
+) -> Result<Vec<(String, HostTensor)>> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let mut out = Vec::new();
+    for (k, p) in ports.iter().enumerate() {
+        let dtype = p.dtype.unwrap_or(DType::F32);
+        let declared = p.shape.as_ref().ok_or_else(|| {
+            Error::usage(format!("input `{}` declares no shape", p.name)).hint("give --inputs FILE.npz")
+        })?;
+        let shape = declared
+            .iter()
+            .enumerate()
+            .map(|(i, d)| match d {
+                Ok(n) => Ok(*n),
+                Err(symbol) if dims.contains_key(symbol) => Ok(dims[symbol]),
+                Err(_) if i == 0 => Ok(batch),
+                Err(symbol) => match card {
+                    Some(c) if c.sample == p.name && declared.len() == 4 => Ok(sample_dim(c, i)),
+                    _ => Err(Error::usage(format!("dimension {i} (`{symbol}`) of input `{}` is free", p.name))
+                        .hint(format!("give it with --dim {symbol}=N, or give --inputs FILE.npz"))),
+                },
+            })
+            .collect::<Result<Vec<usize>>>()?;
+        let len: usize = shape.iter().product();
+        let values: Vec<f64> = match (role(p, card), dtype) {
+            (InputRole::Time(unit), _) => (0..len)
+                .map(|_| match unit {
+                    TimeUnit::Sigma => (rng.random::<f64>() * 8.0 - 5.0).exp(),
+                    TimeUnit::LnSigma4 => (rng.random::<f64>() * 8.0 - 5.0) / 4.0,
+                    TimeUnit::Unit => rng.random(),
+                    TimeUnit::Step | TimeUnit::Thousand => (rng.random::<f64>() * 1000.0).floor(),
+                })
+                .collect(),
+            (InputRole::Classes(n), _) => (0..len).map(|_| rng.random_range(0..n.max(1)) as f64).collect(),
+            (InputRole::OneHot(n), _) => {
+                let mut v = vec![0.0; len];
+                for row in v.chunks_mut(n.max(1)) {
+                    let at = rng.random_range(0..row.len());
+                    row[at] = 1.0;
+                }
+                v
+            }
+            (InputRole::Constant(v), _) => vec![v; len],
+            (InputRole::Free, DType::Bool) => (0..len).map(|_| f64::from(u8::from(rng.random::<bool>()))).collect(),
+            (InputRole::Free, d) if !d.is_float() => (0..len).map(|_| rng.random_range(0..2) as f64).collect(),
+            (InputRole::Free, _) => {
+                crate::noise::image_noise(seed, k as u64, len).into_iter().map(f64::from).collect()
+            }
+        };
+        out.push((p.name.clone(), HostTensor::new(&shape, &values)?.cast(dtype)));
+    }
+    Ok(out)
+}
+
+enum InputRole {
+    Time(TimeUnit),
+    Classes(usize),
+    OneHot(usize),
+    Constant(f64),
+    Free,
+}
+
+fn role(p: &Port, card: Option<&TeacherCard>) -> InputRole {
+    let Some(card) = card else { return InputRole::Free };
+    if p.name == card.time {
+        return InputRole::Time(card.time_unit);
+    }
+    if let Some(&v) = card.constants.get(&p.name) {
+        return InputRole::Constant(v);
+    }
+    match card.conditions.get(&p.name) {
+        Some(Condition::ClassIndex { classes, .. }) => InputRole::Classes(*classes),
+        Some(Condition::OneHot { classes, .. }) => InputRole::OneHot(*classes),
+        _ => InputRole::Free,
+    }
+}
+
+fn sample_dim(card: &TeacherCard, axis: usize) -> usize {
+    let [c, h, w] = card.shape;
+    match card.layout {
+        crate::diffusion::Layout::Nhwc => [0, h, w, c][axis],
+        crate::diffusion::Layout::Nchw => [0, c, h, w][axis],
+    }
+}
+
+/// Runs `net` in libtorch and the same file in ONNX Runtime on the CPU.
+///
+/// Errors: ONNX Runtime not found; a network that either of them cannot run.
+pub fn check(
+    net: &Network,
+    inputs: &[(String, HostTensor)],
+    expected: Option<&[(String, HostTensor)]>,
+    tolerance: Tolerance,
+) -> Result<Parity> {
+    let mut proto = (*net.shared().model.proto).clone();
+    save::internalise(&mut proto);
+    let options = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
+    let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let reference = |proto: &crate::onnx::ModelProto| -> Result<(String, Vec<(String, HostTensor)>)> {
+        let path = &net.shared().model.path;
+        // Above protobuf's limit only the file itself can be opened.
+        let mut engine = if proto.encoded_len() > save::EXTERNAL_ABOVE && path.exists() {
+            crate::runtime::open(path, &options)?
+        } else {
+            open_bytes(&proto.encode_to_vec(), None, &options)?
+        };
+        Ok((engine.name(), engine.run(&named)?))
+    };
+    let (engine, theirs) = reference(&proto).context("ONNX Runtime")?;
+    let ours = forward(net, inputs)?;
+    let outputs = pairs(&ours, &theirs, tolerance)?;
+    let expected = expected.map(|e| pairs(&ours, e, tolerance)).transpose()?;
+    let ok = outputs.iter().chain(expected.iter().flatten()).all(|o| o.ok);
+    let first_divergence = if outputs.iter().all(|o| o.ok) {
+        None
+    } else {
+        locate(net, inputs, &proto, &reference, tolerance)?
+    };
+    let worst = |f: fn(&OutputError) -> f64| outputs.iter().chain(expected.iter().flatten()).map(f).fold(0.0, f64::max);
+    Ok(Parity { ok, max_abs: worst(|o| o.max_abs), max_rel: worst(|o| o.max_rel), outputs, expected, first_divergence, engine })
+}
+
+fn tensors(inputs: &[(String, HostTensor)], device: Device) -> Result<Vec<(String, Tensor)>> {
+    inputs.iter().map(|(n, t)| Ok((n.clone(), convert::to_torch(t)?.f_to_device(device)?))).collect()
+}
+
+fn forward(net: &Network, inputs: &[(String, HostTensor)]) -> Result<Vec<(String, HostTensor)>> {
+    let owned = tensors(inputs, net.device())?;
+    let named: Vec<(&str, &Tensor)> = owned.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let out = tch::no_grad(|| net.forward(&named))?;
+    out.into_iter().map(|(n, t)| Ok((n, convert::to_host(&t)?))).collect()
+}
+
+fn pairs(ours: &[(String, HostTensor)], theirs: &[(String, HostTensor)], tolerance: Tolerance) -> Result<Vec<OutputError>> {
+    theirs
+        .iter()
+        .map(|(name, t)| {
+            let mine = ours.iter().find(|(n, _)| n == name).map(|(_, t)| t).ok_or_else(|| {
+                let names: Vec<_> = ours.iter().map(|(n, _)| format!("`{n}`")).collect();
+                Error::usage(format!("`{name}` is no output of the graph; it has {}", names.join(", ")))
+            })?;
+            compare(name, mine, t, tolerance)
+        })
+        .collect()
+}
+
+type Reference<'a> = dyn Fn(&crate::onnx::ModelProto) -> Result<(String, Vec<(String, HostTensor)>)> + 'a;
+
+/// Makes every intermediate value an output, in both, and finds the first that differs.
+fn locate(
+    net: &Network,
+    inputs: &[(String, HostTensor)],
+    proto: &crate::onnx::ModelProto,
+    reference: &Reference,
+    tolerance: Tolerance,
+) -> Result<Option<Divergence>> {
+    let mut all = proto.clone();
+    let Some(graph) = all.graph.as_mut() else { return Ok(None) };
+    let known: Vec<String> = graph.output.iter().map(|o| o.name().to_owned()).collect();
+    let extra: Vec<String> = graph
+        .node
+        .iter()
+        .filter(|n| n.op_type() != "Constant")
+        .flat_map(|n| n.output.iter())
+        .filter(|o| !o.is_empty() && !known.contains(o))
+        .cloned()
+        .collect();
+    graph.output.extend(extra.into_iter().map(|name| ValueInfoProto { name: Some(name), ..ValueInfoProto::default() }));
+    let theirs: BTreeMap<String, HostTensor> = match reference(&all) {
+        Ok((_, v)) => v.into_iter().collect(),
+        // Sequences and unusual types cannot all be outputs; the comparison of the real outputs stands without this.
+        Err(_) => return Ok(None),
+    };
+    let options = ImportOptions { raise: false, ..ImportOptions::default() };
+    let plain = Network::import(net.shared().model.clone(), &options, Device::Cpu)?;
+    let owned = tensors(inputs, Device::Cpu)?;
+    let named: Vec<(&str, &Tensor)> = owned.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let mut seen: Vec<(usize, HostTensor)> = Vec::new();
+    tch::no_grad(|| {
+        plain.observe(&named, &mut |id, value| {
+            if let Ok(t) = value.tensor(Device::Cpu).and_then(convert::to_host) {
+                seen.push((id, t));
+            }
+        })
+    })?;
+    let graph = &plain.shared().graph;
+    let producers = graph.producers();
+    for (id, ours) in &seen {
+        let name = &graph.names[*id];
+        let Some(t) = theirs.get(name) else { continue };
+        let node = producers.get(id).map_or_else(|| name.clone(), |&n| graph.nodes[n].label());
+        let divergence = |max_abs| Divergence {
+            node: node.clone(),
+            value: name.clone(),
+            max_abs,
+            libtorch: statistics(&ours.to_f64()),
+            onnxruntime: statistics(&t.to_f64()),
+        };
+        match compare(name, ours, t, tolerance) {
+            Ok(e) if e.ok => {}
+            Ok(e) => return Ok(Some(divergence(e.max_abs))),
+            Err(_) => return Ok(Some(divergence(f64::INFINITY))),
+        }
+    }
+    Ok(None)
+}
+
+/// Parity of a model file that nobody has imported yet, with random inputs by its signature and card.
+pub fn check_model(model: Model, card: Option<&TeacherCard>, batch: usize, tolerance: Tolerance) -> Result<Parity> {
+    let net = Network::import(model, &ImportOptions::default(), Device::Cpu)?;
+    let inputs = random_inputs(net.inputs(), card, batch, &BTreeMap::new(), 0)?;
+    check(&net, &inputs, None, tolerance)
+}
