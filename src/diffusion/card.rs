@@ -219,6 +219,14 @@ impl From<(String, DType, Vec<Option<usize>>)> for InputSpec {
     }
 }
 
+impl From<&crate::graph::Port> for InputSpec {
+    /// An element type or shape that the file leaves out reads as a f32 scalar.
+    fn from(port: &crate::graph::Port) -> Self {
+        let shape = port.shape.iter().flatten().map(|d| d.as_ref().ok().copied()).collect();
+        Self { name: port.name.clone(), dtype: port.dtype.unwrap_or(DType::F32), shape }
+    }
+}
+
 impl From<&crate::runtime::ValueInfo> for InputSpec {
     fn from(value: &crate::runtime::ValueInfo) -> Self {
         use crate::runtime::Dim;

@@ -88,7 +88,8 @@ impl HostConditions {
 
     /// Rows `start..start + count`.
     pub fn rows(&self, start: usize, count: usize) -> Result<Self> {
-        let tensors = self.tensors.iter().map(|(n, t)| Ok((n.clone(), t.rows(start, count)?))).collect::<Result<_>>()?;
+        let tensors =
+            self.tensors.iter().map(|(n, t)| Ok((n.clone(), t.rows(start, count)?))).collect::<Result<_>>()?;
         Self::new(count, tensors)
     }
 
@@ -108,6 +109,15 @@ impl HostConditions {
         let tensor = if matches!(condition, Condition::ClassIndex { .. }) { tensor.cast(DType::I64) } else { tensor };
         bind(&tensor, condition, spec).map(Some)
     }
+}
+
+/// An error unless a condition of the card has a null value, which classifier-free guidance needs.
+pub fn check_guidance(card: &TeacherCard) -> Result<()> {
+    if card.conditions.values().any(Condition::has_null) {
+        return Ok(());
+    }
+    Err(Error::usage("guidance needs a null value, which no condition of the card has")
+        .hint("give it with --card conditions.<input>.null=..., or use guidance scale 1"))
 }
 
 /// A class given as one integer a row, rather than as the rows of a one-hot.
@@ -226,7 +236,9 @@ mod device {
             for (name, _) in first.iter() {
                 let column = parts
                     .iter()
-                    .map(|p| p.get(name).ok_or_else(|| Error::usage(format!("condition `{name}` is not in every part"))))
+                    .map(|p| {
+                        p.get(name).ok_or_else(|| Error::usage(format!("condition `{name}` is not in every part")))
+                    })
                     .collect::<Result<Vec<_>>>()?;
                 tensors.push((name.to_owned(), Tensor::f_cat(&column, 0)?));
             }
@@ -234,7 +246,12 @@ mod device {
         }
 
         /// The graph's form of condition `name`.
-        pub(in crate::diffusion) fn bound(&self, name: &str, condition: &Condition, spec: &InputSpec) -> Result<Tensor> {
+        pub(in crate::diffusion) fn bound(
+            &self,
+            name: &str,
+            condition: &Condition,
+            spec: &InputSpec,
+        ) -> Result<Tensor> {
             let given = self.get(name).ok_or_else(|| Error::usage(format!("condition `{name}` is not given")))?;
             let mut shape = vec![self.rows];
             shape.extend(condition.row_shape().iter().map(|d| *d as i64));

@@ -9,7 +9,7 @@ use crate::torch::convert;
 use crate::torch::{Forward, ParamSet};
 
 use super::card::{Condition, InputSpec, Layout, TeacherCard};
-use super::conditions::{Conditions, HostConditions};
+use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
 
 /// What the graph's inputs want, worked out once.
@@ -96,7 +96,7 @@ impl Denoiser {
         if scale == 1.0 {
             return self.denoise(x_edm, sigma, cond);
         }
-        self.check_guidance()?;
+        check_guidance(&self.card)?;
         self.check_batch(x_edm, cond, sigma.len())?;
         let coefficients = self.coefficients(&[sigma, sigma].concat())?;
         let mut conditions = self.bind(cond, x_edm.device())?;
@@ -111,11 +111,6 @@ impl Denoiser {
         let rows = sigma.len() as i64;
         let (with, without) = (both.f_narrow(0, 0, rows)?, both.f_narrow(0, rows, rows)?);
         Ok(without.f_add(&with.f_sub(&without)?.f_mul_scalar(scale)?)?)
-    }
-
-    /// An error unless the card has a null value for guidance.
-    pub fn check_guidance(&self) -> Result<()> {
-        check_guidance(&self.card)
     }
 
     /// The one-step student: x0 from `z ~ N(0, I)`, `[B, C, H, W]`: `x_net = init_scale z`, `x0 = skip x_net + out F`.
@@ -145,7 +140,9 @@ impl Denoiser {
 
     /// The conditions in the graph's form, in the order of the card.
     fn bind(&self, cond: &Conditions, device: Device) -> Result<Vec<Tensor>> {
-        let one = |(condition, spec): &(Condition, InputSpec)| Ok(cond.bound(&spec.name, condition, spec)?.f_to_device(device)?);
+        let one = |(condition, spec): &(Condition, InputSpec)| {
+            Ok(cond.bound(&spec.name, condition, spec)?.f_to_device(device)?)
+        };
         self.binding.conditions.iter().map(one).collect()
     }
 
@@ -170,8 +167,7 @@ impl Denoiser {
         for (_, rows) in &groups {
             let index = Tensor::from_slice(rows).f_to_device(x.device())?;
             let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
-            let conditions =
-                conditions.iter().map(|c| Ok(c.f_index_select(0, &index)?)).collect::<Result<Vec<_>>>()?;
+            let conditions = conditions.iter().map(|c| Ok(c.f_index_select(0, &index)?)).collect::<Result<Vec<_>>>()?;
             outputs.push(self.run_together(&x.f_index_select(0, &index)?, &picked, &conditions, true)?);
         }
         let order: Vec<i64> = groups.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
@@ -245,15 +241,6 @@ impl Denoiser {
         }
         Ok(tensor.f_to_kind(convert::kind(spec.dtype))?.f_reshape(&shape)?)
     }
-}
-
-/// An error unless a condition of the card has a null value.
-pub(super) fn check_guidance(card: &TeacherCard) -> Result<()> {
-    if card.conditions.values().any(Condition::has_null) {
-        return Ok(());
-    }
-    Err(Error::usage("guidance needs a null value, which no condition of the card has")
-        .hint("give it with --card conditions.<input>.null=..., or use guidance scale 1"))
 }
 
 /// `t` times one coefficient a row; where all are 1 it is `t` itself, bit for bit.

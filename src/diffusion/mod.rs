@@ -10,14 +10,16 @@ pub mod denoiser;
 pub mod sampler;
 pub mod schedule;
 mod scheduler_config;
+pub mod teacher_engine;
 
 pub use card::{Condition, InputSpec, Layout, Null, Prediction, TeacherCard, TimeUnit};
 pub use card_source::{CardSource, Origin, ResolvedCard};
-pub use conversion::{Coefficients, Conversion, StudentStart};
-pub use schedule::{Betas, Schedule, ScheduleSpec};
-pub use conditions::HostConditions;
 #[cfg(feature = "train")]
 pub use conditions::Conditions;
+pub use conditions::HostConditions;
+pub use conversion::{Coefficients, Conversion, StudentStart};
 #[cfg(feature = "train")]
 pub use denoiser::Denoiser;
 pub use sampler::{Sampled, Sampler, VectorSpace};
+pub use schedule::{Betas, Schedule, ScheduleSpec};
+pub use teacher_engine::{TeacherOnEngine, TeacherRequest, TeacherSamples};

@@ -1,0 +1,243 @@
+//! A teacher on ONNX Runtime or tract: denoising and sampling without libtorch, image `k` of a seed always the same.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use prost::Message;
+
+use crate::error::{Context, Error, Result};
+use crate::noise::{batch_noise, image_class};
+use crate::onnx::ModelProto;
+use crate::runtime::student::Request;
+use crate::runtime::{self, Engine, EngineOptions};
+use crate::tensor::{DType, HostTensor};
+
+use super::card::{Condition, InputSpec, Layout, TeacherCard};
+use super::card_source::{CardSource, ResolvedCard};
+use super::conditions::{HostConditions, check_guidance};
+use super::conversion::Conversion;
+use super::sampler::Sampler;
+
+/// What to sample from a teacher.
+#[derive(Debug, Clone)]
+pub struct TeacherRequest {
+    /// Seed, classes, embeddings and batch size, as for a student.
+    pub images: Request,
+    pub sampler: Sampler,
+    pub steps: usize,
+    /// Classifier-free guidance scale; 1 for none.
+    pub guidance: f64,
+}
+
+/// Samples of a teacher.
+#[derive(Debug, Clone)]
+pub struct TeacherSamples {
+    /// f32 `[count, C, H, W]`, clipped to the card's range where it has one.
+    pub images: HostTensor,
+    /// Network evaluations an image (guidance takes two a step).
+    pub nfe: usize,
+}
+
+/// A teacher's card and the engine that runs its graph.
+pub struct TeacherOnEngine {
+    engine: Box<dyn Engine>,
+    card: Arc<TeacherCard>,
+    conversion: Conversion,
+    sample: InputSpec,
+    time: InputSpec,
+    conditions: Vec<(Condition, InputSpec)>,
+    constants: Vec<(InputSpec, f64)>,
+}
+
+/// Reads the card of a model file: its metadata, the files beside it and `--card key=value` entries.
+pub fn card_of(path: &Path, overrides: &[String]) -> Result<ResolvedCard> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let model = ModelProto::decode(bytes.as_slice())
+        .map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
+    let metadata = model.metadata_props.iter().map(|p| (p.key(), p.value()));
+    CardSource::new().model(path).metadata(metadata).overrides(overrides).resolve()
+}
+
+impl TeacherOnEngine {
+    /// Opens a teacher file with its card.
+    pub fn open(path: &Path, overrides: &[String], options: &EngineOptions) -> Result<Self> {
+        let card = Arc::new(card_of(path, overrides)?.card);
+        Self::new(runtime::open(path, options)?, card).with_context(|| path.display().to_string())
+    }
+
+    /// Checks the card against the engine's graph.
+    pub fn new(engine: Box<dyn Engine>, card: Arc<TeacherCard>) -> Result<Self> {
+        let inputs: Vec<InputSpec> = engine.inputs().iter().map(InputSpec::from).collect();
+        let outputs: Vec<InputSpec> = engine.outputs().iter().map(InputSpec::from).collect();
+        card.check_against(&inputs, &outputs)?;
+        let find = |name: &str| {
+            let found = inputs.iter().find(|i| i.name == name).cloned();
+            found.ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
+        };
+        Ok(Self {
+            conversion: Conversion::new(&card)?,
+            sample: find(&card.sample)?,
+            time: find(&card.time)?,
+            conditions: card.conditions.iter().map(|(n, c)| Ok((c.clone(), find(n)?))).collect::<Result<_>>()?,
+            constants: card.constants.iter().map(|(n, v)| Ok((find(n)?, *v))).collect::<Result<_>>()?,
+            engine,
+            card,
+        })
+    }
+
+    pub fn card(&self) -> &Arc<TeacherCard> {
+        &self.card
+    }
+    pub fn conversion(&self) -> &Conversion {
+        &self.conversion
+    }
+    pub fn engine_name(&self) -> String {
+        self.engine.name()
+    }
+
+    /// `D(x; sigma, c)` with guidance `D_u + scale (D_c - D_u)`: `x_edm` are `cond.len()` samples `[C, H, W]`.
+    pub fn denoise(&mut self, x_edm: &[f32], sigma: f64, cond: &HostConditions, guidance: f64) -> Result<Vec<f32>> {
+        let rows = cond.len();
+        let [c, h, w] = self.card.shape;
+        if x_edm.len() != rows * c * h * w {
+            return Err(Error::mismatch(format!("{} values for {rows} samples of {:?}", x_edm.len(), self.card.shape)));
+        }
+        let guided = guidance != 1.0;
+        if guided {
+            check_guidance(&self.card)?;
+        }
+        let total = if guided { 2 * rows } else { rows };
+        let k = self.conversion.at(sigma)?;
+        let x_net: Vec<f32> = x_edm.iter().map(|v| v * k.c_in as f32).collect();
+        let mut given = match self.card.layout {
+            Layout::Nchw => HostTensor::new(&[rows, c, h, w], &x_net)?,
+            Layout::Nhwc => HostTensor::new(&[rows, h, w, c], &transpose(&x_net, c, h * w))?,
+        };
+        if guided {
+            given = HostTensor::concat_rows(&[given.clone(), given])?;
+        }
+        let mut inputs = vec![(self.sample.name.as_str(), given.cast(self.sample.dtype))];
+        inputs.push((self.time.name.as_str(), filled(&self.time, k.time, total, self.sample.shape[0])?));
+        for (condition, spec) in &self.conditions {
+            let mut tensor = cond.bound(&spec.name, condition, spec)?;
+            if guided {
+                let null = HostConditions::null(condition, spec, rows)?.unwrap_or_else(|| tensor.clone());
+                tensor = HostTensor::concat_rows(&[tensor, null])?;
+            }
+            inputs.push((spec.name.as_str(), tensor));
+        }
+        for (spec, value) in &self.constants {
+            inputs.push((spec.name.as_str(), filled(spec, *value, total, self.sample.shape[0])?));
+        }
+        let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (*n, t)).collect();
+        let outputs = runtime::run_batched(self.engine.as_mut(), &named, total)?;
+        let output = outputs.into_iter().find(|(n, _)| *n == self.card.output).map(|(_, t)| t);
+        let output = output.ok_or_else(|| Error::backend(format!("no output `{}`", self.card.output)))?;
+        let mut f = output.to_f32();
+        if f.len() != total * c * h * w {
+            return Err(Error::mismatch(format!("output {output:?} for {total} samples of {:?}", self.card.shape)));
+        }
+        if self.card.layout == Layout::Nhwc {
+            f = transpose(&f, h * w, c);
+        }
+        if guided {
+            // The conversion is affine with the same coefficients for both halves, so F may be extrapolated.
+            let (with, without) = f.split_at(x_net.len());
+            f = with.iter().zip(without).map(|(c, u)| u + guidance as f32 * (c - u)).collect();
+        }
+        Ok(x_net.iter().zip(&f).map(|(x, f)| k.skip as f32 * x + k.out as f32 * f).collect())
+    }
+
+    /// Conditions of images `start..start + count`: classes in turn or drawn from the seed, rows of embeddings in turn.
+    pub fn conditions(&self, request: &Request, start: u64, count: usize) -> Result<HostConditions> {
+        let mut tensors = Vec::new();
+        if !request.classes.is_empty() && self.card.classes().is_none() {
+            return Err(Error::usage("the teacher has no classes"));
+        }
+        for (name, condition) in &self.card.conditions {
+            let index = |k: u64, len: usize| (start.wrapping_add(k) % len as u64) as usize;
+            let tensor = match condition.classes() {
+                Some(classes) => {
+                    if let Some(wrong) = request.classes.iter().find(|c| **c >= classes) {
+                        return Err(Error::usage(format!("class {wrong}: `{name}` has classes 0 to {}", classes - 1)));
+                    }
+                    let class = |k: u64| match request.classes.as_slice() {
+                        [] => image_class(request.seed, start.wrapping_add(k), classes),
+                        given => given[index(k, given.len())],
+                    };
+                    HostTensor::vec(&(0..count as u64).map(|k| class(k) as i64).collect::<Vec<_>>())
+                }
+                None => {
+                    let given = request.embeddings.iter().find(|(n, _)| n == name).map(|(_, t)| t);
+                    let rows = given.filter(|t| t.rank() > 0 && t.shape()[0] > 0).ok_or_else(|| {
+                        Error::usage(format!("the teacher wants rows for its condition `{name}`"))
+                            .hint(format!("--condition {name}=rows.npy"))
+                    })?;
+                    let pick = |k: u64| rows.rows(index(k, rows.shape()[0]), 1);
+                    HostTensor::concat_rows(&(0..count as u64).map(pick).collect::<Result<Vec<_>>>()?)?
+                }
+            };
+            tensors.push((name.clone(), tensor));
+        }
+        HostConditions::new(count, tensors)
+    }
+
+    /// Samples images `start..start + count`: image `k` starts from [`crate::noise::image_noise`] of (seed, k).
+    pub fn sample(&mut self, request: &TeacherRequest, start: u64, count: usize) -> Result<TeacherSamples> {
+        let schedule = self.conversion.schedule().clone();
+        let sigmas = request.sampler.sigmas(&schedule, request.steps);
+        let [c, h, w] = self.card.shape;
+        let len = self.card.sample_len();
+        let batch = request.images.batch.max(1);
+        let (mut images, mut nfe) = (Vec::with_capacity(count * len), 0);
+        for first in (0..count).step_by(batch) {
+            let rows = batch.min(count - first);
+            let from = start.wrapping_add(first as u64);
+            let cond = self.conditions(&request.images, from, rows)?;
+            let z = batch_noise(request.images.seed, from, rows, len);
+            let sampled = request
+                .sampler
+                .run(&schedule, &z, &sigmas, |x: &Vec<f32>, sigma| self.denoise(x, sigma, &cond, request.guidance))?;
+            images.extend(sampled.value);
+            nfe = sampled.nfe;
+        }
+        if let Some([low, high]) = self.card.range {
+            images.iter_mut().for_each(|v| *v = v.clamp(low as f32, high as f32));
+        }
+        if request.guidance != 1.0 {
+            nfe *= 2;
+        }
+        Ok(TeacherSamples { images: HostTensor::new(&[count, c, h, w], &images)?, nfe })
+    }
+}
+
+/// One number in an input's element type and shape; integers are rounded. `batch` is the sample's first dimension.
+fn filled(spec: &InputSpec, value: f64, rows: usize, batch: Option<usize>) -> Result<HostTensor> {
+    let value = if spec.dtype.is_float() { value } else { value.round() };
+    // A first dimension that is free, or fixed to the graph's batch, has a row a sample.
+    let size = |(place, dim): (usize, &Option<usize>)| match dim {
+        None if place == 0 => rows,
+        Some(d) if place == 0 && batch == Some(*d) => rows,
+        None => 1,
+        Some(d) => *d,
+    };
+    let shape: Vec<usize> = spec.shape.iter().enumerate().map(size).collect();
+    let len = crate::tensor::checked_len(&shape)?;
+    Ok(HostTensor::new(&shape, &vec![value; len])?.cast(match spec.dtype {
+        DType::Bool => DType::U8,
+        other => other,
+    }))
+}
+
+/// `[B, a, b]` to `[B, b, a]`.
+fn transpose(values: &[f32], a: usize, b: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len());
+    for row in values.chunks_exact(a * b) {
+        (0..b).for_each(|j| out.extend((0..a).map(|i| row[i * b + j])));
+    }
+    out
+}
+
+#[cfg(test)]
+#[path = "teacher_engine_tests.rs"]
+mod tests;

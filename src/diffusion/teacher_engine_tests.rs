@@ -1,0 +1,240 @@
+use super::*;
+use crate::diffusion::{Betas, Prediction, ScheduleSpec, TimeUnit};
+use crate::noise::image_noise;
+use crate::onnx::{AttributeProto, GraphProto};
+use crate::runtime::{Dim, EngineKind, ValueInfo, testing};
+
+const SD: f64 = 0.5;
+const MEANS: [f64; 4] = [-0.4, 0.1, 0.6, 0.0];
+
+/// The exact denoiser of data `N(mean of the class, 0.5^2)` on 2x1x3 samples, class 3 the null:
+/// `(0.25 x + sigma^2 mu[labels]) / (0.25 + sigma^2)`.
+fn gaussian_teacher(batch: &str) -> Vec<u8> {
+    let means: Vec<f32> = MEANS.iter().map(|m| *m as f32).collect();
+    let constants = [
+        ("mu", HostTensor::new(&[4, 1, 1, 1], &means).unwrap()),
+        ("column", HostTensor::vec(&[-1i64, 1, 1, 1])),
+        ("variance", HostTensor::scalar((SD * SD) as f32)),
+    ];
+    let mut gather = testing::node("Gather", &["mu", "labels"], "mean");
+    gather.attribute.push(AttributeProto {
+        name: Some("axis".into()),
+        i: Some(0),
+        r#type: Some(2),
+        ..Default::default()
+    });
+    let graph = GraphProto {
+        node: vec![
+            gather,
+            testing::node("Reshape", &["sigma", "column"], "s"),
+            testing::node("Mul", &["s", "s"], "s2"),
+            testing::node("Mul", &["x", "variance"], "vx"),
+            testing::node("Mul", &["s2", "mean"], "sm"),
+            testing::node("Add", &["vx", "sm"], "top"),
+            testing::node("Add", &["s2", "variance"], "bottom"),
+            testing::node("Div", &["top", "bottom"], "denoised"),
+        ],
+        input: vec![
+            testing::value("x", DType::F32, &[batch, "2", "1", "3"]),
+            testing::value("sigma", DType::F32, &[batch]),
+            testing::value("labels", DType::I64, &[batch]),
+        ],
+        output: vec![testing::value("denoised", DType::F32, &[batch, "2", "1", "3"])],
+        initializer: constants.iter().map(|(n, t)| testing::initializer(n, t)).collect(),
+        ..Default::default()
+    };
+    let metadata: Vec<(String, String)> = card().to_metadata().unwrap();
+    let metadata: Vec<(&str, &str)> = metadata.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    testing::model(graph, &metadata)
+}
+
+fn card() -> TeacherCard {
+    toml::from_str(
+        r#"
+        sample = "x"
+        time = "sigma"
+        output = "denoised"
+        prediction = "denoised"
+        time_unit = "sigma"
+        shape = [2, 1, 3]
+        [schedule]
+        kind = "edm"
+        [conditions.labels]
+        kind = "class-index"
+        classes = 3
+        null = 3
+        "#,
+    )
+    .unwrap()
+}
+
+fn request() -> TeacherRequest {
+    let images = Request { seed: 11, batch: 64, ..Request::default() };
+    TeacherRequest { images, sampler: Sampler::Heun, steps: 18, guidance: 1.0 }
+}
+
+/// The ODE's solution from `80 z` to noise level 0.
+fn solution(z: f32, mean: f64) -> f64 {
+    mean + (80.0 * f64::from(z) - mean) * SD / (SD * SD + 80.0 * 80.0f64).sqrt()
+}
+
+/// The same sampler on the host in f64.
+fn in_f64(z: &[f32], mean: f64) -> Vec<f64> {
+    let schedule = card().schedule().unwrap();
+    let z: Vec<f64> = z.iter().map(|v| f64::from(*v)).collect();
+    let denoise = |x: &Vec<f64>, s: f64| {
+        Ok(x.iter().map(|x| (SD * SD * x + s * s * mean) / (SD * SD + s * s)).collect::<Vec<f64>>())
+    };
+    Sampler::Heun.run(&schedule, &z, &schedule.sampling_sigmas(18), denoise).unwrap().value
+}
+
+fn engines() -> Vec<EngineOptions> {
+    let kinds = [EngineKind::Auto, EngineKind::Tract];
+    kinds.into_iter().map(|engine| EngineOptions { engine, ..EngineOptions::default() }).collect()
+}
+
+fn open(bytes: &[u8], options: &EngineOptions) -> TeacherOnEngine {
+    TeacherOnEngine::new(runtime::open_bytes(bytes, None, options).unwrap(), Arc::new(card())).unwrap()
+}
+
+#[test]
+fn samples_are_the_solution_of_the_ode_for_every_image_and_batch_size() {
+    for options in engines() {
+        let mut teacher = open(&gaussian_teacher("batch"), &options);
+        let whole = teacher.sample(&request(), 0, 10).unwrap();
+        assert_eq!((whole.nfe, whole.images.shape()), (35, &[10, 2, 1, 3][..]));
+        for (k, image) in whole.images.to_f32().chunks_exact(6).enumerate() {
+            let mean = MEANS[image_class(11, k as u64, 3)];
+            let noise = image_noise(11, k as u64, 6);
+            for ((x, z), same) in image.iter().zip(&noise).zip(in_f64(&noise, mean)) {
+                assert!((f64::from(*x) - same).abs() < 1e-4, "{x} is not {same}");
+                // 18 Heun steps leave an error of the second order.
+                assert!((same - solution(*z, mean)).abs() < 0.1, "{same} is not {}", solution(*z, mean));
+            }
+        }
+        for batch in [1, 3] {
+            let mut small = request();
+            small.images.batch = batch;
+            assert_eq!(teacher.sample(&small, 0, 10).unwrap().images, whole.images);
+        }
+        assert_eq!(teacher.sample(&request(), 7, 2).unwrap().images, whole.images.rows(7, 2).unwrap());
+        // A graph with its batch fixed gives the same images.
+        let mut fixed = open(&gaussian_teacher("4"), &options);
+        let same = fixed.sample(&request(), 0, 10).unwrap().images;
+        for (x, y) in same.to_f32().iter().zip(whole.images.to_f32()) {
+            assert!((x - y).abs() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn guidance_moves_the_mean_beyond_the_class() {
+    for options in engines() {
+        let mut teacher = open(&gaussian_teacher("batch"), &options);
+        let mut request = request();
+        (request.guidance, request.steps, request.images.classes) = (3.0, 40, vec![2, 0]);
+        let found = teacher.sample(&request, 0, 2).unwrap();
+        assert_eq!(found.nfe, 2 * 79);
+        for (k, class) in [2, 0].into_iter().enumerate() {
+            let mean = MEANS[3] + 3.0 * (MEANS[class] - MEANS[3]);
+            let image = found.images.rows(k, 1).unwrap().to_f32();
+            for (x, z) in image.iter().zip(image_noise(11, k as u64, 6)) {
+                assert!((f64::from(*x) - solution(z, mean)).abs() < 0.01, "{x} is not {}", solution(z, mean));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_is_opened_with_the_card_in_it_and_overrides() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("teacher.onnx");
+    std::fs::write(&path, gaussian_teacher("batch")).unwrap();
+    let options = EngineOptions::default();
+    let teacher = TeacherOnEngine::open(&path, &["schedule.sigma_max=40".into()], &options).unwrap();
+    assert_eq!(teacher.conversion().schedule().sigma_max(), 40.0);
+    let error = TeacherOnEngine::open(&path, &["time=t".into()], &options).err().unwrap();
+    assert!(error.exit_code() == 2 && error.to_string().contains("`time` names `t`"), "{error}");
+    std::fs::write(&path, "no model").unwrap();
+    assert!(TeacherOnEngine::open(&path, &[], &options).err().unwrap().to_string().contains("not an ONNX model"));
+}
+
+#[test]
+fn classes_that_are_not_there_are_refused() {
+    let mut teacher = open(&gaussian_teacher("batch"), &EngineOptions::default());
+    let mut request = request();
+    request.images.classes = vec![3];
+    assert_eq!(teacher.sample(&request, 0, 1).unwrap_err().exit_code(), 2);
+}
+
+/// An engine of which the graph is a Rust function: epsilon of `N(0.2, 0.5^2)` on VP, channels last, integer steps.
+struct Epsilon {
+    inputs: Vec<ValueInfo>,
+    outputs: Vec<ValueInfo>,
+    schedule: crate::diffusion::Schedule,
+}
+
+impl Engine for Epsilon {
+    fn name(&self) -> String {
+        "test".into()
+    }
+    fn inputs(&self) -> &[ValueInfo] {
+        &self.inputs
+    }
+    fn outputs(&self) -> &[ValueInfo] {
+        &self.outputs
+    }
+    fn run(&mut self, inputs: &[(&str, &HostTensor)]) -> Result<Vec<(String, HostTensor)>> {
+        let given = runtime::arrange(&self.inputs, inputs)?;
+        let (x, step, gain) = (given[0], given[1].to_i64()[0], given[2].to_f64()[0]);
+        let sigma = self.schedule.sigma(step as f64);
+        let (a, b) = (self.schedule.a(sigma), self.schedule.b(sigma));
+        // The mean of channel c is 0.2 + 0.1 c, so that a wrong layout shows.
+        let epsilon = |(i, x): (usize, f64)| {
+            let mean = 0.2 + 0.1 * (i % 2) as f64;
+            let x_edm = x / a;
+            let x0 = (SD * SD * x_edm + sigma * sigma * mean) / (SD * SD + sigma * sigma);
+            (gain * (x - a * x0) / b) as f32
+        };
+        let values: Vec<f32> = x.to_f64().into_iter().enumerate().map(epsilon).collect();
+        Ok(vec![("eps".into(), HostTensor::new(x.shape(), &values)?)])
+    }
+}
+
+#[test]
+fn channels_last_integer_steps_one_time_for_the_batch_and_constants() {
+    let schedule =
+        ScheduleSpec::Vp { betas: Betas::Linear, beta_start: None, beta_end: None, steps: None, table: vec![] };
+    let image = vec![Dim::Symbol("n".into()), Dim::Fixed(1), Dim::Fixed(3), Dim::Fixed(2)];
+    let info = |name: &str, dtype, shape: &[Dim]| ValueInfo { name: name.into(), dtype, shape: shape.to_vec() };
+    let engine = Epsilon {
+        inputs: vec![info("x", DType::F32, &image), info("t", DType::I64, &[]), info("gain", DType::F32, &[])],
+        outputs: vec![info("eps", DType::F32, &image)],
+        schedule: crate::diffusion::Schedule::new(&schedule).unwrap(),
+    };
+    let card = TeacherCard {
+        time: "t".into(),
+        output: "eps".into(),
+        prediction: Prediction::Epsilon,
+        time_unit: TimeUnit::Step,
+        layout: Layout::Nhwc,
+        range: Some([-0.75, 0.75]),
+        schedule,
+        conditions: Default::default(),
+        constants: [("gain".to_owned(), 1.0)].into(),
+        ..card()
+    };
+    let top = card.schedule().unwrap().sigma_max();
+    let mut teacher = TeacherOnEngine::new(Box::new(engine), Arc::new(card)).unwrap();
+    let mut request = request();
+    (request.sampler, request.steps) = (Sampler::Ddim, 250);
+    let found = teacher.sample(&request, 0, 4).unwrap();
+    assert_eq!(found.nfe, 250);
+    for (k, image) in found.images.to_f32().chunks_exact(6).enumerate() {
+        for (i, (x, z)) in image.iter().zip(image_noise(11, k as u64, 6)).enumerate() {
+            let mean = 0.2 + 0.1 * (i / 3) as f64;
+            let end = mean + (top * f64::from(z) - mean) * SD / (SD * SD + top * top).sqrt();
+            assert!((f64::from(*x) - end.clamp(-0.75, 0.75)).abs() < 0.02, "image {k} value {i}: {x} is not {end}");
+        }
+    }
+}
