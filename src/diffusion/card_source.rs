@@ -132,12 +132,12 @@ impl CardSource {
     pub fn resolve(&self) -> Result<ResolvedCard> {
         let mut extra = BTreeMap::new();
         let mut layers = Vec::new();
-        let metadata = self.from_metadata(&mut extra)?;
-        let side = self.from_side_file()?;
-        let command = self.from_overrides()?;
+        let metadata = self.metadata_leaves(&mut extra)?;
+        let side = self.side_file_leaves()?;
+        let command = self.command_line_leaves()?;
         let kind: Key = vec!["schedule".into(), "kind".into()];
         let stated = [&metadata, &side, &command].iter().any(|l| l.contains_key(&kind));
-        match self.from_scheduler() {
+        match self.scheduler_leaves() {
             Ok(leaves) => layers.push(leaves),
             // A scheduler that we cannot express is no matter where the card itself says what holds.
             Err(e) if !stated => return Err(e),
@@ -167,7 +167,7 @@ impl CardSource {
         ))
     }
 
-    fn from_overrides(&self) -> Result<Leaves> {
+    fn command_line_leaves(&self) -> Result<Leaves> {
         let mut leaves = Leaves::new();
         for item in &self.overrides {
             let (key, value) =
@@ -182,7 +182,7 @@ impl CardSource {
         Ok(leaves)
     }
 
-    fn from_side_file(&self) -> Result<Leaves> {
+    fn side_file_leaves(&self) -> Result<Leaves> {
         let Some(model) = &self.model else { return Ok(Leaves::new()) };
         let found: Vec<_> = side_files(model).into_iter().filter(|p| p.is_file()).collect();
         let path = match found.as_slice() {
@@ -208,7 +208,7 @@ impl CardSource {
         run().with_context(|| path.display().to_string())
     }
 
-    fn from_metadata(&self, extra: &mut BTreeMap<String, String>) -> Result<Leaves> {
+    fn metadata_leaves(&self, extra: &mut BTreeMap<String, String>) -> Result<Leaves> {
         let mut leaves = Leaves::new();
         for (name, value) in &self.metadata {
             let Some(key) = name.strip_prefix("disback.") else { continue };
@@ -222,7 +222,7 @@ impl CardSource {
         Ok(leaves)
     }
 
-    fn from_scheduler(&self) -> Result<Leaves> {
+    fn scheduler_leaves(&self) -> Result<Leaves> {
         let mut leaves = Leaves::new();
         if let Some(dir) = self.model.as_ref().map(|m| m.parent().unwrap_or(Path::new(""))) {
             // Beside the model, or where a diffusers pipeline has it beside the `unet` folder.

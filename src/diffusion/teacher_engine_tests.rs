@@ -238,3 +238,33 @@ fn channels_last_integer_steps_one_time_for_the_batch_and_constants() {
         }
     }
 }
+
+/// The committed digits teacher: libtorch and ONNX Runtime must sample the same images.
+#[cfg(all(feature = "train", feature = "ort"))]
+#[test]
+fn libtorch_and_onnx_runtime_sample_the_same_digits() {
+    use crate::diffusion::{Conditions, Denoiser};
+    use crate::torch::{Network, convert};
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
+    let options = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
+    let mut engine = TeacherOnEngine::open(&path, &[], &options).unwrap();
+    let mut wanted = request();
+    wanted.steps = 8;
+    let there = engine.sample(&wanted, 0, 6).unwrap();
+    let network = Network::load(&path, tch::Device::Cpu).unwrap();
+    let inputs: Vec<InputSpec> = network.inputs().iter().map(InputSpec::from).collect();
+    let outputs: Vec<InputSpec> = network.outputs().iter().map(InputSpec::from).collect();
+    engine.card().check_against(&inputs, &outputs).unwrap();
+    let denoiser = Denoiser::new(Box::new(network), engine.card().clone(), &inputs).unwrap();
+    let [c, h, w] = engine.card().shape;
+    let z = HostTensor::new(&[6, c, h, w], &batch_noise(11, 0, 6, c * h * w)).unwrap();
+    let cond = engine.conditions(&wanted.images, 0, 6).unwrap();
+    let cond = Conditions::from_host(&cond, tch::Device::Cpu).unwrap();
+    let here = denoiser.sample(&convert::to_torch(&z).unwrap(), &cond, Sampler::Heun, 8, 1.0).unwrap();
+    assert_eq!((here.nfe, there.nfe), (15, 15));
+    let here = convert::to_host(&here.value.clamp(-1.0, 1.0)).unwrap().to_f32();
+    for (x, y) in here.iter().zip(there.images.to_f32()) {
+        assert!((x - y).abs() < 1e-3, "{x} is not {y}");
+    }
+    assert!(here.iter().any(|v| *v > 0.5) && here.iter().any(|v| *v < -0.5), "no digits: {here:?}");
+}
