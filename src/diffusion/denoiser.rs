@@ -113,6 +113,11 @@ impl Denoiser {
         Ok(without.f_add(&with.f_sub(&without)?.f_mul_scalar(scale)?)?)
     }
 
+    /// An error unless the card has a null value for guidance.
+    pub fn check_guidance(&self) -> Result<()> {
+        check_guidance(&self.card)
+    }
+
     /// The one-step student: x0 from `z ~ N(0, I)`, `[B, C, H, W]`: `x_net = init_scale z`, `x0 = skip x_net + out F`.
     pub fn generate(&self, z: &Tensor, cond: &Conditions, start: &StudentStart) -> Result<Tensor> {
         let rows = z.size().first().copied().unwrap_or(0) as usize;
