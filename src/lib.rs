@@ -6,6 +6,7 @@ pub mod conformance;
 pub mod diffusion;
 #[cfg(feature = "train")]
 pub mod distill;
+pub mod doctor;
 pub mod error;
 pub mod export;
 pub mod eval;

@@ -1,5 +1,7 @@
 //! The command line: one file a command. A command parses, calls the library and prints; it holds no logic of its own.
 
+pub mod bench;
+pub mod doctor;
 mod engine;
 #[cfg(feature = "train")]
 pub mod parity;
@@ -41,6 +43,8 @@ enum Command {
     Sample(sample::SampleArgs),
     Evaluate(evaluate::EvaluateArgs),
     Report(report::ReportArgs),
+    Bench(bench::BenchArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
@@ -71,6 +75,8 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
         Command::Report(args) => report::run(&args, globals),
+        Command::Bench(args) => bench::run(&args, globals),
+        Command::Doctor(args) => doctor::run(&args, globals),
     }
 }
 
@@ -88,6 +94,6 @@ pub(crate) fn progress(globals: Globals, total: u64, unit: &str) -> indicatif::P
 /// A table for people.
 pub(crate) fn table<const N: usize>(header: [&str; N]) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY).set_header(header);
+    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED).set_header(header);
     table
 }

@@ -72,11 +72,11 @@ fn summary(run: &Run) -> String {
     let mut out = String::new();
     if !groups.is_empty() {
         out.push_str("<div class=\"wide\"><table><tr><th></th>");
-        columns.iter().for_each(|c| drop(write!(out, "<th>{}</th>", esc(&heading(c)))));
+        columns.iter().for_each(|c| out += &format!("<th>{}</th>", esc(&heading(c))));
         out.push_str("</tr>\n");
         for (name, group) in &groups {
             let _ = write!(out, "<tr><th>{}</th>", esc(name));
-            columns.iter().for_each(|c| drop(write!(out, "<td>{}</td>", esc(&plain(&group[c.as_str()])))));
+            columns.iter().for_each(|c| out += &format!("<td>{}</td>", esc(&plain(&group[c.as_str()]))));
             out.push_str("</tr>\n");
         }
         out.push_str("</table></div>\n");

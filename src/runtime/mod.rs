@@ -1,5 +1,6 @@
 //! A network in production: ONNX Runtime and tract behind one trait. Nothing here needs libtorch.
 
+pub mod bench;
 #[cfg(feature = "ort")]
 pub mod ort;
 pub mod student;

@@ -141,6 +141,9 @@ fn load() -> Result<Library, LibraryError> {
 }
 
 fn load_from(path: &Path) -> Result<Library, String> {
+    if path.is_absolute() && !path.exists() {
+        return Err(format!("{}: no such file", path.display()));
+    }
     let builder = ort::init_from(path).map_err(|e| e.to_string())?;
     let setup = || -> ort::Result<(Environment, Vec<String>)> {
         let environment = builder.with_name("disback").with_telemetry(false).build()?;

@@ -76,11 +76,10 @@ impl StudentInfo {
     pub fn from_model(model: &ModelProto) -> Result<Self> {
         let metadata = metadata(model);
         let Some(method) = metadata.get("student.method").cloned() else {
-            let what = if metadata.contains_key("prediction") { "this is a teacher" } else { "this ONNX file is none" };
-            return Err(Error::mismatch(format!(
-                "not a student written by disback: {what} (no disback.student.method)"
-            ))
-            .hint("students come from `disback distill` or `disback export`"));
+            let what =
+                if metadata.contains_key("prediction") { "a teacher's card" } else { "no disback.student.method" };
+            return Err(Error::mismatch(format!("not a student written by disback: {what} in its metadata"))
+                .hint("students come from `disback distill` or `disback export`"));
         };
         let (inputs, outputs) = super::model_values(model)?;
         let Some(noise) = inputs.iter().find(|i| i.name == "noise").cloned() else {

@@ -1,0 +1,36 @@
+//! `disback doctor`: what this build and this machine have.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::Globals;
+use crate::doctor::{State, examine};
+use crate::error::Result;
+
+/// Show which libtorch, CUDA devices, ONNX Runtime and providers were found, and what to do about each that is missing.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {}
+
+/// Exit code 1 where something is broken; a thing that is merely absent is no failure.
+pub fn run(_: &DoctorArgs, globals: Globals) -> Result<ExitCode> {
+    let checks = examine();
+    let ok = checks.iter().all(|c| c.state != State::Broken);
+    if globals.json {
+        println!("{}", json!({ "ok": ok, "checks": checks }));
+    } else {
+        for check in &checks {
+            let mark = match check.state {
+                State::Ok => "ok     ",
+                State::Missing => "missing",
+                State::Broken => "BROKEN ",
+            };
+            println!("{mark}  {:<18} {}", check.name, check.detail);
+            if let Some(advice) = &check.advice {
+                println!("         {:<18} -> {advice}", "");
+            }
+        }
+    }
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
