@@ -105,3 +105,10 @@ fn an_absent_provider_is_an_error() {
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("no provider `no-such`; it has: "), "{error}");
 }
+
+#[cfg(feature = "tract")]
+#[test]
+fn tracts_version_is_the_one_built_in() {
+    let manifest = include_str!("../../Cargo.toml");
+    assert!(manifest.contains(&format!("tract-onnx = {{ version = \"={}\"", tract::VERSION)));
+}
