@@ -7,12 +7,13 @@ use crate::graph::{Graph, Node};
 use crate::torch::kernel::{Args, Kernel, Outputs, Value};
 use crate::torch::ops::util;
 use crate::torch::plan::Plan;
-use crate::torch::registry::{MANY, Registry};
+use crate::torch::registry::{Entry, MANY, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("If", 1, (1, 1), if_else);
-    r.add("Loop", 1, (2, MANY), |n| loop_over(n));
-    r.add("Scan", 8, (1, MANY), |n| if n.opset < 9 { scan_8(n) } else { scan(n) });
+    r.add("Loop", 1, (0, MANY), loop_over);
+    r.add("Scan", 9, (1, MANY), scan);
+    r.add_entry(Entry { domain: "", op: "Scan", since: 8, until: 8, inputs: (0, MANY), build: scan_8 });
     r.add("SequenceMap", 17, (1, MANY), sequence_map);
 }
 
@@ -102,7 +103,7 @@ fn settled(body: &Graph, condition: usize) -> bool {
 fn loop_over(node: &Node) -> Result<Kernel> {
     let (body, graph) = Sub::new(node, "body")?;
     let inputs = node.inputs.len();
-    let carried = inputs - 2;
+    let carried = inputs.saturating_sub(2);
     if graph.inputs.len() != carried + 2 || graph.outputs.len() < carried + 1 {
         return Err(Error::invalid(format!(
             "a body with {} inputs and {} outputs for {carried} carried values",

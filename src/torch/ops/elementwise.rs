@@ -7,6 +7,7 @@ use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, one};
+use crate::torch::ops::util;
 use crate::torch::registry::{MANY, Registry};
 
 type Unary = fn(&Tensor) -> Result<Tensor, tch::TchError>;
@@ -32,7 +33,7 @@ fn legacy_broadcast(node: &Node, f: Binary) -> Result<Kernel> {
         let (x, y) = (a.t(0)?, a.t(1)?);
         match (broadcast, axis) {
             (true, Some(axis)) => {
-                let axis = super::util::axis(axis, x.dim())? as usize;
+                let axis = util::axis(axis, x.dim())? as usize;
                 let mut shape = y.size();
                 let tail = x.dim().saturating_sub(axis + shape.len());
                 shape.extend(std::iter::repeat_n(1, tail));
@@ -43,17 +44,16 @@ fn legacy_broadcast(node: &Node, f: Binary) -> Result<Kernel> {
     }))
 }
 
-fn is_integer(k: Kind) -> bool {
-    matches!(k, Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64)
-}
-
 pub fn register(r: &mut Registry) {
     r.add("Add", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_add(y)));
     r.add("Sub", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_sub(y)));
     r.add("Mul", 1, (2, 2), |n| legacy_broadcast(n, |x, y| x.f_mul(y)));
     r.add("Div", 1, (2, 2), |n| {
         // Integers divide towards zero in ONNX, as in C.
-        legacy_broadcast(n, |x, y| if is_integer(x.kind()) { x.f_divide_tensor_mode(y, "trunc") } else { x.f_div(y) })
+        legacy_broadcast(
+            n,
+            |x, y| if util::is_integer(x.kind()) { x.f_divide_tensor_mode(y, "trunc") } else { x.f_div(y) },
+        )
     });
     r.add("Pow", 1, (2, 2), |n| {
         legacy_broadcast(n, |x, y| {
@@ -184,7 +184,19 @@ fn cast(node: &Node) -> Result<Kernel> {
     let to = node.attributes.int("to")?.ok_or_else(|| Error::invalid("attribute `to` is missing"))?;
     let dtype = DType::from_onnx(i32::try_from(to).unwrap_or(-1))?;
     let kind = convert::kind(dtype);
-    Ok(Kernel::new(move |a| one(convert_kind(a.t(0)?, kind)?)))
+    // Unsigned types wider than a byte are kept in 64-bit integers, reduced to their own width.
+    let mask = match dtype {
+        DType::U16 => Some(0xffff_i64),
+        DType::U32 => Some(0xffff_ffff),
+        _ => None,
+    };
+    Ok(Kernel::new(move |a| {
+        let y = convert_kind(a.t(0)?, kind)?;
+        one(match mask {
+            Some(m) => y.f_bitwise_and(m)?,
+            None => y,
+        })
+    }))
 }
 
 fn convert_kind(x: &Tensor, kind: Kind) -> Result<Tensor> {

@@ -10,6 +10,7 @@ use crate::torch::registry::{MANY, Registry};
 pub fn register(r: &mut Registry) {
     r.add("MatMul", 1, (2, 2), |_| Ok(Kernel::new(|a| one(matmul(a.t(0)?, a.t(1)?)?))));
     r.add("Gemm", 1, (2, 3), gemm);
+    r.add("Det", 11, (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_det()?))));
     r.add("Einsum", 12, (1, MANY), einsum);
 }
 

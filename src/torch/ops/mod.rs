@@ -1,6 +1,12 @@
 //! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
 
 mod activation;
+mod recurrent;
+mod attention;
+mod sample;
+mod layout;
+mod order;
+mod bits;
 mod control;
 mod conv;
 mod elementwise;
@@ -20,6 +26,12 @@ use crate::torch::registry::Registry;
 /// Registers every family.
 pub fn register(r: &mut Registry) {
     activation::register(r);
+    recurrent::register(r);
+    attention::register(r);
+    sample::register(r);
+    layout::register(r);
+    order::register(r);
+    bits::register(r);
     control::register(r);
     conv::register(r);
     elementwise::register(r);

@@ -14,6 +14,9 @@ pub fn register(r: &mut Registry) {
     r.add("LayerNormalization", 17, (2, 3), layer_norm);
     r.add("RMSNormalization", 23, (2, 2), rms_norm);
     r.add("BatchNormalization", 1, (5, 5), batch_norm);
+    r.add("LRN", 1, (1, 1), local_response_norm);
+    r.add("MeanVarianceNormalization", 9, (1, 1), mean_variance_norm);
+    r.add("LpNormalization", 1, (1, 1), lp_norm);
 }
 
 fn instance_norm(node: &Node) -> Result<Kernel> {
@@ -96,17 +99,18 @@ fn rms_norm(node: &Node) -> Result<Kernel> {
     }))
 }
 
-/// With the statistics of inference; training mode would change the teacher under our hands.
+/// With the statistics of inference. Training mode (batch statistics, running ones as outputs) only where the graph asks
+/// for it, which `model.eval()` exports never do.
 fn batch_norm(node: &Node) -> Result<Kernel> {
     let eps = node.attributes.float_or("epsilon", 1e-5)?;
-    node.attributes.get("momentum");
+    let momentum = node.attributes.float_or("momentum", 0.9)?;
     node.attributes.get("consumed_inputs");
     let spatial = node.attributes.flag("spatial", true)?;
     let training = node.attributes.flag("training_mode", false)?;
     // Until opset 6 `is_test` = 0 meant training.
-    let is_test = node.attributes.flag("is_test", true)?;
-    if training || !is_test || node.outputs.iter().skip(1).any(Option::is_some) {
-        return Err(Error::unsupported("BatchNormalization in training mode")
+    let is_test = node.opset >= 7 || node.attributes.flag("is_test", false)?;
+    if !is_test || (!training && node.outputs.iter().skip(1).any(Option::is_some)) {
+        return Err(Error::unsupported("BatchNormalization in training mode before opset 14")
             .hint("export the network in evaluation mode (model.eval())"));
     }
     if !spatial {
@@ -114,6 +118,72 @@ fn batch_norm(node: &Node) -> Result<Kernel> {
     }
     Ok(Kernel::new(move |a| {
         let x = a.t(0)?;
-        one(x.f_batch_norm(a.opt(1)?, a.opt(2)?, a.opt(3)?, a.opt(4)?, false, 0.0, eps, true)?)
+        if !training {
+            return one(x.f_batch_norm(a.opt(1)?, a.opt(2)?, a.opt(3)?, a.opt(4)?, false, 0.0, eps, true)?);
+        }
+        let axes: Vec<i64> = (0..x.dim() as i64).filter(|&i| i != 1).collect();
+        let mean = x.f_mean_dim(&axes[..], false, None)?;
+        let centred = x.f_sub(&util::per_channel(&mean, x.dim())?)?;
+        let var = centred.f_square()?.f_mean_dim(&axes[..], false, None)?;
+        let inverse = var.f_add_scalar(eps)?.f_rsqrt()?.f_mul(a.t(1)?)?;
+        let y = centred.f_mul(&util::per_channel(&inverse, x.dim())?)?.f_add(&util::per_channel(a.t(2)?, x.dim())?)?;
+        let running = |old: &Tensor, new: &Tensor| {
+            old.f_mul_scalar(momentum)?.f_add(&new.f_to_kind(old.kind())?.f_mul_scalar(1.0 - momentum)?)
+        };
+        let (mean, var) = (running(a.t(3)?, &mean)?, running(a.t(4)?, &var)?);
+        Ok([y, mean, var].map(Value::device).to_vec())
+    }))
+}
+
+/// x / (bias + alpha / size * sum of squares over `size` neighbouring channels)^beta
+fn local_response_norm(node: &Node) -> Result<Kernel> {
+    let alpha = node.attributes.float_or("alpha", 1e-4)?;
+    let beta = node.attributes.float_or("beta", 0.75)?;
+    let bias = node.attributes.float_or("bias", 1.0)?;
+    let size = node.attributes.int("size")?.filter(|&n| n > 0);
+    let size = size.ok_or_else(|| Error::invalid("attribute `size` is missing or not positive"))?;
+    Ok(Kernel::new(move |a| {
+        let x = a.t(0)?;
+        let rank = x.dim();
+        if rank < 2 {
+            return Err(Error::invalid("input of rank below 2"));
+        }
+        let mut pads = vec![0i64; 2 * rank];
+        let channel = 2 * (rank - 2);
+        (pads[channel], pads[channel + 1]) = ((size - 1) / 2, size / 2);
+        let windows = x.f_square()?.f_pad(&pads[..], "constant", 0.0)?.f_unfold(1, size, 1)?;
+        let sum = windows.f_sum_dim_intlist([-1i64].as_slice(), false, x.kind())?;
+        one(x.f_div(&sum.f_mul_scalar(alpha / size as f64)?.f_add_scalar(bias)?.f_pow_tensor_scalar(beta)?)?)
+    }))
+}
+
+/// (x - mean) / (standard deviation + 1e-9)
+fn mean_variance_norm(node: &Node) -> Result<Kernel> {
+    let axes = node.attributes.ints("axes")?.unwrap_or_else(|| vec![0, 2, 3]);
+    Ok(Kernel::new(move |a| {
+        let x = a.t(0)?;
+        let axes = util::axes(&axes, x.dim())?;
+        let centred = x.f_sub(&x.f_mean_dim(&axes[..], true, None)?)?;
+        let deviation = centred.f_square()?.f_mean_dim(&axes[..], true, None)?.f_sqrt()?.f_add_scalar(1e-9)?;
+        one(centred.f_div(&deviation)?)
+    }))
+}
+
+/// x / norm, and zero where the norm is.
+fn lp_norm(node: &Node) -> Result<Kernel> {
+    let axis = node.attributes.int_or("axis", -1)?;
+    let p = node.attributes.int_or("p", 2)?;
+    if p != 1 && p != 2 {
+        return Err(Error::invalid(format!("attribute `p` is {p}, expected 1 or 2")));
+    }
+    Ok(Kernel::new(move |a| {
+        let x = a.t(0)?;
+        let axis = [util::axis(axis, x.dim())?];
+        let norm = if p == 1 {
+            x.f_abs()?.f_sum_dim_intlist(axis.as_slice(), true, x.kind())?
+        } else {
+            x.f_square()?.f_sum_dim_intlist(axis.as_slice(), true, x.kind())?.f_sqrt()?
+        };
+        one(x.f_div(&norm.f_masked_fill(&norm.f_eq(0.0)?, 1.0)?)?)
     }))
 }

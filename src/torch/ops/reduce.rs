@@ -12,9 +12,9 @@ type Reduce = fn(&Tensor, &[i64], bool) -> Result<Tensor, tch::TchError>;
 
 pub fn register(r: &mut Registry) {
     r.add("ReduceSum", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_sum_dim_intlist(d, k, x.kind())));
-    r.add("ReduceMean", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_mean_dim(d, k, x.kind())));
-    r.add("ReduceMax", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_amax(d, k)));
-    r.add("ReduceMin", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_amin(d, k)));
+    r.add("ReduceMean", 1, (1, 2), |n| reduce(n, |x, d, k| mean(x, d, k)));
+    r.add("ReduceMax", 1, (1, 2), |n| reduce(n, |x, d, k| extreme(x, d, k, true)));
+    r.add("ReduceMin", 1, (1, 2), |n| reduce(n, |x, d, k| extreme(x, d, k, false)));
     r.add("ReduceProd", 1, (1, 2), |n| {
         reduce(n, |x, d, k| {
             let mut dims = d.to_vec();
@@ -27,10 +27,37 @@ pub fn register(r: &mut Registry) {
         reduce(n, |x, d, k| x.f_square()?.f_sum_dim_intlist(d, k, x.kind())?.f_sqrt()?.f_to_kind(x.kind()))
     });
     r.add("ReduceSumSquare", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_square()?.f_sum_dim_intlist(d, k, x.kind())));
-    r.add("ReduceLogSum", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_sum_dim_intlist(d, k, x.kind())?.f_log()));
-    r.add("ReduceLogSumExp", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_logsumexp(d, k)));
+    r.add("ReduceLogSum", 1, (1, 2), |n| {
+        reduce(n, |x, d, k| x.f_sum_dim_intlist(d, k, x.kind())?.f_log()?.f_to_kind(x.kind()))
+    });
+    r.add("ReduceLogSumExp", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_logsumexp(d, k)?.f_to_kind(x.kind())));
     r.add("ArgMax", 1, (1, 1), |n| arg(n, false));
     r.add("ArgMin", 1, (1, 1), |n| arg(n, true));
+}
+
+/// libtorch has no mean of integers; ONNX's is truncated.
+fn mean(x: &Tensor, dims: &[i64], keep: bool) -> Result<Tensor, tch::TchError> {
+    if util::is_integer(x.kind()) {
+        return x.f_mean_dim(dims, keep, Kind::Double)?.f_to_kind(x.kind());
+    }
+    x.f_mean_dim(dims, keep, x.kind())
+}
+
+/// Largest or smallest element; of none, the identity of that operation.
+fn extreme(x: &Tensor, dims: &[i64], keep: bool, max: bool) -> Result<Tensor, tch::TchError> {
+    let size = x.size();
+    if dims.iter().any(|&d| size[d as usize] == 0) {
+        let shape: Vec<i64> = (0..size.len() as i64)
+            .filter_map(|i| if dims.contains(&i) { keep.then_some(1) } else { Some(size[i as usize]) })
+            .collect();
+        let value = util::limit(x.kind(), !max);
+        return if util::is_integer(x.kind()) || x.kind() == Kind::Bool {
+            Tensor::f_full(&shape[..], value as i64, (x.kind(), x.device()))
+        } else {
+            Tensor::f_full(&shape[..], value, (x.kind(), x.device()))
+        };
+    }
+    if max { x.f_amax(dims, keep) } else { x.f_amin(dims, keep) }
 }
 
 /// Axes as an attribute, or since opset 18 (13 for ReduceSum) as an input; none means all, or none at all where asked.
@@ -63,16 +90,6 @@ fn arg(node: &Node, min: bool) -> Result<Kernel> {
     Ok(Kernel::new(move |a| {
         let x = a.t(0)?;
         let axis = util::axis(axis, x.dim())?;
-        let x = if x.kind() == Kind::Bool { x.f_to_kind(Kind::Uint8)? } else { x.shallow_clone() };
-        // libtorch promises no order among equals: the first extreme is where a running extreme first reaches it.
-        let best = if min { x.f_amin([axis], true)? } else { x.f_amax([axis], true)? };
-        let hit = x.f_eq_tensor(&best)?.f_to_kind(Kind::Int64)?;
-        let n = x.size()[axis as usize];
-        let weights = Tensor::f_arange(n, (Kind::Int64, x.device()))?;
-        let weights = if last { weights.f_add_scalar(1)? } else { weights.f_neg()?.f_add_scalar(n)? };
-        let mut shape = vec![1i64; x.dim()];
-        shape[axis as usize] = n;
-        let score = hit.f_mul(&weights.f_reshape(&shape[..])?)?.f_amax([axis], keep)?;
-        one(if last { score.f_add_scalar(-1)? } else { score.f_neg()?.f_add_scalar(n)? })
+        one(util::extreme_index(x, axis, min, last, keep)?)
     }))
 }

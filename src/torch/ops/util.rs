@@ -42,3 +42,52 @@ pub fn widened(t: &Tensor) -> Result<(Tensor, Kind)> {
         _ => (t.shallow_clone(), kind),
     })
 }
+
+/// Whether the kind is an integer (booleans are not).
+pub fn is_integer(k: Kind) -> bool {
+    matches!(k, Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64)
+}
+
+/// Index of the extreme along `axis`, the first (or last) one among equals: libtorch promises no order there.
+pub fn extreme_index(x: &Tensor, axis: i64, min: bool, last: bool, keep: bool) -> Result<Tensor> {
+    let x = if x.kind() == Kind::Bool { x.f_to_kind(Kind::Uint8)? } else { x.detach() };
+    if x.dim() == 0 {
+        return Ok(x.f_zeros_like()?.f_to_kind(Kind::Int64)?);
+    }
+    let best = if min { x.f_amin([axis], true)? } else { x.f_amax([axis], true)? };
+    let hit = x.f_eq_tensor(&best)?.f_logical_or(&x.f_isnan()?)?.f_to_kind(Kind::Int64)?;
+    let n = x.size()[axis as usize];
+    let weights = Tensor::f_arange(n, (Kind::Int64, x.device()))?;
+    let weights = if last { weights.f_add_scalar(1)? } else { weights.f_neg()?.f_add_scalar(n)? };
+    let score = hit.f_mul(&along(&weights, axis, x.dim())?)?.f_amax([axis], keep)?;
+    Ok(if last { score.f_add_scalar(-1)? } else { score.f_neg()?.f_add_scalar(n)? })
+}
+
+/// A vector as a tensor of rank `rank` that varies along `axis` only.
+pub fn along(v: &Tensor, axis: i64, rank: usize) -> Result<Tensor> {
+    let mut shape = vec![1i64; rank];
+    if let Some(slot) = shape.get_mut(axis as usize) {
+        *slot = -1;
+    }
+    Ok(v.f_reshape(&shape[..])?)
+}
+
+/// A host vector on the device of `like`.
+pub fn vector<T: tch::kind::Element>(values: &[T], like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_from_slice(values)?.f_to_device(like.device())?)
+}
+
+/// The smallest (`-inf`) or, with `max`, the largest value of a kind: what padding must never win against.
+pub fn limit(kind: Kind, max: bool) -> f64 {
+    let (low, high) = match kind {
+        Kind::Uint8 => (0.0, 255.0),
+        Kind::Int8 => (-128.0, 127.0),
+        Kind::Int16 => (-32768.0, 32767.0),
+        Kind::Int => (f64::from(i32::MIN), f64::from(i32::MAX)),
+        // The nearest that both f64 and i64 can hold.
+        Kind::Int64 => (-9.223_372_036_854_775e18, 9.223_372_036_854_774e18),
+        Kind::Bool => (0.0, 1.0),
+        _ => (f64::NEG_INFINITY, f64::INFINITY),
+    };
+    if max { high } else { low }
+}
