@@ -1,6 +1,10 @@
 //! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
 
 mod activation;
+mod ngram;
+mod signal;
+mod loss;
+mod quant;
 mod recurrent;
 mod attention;
 mod sample;
@@ -26,6 +30,10 @@ use crate::torch::registry::Registry;
 /// Registers every family.
 pub fn register(r: &mut Registry) {
     activation::register(r);
+    ngram::register(r);
+    signal::register(r);
+    loss::register(r);
+    quant::register(r);
     recurrent::register(r);
     attention::register(r);
     sample::register(r);
