@@ -4,10 +4,14 @@ use crate::tensor::DType;
 use std::cell::RefCell;
 use std::rc::Rc;
 
+/// Name, shape and type of every input of one call.
+type Call = Vec<(String, Vec<i64>, Kind)>;
+type Seen = Rc<RefCell<Vec<Call>>>;
+
 /// `F = w x + time + 0.1 label_effect`, any layout; records the inputs' shapes and types.
 struct Fake {
     params: ParamSet,
-    seen: Rc<RefCell<Vec<Vec<(String, Vec<i64>, Kind)>>>>,
+    seen: Seen,
 }
 
 impl Forward for Fake {
@@ -29,10 +33,10 @@ impl Forward for Fake {
                 }
                 _ => c.to_kind(Kind::Float).reshape([rows]),
             };
-            y = y + effect.reshape([-1, 1, 1, 1]) * 0.1;
+            y += effect.reshape([-1, 1, 1, 1]) * 0.1;
         }
         if let Some(k) = get("k") {
-            y = y + k.to_kind(Kind::Float).reshape([-1, 1, 1, 1]);
+            y += k.to_kind(Kind::Float).reshape([-1, 1, 1, 1]);
         }
         Ok(vec![("other".into(), Tensor::zeros([1], (Kind::Float, Device::Cpu))), ("y".into(), y)])
     }
@@ -64,8 +68,6 @@ fn card() -> TeacherCard {
         constants: Default::default(),
     }
 }
-
-type Seen = Rc<RefCell<Vec<Vec<(String, Vec<i64>, Kind)>>>>;
 
 fn denoiser(card: TeacherCard, inputs: &[InputSpec]) -> (Denoiser, Seen) {
     let seen = Seen::default();
@@ -115,7 +117,8 @@ fn every_form_of_time_and_layout_gives_the_conversions_value() {
     let sigma = [0.5, 3.0, 0.5, 20.0];
     let vp = ScheduleSpec::Vp { betas: Betas::Linear, beta_start: None, beta_end: None, steps: None, table: vec![] };
     for layout in [Layout::Nchw, Layout::Nhwc] {
-        let cases: [(DType, &[Option<usize>], usize, Vec<i64>); 6] = [
+        type Case<'a> = (DType, &'a [Option<usize>], usize, Vec<i64>);
+        let cases: [Case; 6] = [
             (DType::F32, &[None], 1, vec![4]),
             (DType::F64, &[None, Some(1)], 1, vec![4, 1]),
             (DType::F16, &[None], 1, vec![4]),
