@@ -17,6 +17,8 @@ pub mod report;
 pub mod runtime;
 pub mod graph;
 #[cfg(feature = "train")]
+pub mod inspect;
+#[cfg(feature = "train")]
 pub mod parity;
 #[cfg(feature = "train")]
 pub mod teacher;

@@ -4,6 +4,10 @@ pub mod bench;
 pub mod doctor;
 mod engine;
 #[cfg(feature = "train")]
+pub mod export;
+#[cfg(feature = "train")]
+pub mod inspect;
+#[cfg(feature = "train")]
 pub mod parity;
 pub mod evaluate;
 pub mod report;
@@ -39,7 +43,11 @@ pub struct Globals {
 #[derive(Debug, Subcommand)]
 enum Command {
     #[cfg(feature = "train")]
+    Inspect(inspect::InspectArgs),
+    #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
+    #[cfg(feature = "train")]
+    Export(export::ExportArgs),
     Sample(sample::SampleArgs),
     Evaluate(evaluate::EvaluateArgs),
     Report(report::ReportArgs),
@@ -71,7 +79,11 @@ pub fn main() -> ExitCode {
 fn run(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
         #[cfg(feature = "train")]
+        Command::Inspect(args) => inspect::run(&args, globals),
+        #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
+        #[cfg(feature = "train")]
+        Command::Export(args) => export::run(&args, globals),
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
         Command::Report(args) => report::run(&args, globals),
