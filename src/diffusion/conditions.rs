@@ -4,7 +4,6 @@
 use rand_chacha::rand_core::Rng;
 
 use crate::error::{Context, Error, Result};
-use crate::noise;
 use crate::tensor::{DType, HostTensor};
 
 use super::card::{Condition, InputSpec, TeacherCard};
@@ -30,23 +29,6 @@ impl HostConditions {
         }
     }
 
-    /// The same class of each row for every class condition of the card. A card with embeddings is refused: those must
-    /// be given.
-    pub fn from_classes(card: &TeacherCard, classes: &[usize]) -> Result<Self> {
-        let mut tensors = Vec::new();
-        for (name, condition) in &card.conditions {
-            let count = condition.classes().ok_or_else(|| {
-                Error::usage(format!("condition `{name}` is an embedding, which cannot be drawn: give its values"))
-            })?;
-            if let Some(class) = classes.iter().find(|c| **c >= count) {
-                return Err(Error::usage(format!("class {class} of condition `{name}`, expected 0 to {}", count - 1)));
-            }
-            let labels: Vec<i64> = classes.iter().map(|c| *c as i64).collect();
-            tensors.push((name.clone(), HostTensor::vec(&labels)));
-        }
-        Ok(Self { rows: classes.len(), tensors })
-    }
-
     /// Uniformly drawn classes, each class condition on its own.
     pub fn draw(card: &TeacherCard, rng: &mut impl Rng, rows: usize) -> Result<Self> {
         let mut tensors = Vec::new();
@@ -59,17 +41,6 @@ impl HostConditions {
             tensors.push((name.clone(), HostTensor::vec(&labels)));
         }
         Ok(Self { rows, tensors })
-    }
-
-    /// The classes of images `start..start + count` of a run: [`noise::image_class`].
-    pub fn of_images(card: &TeacherCard, seed: u64, start: u64, count: usize) -> Result<Self> {
-        let classes = card.classes().unwrap_or(0);
-        let labels: Vec<usize> =
-            (0..count as u64).map(|k| noise::image_class(seed, start.wrapping_add(k), classes)).collect();
-        if card.conditions.values().any(|c| c.classes().is_some_and(|n| n != classes)) {
-            return Err(Error::usage("class conditions of different sizes: give the classes"));
-        }
-        Self::from_classes(card, &labels)
     }
 
     /// Number of rows.
