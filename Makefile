@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all the set-up themselves; afterwards plain `cargo build` and `cargo test` work too.
+.PHONY: setup build demo test bench lint clean
+
+setup:
+	@scripts/setup
+
+build: setup
+	cargo build --release
+
+# Distils the digits teacher into a one-step student and opens nothing: the run lies in runs/digits.
+demo: build
+	examples/digits/demo.sh
+
+test: setup
+	cargo test --release
+	.venv/bin/python -m pytest -q converters/tests
+
+# Step times and peak memory beside native PyTorch, alternating in one run.
+bench: setup
+	cargo bench --bench step
+
+lint: setup
+	cargo fmt --check
+	cargo clippy --release --all-targets -- -D warnings
+
+clean:
+	cargo clean
+	rm -rf runs
