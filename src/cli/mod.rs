@@ -1,5 +1,11 @@
 //! The command line: one file a command. A command parses, calls the library and prints; it holds no logic of its own.
 
+#[cfg(feature = "train")]
+mod backtrack;
+#[cfg(feature = "train")]
+mod degrade;
+#[cfg(feature = "train")]
+mod distill;
 pub mod bench;
 pub mod doctor;
 mod engine;
@@ -11,7 +17,11 @@ pub mod inspect;
 pub mod parity;
 pub mod evaluate;
 pub mod report;
+#[cfg(feature = "train")]
+mod run_observer;
 pub mod sample;
+#[cfg(feature = "train")]
+mod teacher;
 
 use std::process::ExitCode;
 
@@ -44,6 +54,12 @@ pub struct Globals {
 enum Command {
     #[cfg(feature = "train")]
     Inspect(inspect::InspectArgs),
+    #[cfg(feature = "train")]
+    Distill(Box<distill::DistillArgs>),
+    #[cfg(feature = "train")]
+    Degrade(Box<degrade::DegradeArgs>),
+    #[cfg(feature = "train")]
+    Backtrack(Box<backtrack::BacktrackArgs>),
     #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
     #[cfg(feature = "train")]
@@ -80,6 +96,12 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
         #[cfg(feature = "train")]
         Command::Inspect(args) => inspect::run(&args, globals),
+        #[cfg(feature = "train")]
+        Command::Distill(args) => distill::run(&args, globals),
+        #[cfg(feature = "train")]
+        Command::Degrade(args) => degrade::run(&args, globals),
+        #[cfg(feature = "train")]
+        Command::Backtrack(args) => backtrack::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
         #[cfg(feature = "train")]

@@ -133,6 +133,20 @@ impl Trajectory {
         Ok(())
     }
 
+    /// Copies a complete trajectory into another folder.
+    pub fn copy_to(&self, dir: &Path) -> Result<()> {
+        if !self.index.complete {
+            return Err(Error::usage(format!("{}: the trajectory is not complete", self.dir.display()))
+                .hint("`disback degrade --resume` completes it"));
+        }
+        std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        for node in &self.index.nodes {
+            let from = self.dir.join(&node.file);
+            std::fs::copy(&from, dir.join(&node.file)).with_context(|| from.display().to_string())?;
+        }
+        Self { dir: dir.to_owned(), index: self.index.clone() }.save()
+    }
+
     /// Forgets nodes recorded after `iteration` steps: a resumed stage 1 records them again.
     pub fn truncate(&mut self, iteration: u64) -> Result<()> {
         let keep = self.index.nodes.iter().take_while(|n| n.iteration <= iteration).count();

@@ -1,0 +1,326 @@
+//! `disback distill`: both stages, then the student as ONNX. `degrade` and `backtrack` share what is here.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::Globals;
+use super::run_observer::Sheets;
+use super::teacher::TeacherArgs;
+use crate::diffusion::Denoiser;
+use crate::distill::rundir::check_resumable;
+use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
+use crate::error::{Context, Error, Result};
+use crate::teacher::Teacher;
+use crate::torch::{Forward, device};
+
+/// Options of every command that trains.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub teacher: TeacherArgs,
+    /// The run directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Goes on with the run in the directory, from its last checkpoint.
+    #[arg(long)]
+    pub resume: bool,
+    /// Configuration file (TOML); what it leaves out has the defaults of config.toml in any run directory.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Any key of the configuration, as in degrade.lr=1e-4; wins over the file and the options below.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// cpu, cuda, cuda:<index>, or auto: CUDA where there is one. [device]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// CPU threads. [threads]
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// [seed]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Images a forward pass. [batch]
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Forward passes an optimiser step. [accumulate]
+    #[arg(long)]
+    pub accumulate: Option<usize>,
+    /// Noise level of the initial student; 0: where the schedule starts. [student.sigma_init]
+    #[arg(long, value_name = "SIGMA")]
+    pub sigma_init: Option<f64>,
+}
+
+/// Options of stage 1.
+#[derive(Debug, Args)]
+pub struct DegradeOptions {
+    /// Nodes of the trajectory beside the teacher. [degrade.nodes]
+    #[arg(long)]
+    pub nodes: Option<usize>,
+    /// Steps of stage 1. [degrade.steps]
+    #[arg(long, value_name = "N")]
+    pub degrade_steps: Option<u64>,
+}
+
+/// Options of stage 2.
+#[derive(Debug, Args)]
+pub struct BacktrackOptions {
+    /// Generator updates. [backtrack.updates]
+    #[arg(long, value_name = "N")]
+    pub updates: Option<u64>,
+    /// diff-instruct or dmd. [objective]
+    #[arg(long)]
+    pub objective: Option<String>,
+    /// Guidance scale of the targets. [guidance]
+    #[arg(long, value_name = "SCALE")]
+    pub guidance: Option<f64>,
+    /// Learning rate of generator and fake score. [backtrack.lr_generator, backtrack.lr_fake]
+    #[arg(long)]
+    pub lr: Option<f64>,
+    /// Also write student-same-graph.onnx: the teacher's graph with the student's weights.
+    #[arg(long)]
+    pub same_graph: bool,
+}
+
+/// Distil a teacher into a one-step student: degradation recording, then distribution backtracking, then export.
+#[derive(Debug, Args)]
+pub struct DistillArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    #[command(flatten)]
+    degrade: DegradeOptions,
+    #[command(flatten)]
+    backtrack: BacktrackOptions,
+}
+
+pub fn run(args: &DistillArgs, globals: Globals) -> Result<ExitCode> {
+    let mut sets = args.degrade.sets();
+    sets.extend(args.backtrack.sets());
+    let same_graph = args.backtrack.same_graph;
+    train(&args.run, sets, Plan { stages: Stages::Both, trajectory: None, same_graph }, globals)
+}
+
+/// What a command does beside the common options.
+pub struct Plan<'a> {
+    pub stages: Stages,
+    /// A trajectory recorded elsewhere.
+    pub trajectory: Option<&'a Path>,
+    pub same_graph: bool,
+}
+
+fn pair(key: &str, value: Option<impl ToString>) -> Option<String> {
+    value.map(|v| format!("{key}={}", v.to_string()))
+}
+
+impl RunArgs {
+    fn sets(&self) -> Vec<String> {
+        let pairs = [
+            pair("device", self.device.clone()),
+            pair("threads", self.threads),
+            pair("seed", self.seed),
+            pair("batch", self.batch),
+            pair("accumulate", self.accumulate),
+            pair("student.sigma_init", self.sigma_init),
+        ];
+        pairs.into_iter().flatten().collect()
+    }
+}
+
+impl DegradeOptions {
+    pub fn sets(&self) -> Vec<String> {
+        let pairs = [pair("degrade.nodes", self.nodes), pair("degrade.steps", self.degrade_steps)];
+        pairs.into_iter().flatten().collect()
+    }
+}
+
+impl BacktrackOptions {
+    pub fn sets(&self) -> Vec<String> {
+        let pairs = [
+            pair("backtrack.updates", self.updates),
+            pair("objective", self.objective.clone()),
+            pair("guidance", self.guidance),
+            pair("backtrack.lr_generator", self.lr),
+            pair("backtrack.lr_fake", self.lr),
+        ];
+        pairs.into_iter().flatten().collect()
+    }
+}
+
+/// Raised by Ctrl-C or a termination signal; a second one ends the process at once.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+fn watch_signals() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })
+    .map_err(|e| Error::io(format!("cannot watch for Ctrl-C: {e}")))
+}
+
+/// The run directory and its configuration: a new one, or the one to go on with.
+fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) -> Result<(RunDir, Config)> {
+    let has_run = args.out.join("config.toml").is_file();
+    // Stage 2 in the directory that `degrade` has filled needs no --resume.
+    let follows = plan.stages == Stages::Backtrack && plan.trajectory.is_none() && has_run;
+    if !args.resume && !follows {
+        let mut config = Config::resolve(args.config.as_deref(), sets)?;
+        check_stage_two(&config, plan, teacher)?;
+        let hash = teacher.params().hash()?;
+        let trajectory = plan.trajectory.map(|dir| crate::distill::Trajectory::open(dir, &hash)).transpose()?;
+        if let Some(trajectory) = &trajectory {
+            config.degrade.nodes = trajectory.last();
+            config.degrade.steps = config.degrade.steps.max(trajectory.last() as u64);
+        }
+        let run = RunDir::create(&args.out, &config)?;
+        if let Some(trajectory) = trajectory {
+            trajectory.copy_to(&run.trajectory())?;
+        }
+        return Ok((run, config));
+    }
+    let (run, saved) = RunDir::open(&args.out)?;
+    let base = args.config.clone().unwrap_or_else(|| run.config_file());
+    let wanted = Config::resolve(Some(&base), sets)?;
+    let begun = run.checkpoints().join("latest.json").is_file() || run.student_weights().is_file();
+    if follows && !args.resume {
+        if begun {
+            return Err(Error::usage(format!("{} holds a run that has begun", args.out.display()))
+                .hint("--resume goes on with it"));
+        }
+        let fixed = |key: &str| ["degrade.", "student.", "noise."].iter().any(|s| key.starts_with(s));
+        if let Some((key, before, now)) = saved.differences(&wanted)?.into_iter().find(|d| fixed(&d.0)) {
+            return Err(Error::usage(format!("the trajectory was recorded with {key} = {before}, now it is {now}")));
+        }
+    } else {
+        check_resumable(&saved, &wanted)?;
+    }
+    check_stage_two(&wanted, plan, teacher)?;
+    run.write_config(&wanted)?;
+    Ok((run, wanted))
+}
+
+/// What can be known to fail later is refused before anything is written.
+fn check_stage_two(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
+    crate::distill::student::start(teacher, &config.student)?;
+    if config.guidance != 1.0 && plan.stages != Stages::Degrade {
+        teacher.check_guidance()?;
+    }
+    Ok(())
+}
+
+/// Runs the stages of `plan` and prints what came of it.
+pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals) -> Result<ExitCode> {
+    sets.extend(args.sets());
+    sets.extend(args.sets.iter().cloned());
+    // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
+    let config_file = args.config.clone().or_else(|| Some(args.out.join("config.toml")).filter(|p| args.resume && p.is_file()));
+    let first = Config::resolve(config_file.as_deref(), &sets)?;
+    let device = device::parse(&first.device)?;
+    device::set_threads(first.threads);
+    crate::torch::shim::set_tf32(first.tf32)?;
+    let teacher = args.teacher.load(device)?;
+    let card = Arc::new(teacher.card.card.clone());
+    let denoiser = Denoiser::new(Box::new(teacher.network.duplicate()?), card, &teacher.inputs())?;
+    let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
+    watch_signals()?;
+    let mut sheets = Sheets::new(&run, &config, &teacher.card.card)?;
+    let job = Job {
+        config: &config,
+        run: &run,
+        observer: &mut sheets,
+        stop: &STOP,
+        silent: globals.quiet || globals.json,
+    };
+    // Without a trajectory stage 1 has nothing to do.
+    let stages = if config.degrade.nodes == 0 && plan.trajectory.is_none() && plan.stages == Stages::Backtrack {
+        Stages::Both
+    } else {
+        plan.stages
+    };
+    let outcome = distill(job, &denoiser, stages).with_context(|| args.out.display().to_string())?;
+    let (code, text, mut result) = match outcome {
+        Outcome::Stopped(stage) => (
+            ExitCode::from(130),
+            format!("stopped in stage `{}`; the same command with --resume goes on", stage.name()),
+            json!({ "ok": false, "outcome": "stopped", "stage": stage.name() }),
+        ),
+        Outcome::Recorded(trajectory) => (
+            ExitCode::SUCCESS,
+            format!("{} nodes in {}", trajectory.last(), trajectory.dir().display()),
+            json!({ "ok": true, "outcome": "recorded", "nodes": trajectory.last(), "trajectory": trajectory.dir() }),
+        ),
+        Outcome::Finished(student) => {
+            sheets.finished(&student)?;
+            let files = export(&teacher, &student, &config, &run, plan.same_graph)?;
+            write_summary(&teacher, &config, &run)?;
+            let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
+            (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
+        }
+    };
+    crate::report::write(run.path())?;
+    if globals.json {
+        result["run"] = json!(run.path());
+        println!("{result}");
+    } else if !globals.quiet {
+        println!("{text}");
+    }
+    Ok(code)
+}
+
+/// Writes the student as ONNX.
+fn export(teacher: &Teacher, student: &Student, config: &Config, run: &RunDir, same_graph: bool) -> Result<Vec<PathBuf>> {
+    let options = crate::export::StudentOptions {
+        sigma_init: (config.student.sigma_init > 0.0).then_some(config.student.sigma_init),
+        method: method(config).into(),
+        objective: objective_name(config),
+        teacher_hash: teacher.hash.clone(),
+    };
+    let (net, card) = (&teacher.network, &teacher.card.card);
+    let mut files = vec![run.student()];
+    crate::graph::save::write(&crate::export::student(net, student.params(), card, &options)?, &files[0])?;
+    if same_graph {
+        files.push(run.path().join("student-same-graph.onnx"));
+        crate::graph::save::write(&crate::export::same_graph(net, student.params(), card, &options)?, &files[1])?;
+    }
+    Ok(files)
+}
+
+/// `disback`, or the base method's name where no trajectory was used.
+fn method(config: &Config) -> &'static str {
+    if config.degrade.nodes > 0 { "disback" } else { "base" }
+}
+
+fn objective_name(config: &Config) -> String {
+    crate::distill::objective::objective(config.objective).name().to_owned()
+}
+
+/// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
+fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir) -> Result<()> {
+    let path = run.summary();
+    let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
+    let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));
+    let rows = metrics::read(&run.metrics())?;
+    let last = |stage: &str| rows.iter().rev().find(|r| r.stage.name() == stage);
+    let seconds = |stage: &str| last(stage).map_or(0.0, |r| r.seconds);
+    summary["run"] = json!({
+        "method": method(config),
+        "objective": objective_name(config),
+        "guidance": config.guidance,
+        "nodes": config.degrade.nodes,
+        "generator_updates": config.backtrack.updates,
+        "images_degrade": last("degrade").map_or(0, |r| r.images),
+        "images_backtrack": last("backtrack").map_or(0, |r| r.images),
+        "seconds_degrade": seconds("degrade"),
+        "seconds_backtrack": seconds("backtrack"),
+        "skipped_steps": rows.iter().map(|r| r.skipped).max().unwrap_or(0),
+        "parameters": teacher.network.params().elements(),
+        "teacher_hash": teacher.hash.clone(),
+        "device": config.device,
+    });
+    let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::io(e.to_string()))?;
+    crate::files::write_atomic(&path, &text)
+}
