@@ -4,6 +4,7 @@
 use rand_chacha::rand_core::Rng;
 
 use crate::error::{Context, Error, Result};
+use crate::noise;
 use crate::tensor::{DType, HostTensor};
 
 use super::card::{Condition, InputSpec, TeacherCard};
@@ -41,6 +42,20 @@ impl HostConditions {
             tensors.push((name.clone(), HostTensor::vec(&labels)));
         }
         Ok(Self { rows, tensors })
+    }
+
+    /// The classes of images `start..start + count` of a run, [`noise::image_class`], for every class condition. A card
+    /// with embeddings is refused: those must be given.
+    pub fn of_images(card: &TeacherCard, seed: u64, start: u64, count: usize) -> Result<Self> {
+        let mut tensors = Vec::new();
+        for (name, condition) in &card.conditions {
+            let classes = condition.classes().ok_or_else(|| {
+                Error::usage(format!("condition `{name}` is an embedding, which cannot be drawn: give its values"))
+            })?;
+            let class = |k: u64| noise::image_class(seed, start.wrapping_add(k), classes) as i64;
+            tensors.push((name.clone(), HostTensor::vec(&(0..count as u64).map(class).collect::<Vec<_>>())));
+        }
+        Ok(Self { rows: count, tensors })
     }
 
     /// Number of rows.

@@ -285,6 +285,9 @@ fn drawn_conditions_are_classes_of_the_card_and_depend_on_the_generator_alone() 
         let count = first.iter().filter(|l| **l == class).count();
         assert!((900..1100).contains(&count), "class {class}: {count} of 4000");
     }
+    let images = HostConditions::of_images(d.card(), 7, 3, 5).unwrap();
+    let want: Vec<i64> = (3..8).map(|k| crate::noise::image_class(7, k, 4) as i64).collect();
+    assert_eq!(images.get("c").unwrap().to_i64(), want);
     let both = Conditions::cat(&[&labels(&[0, 1]), &labels(&[2])]).unwrap();
     assert_eq!(both.len(), 3);
     assert_eq!(Vec::<i64>::try_from(both.rows(1, 2).unwrap().get("c").unwrap()).unwrap(), [1, 2]);
