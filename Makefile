@@ -9,7 +9,7 @@ build: setup
 
 # Distils the digits teacher into a one-step student and opens nothing: the run lies in runs/digits.
 demo: build
-	examples/digits/demo.sh
+	cargo run --release --quiet --example digits
 
 test: setup
 	cargo test --release
