@@ -217,7 +217,8 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     sets.extend(args.sets());
     sets.extend(args.sets.iter().cloned());
     // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
-    let config_file = args.config.clone().or_else(|| Some(args.out.join("config.toml")).filter(|p| args.resume && p.is_file()));
+    let config_file =
+        args.config.clone().or_else(|| Some(args.out.join("config.toml")).filter(|p| args.resume && p.is_file()));
     let first = Config::resolve(config_file.as_deref(), &sets)?;
     let device = device::parse(&first.device)?;
     device::set_threads(first.threads);
@@ -228,13 +229,8 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
     watch_signals()?;
     let mut sheets = Sheets::new(&run, &config, &teacher.card.card)?;
-    let job = Job {
-        config: &config,
-        run: &run,
-        observer: &mut sheets,
-        stop: &STOP,
-        silent: globals.quiet || globals.json,
-    };
+    let job =
+        Job { config: &config, run: &run, observer: &mut sheets, stop: &STOP, silent: globals.quiet || globals.json };
     // Without a trajectory stage 1 has nothing to do.
     let stages = if config.degrade.nodes == 0 && plan.trajectory.is_none() && plan.stages == Stages::Backtrack {
         Stages::Both
@@ -272,7 +268,13 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
 }
 
 /// Writes the student as ONNX.
-fn export(teacher: &Teacher, student: &Student, config: &Config, run: &RunDir, same_graph: bool) -> Result<Vec<PathBuf>> {
+fn export(
+    teacher: &Teacher,
+    student: &Student,
+    config: &Config,
+    run: &RunDir,
+    same_graph: bool,
+) -> Result<Vec<PathBuf>> {
     let options = crate::export::StudentOptions {
         sigma_init: (config.student.sigma_init > 0.0).then_some(config.student.sigma_init),
         method: method(config).into(),
