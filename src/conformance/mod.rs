@@ -21,7 +21,7 @@ use crate::torch::convert;
 use crate::torch::kernel::Value;
 use crate::torch::plan::Plan;
 
-pub use gradient::Gradient;
+pub use gradient::{GRADIENT_TOLERANCE, Gradient};
 
 /// Relative and absolute tolerance of values; the suite's own relative one, and 1e-5 for sums in another order.
 pub const TOLERANCE: (f64, f64) = (1e-3, 1e-5);
@@ -145,6 +145,8 @@ pub fn run_case(dir: &Path, gradients: bool) -> Case {
         }
     };
     let (outcome, reason) = guarded(&|| values(dir));
+    // Where the folder lies is no part of the reason.
+    let reason = reason.map(|r| r.replace(&format!("{}: ", dir.join("model.onnx").display()), ""));
     let plain = is_plain(dir).unwrap_or(false);
     let gradient = if gradients && plain && outcome == Outcome::Passed {
         match catch_unwind(AssertUnwindSafe(|| gradient::of_case(&name, dir))) {

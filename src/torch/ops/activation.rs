@@ -67,10 +67,14 @@ pub fn register(r: &mut Registry) {
         Ok(Kernel::new(move |a| one(a.t(0)?.f_mul_scalar(alpha)?.f_add_scalar(beta)?.f_clamp(0.0, 1.0)?)))
     });
     r.add("HardSwish", 14, (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_hardswish()?))));
-    r.add("PRelu", 7, (2, 2), |_| {
-        Ok(Kernel::new(|a| {
+    r.add("PRelu", 1, (2, 2), |n| {
+        // Before opset 7 the slope was one number or one a channel, whatever the rank.
+        let per_channel = n.opset < 7;
+        n.attributes.get("consumed_inputs");
+        Ok(Kernel::new(move |a| {
             let (x, slope) = (a.t(0)?, a.t(1)?);
-            one(x.f_where_self(&x.f_ge(0.0)?, &x.f_mul(slope)?)?)
+            let slope = if per_channel { util::per_channel(slope, x.dim())? } else { slope.shallow_clone() };
+            one(x.f_where_self(&x.f_ge(0.0)?, &x.f_mul(&slope)?)?)
         }))
     });
     r.add("Celu", 12, (1, 1), |n| {

@@ -118,6 +118,14 @@ fn batch_norm(node: &Node) -> Result<Kernel> {
     }
     Ok(Kernel::new(move |a| {
         let x = a.t(0)?;
+        let learnt = a.t(3)?.requires_grad() || a.t(4)?.requires_grad();
+        if !training && learnt {
+            // libtorch's kernel has no gradient for the statistics.
+            let inverse = a.t(4)?.f_add_scalar(eps)?.f_rsqrt()?.f_mul(a.t(1)?)?;
+            let centred = x.f_sub(&util::per_channel(a.t(3)?, x.dim())?)?;
+            let y = centred.f_mul(&util::per_channel(&inverse, x.dim())?)?;
+            return one(y.f_add(&util::per_channel(a.t(2)?, x.dim())?)?);
+        }
         if !training {
             return one(x.f_batch_norm(a.opt(1)?, a.opt(2)?, a.opt(3)?, a.opt(4)?, false, 0.0, eps, true)?);
         }
