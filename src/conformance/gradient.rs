@@ -28,10 +28,16 @@ const DIRECTIONS: u64 = 3;
 #[serde(rename_all = "lowercase")]
 pub enum Gradient {
     /// Largest error of a directional derivative, relative to its size.
-    Passed { error: f64 },
+    Passed {
+        error: f64,
+    },
     /// Not differentiable there.
-    Excepted { reason: String },
-    Wrong { reason: String },
+    Excepted {
+        reason: String,
+    },
+    Wrong {
+        reason: String,
+    },
 }
 
 /// Cases in which autograd and central differences must differ, by the start of their names, and why.
@@ -126,7 +132,9 @@ fn check(graph: &Graph, set: DataSet) -> Result<Gradient> {
         point.push(Value::device(t.f_add(&jitter)?));
     }
     if free.is_empty() {
-        return Ok(Gradient::Excepted { reason: "every float input decides about shapes or is read on the host".into() });
+        return Ok(Gradient::Excepted {
+            reason: "every float input decides about shapes or is read on the host".into(),
+        });
     }
     let forward = |point: &[Value]| -> Result<Tensor> {
         let inputs: Vec<(&str, Value)> =
