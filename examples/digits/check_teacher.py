@@ -1,6 +1,6 @@
 """Frechet distance between samples of the teacher and the real digits, in the features of classifier.onnx.
 
-    python check_teacher.py [--model teacher.onnx] [--samples 2048] [--steps 18] [--json]
+    python check_teacher.py [--model teacher.onnx] [--samples 5120] [--steps 18] [--json]
 
 Samples: Heun's deterministic sampler under ONNX Runtime, uniform labels, images rounded to 8 bits. Printed beside it: how
 often the classifier reads the asked-for digit, and the distance between two random halves of the real digits (what the
@@ -21,7 +21,7 @@ from model import CLASSES, heun_sample
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "teacher.onnx")
-    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=5120)
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")

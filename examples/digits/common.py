@@ -84,6 +84,7 @@ def export(module, args, path, metadata, input_names, output_names, opset=20):
     for weight in model.graph.initializer:
         del weight.metadata_props[:]
         weight.doc_string = ""
+    del model.graph.value_info[:]  # the checker infers shapes anew
     del model.graph.metadata_props[:]
     del model.metadata_props[:]
     for key, value in metadata.items():
