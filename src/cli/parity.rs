@@ -44,7 +44,7 @@ pub struct ParityArgs {
     /// Do not raise decomposed operators.
     #[arg(long)]
     pub no_raise: bool,
-    /// Where libtorch runs: cpu, cuda, cuda:1.
+    /// Where libtorch runs: cpu, cuda, cuda:1. On another device than the CPU, values and gradients of both are compared too.
     #[arg(long, default_value = "cpu")]
     pub device: String,
 }
@@ -56,7 +56,7 @@ pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     // A network need not be a teacher to be compared: without a card inputs are plain noise.
     let card = teacher::card(&model, &[]).ok();
     let options = ImportOptions { raise: !args.no_raise, ..ImportOptions::default() };
-    let net = Network::import(model, &options, device)?;
+    let net = Network::import(model.clone(), &options, device)?;
     let inputs = match &args.inputs {
         Some(path) => npy::read_npz(path)?,
         None => {
@@ -66,7 +66,12 @@ pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     };
     let expected = args.expected.as_ref().map(|p| npy::read_npz(p)).transpose()?;
     let tolerance = Tolerance { atol: args.atol, rtol: args.rtol };
-    let result = parity::check(&net, &inputs, expected.as_deref(), tolerance)?;
+    let mut result = parity::check(&net, &inputs, expected.as_deref(), tolerance)?;
+    if device != Device::Cpu {
+        let both = parity::devices::check(&model, &options, &inputs, device, tolerance)?;
+        result.ok &= both.ok;
+        result.devices = Some(both);
+    }
     if globals.json {
         println!("{}", serde_json::to_string_pretty(&result).map_err(|e| Error::io(e.to_string()))?);
     } else {
@@ -96,6 +101,17 @@ fn show(result: &Parity) {
         table.add_row([&o.name, "--expected", &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
     }
     println!("{table}");
+    if let Some(d) = &result.devices {
+        println!(
+            "\n{} against the CPU: outputs {:.2e} of their std, gradients {:.2e} (worst `{}` {:.2e}), {}",
+            d.device,
+            d.output_max_rel,
+            d.gradient_rel_l2,
+            d.worst_parameter,
+            d.worst_gradient_rel_l2,
+            verdict(d.ok)
+        );
+    }
     if let Some(d) = &result.first_divergence {
         println!("\nfirst value that differs: `{}`, made by {} (max abs {:.2e})", d.value, d.node, d.max_abs);
         println!("  libtorch     mean {:>12.5}  std {:>12.5}", d.libtorch[0], d.libtorch[1]);

@@ -1,5 +1,7 @@
 //! Parity: the same inputs through libtorch and through ONNX Runtime, before anyone trains.
 
+pub mod devices;
+
 use std::collections::BTreeMap;
 
 use prost::Message;
@@ -64,6 +66,9 @@ pub struct Parity {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_divergence: Option<Divergence>,
     pub engine: String,
+    /// The CPU against another device, where one was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub devices: Option<devices::DeviceParity>,
 }
 
 /// Mean, standard deviation.
@@ -223,7 +228,7 @@ pub fn check(
         locate(net, inputs, &proto, &reference, tolerance)?
     };
     let worst = |f: fn(&OutputError) -> f64| outputs.iter().chain(expected.iter().flatten()).map(f).fold(0.0, f64::max);
-    Ok(Parity { ok, max_abs: worst(|o| o.max_abs), max_rel: worst(|o| o.max_rel), outputs, expected, first_divergence, engine })
+    Ok(Parity { ok, max_abs: worst(|o| o.max_abs), max_rel: worst(|o| o.max_rel), outputs, expected, first_divergence, engine, devices: None })
 }
 
 fn tensors(inputs: &[(String, HostTensor)], device: Device) -> Result<Vec<(String, Tensor)>> {
