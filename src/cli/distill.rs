@@ -112,6 +112,13 @@ pub struct Plan<'a> {
     pub same_graph: bool,
 }
 
+impl Plan<'_> {
+    /// Stage 2 in the directory that `degrade` has filled needs no --resume.
+    fn follows(&self, out: &Path) -> bool {
+        self.stages == Stages::Backtrack && self.trajectory.is_none() && out.join("config.toml").is_file()
+    }
+}
+
 fn pair(key: &str, value: Option<impl ToString>) -> Option<String> {
     value.map(|v| format!("{key}={}", v.to_string()))
 }
@@ -164,9 +171,7 @@ fn watch_signals() -> Result<()> {
 
 /// The run directory and its configuration: a new one, or the one to go on with.
 fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) -> Result<(RunDir, Config)> {
-    let has_run = args.out.join("config.toml").is_file();
-    // Stage 2 in the directory that `degrade` has filled needs no --resume.
-    let follows = plan.stages == Stages::Backtrack && plan.trajectory.is_none() && has_run;
+    let follows = plan.follows(&args.out);
     if !args.resume && !follows {
         let mut config = Config::resolve(args.config.as_deref(), sets)?;
         check_stage_two(&config, plan, teacher)?;
@@ -175,6 +180,11 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
         if let Some(trajectory) = &trajectory {
             config.degrade.nodes = trajectory.last();
             config.degrade.steps = config.degrade.steps.max(trajectory.last() as u64);
+        }
+        if plan.stages == Stages::Backtrack && trajectory.is_none() && config.degrade.nodes > 0 {
+            return Err(Error::usage(format!("{} holds no recorded trajectory", args.out.display())).hint(
+                "run `disback degrade` first, give one with --trajectory, or do without: --set degrade.nodes=0",
+            ));
         }
         let run = RunDir::create(&args.out, &config)?;
         if let Some(trajectory) = trajectory {
@@ -217,8 +227,9 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     sets.extend(args.sets());
     sets.extend(args.sets.iter().cloned());
     // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
-    let config_file =
-        args.config.clone().or_else(|| Some(args.out.join("config.toml")).filter(|p| args.resume && p.is_file()));
+    let goes_on = args.resume || plan.follows(&args.out);
+    let saved = args.out.join("config.toml");
+    let config_file = args.config.clone().or_else(|| Some(saved).filter(|p| goes_on && p.is_file()));
     let first = Config::resolve(config_file.as_deref(), &sets)?;
     let device = device::parse(&first.device)?;
     device::set_threads(first.threads);

@@ -91,7 +91,8 @@ pub fn backtrack(
             (state.target, state.target_since) = (next, update);
             job.observer.target_entered(next, &nets.target)?;
         }
-        let lr = adam_student.lr();
+        let scale = cooldown(update, settings.updates, settings.cooldown);
+        let lr = adam_student.lr(scale);
         for micro in 0..config.accumulate {
             let draws = batches.draws(Phase::Backtrack, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
@@ -117,12 +118,12 @@ pub fn backtrack(
             loss.f_mul_scalar(share)?.f_backward()?;
         }
         if generator_steps {
-            adam_student.step()?;
+            adam_student.step(scale)?;
             let decay = ema::decay(images, (update + 1) * images, config.ema.half_life, config.ema.ramp);
             tch::no_grad(|| ema::update(nets.average.params(), nets.student.params(), decay))?;
             log.meters.add("grad_norm_generator", adam_student.grad_norm())?;
         }
-        adam_fake.step()?;
+        adam_fake.step(scale)?;
         log.meters.add("grad_norm_fake", adam_fake.grad_norm())?;
         state.iteration += 1;
         let done = state.iteration;
@@ -181,6 +182,12 @@ fn generator_loss(
     Ok((loss, mismatch))
 }
 
+/// Factor of both learning rates at a generator update: 1, then falling linearly to 0 over the last `share` of them.
+fn cooldown(update: u64, updates: u64, share: f64) -> f64 {
+    let length = updates as f64 * share;
+    if length < 1.0 { 1.0 } else { ((updates - update) as f64 / length).min(1.0) }
+}
+
 /// The next target, where it is time to switch before generator update `update`.
 fn next_target(job: &Job, state: &mut State, update: u64, last: usize, looked: &mut Tensor) -> Result<Option<usize>> {
     let settings = &job.config.backtrack;
@@ -224,6 +231,15 @@ fn plateaued(state: &mut State, mismatch: f32, patience: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn learning_rates_cool_down_over_the_last_share() {
+        let rates: Vec<f64> = [0, 400, 401, 500, 599].iter().map(|&u| cooldown(u, 600, 1.0 / 3.0)).collect();
+        for (rate, expected) in rates.iter().zip([1.0, 1.0, 0.995, 0.5, 0.005]) {
+            assert!((rate - expected).abs() < 1e-12, "{rates:?}");
+        }
+        assert_eq!(cooldown(599, 600, 0.0), 1.0);
+    }
 
     #[test]
     fn the_mismatch_plateaus_after_patience_looks_without_a_fall() {

@@ -110,6 +110,8 @@ pub struct BacktrackConfig {
     pub ratio: u64,
     pub lr_generator: f64,
     pub lr_fake: f64,
+    /// Share of the updates, at the end, over which both learning rates fall linearly to 0; 0: none.
+    pub cooldown: f64,
     pub switch: Switch,
     /// Generator updates a target (`switch = "count"`), or between two looks at the mismatch (`"mismatch"`).
     pub switch_every: u64,
@@ -137,6 +139,7 @@ pub struct NoiseConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OptimizerConfig {
+    /// 0 keeps the two-player game of stage 2 from oscillating; 0.9 is the usual value elsewhere.
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
@@ -209,6 +212,7 @@ impl Default for BacktrackConfig {
             ratio: 1,
             lr_generator: 1e-5,
             lr_fake: 1e-5,
+            cooldown: 0.3333,
             switch: Switch::Count,
             switch_every: 100,
             switch_patience: 3,
@@ -230,12 +234,12 @@ impl Default for NoiseConfig {
 }
 impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, clip: 10.0, warmup: 0, max_skips: 20 }
+        Self { beta1: 0.0, beta2: 0.99, eps: 1e-8, weight_decay: 0.01, clip: 10.0, warmup: 100, max_skips: 20 }
     }
 }
 impl Default for EmaConfig {
     fn default() -> Self {
-        Self { half_life: 500_000.0, ramp: 0.05 }
+        Self { half_life: 500_000.0, ramp: 0.2 }
     }
 }
 impl Default for LogConfig {
@@ -335,6 +339,9 @@ impl Config {
             if !(0.0..1.0).contains(&v) {
                 return Err(Error::usage(format!("{key} is {v}, expected 0 <= value < 1")));
             }
+        }
+        if !(0.0..=1.0).contains(&self.backtrack.cooldown) {
+            return Err(Error::usage(format!("backtrack.cooldown is {}, expected 0 to 1", self.backtrack.cooldown)));
         }
         if !self.noise.log_mean.is_finite() {
             return Err(Error::usage(format!("noise.log_mean is {}, expected a number", self.noise.log_mean)));

@@ -75,6 +75,7 @@ fn values_that_make_no_sense_are_refused() {
         ("noise.fake=[0, 1000]", "noise.fake"),
         ("noise.generator=[5, 4]", "noise.generator"),
         ("optimizer.beta1=1.0", "beta1"),
+        ("backtrack.cooldown=1.5", "cooldown"),
         ("degrade.steps=3", "degrade.nodes is 5"),
         ("batch", "key=value"),
     ] {

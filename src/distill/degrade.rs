@@ -58,7 +58,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let mut log = Log::new(job, &state, steps, config.degrade.nodes, state.iteration * images)?;
 
     while state.iteration < steps {
-        let lr = adam.lr();
+        let lr = adam.lr(1.0);
         for micro in 0..config.accumulate {
             let draws = batches.draws(Phase::Degrade, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
@@ -70,7 +70,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
             log.meters.add("loss_fake", &loss)?;
             loss.f_div_scalar(config.accumulate as f64)?.f_backward()?;
         }
-        adam.step()?;
+        adam.step(1.0)?;
         log.meters.add("grad_norm_fake", adam.grad_norm())?;
         state.iteration += 1;
         let done = state.iteration;

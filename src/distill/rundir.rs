@@ -90,6 +90,12 @@ const CHANGEABLE: [&str; 5] = ["device", "threads", "tf32", "backtrack.updates",
 /// Refuses to go on with a configuration that would make another run of what is there.
 pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {
     let changed = saved.differences(wanted)?;
+    if saved.backtrack.updates != wanted.backtrack.updates && saved.backtrack.cooldown > 0.0 {
+        return Err(Error::usage("backtrack.updates cannot change on --resume where the learning rates cool down")
+            .hint(
+                "they fall over the last backtrack.cooldown of the updates; runs with cooldown = 0 can be prolonged",
+            ));
+    }
     match changed.iter().find(|(key, ..)| !CHANGEABLE.contains(&key.as_str()) && !key.starts_with("log.")) {
         None => Ok(()),
         Some((key, before, now)) => {
@@ -120,7 +126,14 @@ mod tests {
 
     #[test]
     fn only_harmless_keys_change_on_resume() {
-        let saved = Config::default();
+        let mut saved = Config::default();
+        let longer = |c: &Config| {
+            let mut longer = c.clone();
+            longer.backtrack.updates += 1;
+            longer
+        };
+        assert!(check_resumable(&saved, &longer(&saved)).unwrap_err().to_string().contains("cool down"));
+        saved.backtrack.cooldown = 0.0;
         let mut wanted = saved.clone();
         wanted.backtrack.updates += 1;
         wanted.log.every = 3;

@@ -105,7 +105,9 @@ fn config() -> Config {
     c.backtrack.lr_generator = 0.02;
     c.backtrack.lr_fake = 0.02;
     c.backtrack.switch_every = 5;
+    c.backtrack.cooldown = 0.0;
     c.ema.half_life = 500.0;
+    c.optimizer.warmup = 0;
     c.log.every = 1;
     c.log.checkpoint_every = 0;
     c
@@ -324,11 +326,11 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, c.batch);
         let noise = batches.noise(&draws, Use::FakeNoise).unwrap();
         denoising_loss(&fake, &x, &sigmas, &noise, &conditions).unwrap().backward();
-        adam_student.step().unwrap();
+        adam_student.step(1.0).unwrap();
         let seen = (step + 1) * c.images();
         let decay = crate::torch::ema::decay(c.images(), seen, c.ema.half_life, c.ema.ramp);
         tch::no_grad(|| crate::torch::ema::update(average.params(), student.params(), decay)).unwrap();
-        adam_fake.step().unwrap();
+        adam_fake.step(1.0).unwrap();
     }
     [average.params().hash().unwrap(), fake.params().hash().unwrap()]
 }
@@ -379,6 +381,7 @@ fn a_resumed_run_ends_with_the_same_bytes() {
     (c.degrade.steps, c.backtrack.updates, c.backtrack.ratio, c.accumulate) = (12, 12, 2, 2);
     c.backtrack.switch_every = 3;
     c.optimizer.warmup = 9;
+    c.backtrack.cooldown = 0.5;
     for (switch, spacing, patience) in [
         (Switch::Count, Spacing::Iteration, 0),
         (Switch::Mismatch, Spacing::Loss, 0),

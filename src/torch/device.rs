@@ -29,8 +29,10 @@ fn cuda(index: usize) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
-/// Threads of libtorch's CPU kernels; 0 leaves libtorch's own choice. Returns the number in force.
+/// Prepares the process for training: threads of libtorch's CPU kernels (0 leaves libtorch's own choice), and an
+/// allocator that keeps its memory. Returns the number of threads in force.
 pub fn set_threads(count: usize) -> usize {
+    crate::torch::shim::keep_memory();
     if count > 0 {
         tch::set_num_threads(i32::try_from(count).unwrap_or(i32::MAX));
     }

@@ -64,17 +64,17 @@ impl AdamW {
         })
     }
 
-    /// The learning rate that the next step uses.
-    pub fn lr(&self) -> f64 {
+    /// The learning rate that the next step uses under `scale`.
+    pub fn lr(&self, scale: f64) -> f64 {
         match self.config.warmup {
-            0 => self.config.lr,
-            w => self.config.lr * ((self.calls + 1) as f64 / w as f64).min(1.0),
+            0 => self.config.lr * scale,
+            w => self.config.lr * scale * ((self.calls + 1) as f64 / w as f64).min(1.0),
         }
     }
 
-    /// Updates the parameters from their gradients, then zeroes the gradients. Parameters that no gradient has reached
-    /// stay as they are.
-    pub fn step(&mut self) -> Result<()> {
+    /// Updates the parameters from their gradients with `lr_scale` times the learning rate, then zeroes the gradients.
+    /// Parameters that no gradient has reached stay as they are.
+    pub fn step(&mut self, lr_scale: f64) -> Result<()> {
         let grads = shim::grads(&self.params)?;
         let reached: Vec<usize> = (0..grads.len()).filter(|&i| grads[i].is_some()).collect();
         let grads: Vec<Tensor> = grads.into_iter().flatten().collect();
@@ -95,7 +95,7 @@ impl AdamW {
             let _ = self.skipped.f_add_(&found_inf)?;
             self.skipped_in_a_row = self.skipped_in_a_row.f_add_scalar(1.0)?.f_mul(&found_inf)?;
             let numbers = shim::AdamWStep {
-                lr: self.lr(),
+                lr: self.lr(lr_scale),
                 beta1: c.beta1,
                 beta2: c.beta2,
                 weight_decay: c.weight_decay,
@@ -221,7 +221,7 @@ mod tests {
             let mut adam = AdamW::new(&params, config).unwrap();
             for _ in 0..7 {
                 backward(&params, 1.7);
-                adam.step().unwrap();
+                adam.step(1.0).unwrap();
             }
             let lr = |k: u32| if warmup == 0 { 0.01 } else { 0.01 * (f64::from(k) / warmup as f64).min(1.0) };
             for (i, &p) in start.iter().enumerate() {
@@ -236,13 +236,25 @@ mod tests {
     }
 
     #[test]
+    fn the_scale_is_of_the_learning_rate() {
+        let params = set(&[0.7]);
+        let mut adam = AdamW::new(&params, CONFIG).unwrap();
+        for k in 1..4 {
+            backward(&params, 1.0);
+            adam.step(0.5 / f64::from(k)).unwrap();
+        }
+        let expected = reference(f64::from(0.7f32), |_, p| p, |k| 0.01 * 0.5 / f64::from(k), 3, CONFIG);
+        assert!((params.tensors()[0].double_value(&[0]) - expected).abs() < 1e-6);
+    }
+
+    #[test]
     fn clips_by_the_global_norm() {
         let config = AdamWConfig { clip: 0.5, eps: 0.3, ..CONFIG };
         let params = ParamSet::new(vec!["a".into(), "b".into()], vec![Tensor::from(3f32), Tensor::from(4f32)]).unwrap();
         params.set_requires_grad(true).unwrap();
         let mut adam = AdamW::new(&params, config).unwrap();
         backward(&params, 2.0); // gradient (6, 8), norm 10, scaled to (0.3, 0.4)
-        adam.step().unwrap();
+        adam.step(1.0).unwrap();
         assert_eq!(adam.grad_norm().double_value(&[]), 10.0);
         for (t, p, g) in [(0, 3.0, 0.3), (1, 4.0, 0.4)] {
             let expected = reference(p, |_, _| g, |_| 0.01, 1, config);
@@ -255,19 +267,19 @@ mod tests {
         let params = set(&[1.0, 2.0]);
         let mut adam = AdamW::new(&params, AdamWConfig { clip: 10.0, ..CONFIG }).unwrap();
         backward(&params, 1.0);
-        adam.step().unwrap();
+        adam.step(1.0).unwrap();
         let before = params.hash().unwrap();
         let (m, v) = (adam.exp_avg[0].copy(), adam.exp_avg_sq[0].copy());
         for bad in [f64::NAN, f64::INFINITY] {
             backward(&params, bad);
-            adam.step().unwrap();
+            adam.step(1.0).unwrap();
         }
         assert_eq!(params.hash().unwrap(), before);
         assert!(adam.exp_avg[0].equal(&m) && adam.exp_avg_sq[0].equal(&v));
         let counts = |a: &AdamW| (a.skipped().0.double_value(&[]), a.skipped().1.double_value(&[]));
         assert_eq!(counts(&adam), (2.0, 2.0));
         backward(&params, 1.0);
-        adam.step().unwrap();
+        adam.step(1.0).unwrap();
         assert_eq!(counts(&adam), (2.0, 0.0));
         assert_ne!(params.hash().unwrap(), before);
         assert_eq!(adam.step.double_value(&[]), 2.0, "skipped steps do not count for the bias correction");
@@ -290,7 +302,7 @@ mod tests {
                 }
                 for _ in 0..n {
                     backward(&params, 0.8);
-                    adam.step().unwrap();
+                    adam.step(1.0).unwrap();
                 }
             }
             params.hash().unwrap()

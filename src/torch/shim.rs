@@ -34,6 +34,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn disback_foreach_zero(tensors: *const *const C_tensor, count: usize) -> *mut c_char;
     fn disback_randn(seed: u64, shape: *const i64, rank: usize, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
+    fn disback_keep_memory();
     fn disback_set_tf32(on: bool) -> *mut c_char;
     fn disback_memory_stats(device: c_int, current: *mut i64, peak: *mut i64) -> *mut c_char;
 }
@@ -154,6 +155,12 @@ pub fn randn(seed: u64, shape: &[i64], device: Device) -> Result<Tensor> {
     let noise = unsafe { Tensor::from_ptr(out) };
     debug_assert_eq!(noise.kind(), Kind::Float);
     Ok(noise)
+}
+
+/// Lets the C allocator keep what libtorch frees, for good: without it each step faults its large tensors in anew.
+pub fn keep_memory() {
+    // SAFETY: sets options of malloc.
+    unsafe { disback_keep_memory() }
 }
 
 /// TF32 in matrix products and convolutions of f32 tensors on CUDA (10 bits of mantissa, several times faster).

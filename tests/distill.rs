@@ -1,0 +1,196 @@
+//! `distill`, `degrade` and `backtrack` on the digits teacher as a user meets them: files, exit codes, Ctrl-C, --resume.
+#![cfg(feature = "train")]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const TEACHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/teacher.onnx");
+
+/// Few steps, few images: seconds on one core.
+const SMALL: &[&str] = &[
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--batch",
+    "4",
+    "--nodes",
+    "2",
+    "--degrade-steps",
+    "4",
+    "--updates",
+    "5",
+    "--lr",
+    "1e-4",
+    "--set",
+    "backtrack.switch_every=2",
+    "--set",
+    "log.every=1",
+    "--set",
+    "log.samples=2",
+    "--set",
+    "log.sample_steps=2",
+    "--set",
+    "degrade.lr=1e-3",
+];
+
+fn command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_disback"));
+    command.args(args).current_dir(dir);
+    command
+}
+
+fn disback(dir: &Path, args: &[&str]) -> Output {
+    command(dir, args).output().unwrap()
+}
+
+fn ok(dir: &Path, args: &[&str]) -> String {
+    let out = disback(dir, args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn fails(dir: &Path, args: &[&str]) -> (i32, String) {
+    let out = disback(dir, args);
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!text.contains("panicked"), "{args:?}: {text}");
+    (out.status.code().unwrap(), text)
+}
+
+fn with<'a>(front: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+    front.iter().chain(more).copied().collect()
+}
+
+fn weights(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("student.safetensors")).unwrap()
+}
+
+fn rows(run: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+}
+
+#[test]
+fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let text = ok(dir, &with(&["distill", TEACHER, "-o", "whole", "--json", "--same-graph"], SMALL));
+    let result: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&result["ok"], &result["outcome"]), (&true.into(), &"finished".into()));
+    let whole = dir.join("whole");
+    for file in [
+        "config.toml",
+        "metrics.jsonl",
+        "student.onnx",
+        "student-same-graph.onnx",
+        "summary.json",
+        "report.html",
+        "trajectory/trajectory.json",
+        "trajectory/node-002.safetensors",
+        "samples/teacher.png",
+        "samples/degraded-node-002.png",
+        "samples/student-node-001.png",
+        "samples/student-final.png",
+    ] {
+        assert!(whole.join(file).is_file(), "{file} is missing");
+    }
+    let seen: Vec<(String, u64, u64)> = rows(&whole)
+        .iter()
+        .map(|r| (r["stage"].as_str().unwrap().into(), r["iteration"].as_u64().unwrap(), r["node"].as_u64().unwrap()))
+        .collect();
+    let degrade = [0, 1, 1, 2].iter().enumerate().map(|(k, &n)| ("degrade".to_owned(), k as u64 + 1, n));
+    let backtrack = [1, 1, 0, 0, 0].iter().enumerate().map(|(k, &n)| ("backtrack".to_owned(), k as u64 + 1, n));
+    assert_eq!(seen, degrade.chain(backtrack).collect::<Vec<_>>());
+
+    // Stage by stage, and from a trajectory recorded elsewhere: the same student.
+    let common = with(&SMALL[..6], &SMALL[14..]);
+    let stage_two = with(&common, &SMALL[10..14]);
+    let stage_one = with(&common, &SMALL[6..10]);
+    ok(dir, &with(&["degrade", TEACHER, "-o", "parts"], &stage_one));
+    ok(dir, &with(&["backtrack", TEACHER, "-o", "parts"], &stage_two[stage_two.len() - 4..]));
+    assert!(weights(&dir.join("parts")) == weights(&whole), "parts");
+    ok(dir, &with(&["backtrack", TEACHER, "-o", "else", "--trajectory", "whole/trajectory"], &stage_two));
+    assert!(weights(&dir.join("else")) == weights(&whole), "else");
+    let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "parts"]);
+    assert!(code == 2 && text.contains("--resume"), "{text}");
+
+    // The exported graph is a teacher of its own: not the one that the run began with.
+    ok(
+        dir,
+        &["export", TEACHER, "--weights", "whole/trajectory/node-002.safetensors", "--same-graph", "-o", "other.onnx"],
+    );
+    let (code, text) = fails(dir, &with(&["distill", "other.onnx", "-o", "whole", "--resume"], &[]));
+    assert!(code == 2 && text.contains("another teacher"), "{text}");
+    let (code, text) = fails(dir, &["backtrack", "other.onnx", "-o", "new", "--trajectory", "whole/trajectory"]);
+    assert!(code == 2 && text.contains("another teacher") && !dir.join("new").exists(), "{text}");
+}
+
+#[test]
+fn a_run_that_was_interrupted_and_resumed_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(dir, &with(&["distill", TEACHER, "-o", "whole"], SMALL));
+    // Ctrl-C in stage 1 (after row 2) and in stage 2 (after row 6).
+    for (name, at) in [("one", 2), ("two", 6)] {
+        let run = dir.join(name);
+        let mut child =
+            command(dir, &with(&["distill", TEACHER, "-o", name], SMALL)).stderr(Stdio::null()).spawn().unwrap();
+        let started = Instant::now();
+        while rows(&run).len() < at {
+            assert!(started.elapsed() < Duration::from_secs(300) && child.try_wait().unwrap().is_none());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        let code = child.wait().unwrap().code();
+        // A slow machine may let it end before the signal arrives; then there is nothing to resume.
+        if code == Some(130) {
+            assert!(!run.join("student.onnx").exists());
+            assert!(run.join("checkpoints/latest.json").is_file());
+            let (code, text) = fails(dir, &with(&["distill", TEACHER, "-o", name], SMALL));
+            assert!(code == 2 && text.contains("--resume"), "{text}");
+            ok(dir, &["distill", TEACHER, "-o", name, "--resume"]);
+        } else {
+            assert_eq!(code, Some(0));
+        }
+        assert!(weights(&run) == weights(&dir.join("whole")), "{name}");
+        let student = |p: &Path| std::fs::read(p.join("student.onnx")).unwrap();
+        assert!(student(&run) == student(&dir.join("whole")), "{name}");
+        assert_eq!(rows(&run).len(), 9);
+    }
+}
+
+#[test]
+fn bad_input_gets_one_clear_error_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::create_dir(dir.join("full")).unwrap();
+    std::fs::write(dir.join("full/x"), "x").unwrap();
+    std::fs::write(dir.join("c.toml"), "[degrade]\nstep = 3\n").unwrap();
+    std::fs::write(dir.join("bad.toml"), "batch = \n").unwrap();
+    for (args, code, says) in [
+        (vec!["--set", "degrade.stepz=3"], 2, "degrade.steps"),
+        (vec!["--config", "c.toml"], 2, "degrade.steps"),
+        (vec!["--config", "bad.toml"], 2, "bad.toml"),
+        (vec!["--config", "none.toml"], 1, "none.toml"),
+        (vec!["--batch", "0"], 2, "batch is 0"),
+        (vec!["--objective", "gan"], 2, "objective"),
+        (vec!["--device", "gpu"], 2, "cuda:<index>"),
+        (vec!["--device", "cuda:77"], 2, "CUDA"),
+        (vec!["--card", "prediktion=v"], 2, "prediction"),
+        (vec!["--resume"], 2, "no run"),
+        (vec!["--set", "student.sigma_init=-1"], 2, "sigma_init"),
+    ] {
+        let (got, text) = fails(dir, &with(&["distill", TEACHER, "-o", "out"], &args));
+        assert_eq!(got, code, "{args:?}: {text}");
+        assert!(text.contains(says), "{args:?}: {text}");
+        assert!(!dir.join("out").exists(), "{args:?} left something");
+    }
+    let (code, text) = fails(dir, &["distill", TEACHER, "-o", "full"]);
+    assert!(code == 2 && text.contains("not empty"), "{text}");
+    assert_eq!(std::fs::read_dir(dir.join("full")).unwrap().count(), 1);
+    let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "out"]);
+    assert!(code == 2 && text.contains("degrade"), "{text}");
+    let (code, _) = fails(dir, &["distill", "c.toml", "-o", "out2"]);
+    assert!(code == 1 && !dir.join("out2").exists());
+}
