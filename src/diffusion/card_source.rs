@@ -57,8 +57,18 @@ impl ResolvedCard {
 }
 
 /// Sub-trees of `disback.*` metadata that belong to others than the card.
-const FOREIGN: [&str; 9] =
-    ["student", "features", "provenance", "parameters", "converter", "teacher", "training", "license", "version"];
+const FOREIGN: [&str; 10] = [
+    "student",
+    "features",
+    "provenance",
+    "parameters",
+    "converter",
+    "teacher",
+    "training",
+    "license",
+    "version",
+    "same_graph",
+];
 const TOP: [&str; 14] = [
     "sample",
     "time",
