@@ -1,6 +1,6 @@
 """The peer of the benches: the digits network in native PyTorch eager, driven over stdin so that runs can alternate.
 
-    python benches/peer.py [--threads 2] [--batch 128]
+    python benches/peer.py [--threads 2] [--batch 128] [--device cpu|cuda]
 
 Reads lines `stage1 N`, `stage2 N`, `call1 N`, `call64 N`, `quit`; answers each with one JSON line:
     {"measurement": "stage1", "n": N, "median_ms": .., "min_ms": .., "peak_rss_mb": .., "threads": .., "batch": ..}
@@ -32,11 +32,12 @@ SIGMA_INIT = 80.0
 
 
 class Peer:
-    def __init__(self, batch):
+    def __init__(self, batch, device):
         torch.manual_seed(0)
         self.batch = batch
-        self.table = karras_sigmas(1000).flip(0).float()
-        self.teacher = Denoiser().requires_grad_(False)
+        self.device = device
+        self.table = karras_sigmas(1000).flip(0).float().to(device)
+        self.teacher = Denoiser().to(device).requires_grad_(False)
         self.target = copy.deepcopy(self.teacher)
         self.student, self.fake = (copy.deepcopy(self.teacher).requires_grad_(True) for _ in range(2))
         self.average = copy.deepcopy(self.teacher)
@@ -45,10 +46,11 @@ class Peer:
         )
 
     def draw(self, batch):
-        return torch.randn(batch, 1, 8, 8), torch.randint(0, CLASSES, (batch,))
+        shape = (batch, 1, 8, 8)
+        return torch.randn(shape, device=self.device), torch.randint(0, CLASSES, (batch,), device=self.device)
 
     def generate(self, net, noise, labels):
-        return net(SIGMA_INIT * noise, torch.full((len(noise),), SIGMA_INIT), labels)
+        return net(SIGMA_INIT * noise, torch.full((len(noise),), SIGMA_INIT, device=self.device), labels)
 
     def update(self, net, optimiser, loss):
         optimiser.zero_grad()
@@ -57,7 +59,7 @@ class Peer:
         optimiser.step()
 
     def denoising_step(self, images, labels):
-        sigma = self.table[torch.randint(0, 1000, (self.batch,))]
+        sigma = self.table[torch.randint(0, 1000, (self.batch,), device=self.device)]
         noisy = images + sigma[:, None, None, None] * torch.randn_like(images)
         weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
         loss = (weight * (self.fake(noisy, sigma, labels) - images).square().mean((1, 2, 3))).mean()
@@ -73,7 +75,7 @@ class Peer:
         noise, labels = self.draw(self.batch)
         images = self.generate(self.student, noise, labels)
         with torch.no_grad():
-            sigma = self.table[torch.randint(20, 981, (self.batch,))]
+            sigma = self.table[torch.randint(20, 981, (self.batch,), device=self.device)]
             noisy = images + sigma[:, None, None, None] * torch.randn_like(images)
             target, fake = self.target(noisy, sigma, labels), self.fake(noisy, sigma, labels)
             scale = (images - target).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5)
@@ -94,9 +96,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    peer = Peer(args.batch)
+    peer = Peer(args.batch, args.device)
+    synchronise = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     work = {
         "stage1": peer.stage1,
         "stage2": peer.stage2,
@@ -116,8 +120,10 @@ def main():
             continue
         times = []
         for k in range(int(words[1]) + 2):
+            synchronise()
             started = time.perf_counter()
             work[words[0]]()
+            synchronise()
             if k >= 2:
                 times.append(1e3 * (time.perf_counter() - started))
         answer = {
