@@ -1,6 +1,6 @@
 //! `disback evaluate`: distances between two sets of images.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -69,7 +69,7 @@ struct Side {
 
 fn side(
     args: &EvaluateArgs,
-    path: &PathBuf,
+    path: &Path,
     source: Source,
     other: Option<usize>,
     net: &mut FeatureNet,
@@ -77,7 +77,7 @@ fn side(
 ) -> Result<Side> {
     let images = match source {
         Source::Statistics(statistics) => {
-            return Ok(Side { path: path.clone(), features: None, statistics, shape: None });
+            return Ok(Side { path: path.to_path_buf(), features: None, statistics, shape: None });
         }
         Source::Images(set) => match args.number {
             Some(n) if n < set.len() => ImageSet::from_samples(set.batch_u8(0, n)?, [0.0, 255.0])?,
@@ -96,7 +96,7 @@ fn side(
         net.features(&images, args.batch, |n| bar.inc(n as u64)).with_context(|| path.display().to_string())?;
     bar.finish_and_clear();
     let statistics = Statistics::of(&features);
-    Ok(Side { path: path.clone(), features: Some(features), statistics, shape: Some(images.shape()) })
+    Ok(Side { path: path.to_path_buf(), features: Some(features), statistics, shape: Some(images.shape()) })
 }
 
 pub fn run(args: &EvaluateArgs, globals: Globals) -> Result<ExitCode> {

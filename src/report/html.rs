@@ -57,10 +57,14 @@ fn section(title: &str, body: &str) -> String {
     if body.trim().is_empty() { String::new() } else { format!("<section><h2>{}</h2>\n{body}</section>\n", esc(title)) }
 }
 
+/// Keys by which an object of the summary is known to measure a model.
+const MEASURES: [&str; 3] = ["frechet", "nfe", "ms_per_image"];
+
 /// Objects of the summary that hold measures (`teacher`, `student`, `baseline`...) as rows of one table; the rest as pairs.
 fn summary(run: &Run) -> String {
     let Some(Value::Object(map)) = &run.summary else { return String::new() };
-    let (groups, rest): (Vec<_>, Vec<_>) = map.iter().partition(|(_, v)| v.is_object());
+    let measured = |v: &Value| MEASURES.iter().any(|m| !v[*m].is_null());
+    let (groups, rest): (Vec<_>, Vec<_>) = map.iter().partition(|(_, v)| measured(v));
     let mut columns: Vec<&String> = Vec::new();
     for (_, group) in &groups {
         for key in group.as_object().into_iter().flat_map(|g| g.keys()) {
@@ -81,14 +85,18 @@ fn summary(run: &Run) -> String {
         }
         out.push_str("</table></div>\n");
     }
-    if !rest.is_empty() {
-        out.push_str("<dl>");
-        for (key, value) in rest {
-            let _ = write!(out, "<dt>{}</dt><dd>{}</dd>", esc(&heading(key)), esc(&plain(value)));
+    let mut pairs = String::new();
+    for (key, value) in rest {
+        match value {
+            Value::Object(inner) => inner.iter().for_each(|(k, v)| pairs += &pair(k, v)),
+            _ => pairs += &pair(key, value),
         }
-        out.push_str("</dl>\n");
     }
-    out
+    if pairs.is_empty() { out } else { format!("{out}<dl>{pairs}</dl>\n") }
+}
+
+fn pair(key: &str, value: &Value) -> String {
+    format!("<dt>{}</dt><dd>{}</dd>", esc(&heading(key)), esc(&plain(value)))
 }
 
 fn heading(key: &str) -> String {
@@ -144,9 +152,9 @@ fn film(run: &Run) -> String {
         let teacher = if k == 0 { run.sample("teacher.png") } else { None };
         let degraded = run.sample(&format!("degraded-node-{k:03}.png")).or(teacher);
         let student = run.sample(&format!("student-node-{k:03}.png"));
-        let _ = write!(
+        let _ = writeln!(
             out,
-            "<div class=\"frame\"><h3>{}</h3>{}{}</div>\n",
+            "<div class=\"frame\"><h3>{}</h3>{}{}</div>",
             esc(&about.join(" · ")),
             figure(degraded, "the target"),
             figure(student, "the student after it")
@@ -163,7 +171,7 @@ fn plots(run: &Run) -> String {
         let series: Vec<Series> =
             columns.iter().map(|(c, n)| Series { name: n.to_string(), points: run.column(stage, c) }).collect();
         if let Some(svg) = curves("iteration", &series, marks) {
-            let _ = write!(out, "<figure class=\"plot\">{svg}<figcaption>{}</figcaption></figure>\n", esc(title));
+            let _ = writeln!(out, "<figure class=\"plot\">{svg}<figcaption>{}</figcaption></figure>", esc(title));
         }
     };
     let losses = [("loss_fake", "fake score"), ("loss_generator", "generator")];
@@ -180,12 +188,12 @@ fn plots(run: &Run) -> String {
 fn hashes(run: &Run) -> String {
     let mut rows = String::new();
     if let Some(hash) = &run.teacher_hash {
-        let _ = write!(rows, "<tr><th>teacher</th><td></td><td></td><td><code>{}</code></td></tr>\n", esc(hash));
+        let _ = writeln!(rows, "<tr><th>teacher</th><td></td><td></td><td><code>{}</code></td></tr>", esc(hash));
     }
     for node in &run.nodes {
-        let _ = write!(
+        let _ = writeln!(
             rows,
-            "<tr><th>node {}</th><td>{}</td><td>{}</td><td><code>{}</code></td></tr>\n",
+            "<tr><th>node {}</th><td>{}</td><td>{}</td><td><code>{}</code></td></tr>",
             node.index,
             node.iteration.map_or("-".into(), |i| i.to_string()),
             node.loss.map_or("-".into(), number),
@@ -200,15 +208,20 @@ fn hashes(run: &Run) -> String {
     )
 }
 
+/// The command as the run recorded it, or one that does the same with the resolved configuration.
 fn repeat(run: &Run) -> String {
     if run.config.is_none() {
         return String::new();
     }
+    let recorded = |key: &str| {
+        let summary = run.summary.as_ref()?;
+        summary["run"][key].as_str().or_else(|| summary[key].as_str()).map(str::to_string)
+    };
     let folder = run.folder.canonicalize().unwrap_or_else(|_| run.folder.clone());
-    let config = folder.join("config.toml");
-    let stored = run.summary.as_ref().and_then(|s| s["command"].as_str()).map(str::to_string);
-    let command = stored.unwrap_or_else(|| {
-        format!("disback distill --config {} --out NEW_FOLDER", shell(&config.display().to_string()))
+    let config = folder.join("config.toml").display().to_string();
+    let command = recorded("command").unwrap_or_else(|| {
+        let teacher = recorded("teacher").unwrap_or_else(|| "TEACHER.onnx".into());
+        format!("disback distill {} --config {} --out NEW_FOLDER", shell(&teacher), shell(&config))
     });
     format!("<pre>{}</pre>", esc(&command))
 }
@@ -331,13 +344,15 @@ mod tests {
     #[test]
     fn a_finished_run_shows_its_summary() {
         let dir = run_dir();
-        let summary = r#"{"student":{"frechet":5.6789,"nfe":1,"ms_per_image":0.4},"teacher":{"frechet":1.6,"nfe":35},"seconds":12.0}"#;
+        let summary = r#"{"student":{"frechet":5.6789,"nfe":1,"ms_per_image":0.4},"teacher":{"frechet":1.6,"nfe":35},"run":{"device":"cpu","nodes":5}}"#;
         std::fs::write(dir.path().join("summary.json"), summary).unwrap();
         std::fs::write(dir.path().join("student.onnx"), b"x").unwrap();
         let text = std::fs::read_to_string(write(dir.path()).unwrap()).unwrap();
         assert!(text.contains("finished; last row"));
         assert!(text.contains("<tr><th>student</th><td>5.679</td><td>1</td><td>0.4000</td></tr>"));
         assert!(text.contains("<tr><th>teacher</th><td>1.600</td><td>35</td><td>-</td></tr>"));
+        assert!(text.contains("<dt>device</dt><dd>cpu</dd>") && !text.contains("<th>device</th>"));
+        assert!(text.contains("disback distill TEACHER.onnx --config "));
     }
 
     #[test]

@@ -53,7 +53,7 @@ fn tick(v: f64) -> String {
     let a = v.abs();
     if v == 0.0 || a < 1e-12 {
         "0".into()
-    } else if a >= 1e6 || a < 1e-3 {
+    } else if !(1e-3..1e6).contains(&a) {
         format!("{v:.1e}")
     } else if a >= 1e4 {
         format!("{:.0}k", v / 1e3)
