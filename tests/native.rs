@@ -6,9 +6,14 @@
 mod support;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
-use disback::graph::Model;
+use disback::diffusion::{Conditions, Conversion, Denoiser, HostConditions, TeacherCard};
+use disback::export::{self, StudentOptions};
+use disback::graph::{Model, save};
+use disback::runtime::student::{Request, Student};
+use disback::runtime::{EngineKind, EngineOptions};
 use disback::torch::{Forward, ImportOptions, Network, convert, params::load_tensors};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -106,14 +111,113 @@ fn check(case: &Path, raise: bool) -> Result<(), String> {
     Ok(())
 }
 
+/// The exported cases, made once.
+fn corpus() -> &'static (PathBuf, Vec<String>) {
+    static CORPUS: OnceLock<(PathBuf, Vec<String>)> = OnceLock::new();
+    CORPUS.get_or_init(|| {
+        let out = support::folder("native");
+        support::run_python("tests/python/native_unet.py", &[out.to_str().unwrap()]);
+        let cases: Vec<String> = serde_json::from_slice(&std::fs::read(out.join("cases.json")).unwrap()).unwrap();
+        assert!(cases.len() >= 18, "{} cases", cases.len());
+        (out, cases)
+    })
+}
+
+/// The digits networks predict the clean image, the diffusers ones are taken for epsilon networks.
+fn card(case: &str) -> TeacherCard {
+    let text = if case.starts_with("digits") {
+        r#"sample = "x"
+        time = "sigma"
+        output = "denoised"
+        prediction = "denoised"
+        time_unit = "sigma"
+        shape = [1, 8, 8]
+        range = [-1.0, 1.0]
+        schedule = { kind = "edm" }
+        conditions.labels = { kind = "class-index", classes = 10, null = 10 }"#
+    } else {
+        r#"sample = "sample"
+        time = "timestep"
+        output = "out_sample"
+        prediction = "epsilon"
+        time_unit = "step"
+        shape = [3, 16, 16]
+        schedule = { kind = "vp", betas = "scaled-linear", beta_start = 0.00085, beta_end = 0.012 }
+        conditions.class_labels = { kind = "class-index", classes = 4 }"#
+    };
+    toml::from_str(text).unwrap()
+}
+
+/// Writes the student of a case and returns what ONNX Runtime and tract make of it beside libtorch.
+fn student_errors(folder: &Path, case: &str) -> Result<(f64, f64), String> {
+    let text = |e: disback::Error| e.to_string();
+    let net = Network::load(&folder.join("model.onnx"), Device::Cpu).map_err(text)?;
+    // Other weights than the file's, so that a file that kept its own would be seen.
+    let params = net.params().deep_copy(Device::Cpu).map_err(text)?;
+    for (k, t) in params.tensors().iter().enumerate() {
+        let noise = disback::noise::image_noise(7, k as u64, t.numel());
+        let mut t = t.shallow_clone();
+        let _ = t.g_add_(&(Tensor::from_slice(&noise).reshape(t.size()) * 0.01));
+    }
+    let card = card(case);
+    let options = StudentOptions { method: "test".into(), sigma_init: Some(5.0), ..StudentOptions::default() };
+    let model = export::student(&net, &params, &card, &options).map_err(text)?;
+    let path = folder.join("student.onnx");
+    save::write(&model, &path).map_err(text)?;
+    save::write(&export::same_graph(&net, &params, &card, &options).map_err(text)?, &folder.join("same.onnx")).map_err(text)?;
+    let nodes = &model.graph.as_ref().unwrap().node;
+    if let Some(n) = nodes.iter().find(|n| matches!(n.op_type(), "Sin" | "Cos")) {
+        return Err(format!("the time embedding is still computed: {} `{}`", n.op_type(), n.name()));
+    }
+
+    // The student as it was trained: the teacher's network with these weights at the start of the schedule.
+    let trained = net.duplicate().map_err(text)?;
+    trained.params().copy_from(&params).map_err(text)?;
+    let start = Conversion::new(&card).map_err(text)?.at_start(options.sigma_init).map_err(text)?;
+    let specs: Vec<_> = net.inputs().iter().map(disback::teacher::spec).collect();
+    let denoiser = Denoiser::new(Box::new(trained), Arc::new(card.clone()), &specs).map_err(text)?;
+    let rows = if case.ends_with("static") { 3 } else { 5 };
+    let request = Request { batch: rows, ..Request::default() };
+    let conditions = HostConditions::of_images(&card, 0, 0, rows).map_err(text)?;
+    let [c, h, w] = card.shape;
+    let z = Tensor::from_slice(&disback::noise::batch_noise(0, 0, rows, c * h * w));
+    let z = z.reshape([rows as i64, c as i64, h as i64, w as i64]);
+    let expected = tch::no_grad(|| {
+        let x0 = denoiser.generate(&z, &Conditions::from_host(&conditions, Device::Cpu)?, &start)?;
+        convert::to_host(&card.range.map_or(x0.shallow_clone(), |[low, high]| x0.clamp(low, high)))
+    })
+    .map_err(text)?
+    .to_f32();
+    let error = |kind| -> Result<f64, String> {
+        let engine = EngineOptions { engine: kind, ..EngineOptions::default() };
+        let mut student = Student::open(&path, &engine).map_err(text)?;
+        let images = student.sample(&request, 0, rows).map_err(text)?.to_f32();
+        Ok(images.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max))
+    };
+    Ok((error(EngineKind::Ort)?, error(EngineKind::Tract)?))
+}
+
+#[test]
+fn students_are_the_same_in_libtorch_onnx_runtime_and_tract() {
+    let (out, cases) = corpus();
+    let mut failures = Vec::new();
+    for case in cases.iter().filter(|c| !c.starts_with("fresh")) {
+        match student_errors(&out.join(case), case) {
+            Ok((ort, tract)) if ort <= 1e-4 && tract <= 1e-4 => println!("{case}: ONNX Runtime {ort:.1e}, tract {tract:.1e}"),
+            Ok((ort, tract)) => failures.push(format!("{case}: ONNX Runtime {ort:.1e}, tract {tract:.1e}")),
+            Err(e) => failures.push(format!("{case}: {e}")),
+        }
+    }
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+    // A second opinion on the files themselves.
+    support::run_python("tests/python/check_models.py", &[out.to_str().unwrap()]);
+}
+
 #[test]
 fn values_and_gradients_are_the_native_modules() {
-    let out = support::folder("native");
-    support::run_python("tests/python/native_unet.py", &[out.to_str().unwrap()]);
-    let cases: Vec<String> = serde_json::from_slice(&std::fs::read(out.join("cases.json")).unwrap()).unwrap();
-    assert!(cases.len() >= 18, "{} cases", cases.len());
+    let (out, cases) = corpus();
     let mut failures = Vec::new();
-    for case in &cases {
+    for case in cases {
         for raise in [true, false] {
             if let Err(e) = check(&out.join(case), raise) {
                 failures.push(format!("{case} raise={raise}: {e}"));
