@@ -11,6 +11,7 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result};
+use crate::graph::inline::inline;
 use crate::onnx::{GraphProto, ModelProto, TensorProto, tensor_proto::DataLocation};
 
 /// An ONNX model as it came: the decoded file, with every external tensor resolved to a slice of its memory-mapped file.
@@ -18,7 +19,7 @@ use crate::onnx::{GraphProto, ModelProto, TensorProto, tensor_proto::DataLocatio
 pub struct Model {
     /// Where it was read from; empty for a model made in memory.
     pub path: PathBuf,
-    /// The decoded file. `raw_data` of external tensors is filled in; `external_data` still says where it came from.
+    /// The decoded file, its functions inlined. `raw_data` of external tensors is filled in; `external_data` still says where it came from.
     pub proto: Arc<ModelProto>,
 }
 
@@ -33,6 +34,7 @@ impl Model {
         }
         let bytes = map_file(path).with_context(|| format!("cannot read {shown}"))?;
         let mut proto = decode(&bytes).with_context(|| shown.to_string())?;
+        inline(&mut proto).with_context(|| shown.to_string())?;
         let dir = match path.parent() {
             Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
             _ => PathBuf::from("."),
@@ -47,6 +49,7 @@ impl Model {
     /// Takes a model from memory (an exporter of ours, a test); external data is refused.
     pub fn from_bytes(bytes: Bytes) -> Result<Self> {
         let mut proto = decode(&bytes)?;
+        inline(&mut proto)?;
         if let Some(graph) = proto.graph.as_mut() {
             let mut none = ExternalFiles { dir: PathBuf::new(), open: HashMap::new() };
             resolve_graph(graph, &mut none)?;
