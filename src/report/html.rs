@@ -141,6 +141,9 @@ fn side_by_side(run: &Run) -> String {
 fn film(run: &Run) -> String {
     let mut nodes = run.numbered("degraded-node");
     nodes.extend(run.numbered("student-node"));
+    if run.sample("teacher.png").is_some() {
+        nodes.push(0);
+    }
     nodes.sort_unstable();
     nodes.dedup();
     let mut out = String::new();
@@ -151,7 +154,8 @@ fn film(run: &Run) -> String {
         about.extend(recorded.and_then(|n| n.loss).map(|l| format!("loss {}", number(l))));
         let teacher = if k == 0 { run.sample("teacher.png") } else { None };
         let degraded = run.sample(&format!("degraded-node-{k:03}.png")).or(teacher);
-        let student = run.sample(&format!("student-node-{k:03}.png"));
+        let last = if k == 0 { run.sample("student-final.png") } else { None };
+        let student = run.sample(&format!("student-node-{k:03}.png")).or(last);
         let _ = writeln!(
             out,
             "<div class=\"frame\"><h3>{}</h3>{}{}</div>",
@@ -179,8 +183,8 @@ fn plots(run: &Run) -> String {
     add("Stage 2: loss of the fake score", "backtrack", &losses[..1], &marks);
     add("Stage 2: loss of the generator", "backtrack", &losses[1..], &marks);
     add("Stage 2: score mismatch to the current target", "backtrack", &[("mismatch", "mismatch")], &marks);
-    let norms = [("grad_norm_fake", "fake score"), ("grad_norm_generator", "generator")];
-    add("Stage 2: gradient norms", "backtrack", &norms, &marks);
+    add("Stage 2: gradient norm of the fake score", "backtrack", &[("grad_norm_fake", "fake score")], &marks);
+    add("Stage 2: gradient norm of the generator", "backtrack", &[("grad_norm_generator", "generator")], &marks);
     add("Stage 2: images a second", "backtrack", &[("images_per_s", "images/s")], &marks);
     out
 }
@@ -332,7 +336,8 @@ mod tests {
         let dir = run_dir();
         let text = std::fs::read_to_string(write(dir.path()).unwrap()).unwrap();
         assert!(text.contains("not finished: backtrack iteration 59, node 1"));
-        assert_eq!(text.matches("data:image/png;base64,").count(), 2 + 3);
+        // Student and teacher; nodes 3 (both sheets), 1 and 0.
+        assert_eq!(text.matches("data:image/png;base64,").count(), 2 + 4);
         assert!(text.contains("student so far (after node 3)") && text.contains("hash-3"));
         assert!(text.contains("&lt;script&gt;") && !text.contains("<script"));
         assert_eq!(text.matches("<svg").count(), 4);

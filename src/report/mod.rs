@@ -1,7 +1,7 @@
 //! What a person looks at: sample grids, plots, the HTML report, TensorBoard events.
 
 pub mod grid;
-mod html;
+pub mod html;
 pub mod plot;
 mod run;
 pub mod tfevents;
