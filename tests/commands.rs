@@ -81,7 +81,8 @@ fn a_student_is_at_no_distance_from_its_own_samples() {
 #[test]
 fn timings_come_for_every_engine() {
     let dir = folder();
-    let out = ok(dir.path(), &["bench", "student.onnx", "--batch", "1,2", "--seconds", "0", "--engine", "tract", "--json"]);
+    let out =
+        ok(dir.path(), &["bench", "student.onnx", "--batch", "1,2", "--seconds", "0", "--engine", "tract", "--json"]);
     let out: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(out["timings"].as_array().unwrap().len(), 2);
     assert!(out["timings"][1]["p99_ms"].as_f64() >= out["timings"][1]["p50_ms"].as_f64());
@@ -99,11 +100,19 @@ fn bad_input_is_one_clear_error() {
         (&["sample", "features.onnx", "-o", "x.png"], 1, "not a student"),
         (&["sample", "student.onnx", "-o", "x.png", "-n", "0"], 2, "nothing to sample"),
         (&["sample", "student.onnx", "-o", "x.png", "--classes", "7"], 2, "classes 0 to 2"),
-        (&["sample", "student.onnx", "-o", "x.png", "--engine", "tract", "--provider", "cuda"], 2, "tract has no provider"),
+        (
+            &["sample", "student.onnx", "-o", "x.png", "--engine", "tract", "--provider", "cuda"],
+            2,
+            "tract has no provider",
+        ),
         (&["sample", "student.onnx", "-o", "none/x.png"], 1, "none/x.png"),
         (&["evaluate", "student.onnx", "none", "--features", "features.onnx"], 1, "none: no such file"),
         (&["evaluate", "student.onnx", "grey.npy", "--features", "features.onnx"], 1, "grey.npy: not a .npy array"),
-        (&["evaluate", "student.onnx", "student.onnx", "--features", "student.onnx"], 1, "a feature network has one input"),
+        (
+            &["evaluate", "student.onnx", "student.onnx", "--features", "student.onnx"],
+            1,
+            "a feature network has one input",
+        ),
         (&["evaluate", "student.onnx", "student.onnx", "--features", "features.onnx", "--range", "1"], 2, "LOW,HIGH"),
         (&["bench", "student.onnx", "--batch", "0"], 2, "a batch of 0"),
         (&["report", "none"], 1, "none: no such folder"),
@@ -114,5 +123,7 @@ fn bad_input_is_one_clear_error() {
         assert!(got == *code && error.contains(want), "{args:?}: exit {got}, {error}");
     }
     assert!(!dir.join("x.png").exists());
-    assert!(std::fs::read_dir(dir).unwrap().flatten().all(|e| !e.file_name().to_string_lossy().starts_with(".disback")));
+    assert!(
+        std::fs::read_dir(dir).unwrap().flatten().all(|e| !e.file_name().to_string_lossy().starts_with(".disback"))
+    );
 }
