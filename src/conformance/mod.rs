@@ -148,7 +148,7 @@ pub fn run_case(dir: &Path, gradients: bool) -> Case {
     // Where the folder lies is no part of the reason.
     let reason = reason.map(|r| r.replace(&format!("{}: ", dir.join("model.onnx").display()), ""));
     let plain = is_plain(dir).unwrap_or(false);
-    let gradient = if gradients && plain && outcome == Outcome::Passed {
+    let gradient = if gradients && outcome == Outcome::Passed {
         match catch_unwind(AssertUnwindSafe(|| gradient::of_case(&name, dir))) {
             Ok(Ok(g)) => g,
             Ok(Err(e)) => Some(Gradient::Wrong { reason: e.to_string() }),

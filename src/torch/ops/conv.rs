@@ -114,7 +114,7 @@ fn operands(a: &Args) -> Result<(Tensor, Tensor, usize)> {
     Ok((x.shallow_clone(), w.shallow_clone(), x.dim() - 2))
 }
 
-fn conv(node: &Node) -> Result<Kernel> {
+pub fn conv(node: &Node) -> Result<Kernel> {
     let window = Window::parse(node)?;
     let groups = node.attributes.int_or("group", 1)?;
     Ok(Kernel::new(move |a| {

@@ -20,7 +20,7 @@ fn matmul(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 /// `alpha op(A) op(B) + beta C`; as `linear` where that is what it is, so that libtorch fuses the bias.
-fn gemm(node: &Node) -> Result<Kernel> {
+pub fn gemm(node: &Node) -> Result<Kernel> {
     let alpha = node.attributes.float_or("alpha", 1.0)?;
     let beta = node.attributes.float_or("beta", 1.0)?;
     let ta = node.attributes.flag("transA", false)?;

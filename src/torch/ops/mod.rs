@@ -1,6 +1,7 @@
 //! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
 
 mod activation;
+mod microsoft;
 mod ngram;
 mod signal;
 mod loss;
@@ -30,6 +31,7 @@ use crate::torch::registry::Registry;
 /// Registers every family.
 pub fn register(r: &mut Registry) {
     activation::register(r);
+    microsoft::register(r);
     ngram::register(r);
     signal::register(r);
     loss::register(r);

@@ -85,7 +85,7 @@ fn layer_norm(node: &Node) -> Result<Kernel> {
     }))
 }
 
-fn rms_norm(node: &Node) -> Result<Kernel> {
+pub fn rms_norm(node: &Node) -> Result<Kernel> {
     let eps = node.attributes.float_or("epsilon", 1e-5)?;
     let axis = node.attributes.int_or("axis", -1)?;
     node.attributes.get("stash_type");
