@@ -14,10 +14,7 @@ fn main() {
 /// decoded without copying its weights.
 fn generate_onnx_types() {
     let set = protox::compile(["onnx/onnx.proto"], ["onnx"]).expect("onnx/onnx.proto compiles");
-    prost_build::Config::new()
-        .bytes(["."])
-        .compile_fds(set)
-        .expect("Rust types for onnx/onnx.proto");
+    prost_build::Config::new().bytes(["."]).compile_fds(set).expect("Rust types for onnx/onnx.proto");
 }
 
 /// Where `make setup` put libonnxruntime: the last place `runtime::ort` looks, after `ORT_DYLIB_PATH` and the folder of
@@ -47,7 +44,8 @@ mod train {
         println!("cargo:rerun-if-env-changed=LIBTORCH");
         println!("cargo:rerun-if-changed=src/torch/shim.cpp");
         let lib = PathBuf::from(
-            std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys exports the path of libtorch (DEP_TCH_LIBTORCH_LIB)"),
+            std::env::var("DEP_TCH_LIBTORCH_LIB")
+                .expect("torch-sys exports the path of libtorch (DEP_TCH_LIBTORCH_LIB)"),
         );
         let root = lib.parent().expect("libtorch's lib folder has a parent").to_path_buf();
         compile_shim(&root);

@@ -7,8 +7,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use disback::diffusion::Denoiser;
@@ -55,7 +55,10 @@ fn run() -> Result<()> {
     let mut peer = Peer::start(&root, threads);
     let mut ours = Ours::new(&root, threads)?;
     println!("libtorch 2.11 against torch {}, {threads} threads, batch {BATCH}, {rounds} rounds", peer.version);
-    println!("{:<10} {:>10} {:>12} {:>7}   {:>12} {:>12}", "phase", "ours ms", "PyTorch ms", "ratio", "ours MiB", "PyTorch MiB");
+    println!(
+        "{:<10} {:>10} {:>12} {:>7}   {:>12} {:>12}",
+        "phase", "ours ms", "PyTorch ms", "ratio", "ours MiB", "PyTorch MiB"
+    );
     let mut rows = Vec::new();
     for phase in ["stage1", "stage2", "call1", "call64"] {
         let (mut mine, mut theirs, mut peak) = (Vec::new(), Vec::new(), 0.0);
@@ -141,7 +144,8 @@ impl Ours {
 
     /// Milliseconds a call of the exported student in ONNX Runtime.
     fn call(&self, batch: usize) -> Result<f64> {
-        let options = EngineOptions { engine: EngineKind::Ort, threads: Some(self.threads), ..EngineOptions::default() };
+        let options =
+            EngineOptions { engine: EngineKind::Ort, threads: Some(self.threads), ..EngineOptions::default() };
         let mut engine = open_bytes(&self.student, None, &options)?;
         let noise = HostTensor::new(&[batch, 1, 8, 8], &disback::noise::batch_noise(0, 0, batch, 64))?;
         let labels = HostTensor::vec(&vec![3i64; batch]);

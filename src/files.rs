@@ -12,7 +12,10 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// [`write_atomic`] for content that is produced as it is written.
-pub fn write_atomic_with(path: &Path, write: impl FnOnce(&mut std::io::BufWriter<&std::fs::File>) -> std::io::Result<()>) -> Result<()> {
+pub fn write_atomic_with(
+    path: &Path,
+    write: impl FnOnce(&mut std::io::BufWriter<&std::fs::File>) -> std::io::Result<()>,
+) -> Result<()> {
     let dir = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -32,9 +35,11 @@ pub fn write_atomic_with(path: &Path, write: impl FnOnce(&mut std::io::BufWriter
         file.persist(path).map_err(|e| e.error)?;
         Ok(())
     };
-    run().map_err(|e| match e.kind() {
-        std::io::ErrorKind::StorageFull => Error::io(format!("no space left on the device: {e}")).hint("free some space and run again; nothing was left half-written"),
-        _ => Error::io(e.to_string()),
-    })
-    .with_context(|| format!("cannot write {}", path.display()))
+    run()
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::StorageFull => Error::io(format!("no space left on the device: {e}"))
+                .hint("free some space and run again; nothing was left half-written"),
+            _ => Error::io(e.to_string()),
+        })
+        .with_context(|| format!("cannot write {}", path.display()))
 }

@@ -116,7 +116,11 @@ pub fn inspect(model: &Model, card: Option<&TeacherCard>, choice: &TrainableChoi
     let mut out = Inspection {
         producer: format!("{} {}", proto.producer_name(), proto.producer_version()).trim().to_owned(),
         ir_version: proto.ir_version(),
-        opset: graph.opsets.iter().map(|(d, v)| (if d.is_empty() { "ai.onnx".into() } else { d.clone() }, *v)).collect(),
+        opset: graph
+            .opsets
+            .iter()
+            .map(|(d, v)| (if d.is_empty() { "ai.onnx".into() } else { d.clone() }, *v))
+            .collect(),
         inputs: graph.inputs.iter().map(signature).collect(),
         outputs: graph.outputs.iter().map(signature).collect(),
         parameters: Count::default(),
@@ -237,7 +241,12 @@ fn cost(net: &Network, card: Option<&TeacherCard>) -> Result<Cost> {
         .iter()
         .map(|(v, c)| (*v, c.tensor.shape().iter().map(|&d| d as i64).collect()))
         .chain(net.shared().parameters.iter().map(|p| (p.value, p.shape.iter().map(|&d| d as i64).collect())))
-        .chain(graph.inputs.iter().filter_map(|p| owned.iter().find(|(n, _)| *n == p.name).map(|(_, t)| (p.value, t.size()))))
+        .chain(
+            graph
+                .inputs
+                .iter()
+                .filter_map(|p| owned.iter().find(|(n, _)| *n == p.name).map(|(_, t)| (p.value, t.size()))),
+        )
         .chain(shapes.iter().map(|(v, (s, _))| (*v, s.clone())))
         .collect();
     let of = |v: Option<ValueId>| v.and_then(|v| known.get(&v)).cloned().unwrap_or_default();

@@ -41,7 +41,10 @@ fn external(t: &mut TensorProto, location: &str, length: usize) {
 /// Runs `disback distill MODEL -o OUT` and `disback inspect MODEL`; both must fail alike.
 fn refused(model: &Path, words: &[&str]) {
     let out = model.with_extension("run");
-    for command in [vec!["distill", model.to_str().unwrap(), "-o", out.to_str().unwrap(), "--device", "cpu"], vec!["parity", model.to_str().unwrap()]] {
+    for command in [
+        vec!["distill", model.to_str().unwrap(), "-o", out.to_str().unwrap(), "--device", "cpu"],
+        vec!["parity", model.to_str().unwrap()],
+    ] {
         let done = support::disback().args(&command).output().unwrap();
         let error = String::from_utf8_lossy(&done.stderr);
         assert_eq!(done.status.code(), Some(1), "{command:?}: {error}");
@@ -56,7 +59,10 @@ fn refused(model: &Path, words: &[&str]) {
 #[test]
 fn files_that_are_no_model() {
     let dir = support::folder("bad-files");
-    refused(&write(&dir, "text.onnx", b"this is not an ONNX model, it is a sentence"), &["text.onnx", "not an ONNX model"]);
+    refused(
+        &write(&dir, "text.onnx", b"this is not an ONNX model, it is a sentence"),
+        &["text.onnx", "not an ONNX model"],
+    );
     refused(&write(&dir, "empty.onnx", b""), &["empty.onnx", "empty"]);
     let whole = teacher();
     refused(&write(&dir, "cut.onnx", &whole[..whole.len() / 2]), &["cut.onnx", "cut short"]);
@@ -68,19 +74,35 @@ fn files_that_are_no_model() {
 fn external_data_that_is_missing_short_or_elsewhere() {
     let dir = support::folder("bad-external");
     let name = "unet.conv_in.weight";
-    let size = initializer(&mut ModelProto::decode(teacher().as_slice()).unwrap(), name).raw_data.as_ref().unwrap().len();
-    refused(&edited(&dir, "missing.onnx", |m| external(initializer(m, name), "weights.bin", size)), &["weights.bin", name]);
+    let size =
+        initializer(&mut ModelProto::decode(teacher().as_slice()).unwrap(), name).raw_data.as_ref().unwrap().len();
+    refused(
+        &edited(&dir, "missing.onnx", |m| external(initializer(m, name), "weights.bin", size)),
+        &["weights.bin", name],
+    );
     write(&dir, "short.bin", &vec![0; size - 4]);
-    refused(&edited(&dir, "short.onnx", |m| external(initializer(m, name), "short.bin", size)), &["short.bin", name, "cut short"]);
+    refused(
+        &edited(&dir, "short.onnx", |m| external(initializer(m, name), "short.bin", size)),
+        &["short.bin", name, "cut short"],
+    );
     write(dir.parent().unwrap(), "outside.bin", &vec![0; size]);
     let leaves = "leaves the model's folder";
-    refused(&edited(&dir, "above.onnx", |m| external(initializer(m, name), "../outside.bin", size)), &["../outside.bin", leaves]);
-    refused(&edited(&dir, "absolute.onnx", |m| external(initializer(m, name), "/etc/hostname", size)), &["/etc/hostname", leaves]);
+    refused(
+        &edited(&dir, "above.onnx", |m| external(initializer(m, name), "../outside.bin", size)),
+        &["../outside.bin", leaves],
+    );
+    refused(
+        &edited(&dir, "absolute.onnx", |m| external(initializer(m, name), "/etc/hostname", size)),
+        &["/etc/hostname", leaves],
+    );
     #[cfg(unix)]
     {
         let link = dir.join("link.bin");
         std::os::unix::fs::symlink(dir.parent().unwrap().join("outside.bin"), link).unwrap();
-        refused(&edited(&dir, "link.onnx", |m| external(initializer(m, name), "link.bin", size)), &["link.bin", leaves]);
+        refused(
+            &edited(&dir, "link.onnx", |m| external(initializer(m, name), "link.bin", size)),
+            &["link.bin", leaves],
+        );
     }
 }
 

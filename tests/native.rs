@@ -164,7 +164,8 @@ fn student_errors(folder: &Path, case: &str) -> Result<(f64, f64), String> {
     let model = export::student(&net, &params, &card, &options).map_err(text)?;
     let path = folder.join("student.onnx");
     save::write(&model, &path).map_err(text)?;
-    save::write(&export::same_graph(&net, &params, &card, &options).map_err(text)?, &folder.join("same.onnx")).map_err(text)?;
+    save::write(&export::same_graph(&net, &params, &card, &options).map_err(text)?, &folder.join("same.onnx"))
+        .map_err(text)?;
     let nodes = &model.graph.as_ref().unwrap().node;
     if let Some(n) = nodes.iter().find(|n| matches!(n.op_type(), "Sin" | "Cos")) {
         return Err(format!("the time embedding is still computed: {} `{}`", n.op_type(), n.name()));
@@ -203,7 +204,9 @@ fn students_are_the_same_in_libtorch_onnx_runtime_and_tract() {
     let mut failures = Vec::new();
     for case in cases.iter().filter(|c| !c.starts_with("fresh")) {
         match student_errors(&out.join(case), case) {
-            Ok((ort, tract)) if ort <= 1e-4 && tract <= 1e-4 => println!("{case}: ONNX Runtime {ort:.1e}, tract {tract:.1e}"),
+            Ok((ort, tract)) if ort <= 1e-4 && tract <= 1e-4 => {
+                println!("{case}: ONNX Runtime {ort:.1e}, tract {tract:.1e}")
+            }
             Ok((ort, tract)) => failures.push(format!("{case}: ONNX Runtime {ort:.1e}, tract {tract:.1e}")),
             Err(e) => failures.push(format!("{case}: {e}")),
         }

@@ -47,7 +47,8 @@ pub struct ExportArgs {
 /// Runs the command.
 pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
-    let choice = TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
+    let choice =
+        TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
     let teacher = Teacher::load(&args.teacher, &args.card, choice, Device::Cpu)?;
     let weights = match (&args.weights, &run) {
         (Some(w), _) => w.clone(),

@@ -43,7 +43,8 @@ pub struct InspectArgs {
 pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     let model = Model::load(&args.model)?;
     let card = teacher::card(&model, &args.card);
-    let choice = TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
+    let choice =
+        TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
     let mut found = inspect::inspect(&model, card.as_ref().ok().map(|c| &c.card), &choice, !args.no_raise)?;
     if !args.parameters {
         found.parameter_list.clear();

@@ -2,20 +2,20 @@
 
 #[cfg(feature = "train")]
 mod backtrack;
+pub mod bench;
 #[cfg(feature = "train")]
 mod degrade;
 #[cfg(feature = "train")]
 mod distill;
-pub mod bench;
 pub mod doctor;
 mod engine;
+pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod export;
 #[cfg(feature = "train")]
 pub mod inspect;
 #[cfg(feature = "train")]
 pub mod parity;
-pub mod evaluate;
 pub mod report;
 #[cfg(feature = "train")]
 mod run_observer;

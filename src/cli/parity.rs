@@ -95,10 +95,22 @@ fn show(result: &Parity) {
     table.set_header(["output", "against", "max abs", "of its std", ""]);
     let verdict = |ok| if ok { "agrees" } else { "DIFFERS" };
     for o in &result.outputs {
-        table.add_row([&o.name, &result.engine, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
+        table.add_row([
+            &o.name,
+            &result.engine,
+            &format!("{:.2e}", o.max_abs),
+            &format!("{:.2e}", o.max_rel),
+            verdict(o.ok),
+        ]);
     }
     for o in result.expected.iter().flatten() {
-        table.add_row([&o.name, "--expected", &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
+        table.add_row([
+            &o.name,
+            "--expected",
+            &format!("{:.2e}", o.max_abs),
+            &format!("{:.2e}", o.max_rel),
+            verdict(o.ok),
+        ]);
     }
     println!("{table}");
     if let Some(d) = &result.devices {

@@ -67,7 +67,8 @@ impl<'a> Folder<'a> {
         let mut tainted: HashSet<ValueId> = self.source.into_iter().collect();
         let mut known: HashSet<ValueId> = self.graph.constants.keys().copied().collect();
         for n in &self.graph.nodes {
-            let simple = n.captures.is_empty() && !n.attributes.iter().any(|(_, a)| matches!(a, crate::graph::Attribute::Graph(_)));
+            let simple = n.captures.is_empty()
+                && !n.attributes.iter().any(|(_, a)| matches!(a, crate::graph::Attribute::Graph(_)));
             if simple && n.inputs.iter().flatten().all(|v| known.contains(v)) {
                 known.extend(n.outputs.iter().flatten());
                 if n.inputs.iter().flatten().any(|v| tainted.contains(v)) {
@@ -101,9 +102,8 @@ impl<'a> Folder<'a> {
                 }
             }
         }
-        values.retain(|v, value| {
-            tainted.contains(v) && Some(*v) != self.source && !matches!(value, Value::Sequence(_))
-        });
+        values
+            .retain(|v, value| tainted.contains(v) && Some(*v) != self.source && !matches!(value, Value::Sequence(_)));
         Ok(values)
     }
 }

@@ -3,7 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::diffusion::{Conversion, Coefficients, Layout, StudentStart, TeacherCard};
+use crate::diffusion::{Coefficients, Conversion, Layout, StudentStart, TeacherCard};
 use crate::error::{Context, Error, Result};
 use crate::export::edit::{self, float_attribute, ints_attribute, node, value_info};
 use crate::export::fold;
@@ -51,7 +51,12 @@ pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &S
 }
 
 /// The teacher's graph with the student's weights and nothing else changed.
-pub fn same_graph(net: &Network, params: &ParamSet, card: &TeacherCard, options: &StudentOptions) -> Result<ModelProto> {
+pub fn same_graph(
+    net: &Network,
+    params: &ParamSet,
+    card: &TeacherCard,
+    options: &StudentOptions,
+) -> Result<ModelProto> {
     let mut model = net.to_model(params)?;
     for (key, value) in card.to_metadata()? {
         save::set_metadata(&mut model, &key, &value);
@@ -71,7 +76,13 @@ fn port<'a>(net: &'a Network, name: &str) -> Result<&'a Port> {
     net.inputs().iter().find(|p| p.name == name).ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
 }
 
-fn build(net: &Network, params: &ParamSet, card: &TeacherCard, start: &StudentStart, time: TimeForm) -> Result<ModelProto> {
+fn build(
+    net: &Network,
+    params: &ParamSet,
+    card: &TeacherCard,
+    start: &StudentStart,
+    time: TimeForm,
+) -> Result<ModelProto> {
     let mut model = net.to_model(params)?;
     if edit::opset(&model) < 8 {
         return Err(Error::unsupported(format!("a student at opset {}, expected 8 or newer", edit::opset(&model)))
@@ -164,7 +175,8 @@ fn build(net: &Network, params: &ParamSet, card: &TeacherCard, start: &StudentSt
         }
     }
     for (name, value) in &constants {
-        let original = card.constants.keys().find(|k| renamed(graph, k) == *name).cloned().unwrap_or_else(|| name.clone());
+        let original =
+            card.constants.keys().find(|k| renamed(graph, k) == *name).cloned().unwrap_or_else(|| name.clone());
         let p = port(net, &original)?;
         number(graph, name, filled(p, *value)?);
     }
@@ -222,7 +234,12 @@ fn build(net: &Network, params: &ParamSet, card: &TeacherCard, start: &StudentSt
     Ok(model)
 }
 
-fn finish(mut model: ModelProto, card: &TeacherCard, options: &StudentOptions, start: &StudentStart) -> Result<ModelProto> {
+fn finish(
+    mut model: ModelProto,
+    card: &TeacherCard,
+    options: &StudentOptions,
+    start: &StudentStart,
+) -> Result<ModelProto> {
     // IR version 4 is the first where initializers need not be inputs; ours are not.
     model.ir_version = Some(model.ir_version().max(4));
     if model.opset_import.is_empty() {
@@ -244,7 +261,8 @@ fn finish(mut model: ModelProto, card: &TeacherCard, options: &StudentOptions, s
         ("noise", "standard normal".to_owned()),
         (
             "seed_convention",
-            "image k of seed s: ChaCha8 keyed by (s, k), Box-Muller pairs in row-major order; see disback::noise".to_owned(),
+            "image k of seed s: ChaCha8 keyed by (s, k), Box-Muller pairs in row-major order; see disback::noise"
+                .to_owned(),
         ),
     ];
     for (key, value) in entries {
@@ -278,13 +296,19 @@ impl Reference<'_> {
             })
             .with_context(|| format!("at batch {batch}"))?;
             if ours.size() != theirs.size() {
-                return Err(Error::mismatch(format!("shape {:?} at batch {batch}, expected {:?}", ours.size(), theirs.size())));
+                return Err(Error::mismatch(format!(
+                    "shape {:?} at batch {batch}, expected {:?}",
+                    ours.size(),
+                    theirs.size()
+                )));
             }
             let worst = |t: &Tensor| -> Result<f64> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
             let (error, size) = (worst(&ours.f_sub(&theirs)?)?, worst(&theirs)?);
             // Written so that NaN fails.
             if !(error <= TOLERANCE * size.max(1.0)) {
-                return Err(Error::mismatch(format!("max abs error {error:.2e} at batch {batch} where values reach {size:.2}")));
+                return Err(Error::mismatch(format!(
+                    "max abs error {error:.2e} at batch {batch} where values reach {size:.2}"
+                )));
             }
         }
         Ok(())
@@ -303,7 +327,8 @@ impl Reference<'_> {
             .iter()
             .map(|(name, condition)| {
                 let p = port(self.net, name)?;
-                let mut size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(1, |n| n as i64)).collect();
+                let mut size: Vec<i64> =
+                    p.dims().unwrap_or_default().iter().map(|d| d.map_or(1, |n| n as i64)).collect();
                 if let Some(first) = size.first_mut() {
                     *first = batch as i64;
                 }
@@ -325,7 +350,9 @@ impl Reference<'_> {
         let x = noise.f_mul_scalar(self.start.init_scale)?;
         let nhwc = self.card.layout == Layout::Nhwc;
         let x_port = port(self.net, &self.card.sample)?;
-        let cast = |t: &Tensor, p: &Port| -> Result<Tensor> { Ok(t.f_to_kind(crate::torch::convert::kind(p.dtype.unwrap_or(DType::F32)))?) };
+        let cast = |t: &Tensor, p: &Port| -> Result<Tensor> {
+            Ok(t.f_to_kind(crate::torch::convert::kind(p.dtype.unwrap_or(DType::F32)))?)
+        };
         let x_in = cast(&if nhwc { x.f_permute([0, 2, 3, 1])? } else { x.shallow_clone() }, x_port)?;
         let full = |p: &Port, v: f64| -> Result<Tensor> {
             let size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(batch, |n| n as i64)).collect();
@@ -342,7 +369,8 @@ impl Reference<'_> {
         inputs.extend(conditions.iter().chain(&constants).map(|(n, t)| (n.as_str(), t)));
         // The training network may live on another device; the check is made on the CPU.
         let device = self.net.device();
-        let moved: Vec<(&str, Tensor)> = inputs.iter().map(|(n, t)| Ok((*n, t.f_to_device(device)?))).collect::<Result<_>>()?;
+        let moved: Vec<(&str, Tensor)> =
+            inputs.iter().map(|(n, t)| Ok((*n, t.f_to_device(device)?))).collect::<Result<_>>()?;
         let refs: Vec<(&str, &Tensor)> = moved.iter().map(|(n, t)| (*n, t)).collect();
         let out = self.net.forward(&refs)?;
         let (_, f) = out

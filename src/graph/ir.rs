@@ -140,11 +140,7 @@ impl Graph {
 
     /// Which node makes each value.
     pub fn producers(&self) -> HashMap<ValueId, usize> {
-        self.nodes
-            .iter()
-            .enumerate()
-            .flat_map(|(i, n)| n.outputs.iter().flatten().map(move |&v| (v, i)))
-            .collect()
+        self.nodes.iter().enumerate().flat_map(|(i, n)| n.outputs.iter().flatten().map(move |&v| (v, i))).collect()
     }
 
     /// Which `(node, slot)` reads each value; subgraph captures and graph outputs count as reads of slot `usize::MAX`.

@@ -18,7 +18,8 @@ use crate::tensor::{DType, HostTensor};
 ///
 /// Errors: duplicate or missing names, cycles, tensors that do not fit their shape, sparse initializers.
 pub fn lower(model: &Model) -> Result<Graph> {
-    let shown = if model.path.as_os_str().is_empty() { "the model".to_owned() } else { model.path.display().to_string() };
+    let shown =
+        if model.path.as_os_str().is_empty() { "the model".to_owned() } else { model.path.display().to_string() };
     let proto = model.proto.graph.as_ref().ok_or_else(|| Error::invalid("the model holds no graph"))?;
     let mut opsets = BTreeMap::new();
     for o in &model.proto.opset_import {
@@ -148,7 +149,9 @@ impl Lowering<'_> {
             self.graph.captures.push((name.to_owned(), id));
             return Ok(id);
         }
-        Err(Error::invalid(format!("value `{name}` is read but never made: no input, initializer or node has this name")))
+        Err(Error::invalid(format!(
+            "value `{name}` is read but never made: no input, initializer or node has this name"
+        )))
     }
 
     fn node(&mut self, proto: &NodeProto, index: usize, opsets: &BTreeMap<String, i64>) -> Result<()> {
@@ -162,7 +165,8 @@ impl Lowering<'_> {
         let mut captures: Vec<(String, ValueId)> = Vec::new();
         let mut values = BTreeMap::new();
         for a in &proto.attribute {
-            let value = self.attribute(a, opsets, &mut captures).with_context(|| format!("attribute `{}`", a.name()))?;
+            let value =
+                self.attribute(a, opsets, &mut captures).with_context(|| format!("attribute `{}`", a.name()))?;
             if values.insert(a.name().to_owned(), value).is_some() {
                 return Err(Error::invalid(format!("attribute `{}` is given twice", a.name())));
             }

@@ -351,7 +351,8 @@ fn attention(view: &View, i: usize, report: &mut Report) -> Option<Match> {
         return None;
     };
     nodes.push(product);
-    let operand = |v: Option<ValueId>, nodes: &mut Vec<usize>, scales: &mut Vec<Option<ValueId>>| match scaled(view, v) {
+    let operand = |v: Option<ValueId>, nodes: &mut Vec<usize>, scales: &mut Vec<Option<ValueId>>| match scaled(view, v)
+    {
         Some((m, data, factor)) => {
             nodes.push(m);
             scales.push(Some(factor));

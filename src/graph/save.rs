@@ -26,7 +26,12 @@ pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: 
     let graph = model.graph.as_mut().ok_or_else(|| Error::invalid("the model holds no graph"))?;
     for (p, value) in parameters.iter().zip(values) {
         if value.shape() != p.shape {
-            return Err(Error::mismatch(format!("parameter `{}` has shape {:?}, expected {:?}", p.name, value.shape(), p.shape)));
+            return Err(Error::mismatch(format!(
+                "parameter `{}` has shape {:?}, expected {:?}",
+                p.name,
+                value.shape(),
+                p.shape
+            )));
         }
         let bytes = value.cast(p.dtype).bytes().clone();
         if !p.rewire.is_empty() {
@@ -41,11 +46,14 @@ pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: 
         }
         let target = match p.origin {
             Origin::Initializer(i) => graph.initializer.get_mut(i),
-            Origin::ConstantNode(i) => graph.node.get_mut(i).and_then(|n| n.attribute.iter_mut().find_map(|a| a.t.as_mut())),
+            Origin::ConstantNode(i) => {
+                graph.node.get_mut(i).and_then(|n| n.attribute.iter_mut().find_map(|a| a.t.as_mut()))
+            }
             Origin::Made => None,
         };
-        let target = target
-            .ok_or_else(|| Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name)))?;
+        let target = target.ok_or_else(|| {
+            Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name))
+        })?;
         set_raw(target, bytes);
     }
     internalise(&mut model);
@@ -65,7 +73,11 @@ fn set_raw(t: &mut TensorProto, bytes: Bytes) {
 pub fn internalise(model: &mut ModelProto) {
     let Some(graph) = model.graph.as_mut() else { return };
     let tensors = graph.initializer.iter_mut().chain(
-        graph.node.iter_mut().flat_map(|n| n.attribute.iter_mut()).flat_map(|a| a.t.iter_mut().chain(a.tensors.iter_mut())),
+        graph
+            .node
+            .iter_mut()
+            .flat_map(|n| n.attribute.iter_mut())
+            .flat_map(|a| a.t.iter_mut().chain(a.tensors.iter_mut())),
     );
     for t in tensors {
         t.external_data.clear();
@@ -81,12 +93,8 @@ pub fn set_metadata(model: &mut ModelProto, key: &str, value: &str) {
 
 /// Writes the model whole or not at all; weights above [`EXTERNAL_ABOVE`] bytes go to `<file>.data` beside it.
 pub fn write(model: &ModelProto, path: &Path) -> Result<()> {
-    let total: usize = model
-        .graph
-        .iter()
-        .flat_map(|g| &g.initializer)
-        .map(|t| t.raw_data.as_ref().map_or(0, |b| b.len()))
-        .sum();
+    let total: usize =
+        model.graph.iter().flat_map(|g| &g.initializer).map(|t| t.raw_data.as_ref().map_or(0, |b| b.len())).sum();
     if total <= EXTERNAL_ABOVE {
         return files::write_atomic(path, &model.encode_to_vec());
     }

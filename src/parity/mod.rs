@@ -154,9 +154,7 @@ pub fn random_inputs(
             (InputRole::Constant(v), _) => vec![v; len],
             (InputRole::Free, DType::Bool) => (0..len).map(|_| f64::from(u8::from(rng.random::<bool>()))).collect(),
             (InputRole::Free, d) if !d.is_float() => (0..len).map(|_| rng.random_range(0..2) as f64).collect(),
-            (InputRole::Free, _) => {
-                crate::noise::image_noise(seed, k as u64, len).into_iter().map(f64::from).collect()
-            }
+            (InputRole::Free, _) => crate::noise::image_noise(seed, k as u64, len).into_iter().map(f64::from).collect(),
         };
         out.push((p.name.clone(), HostTensor::new(&shape, &values)?.cast(dtype)));
     }
@@ -222,13 +220,19 @@ pub fn check(
     let outputs = pairs(&ours, &theirs, tolerance)?;
     let expected = expected.map(|e| pairs(&ours, e, tolerance)).transpose()?;
     let ok = outputs.iter().chain(expected.iter().flatten()).all(|o| o.ok);
-    let first_divergence = if outputs.iter().all(|o| o.ok) {
-        None
-    } else {
-        locate(net, inputs, &proto, &reference, tolerance)?
-    };
+    let first_divergence =
+        if outputs.iter().all(|o| o.ok) { None } else { locate(net, inputs, &proto, &reference, tolerance)? };
     let worst = |f: fn(&OutputError) -> f64| outputs.iter().chain(expected.iter().flatten()).map(f).fold(0.0, f64::max);
-    Ok(Parity { ok, max_abs: worst(|o| o.max_abs), max_rel: worst(|o| o.max_rel), outputs, expected, first_divergence, engine, devices: None })
+    Ok(Parity {
+        ok,
+        max_abs: worst(|o| o.max_abs),
+        max_rel: worst(|o| o.max_rel),
+        outputs,
+        expected,
+        first_divergence,
+        engine,
+        devices: None,
+    })
 }
 
 fn tensors(inputs: &[(String, HostTensor)], device: Device) -> Result<Vec<(String, Tensor)>> {
@@ -242,7 +246,11 @@ fn forward(net: &Network, inputs: &[(String, HostTensor)]) -> Result<Vec<(String
     out.into_iter().map(|(n, t)| Ok((n, convert::to_host(&t)?))).collect()
 }
 
-fn pairs(ours: &[(String, HostTensor)], theirs: &[(String, HostTensor)], tolerance: Tolerance) -> Result<Vec<OutputError>> {
+fn pairs(
+    ours: &[(String, HostTensor)],
+    theirs: &[(String, HostTensor)],
+    tolerance: Tolerance,
+) -> Result<Vec<OutputError>> {
     theirs
         .iter()
         .map(|(name, t)| {

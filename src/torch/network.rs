@@ -97,7 +97,10 @@ impl Network {
         let plan = Plan::new(&graph, &values)?;
         let mut tensors = Vec::with_capacity(values.len());
         for p in &roles.parameters {
-            let constant = graph.constants.get(&p.value).ok_or_else(|| Error::invalid(format!("parameter `{}` is not read", p.name)))?;
+            let constant = graph
+                .constants
+                .get(&p.value)
+                .ok_or_else(|| Error::invalid(format!("parameter `{}` is not read", p.name)))?;
             let t = convert::to_torch(&constant.tensor)?.f_to_kind(tch::Kind::Float)?;
             // The sum is finite exactly when no element is NaN or infinite (f64: f32 weights cannot overflow it).
             if !t.f_sum(tch::Kind::Double)?.f_double_value(&[])?.is_finite() {
@@ -112,15 +115,8 @@ impl Network {
         }
         let names = roles.parameters.iter().map(|p| p.name.clone()).collect();
         let params = ParamSet::new(names, tensors)?;
-        let shared = Imported {
-            model,
-            graph,
-            operators,
-            parameters: roles.parameters,
-            buffers: roles.buffers,
-            raised,
-            plan,
-        };
+        let shared =
+            Imported { model, graph, operators, parameters: roles.parameters, buffers: roles.buffers, raised, plan };
         Ok(Self { shared: Rc::new(shared), params, device })
     }
 
@@ -173,7 +169,8 @@ fn declared_parameters(model: &Model) -> Result<Option<Vec<String>>> {
     let entry = model.metadata().into_iter().find(|(k, _)| k == "disback.parameters");
     entry
         .map(|(_, v)| {
-            serde_json::from_str(&v).map_err(|e| Error::invalid(format!("metadata disback.parameters is not a JSON list of names ({e})")))
+            serde_json::from_str(&v)
+                .map_err(|e| Error::invalid(format!("metadata disback.parameters is not a JSON list of names ({e})")))
         })
         .transpose()
 }

@@ -159,7 +159,8 @@ pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
     let views = data
         .iter()
         .map(|(name, shape, bytes)| {
-            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).map(|v| (name.clone(), v))
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes)
+                .map(|v| (name.clone(), v))
         })
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|e| Error::io(format!("{}: {e}", path.display())))?;
@@ -171,14 +172,19 @@ pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
 pub fn load_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
     let file = std::fs::read(path).with_context(|| path.display().to_string())?;
     let bad = |e: safetensors::SafeTensorError| {
-        Error::io(format!("{}: not a safetensors file ({e})", path.display())).hint("the file may have been cut short; start again from an earlier node or checkpoint")
+        Error::io(format!("{}: not a safetensors file ({e})", path.display()))
+            .hint("the file may have been cut short; start again from an earlier node or checkpoint")
     };
     let parsed = safetensors::SafeTensors::deserialize(&file).map_err(bad)?;
     parsed
         .iter()
         .map(|(name, view)| {
             if view.dtype() != safetensors::Dtype::F32 {
-                return Err(Error::io(format!("{}: tensor `{name}` is {:?}, expected F32", path.display(), view.dtype())));
+                return Err(Error::io(format!(
+                    "{}: tensor `{name}` is {:?}, expected F32",
+                    path.display(),
+                    view.dtype()
+                )));
             }
             let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
             Ok((name.to_owned(), Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?))

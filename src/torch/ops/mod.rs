@@ -1,29 +1,29 @@
 //! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
 
 mod activation;
-mod microsoft;
-mod ngram;
-mod signal;
-mod loss;
-mod quant;
-mod recurrent;
 mod attention;
-mod sample;
-mod layout;
-mod order;
 mod bits;
 mod control;
 mod conv;
 mod elementwise;
 mod fused;
 mod index;
+mod layout;
 mod linear;
+mod loss;
+mod microsoft;
+mod ngram;
 mod norm;
+mod order;
 mod pool;
+mod quant;
+mod recurrent;
 mod reduce;
 mod resize;
+mod sample;
 mod sequence;
 mod shape;
+mod signal;
 mod util;
 
 use crate::torch::registry::Registry;
