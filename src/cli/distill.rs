@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use serde_json::{Value, json};
+use tch::Device;
 
 use super::Globals;
 use super::run_observer::Sheets;
@@ -16,7 +17,7 @@ use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
 use crate::error::{Context, Error, Result};
 use crate::teacher::Teacher;
-use crate::torch::{Forward, device};
+use crate::torch::{Forward, device, shim};
 
 /// Options of every command that trains.
 #[derive(Debug, Args)]
@@ -233,7 +234,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let first = Config::resolve(config_file.as_deref(), &sets)?;
     let device = device::parse(&first.device)?;
     device::set_threads(first.threads);
-    crate::torch::shim::set_tf32(first.tf32)?;
+    shim::set_tf32(first.tf32)?;
     let teacher = args.teacher.load(device)?;
     let card = Arc::new(teacher.card.card.clone());
     let denoiser = Denoiser::new(Box::new(teacher.network.duplicate()?), card, &teacher.inputs())?;
@@ -263,7 +264,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         Outcome::Finished(student) => {
             sheets.finished(&student)?;
             let files = export(&teacher, &student, &config, &run, plan.same_graph)?;
-            write_summary(&teacher, &config, &run)?;
+            write_summary(&teacher, &config, &run, device)?;
             let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
             (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
         }
@@ -312,7 +313,7 @@ fn objective_name(config: &Config) -> String {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
-fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir) -> Result<()> {
+fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Device) -> Result<()> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));
@@ -332,7 +333,8 @@ fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir) -> Result<()>
         "skipped_steps": rows.iter().map(|r| r.skipped).max().unwrap_or(0),
         "parameters": teacher.network.params().elements(),
         "teacher_hash": teacher.hash.clone(),
-        "device": config.device,
+        "device": device::name(device),
+        "peak_device_bytes": shim::memory(device)?.map(|m| m.peak),
     });
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::io(e.to_string()))?;
     crate::files::write_atomic(&path, &text)

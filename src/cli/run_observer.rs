@@ -19,6 +19,8 @@ pub struct Sheets {
     range: Option<[f64; 2]>,
     steps: usize,
     guidance: f64,
+    /// Images a forward pass.
+    batch: usize,
     events: EventWriter,
     /// Iterations of the stage now running, for the events of images.
     iteration: i64,
@@ -37,6 +39,7 @@ impl Sheets {
             range: card.range,
             steps: config.log.sample_steps,
             guidance: config.guidance,
+            batch: config.batch,
             events: EventWriter::append(run.path())?,
             iteration: 0,
         })
@@ -45,13 +48,19 @@ impl Sheets {
     fn write(
         &mut self,
         name: &str,
-        sample: impl FnOnce(&tch::Tensor, &Conditions) -> Result<tch::Tensor>,
+        sample: impl Fn(&tch::Tensor, &Conditions) -> Result<tch::Tensor>,
         device: tch::Device,
     ) -> Result<()> {
         let Some(conditions) = self.conditions.as_ref().filter(|c| !c.is_empty()) else { return Ok(()) };
         let z = convert::to_torch(&self.noise)?.f_to_device(device)?;
-        let images = tch::no_grad(|| sample(&z, &Conditions::from_host(conditions, device)?))?;
-        let png = grid::png(&convert::to_host(&images)?, self.range, None)?;
+        let conditions = Conditions::from_host(conditions, device)?;
+        let mut parts = Vec::new();
+        for start in (0..conditions.len()).step_by(self.batch) {
+            let count = (conditions.len() - start).min(self.batch as i64);
+            let images = tch::no_grad(|| sample(&z.f_narrow(0, start, count)?, &conditions.rows(start, count)?))?;
+            parts.push(convert::to_host(&images)?);
+        }
+        let png = grid::png(&HostTensor::concat_rows(&parts)?, self.range, None)?;
         crate::files::write_atomic(&self.folder.join(format!("{name}.png")), &png)?;
         // The PNG's own header says how large it is: width and height, then bits and colour type.
         let number = |at: usize| png.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));

@@ -170,7 +170,7 @@ mod device {
         pub fn from_host(host: &HostConditions, device: Device) -> Result<Self> {
             let tensors = host
                 .iter()
-                .map(|(name, t)| Ok((name.to_owned(), convert::to_torch(t)?.f_to_device(device)?)))
+                .map(|(name, t)| Ok((name.to_owned(), crate::torch::device::send(&convert::to_torch(t)?, device)?)))
                 .collect::<Result<_>>()?;
             Self::new(host.len() as i64, tensors)
         }

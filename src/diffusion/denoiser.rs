@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::torch::convert;
+use crate::torch::device::send;
 use crate::torch::{Forward, ParamSet};
 
 use super::card::{Condition, InputSpec, Layout, TeacherCard};
@@ -102,7 +103,7 @@ impl Denoiser {
         let mut conditions = self.bind(cond, x_edm.device())?;
         for ((condition, spec), bound) in self.binding.conditions.iter().zip(&mut conditions) {
             let null = match HostConditions::null(condition, spec, sigma.len())? {
-                Some(host) => convert::to_torch(&host)?.f_to_device(x_edm.device())?,
+                Some(host) => send(&convert::to_torch(&host)?, x_edm.device())?,
                 None => bound.shallow_clone(),
             };
             *bound = Tensor::f_cat(&[&*bound, &null], 0)?;
@@ -170,7 +171,7 @@ impl Denoiser {
         }
         let mut outputs = Vec::with_capacity(groups.len());
         for (_, rows) in &groups {
-            let index = Tensor::from_slice(rows).f_to_device(x.device())?;
+            let index = send(&Tensor::from_slice(rows), x.device())?;
             let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
             let conditions = conditions.iter().map(|c| Ok(c.f_index_select(0, &index)?)).collect::<Result<Vec<_>>>()?;
             outputs.push(self.run_together(&x.f_index_select(0, &index)?, &picked, &conditions, true)?);
@@ -178,7 +179,7 @@ impl Denoiser {
         let order: Vec<i64> = groups.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
         let mut back = vec![0i64; order.len()];
         order.iter().enumerate().for_each(|(place, row)| back[*row as usize] = place as i64);
-        Ok(Tensor::f_cat(&outputs, 0)?.f_index_select(0, &Tensor::from_slice(&back).f_to_device(x.device())?)?)
+        Ok(Tensor::f_cat(&outputs, 0)?.f_index_select(0, &send(&Tensor::from_slice(&back), x.device())?)?)
     }
 
     fn run_together(
@@ -195,7 +196,7 @@ impl Denoiser {
             Layout::Nhwc => x_net.f_permute([0, 2, 3, 1])?.f_contiguous()?,
         };
         let sample = wanted.f_to_kind(convert::kind(self.binding.sample.dtype))?;
-        let time = self.time(coefficients, single)?.f_to_device(device)?;
+        let time = send(&self.time(coefficients, single)?, device)?;
         let constants = self
             .binding
             .constants
@@ -258,7 +259,7 @@ fn scaled(t: &Tensor, coefficients: &[Coefficients], pick: impl Fn(&Coefficients
         return Ok(t.f_mul_scalar(values[0])?);
     }
     let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-    let column = Tensor::from_slice(&values).f_view([values.len() as i64, 1, 1, 1])?.f_to_device(t.device())?;
+    let column = send(&Tensor::from_slice(&values).f_view([values.len() as i64, 1, 1, 1])?, t.device())?;
     t.f_mul(&column).context("applying the conversion's coefficients")
 }
 

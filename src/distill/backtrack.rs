@@ -218,12 +218,11 @@ fn next_target(job: &Job, state: &mut State, update: u64, last: usize, looked: &
 /// Whether the mismatch has stopped falling: `patience` looks without a new low. None left at all counts as a look
 /// without one.
 fn plateaued(state: &mut State, mismatch: f32, patience: u64) -> bool {
-    match state.best_mismatch {
-        Some(best) if !(mismatch < best - FALL * best.abs()) => state.stale += 1,
-        _ => {
-            state.best_mismatch = Some(mismatch);
-            state.stale = u64::from(mismatch <= 0.0);
-        }
+    if state.best_mismatch.is_none_or(|best| mismatch < best - FALL * best.abs()) {
+        state.best_mismatch = Some(mismatch);
+        state.stale = u64::from(mismatch <= 0.0);
+    } else {
+        state.stale += 1;
     }
     state.stale >= patience
 }

@@ -319,7 +319,7 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         });
         let mut g = fake_x - &real;
         if c.objective == ObjectiveKind::Dmd {
-            g = g / (x.detach() - &real).abs().mean_dim([1i64, 2, 3].as_slice(), true, Kind::Float);
+            g /= (x.detach() - &real).abs().mean_dim([1i64, 2, 3].as_slice(), true, Kind::Float);
         }
         ((&x - (x.detach() - g)).square().mean(Kind::Float) * 0.5).backward();
         let x = x.detach();

@@ -106,7 +106,7 @@ impl Batches {
 pub fn column(values: &[f64], device: Device) -> Result<Tensor> {
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
     let host = Tensor::f_from_slice(&values)?.f_view([values.len() as i64, 1, 1, 1])?;
-    Ok(host.f_to_device_(device, Kind::Float, true, false)?)
+    crate::torch::device::send(&host, device)
 }
 
 /// Weight of the denoising loss in x0 space that makes it the teacher's own: the error of the network's output F, since

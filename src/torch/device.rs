@@ -1,6 +1,6 @@
 //! Devices and threads.
 
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Tensor};
 
 use crate::error::{Error, Result};
 
@@ -37,6 +37,11 @@ pub fn set_threads(count: usize) -> usize {
         tch::set_num_threads(i32::try_from(count).unwrap_or(i32::MAX));
     }
     tch::get_num_threads().max(1) as usize
+}
+
+/// A tensor of the host on `device`, without waiting for the device: libtorch has read the host's memory when this returns.
+pub fn send(t: &Tensor, device: Device) -> Result<Tensor> {
+    Ok(t.f_to_device_(device, t.kind(), true, false)?)
 }
 
 /// The name that [`parse`] reads.
