@@ -265,6 +265,19 @@ const LAYERS: &[&str] = &[
     "LSTM",
     "GRU",
     "RNN",
+    "DeformConv",
+    "CausalConvWithState",
+    "FusedConv",
+    "NhwcConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "Attention",
+    "MultiHeadAttention",
+    "GroupNorm",
+    "SkipGroupNorm",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "SimplifiedLayerNormalization",
 ];
 
 /// Operators that only move or rescale a weight on its way to the layer.
@@ -357,7 +370,11 @@ impl<'a> Classifier<'a> {
     fn node(&mut self, node: &Node) {
         let i = |k: usize| node.input(k);
         match node.op.as_str() {
-            "Conv" | "ConvTranspose" => {
+            "DeformConv" => {
+                self.assign(i(1), Role::ConvWeight, "");
+                self.assign(i(3), Role::Bias, "");
+            }
+            "Conv" | "ConvTranspose" | "FusedConv" | "NhwcConv" | "CausalConvWithState" => {
                 let filter = self.constant(i(1)).is_some_and(resampling_filter);
                 if filter {
                     self.assign(i(1), Role::Buffer, "resampling filter: every channel has the same");
@@ -366,7 +383,7 @@ impl<'a> Classifier<'a> {
                 }
                 self.assign(i(2), Role::Bias, "");
             }
-            "Gemm" => {
+            "Gemm" | "FusedGemm" => {
                 if self.is_data(i(0)) || self.is_data(i(1)) {
                     self.assign(i(0), Role::LinearWeight, "");
                     self.assign(i(1), Role::LinearWeight, "");
@@ -406,7 +423,21 @@ impl<'a> Classifier<'a> {
                 self.assign(i(3), Role::Bias, "");
                 self.assign(i(4), Role::Bias, "");
             }
-            "BiasGelu" | "FastGelu" | "BiasAdd" => self.assign(i(1), Role::Bias, ""),
+            "SkipSimplifiedLayerNormalization" => {
+                self.assign(i(2), Role::Scale, "");
+                self.assign(i(3), Role::Bias, "");
+            }
+            "SkipGroupNorm" => {
+                self.assign(i(1), Role::Scale, "");
+                self.assign(i(2), Role::Bias, "");
+                self.assign(i(4), Role::Bias, "");
+            }
+            "MultiHeadAttention" => self.assign(i(3), Role::Bias, ""),
+            "Attention" if node.domain == "com.microsoft" => {
+                self.assign(i(1), Role::LinearWeight, "");
+                self.assign(i(2), Role::Bias, "");
+            }
+            "BiasGelu" | "FastGelu" | "BiasAdd" | "BiasSplitGelu" => self.assign(i(1), Role::Bias, ""),
             "PRelu" => self.assign(i(1), Role::Scale, ""),
             "Gather" => {
                 let table = self.constant(i(0)).is_some_and(|t| t.rank() >= 2);

@@ -14,6 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::graph::{Graph, Port, ValueId};
 use crate::torch::convert;
 use crate::torch::kernel::{Kernel, Value};
+use crate::torch::ops::quant::straight_through;
 use crate::torch::registry::Registry;
 
 /// One operator call of a plan.
@@ -81,9 +82,10 @@ impl Plan {
     ///
     /// Errors: all nodes that cannot be imported, each with its reason.
     pub fn new(graph: &Graph, parameters: &[ValueId]) -> Result<Self> {
-        let kernels = Registry::global().build_all(&graph.nodes)?;
-        let steps: Vec<Step> = graph
-            .nodes
+        let rewritten = straight_through(graph);
+        let nodes = rewritten.as_ref().unwrap_or(&graph.nodes);
+        let kernels = Registry::global().build_all(nodes)?;
+        let steps: Vec<Step> = nodes
             .iter()
             .zip(kernels)
             .map(|(n, kernel)| Step {

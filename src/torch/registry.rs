@@ -86,6 +86,10 @@ impl Registry {
             "com.microsoft" => {
                 e.hint("export without ONNX Runtime's graph optimisations: they introduce com.microsoft operators")
             }
+            "com.microsoft.nchwc" => e.hint(
+                "this file was optimised for one machine's memory layout: save it with graph_optimization_level = \
+                 ORT_ENABLE_EXTENDED, or take the export from before",
+            ),
             "" => e.hint(
                 "export with the dynamo exporter at opset 20 or newer, or rewrite the layer with common operators",
             ),

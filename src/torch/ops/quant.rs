@@ -1,9 +1,11 @@
 //! Quantisation. Integer products are computed in f64, which holds them exactly and which every device multiplies.
 
+use std::collections::HashSet;
+
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::graph::Node;
+use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, Value, one};
@@ -57,14 +59,13 @@ pub fn register(r: &mut Registry) {
             requantized(&y.f_mul(&util::per_channel(&scale, y.dim())?)?, a.t(6)?, a.t(7)?, 1)
         }))
     });
-    // What raising makes of QuantizeLinear with DequantizeLinear behind it: the gradient goes straight through where the
-    // value is in range, and is zero where it was cut.
+    // What `straight_through` makes of a pair.
     r.add_entry(Entry {
         domain: "disback",
         op: "FakeQuantize",
         since: 1,
         until: i64::MAX,
-        inputs: (3, 3),
+        inputs: (2, 3),
         build: fake_quantize,
     });
 }
@@ -209,19 +210,72 @@ fn dynamic_quantize(_: &Node) -> Result<Kernel> {
     }))
 }
 
-/// x, scale, zero point: clamp(round(x / scale) + zero, low, high) - zero, times scale, with the straight-through gradient.
+/// x, scale, zero point: clamp(round(x / scale) + zero, low, high) - zero, times scale. The gradient goes straight through
+/// the rounding, and is zero where the value was cut.
 fn fake_quantize(node: &Node) -> Result<Kernel> {
     let granularity = Granularity::parse(node)?;
+    let output = declared(node, "output_dtype")?;
+    node.attributes.get("saturate");
+    node.attributes.get("precision");
     Ok(Kernel::new(move |a| {
-        let (x, scale, zero) = (a.t(0)?, a.t(1)?, a.t(2)?);
-        let (low, high) = range(zero.kind())?;
+        let (x, scale) = (a.t(0)?, a.t(1)?);
+        let (low, high) = range(quantized_kind(a, output)?)?;
         let scale = granularity.spread(scale, x)?;
-        let zero = granularity.spread(zero, x)?.f_to_kind(x.kind())?;
         let steps = x.f_div(&scale)?;
         // The rounded value forward, the unrounded one's gradient backward.
         let rounded = steps.f_add(&steps.f_round()?.f_sub(&steps)?.f_detach()?)?;
-        one(rounded.f_add(&zero)?.f_clamp(low, high)?.f_sub(&zero)?.f_mul(&scale)?)
+        one(match a.opt(2)? {
+            Some(zero) => {
+                let zero = granularity.spread(zero, x)?.f_to_kind(x.kind())?;
+                rounded.f_add(&zero)?.f_clamp(low, high)?.f_sub(&zero)?.f_mul(&scale)?
+            }
+            None => rounded.f_clamp(low, high)?.f_mul(&scale)?,
+        })
     }))
+}
+
+/// Integers carry no gradient. Where a DequantizeLinear undoes a QuantizeLinear with the same scale and zero point, the
+/// pair becomes one operator on floats that has the same values and the straight-through gradient. `None` where there is
+/// no such pair.
+pub fn straight_through(graph: &Graph) -> Option<Vec<Node>> {
+    if !graph.nodes.iter().any(|n| n.is("DequantizeLinear")) {
+        return None;
+    }
+    let producers = graph.producers();
+    let same = |a: Option<ValueId>, b: Option<ValueId>| {
+        let data = |v: Option<ValueId>| v.and_then(|v| graph.constants.get(&v)).map(|c| &c.tensor);
+        a == b || (data(a).is_some() && data(a) == data(b))
+    };
+    let mut nodes = graph.nodes.clone();
+    let mut changed = false;
+    for node in nodes.iter_mut().filter(|n| n.is("DequantizeLinear")) {
+        let source = node.input(0).and_then(|v| producers.get(&v)).map(|&i| &graph.nodes[i]);
+        let Some(q) = source.filter(|q| q.is("QuantizeLinear")) else { continue };
+        let number = |n: &Node, name: &str, default: i64| n.attributes.int_or(name, default).ok();
+        let alike = number(q, "axis", 1) == number(node, "axis", 1)
+            && number(q, "block_size", 0) == number(node, "block_size", 0)
+            && number(q, "precision", 0) == Some(0)
+            && number(node, "output_dtype", 0) == Some(0);
+        if !(alike && same(q.input(1), node.input(1)) && same(q.input(2), node.input(2))) {
+            continue;
+        }
+        node.domain = "disback".to_owned();
+        node.op = "FakeQuantize".to_owned();
+        node.inputs = q.inputs.clone();
+        node.attributes = q.attributes.clone();
+        changed = true;
+    }
+    if !changed {
+        return None;
+    }
+    // What only the other half of a pair read is not computed any more.
+    let read: HashSet<ValueId> = nodes
+        .iter()
+        .flat_map(|n| n.inputs.iter().flatten().copied().chain(n.captures.iter().map(|(_, v)| *v)))
+        .chain(graph.outputs.iter().map(|p| p.value))
+        .collect();
+    nodes.retain(|n| !n.is("QuantizeLinear") || n.outputs.iter().flatten().any(|v| read.contains(v)));
+    Some(nodes)
 }
 
 struct Conv {
@@ -245,5 +299,50 @@ impl Conv {
         let zeros = vec![0i64; rank];
         let (strides, dilations) = (self.window.strides(rank)?, self.window.dilations(rank)?);
         Ok(x.f_convolution(w, None::<&Tensor>, strides, &zeros[..], dilations, false, &zeros[..], self.groups)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tch::Device;
+
+    use super::*;
+    use crate::graph::ir::{Constant, Origin};
+    use crate::graph::{Attributes, Port};
+    use crate::tensor::HostTensor;
+    use crate::torch::plan::Plan;
+
+    #[test]
+    fn a_pair_hands_the_gradient_straight_through() {
+        let mut g = Graph::default();
+        let [x, scale, zero, q, y] = ["x", "scale", "zero", "q", "y"].map(|n| g.add_value(n));
+        let port = |name: &str, value| Port { name: name.into(), value, dtype: Some(DType::F32), shape: None };
+        g.inputs.push(port("x", x));
+        g.outputs.push(port("y", y));
+        let mut constant = |v, tensor| g.constants.insert(v, Constant { tensor, origin: Origin::Made });
+        constant(scale, HostTensor::scalar(0.5f32));
+        constant(zero, HostTensor::scalar(3u8));
+        let node = |op: &str, from, to| Node {
+            op: op.into(),
+            domain: String::new(),
+            name: op.into(),
+            opset: 21,
+            inputs: vec![Some(from), Some(scale), Some(zero)],
+            outputs: vec![Some(to)],
+            attributes: Attributes::new(BTreeMap::new()),
+            captures: Vec::new(),
+            origin: None,
+            module: None,
+        };
+        g.nodes = vec![node("QuantizeLinear", x, q), node("DequantizeLinear", q, y)];
+        let plan = Plan::new(&g, &[]).unwrap();
+        let leaf = Tensor::from_slice(&[-9.0f32, -1.3, 0.26, 126.1, 500.0]).set_requires_grad(true);
+        let out = plan.run(&[("x", &leaf)], &[], Device::Cpu).unwrap().remove(0).1;
+        // Steps of 0.5 from -1.5 (0) to 126 (255).
+        assert_eq!(Vec::<f32>::try_from(&out).unwrap(), [-1.5, -1.5, 0.5, 126.0, 126.0]);
+        out.sum(Kind::Float).backward();
+        assert_eq!(Vec::<f32>::try_from(leaf.grad()).unwrap(), [0.0, 1.0, 1.0, 1.0, 0.0]);
     }
 }
