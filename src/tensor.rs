@@ -271,7 +271,7 @@ impl HostTensor {
         if start + count > total {
             return Err(Error::mismatch(format!("rows {start}..{} of {total}", start + count)));
         }
-        let row = if total == 0 { 0 } else { self.data.len() / total };
+        let row = self.data.len().checked_div(total).unwrap_or(0);
         let mut shape = self.shape.clone();
         shape[0] = count;
         Self::from_bytes(self.dtype, shape, self.data.slice(start * row..(start + count) * row))

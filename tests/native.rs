@@ -100,7 +100,7 @@ fn check(case: &Path, raise: bool) -> Result<(), String> {
             return Err(format!("gradient of `{native}` differs by {error:.1e}"));
         }
         worst = if vanishing { worst } else { worst.max(error) };
-        free.swap_remove(at);
+        drop(free.swap_remove(at));
     }
     println!(
         "{} raise={raise}: output {error:.1e}, gradients {worst:.1e}, raised {:?}, near misses {:?}",

@@ -111,14 +111,14 @@ fn build(
 
     let batch = x.dims().and_then(|d| d.first().copied().flatten());
     let [c, h, w] = card.shape;
-    let dim = batch.map_or(Err("batch"), Ok);
+    let dim = batch.ok_or("batch");
     graph.input.retain(|v| v.name() != x_name && v.name() != t_name && !constants.iter().any(|(n, _)| n == v.name()));
     // One symbol for the batch in all inputs: other names would let runtimes believe they may differ.
     for v in &mut graph.input {
-        if let Some(crate::onnx::type_proto::Value::TensorType(tt)) = v.r#type.as_mut().and_then(|t| t.value.as_mut()) {
-            if let (Some(first), None) = (tt.shape.as_mut().and_then(|s| s.dim.first_mut()), batch) {
-                first.value = Some(crate::onnx::tensor_shape_proto::dimension::Value::DimParam("batch".into()));
-            }
+        if let Some(crate::onnx::type_proto::Value::TensorType(tt)) = v.r#type.as_mut().and_then(|t| t.value.as_mut())
+            && let (Some(first), None) = (tt.shape.as_mut().and_then(|s| s.dim.first_mut()), batch)
+        {
+            first.value = Some(crate::onnx::tensor_shape_proto::dimension::Value::DimParam("batch".into()));
         }
     }
     graph.input.insert(0, value_info("noise", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)]));

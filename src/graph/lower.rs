@@ -171,11 +171,12 @@ impl Lowering<'_> {
                 return Err(Error::invalid(format!("attribute `{}` is given twice", a.name())));
             }
         }
-        if domain.is_empty() && proto.op_type() == "Constant" {
-            if let (Some(tensor), Some(&Some(out))) = (constant_value(&values)?, outputs.first()) {
-                self.graph.constants.insert(out, Constant { tensor, origin: Origin::ConstantNode(index) });
-                return Ok(());
-            }
+        if domain.is_empty()
+            && proto.op_type() == "Constant"
+            && let (Some(tensor), Some(&Some(out))) = (constant_value(&values)?, outputs.first())
+        {
+            self.graph.constants.insert(out, Constant { tensor, origin: Origin::ConstantNode(index) });
+            return Ok(());
         }
         let name = match proto.name() {
             "" => format!("{}_{index}", proto.op_type()),

@@ -221,30 +221,30 @@ fn gelu(view: &View, i: usize, _: &mut Report) -> Option<Match> {
         if let (Some(m), Some(half)) = (view.only(p, "Mul"), view.number(q)) {
             for (c, d) in [(0, 1), (1, 0)] {
                 let inner = view.node(m);
-                if let Some((x, nodes)) = one_plus_erf(inner.input(d)) {
-                    if inner.input(c) == Some(x) && close(half, 0.5) {
-                        return done(x, nodes, &[m, i]);
-                    }
+                if let Some((x, nodes)) = one_plus_erf(inner.input(d))
+                    && inner.input(c) == Some(x)
+                    && close(half, 0.5)
+                {
+                    return done(x, nodes, &[m, i]);
                 }
             }
         }
         if let Some((x, nodes)) = one_plus_erf(q) {
             // (x * 0.5) * (1 + erf)
-            if let Some(m) = view.only(p, "Mul") {
-                if view.with_number(m).is_some_and(|(v, c)| v == Some(x) && close(c, 0.5)) {
-                    return done(x, nodes, &[m, i]);
-                }
+            if let Some(m) = view.only(p, "Mul")
+                && view.with_number(m).is_some_and(|(v, c)| v == Some(x) && close(c, 0.5))
+            {
+                return done(x, nodes, &[m, i]);
             }
         }
         // x * (0.5 * (1 + erf))
-        if let Some(m) = view.only(q, "Mul") {
-            if let Some((v, c)) = view.with_number(m) {
-                if let Some((x, nodes)) = one_plus_erf(v) {
-                    if p == Some(x) && close(c, 0.5) {
-                        return done(x, nodes, &[m, i]);
-                    }
-                }
-            }
+        if let Some(m) = view.only(q, "Mul")
+            && let Some((v, c)) = view.with_number(m)
+            && let Some((x, nodes)) = one_plus_erf(v)
+            && p == Some(x)
+            && close(c, 0.5)
+        {
+            return done(x, nodes, &[m, i]);
         }
     }
     None

@@ -383,18 +383,14 @@ impl<'a> Classifier<'a> {
                 }
                 self.assign(i(2), Role::Bias, "");
             }
-            "Gemm" | "FusedGemm" => {
-                if self.is_data(i(0)) || self.is_data(i(1)) {
-                    self.assign(i(0), Role::LinearWeight, "");
-                    self.assign(i(1), Role::LinearWeight, "");
-                    self.assign(i(2), Role::Bias, "");
-                }
+            "Gemm" | "FusedGemm" if self.is_data(i(0)) || self.is_data(i(1)) => {
+                self.assign(i(0), Role::LinearWeight, "");
+                self.assign(i(1), Role::LinearWeight, "");
+                self.assign(i(2), Role::Bias, "");
             }
-            "MatMul" | "Einsum" | "FusedMatMul" => {
-                if node.inputs.iter().any(|v| self.is_data(*v)) {
-                    for v in &node.inputs {
-                        self.assign(*v, Role::LinearWeight, "");
-                    }
+            "MatMul" | "Einsum" | "FusedMatMul" if node.inputs.iter().any(|v| self.is_data(*v)) => {
+                for v in &node.inputs {
+                    self.assign(*v, Role::LinearWeight, "");
                 }
             }
             "LSTM" | "GRU" | "RNN" => {
@@ -411,7 +407,11 @@ impl<'a> Classifier<'a> {
                     self.assign(i(2), Role::Bias, "");
                 }
             }
-            "GroupNormalization" | "LayerNormalization" | "RMSNormalization" | "BatchNormalization" | "GroupNorm"
+            "GroupNormalization"
+            | "LayerNormalization"
+            | "RMSNormalization"
+            | "BatchNormalization"
+            | "GroupNorm"
             | "SimplifiedLayerNormalization" => {
                 self.assign(i(1), Role::Scale, "");
                 self.assign(i(2), Role::Bias, "");
@@ -463,7 +463,10 @@ impl<'a> Classifier<'a> {
                 self.assign(mine, Role::Buffer, "meets an input before any layer (frequencies, scaling)");
             } else if role == Role::Bias && self.leads_to_softmax(node) && self.constant(mine).is_none_or(is_mask) {
                 self.assign(mine, Role::Buffer, "attention mask");
-            } else if self.constant(mine).is_some_and(|t| t.len() == 1 && !named_like_a_weight(&self.graph.names[mine.unwrap_or(0)])) {
+            } else if self
+                .constant(mine)
+                .is_some_and(|t| t.len() == 1 && !named_like_a_weight(&self.graph.names[mine.unwrap_or(0)]))
+            {
                 self.assign(mine, Role::Buffer, "plain number");
             } else {
                 self.assign(mine, role, "");

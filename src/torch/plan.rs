@@ -372,10 +372,10 @@ fn wanted_on_host(steps: &[Step], seeds: impl IntoIterator<Item = ValueId>) -> H
 /// Rank, element type and fixed dimensions of an input against what the graph declares.
 fn check_input(port: &Port, t: &Tensor) -> Result<()> {
     let bad = |what: String| Err(Error::usage(format!("input `{}`: {what}, expected {}", port.name, port.describe())));
-    if let Some(dtype) = port.dtype {
-        if convert::kind(dtype) != t.kind() {
-            return bad(format!("element type {:?}", t.kind()));
-        }
+    if let Some(dtype) = port.dtype
+        && convert::kind(dtype) != t.kind()
+    {
+        return bad(format!("element type {:?}", t.kind()));
     }
     if let Some(dims) = port.dims() {
         let size = t.size();

@@ -12,7 +12,7 @@ type Reduce = fn(&Tensor, &[i64], bool) -> Result<Tensor, tch::TchError>;
 
 pub fn register(r: &mut Registry) {
     r.add("ReduceSum", 1, (1, 2), |n| reduce(n, |x, d, k| x.f_sum_dim_intlist(d, k, x.kind())));
-    r.add("ReduceMean", 1, (1, 2), |n| reduce(n, |x, d, k| mean(x, d, k)));
+    r.add("ReduceMean", 1, (1, 2), |n| reduce(n, mean));
     r.add("ReduceMax", 1, (1, 2), |n| reduce(n, |x, d, k| extreme(x, d, k, true)));
     r.add("ReduceMin", 1, (1, 2), |n| reduce(n, |x, d, k| extreme(x, d, k, false)));
     r.add("ReduceProd", 1, (1, 2), |n| {

@@ -234,7 +234,7 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> Result<
         }
         _ => {
             let start = wrap(start).clamp(-1, n - 1);
-            let end = if end <= -n - 1 { -1 } else { wrap(end).clamp(-1, n - 1) };
+            let end = if end < -n { -1 } else { wrap(end).clamp(-1, n - 1) };
             if start <= end {
                 return Ok(x.f_slice(axis, 0, 0, 1)?);
             }
