@@ -11,8 +11,9 @@ build: setup
 demo: build
 	cargo run --release --quiet --example digits
 
+# One thread a test: the test runner itself runs as many tests as there are cores.
 test: setup
-	cargo test --release
+	OMP_NUM_THREADS=1 cargo test --release
 	.venv/bin/python -m pytest -q converters/tests
 
 # Step times and peak memory beside native PyTorch, alternating in one run.

@@ -313,6 +313,16 @@ fn objective_name(config: &Config) -> String {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
+/// The command as it was typed, quoted where a shell needs it.
+fn command_line() -> String {
+    let word = |w: String| {
+        let plain = w.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c));
+        if plain && !w.is_empty() { w } else { format!("'{}'", w.replace('\'', "'\\''")) }
+    };
+    let words: Vec<String> = std::env::args().skip(1).map(word).collect();
+    format!("disback {}", words.join(" "))
+}
+
 fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Device) -> Result<()> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
@@ -321,6 +331,7 @@ fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Devic
     let last = |stage: &str| rows.iter().rev().find(|r| r.stage.name() == stage);
     let seconds = |stage: &str| last(stage).map_or(0.0, |r| r.seconds);
     summary["run"] = json!({
+        "command": command_line(),
         "method": method(config),
         "objective": objective_name(config),
         "guidance": config.guidance,
