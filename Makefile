@@ -14,7 +14,7 @@ demo: build
 # One thread a test: the test runner itself runs as many tests as there are cores.
 test: setup
 	OMP_NUM_THREADS=1 cargo test --release
-	.venv/bin/python -m pytest -q converters/tests
+	.venv/bin/python -m pytest -q converters/tests tests/python
 
 # Step times and peak memory beside native PyTorch, alternating in one run.
 bench: setup
