@@ -304,15 +304,14 @@ fn export(
 }
 
 /// `disback`, or the base method's name where no trajectory was used.
-fn method(config: &Config) -> &'static str {
+pub(super) fn method(config: &Config) -> &'static str {
     if config.degrade.nodes > 0 { "disback" } else { "base" }
 }
 
-fn objective_name(config: &Config) -> String {
+pub(super) fn objective_name(config: &Config) -> String {
     crate::distill::objective::objective(config.objective).name().to_owned()
 }
 
-/// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
 /// The command as it was typed, quoted where a shell needs it.
 fn command_line() -> String {
     let word = |w: String| {
@@ -323,6 +322,7 @@ fn command_line() -> String {
     format!("disback {}", words.join(" "))
 }
 
+/// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
 fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Device) -> Result<()> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());

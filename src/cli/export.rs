@@ -8,18 +8,19 @@ use serde_json::json;
 use tch::Device;
 
 use crate::cli::Globals;
+use crate::cli::distill::{method, objective_name};
+use crate::cli::teacher::TeacherArgs;
 use crate::distill::{Config, RunDir};
 use crate::error::{Error, Result};
 use crate::export::{self, StudentOptions};
-use crate::graph::{TrainableChoice, save};
-use crate::teacher::Teacher;
+use crate::graph::save;
 use crate::torch::Forward;
 
 /// Write a student (or any set of weights of the teacher's graph) as ONNX.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// The teacher whose graph the weights belong to.
-    pub teacher: PathBuf,
+    #[command(flatten)]
+    pub teacher: TeacherArgs,
     /// Run directory: takes its final weights and its configuration.
     #[arg(long, value_name = "DIR", required_unless_present = "weights")]
     pub run: Option<PathBuf>,
@@ -35,21 +36,12 @@ pub struct ExportArgs {
     /// Noise level at which the student starts; the run's, else the schedule's.
     #[arg(long)]
     pub sigma_init: Option<f64>,
-    /// A value of the teacher card, over what the file says.
-    #[arg(long = "card", value_name = "KEY=VALUE")]
-    pub card: Vec<String>,
-    #[arg(long, value_name = "GLOB")]
-    pub freeze: Vec<String>,
-    #[arg(long, value_name = "GLOB")]
-    pub train: Vec<String>,
 }
 
 /// Runs the command.
 pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
-    let choice =
-        TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
-    let teacher = Teacher::load(&args.teacher, &args.card, choice, Device::Cpu)?;
+    let teacher = args.teacher.load(Device::Cpu)?;
     let weights = match (&args.weights, &run) {
         (Some(w), _) => w.clone(),
         (None, Some((run, _))) => run.student_weights(),
@@ -64,8 +56,8 @@ pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     let configured = run.as_ref().map(|(_, c)| c.student.sigma_init).filter(|&s| s > 0.0);
     let options = StudentOptions {
         sigma_init: args.sigma_init.or(configured),
-        method: run.as_ref().map_or_else(|| "weights".into(), |(_, c)| method(c)),
-        objective: run.as_ref().map(|(_, c)| objective(c)).unwrap_or_default(),
+        method: run.as_ref().map_or_else(|| "weights".into(), |(_, c)| method(c).into()),
+        objective: run.as_ref().map(|(_, c)| objective_name(c)).unwrap_or_default(),
         teacher_hash: teacher.hash.clone(),
     };
     let build = if args.same_graph { export::same_graph } else { export::student };
@@ -77,14 +69,4 @@ pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
         println!("{}", args.out.display());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// `disback`, or the objective's name where no trajectory was used.
-pub fn method(config: &Config) -> String {
-    if config.degrade.nodes > 0 { "disback".into() } else { objective(config) }
-}
-
-/// The objective's name in the configuration.
-pub fn objective(config: &Config) -> String {
-    crate::distill::objective::objective(config.objective).name().to_owned()
 }

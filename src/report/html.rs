@@ -255,7 +255,7 @@ figure { margin: 0 0 .8rem; } img { max-width: 100%; height: auto; image-renderi
 .plot { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem; }
 .plot svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { overflow-wrap: normal; text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 dl { display: grid; grid-template-columns: minmax(8rem, auto) 1fr; gap: .2rem 1rem; } dd { margin: 0; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto;
   white-space: pre-wrap; font-size: .85rem; } code { font-size: .85rem; }

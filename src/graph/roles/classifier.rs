@@ -1,253 +1,10 @@
-//! Which constants are weights. An ONNX file does not say: weights and frequency tables, filters, masks and shape constants
-//! are all initializers or Constant nodes. The role follows from who reads a tensor and in which slot.
+//! Roles from consumers: which slot of which operator reads a constant, directly or through operators that only move it.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt;
 
-use globset::Glob;
-
-use crate::error::{Error, Result};
-use crate::graph::ir::{Constant, Graph, Node, Origin, ValueId};
-use crate::tensor::{DType, HostTensor};
-
-/// What a floating constant is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Role {
-    /// Weight of Conv or ConvTranspose.
-    ConvWeight,
-    /// Operand of MatMul, Gemm, Einsum or a recurrent layer.
-    LinearWeight,
-    /// Added to features: bias of a convolution, a linear layer, a norm, or a position embedding.
-    Bias,
-    /// Multiplies features: scale of a norm, layer scale, slope of PRelu.
-    Scale,
-    /// Table that Gather reads rows of.
-    Embedding,
-    /// Not trained: frequencies, filters, masks, statistics, plain numbers.
-    Buffer,
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::ConvWeight => "conv weight",
-            Self::LinearWeight => "linear weight",
-            Self::Bias => "bias",
-            Self::Scale => "scale",
-            Self::Embedding => "embedding",
-            Self::Buffer => "buffer",
-        })
-    }
-}
-
-/// A trainable tensor of the graph.
-#[derive(Debug, Clone)]
-pub struct Parameter {
-    pub value: ValueId,
-    /// The initializer's name; parted copies of one initializer get `#2`, `#3`...
-    pub name: String,
-    pub role: Role,
-    pub shape: Vec<usize>,
-    /// Element type in the file; masters are f32 whatever it is.
-    pub dtype: DType,
-    /// Where the bytes came from, for writing back.
-    pub origin: Origin,
-    /// Node (index in the file) and slot that must be rewired to this parameter, for parted copies.
-    pub rewire: Vec<(usize, usize)>,
-}
-
-/// A floating constant with more than one element that is not trained.
-#[derive(Debug, Clone)]
-pub struct Buffer {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub dtype: DType,
-    /// Why it is not a parameter.
-    pub reason: &'static str,
-}
-
-/// What the user, or a converter through the model's metadata, says about trainable tensors.
-#[derive(Debug, Clone, Default)]
-pub struct TrainableChoice {
-    /// The framework's own list of parameters; where given, it replaces the roles.
-    pub declared: Option<Vec<String>>,
-    /// Globs over names that are never trained.
-    pub freeze: Vec<String>,
-    /// Globs over names that are trained whatever their role.
-    pub train: Vec<String>,
-}
-
-/// The outcome of [`classify`].
-#[derive(Debug, Clone, Default)]
-pub struct Roles {
-    pub parameters: Vec<Parameter>,
-    pub buffers: Vec<Buffer>,
-}
-
-/// Parts constants that an exporter merged because their bytes were equal: freshly initialised scales (all ones) and
-/// biases (all zeros) of different layers are different weights. Tensors with any two different elements stay shared:
-/// equal by design, not by accident. Returns, per new value, the constant it was parted from and the slot it now feeds.
-pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
-    bypass_identities(graph);
-    let consumers = graph.consumers();
-    let mut rewired = HashMap::new();
-    let shared: Vec<(ValueId, Constant)> = graph
-        .constants
-        .iter()
-        .filter(|(v, c)| {
-            c.tensor.dtype().is_float()
-                && c.tensor.len() > 1
-                && consumers.get(v).is_some_and(|u| u.len() > 1)
-                && uniform(&c.tensor)
-        })
-        .map(|(v, c)| (*v, c.clone()))
-        .collect();
-    for (value, constant) in shared {
-        // The first reader keeps the original.
-        for &(node, slot) in consumers[&value].iter().skip(1) {
-            if node == usize::MAX || slot == usize::MAX {
-                continue;
-            }
-            let Some(origin) = graph.nodes[node].origin else { continue };
-            let name = graph.names[value].clone();
-            let copy = graph.add_value(&name);
-            graph.constants.insert(copy, constant.clone());
-            graph.nodes[node].inputs[slot] = Some(copy);
-            rewired.insert(copy, vec![(origin, slot)]);
-        }
-    }
-    rewired
-}
-
-/// Reads constants directly instead of through Identity: the legacy exporter writes one for each layer that shares a
-/// merged tensor.
-fn bypass_identities(graph: &mut Graph) {
-    let outputs: HashSet<ValueId> = graph.outputs.iter().map(|p| p.value).collect();
-    let mut alias: HashMap<ValueId, ValueId> = HashMap::new();
-    graph.nodes.retain(|n| match (n.is("Identity"), n.input(0), n.output(0)) {
-        (true, Some(from), Some(to)) if graph.constants.contains_key(&from) && !outputs.contains(&to) => {
-            alias.insert(to, from);
-            false
-        }
-        _ => true,
-    });
-    for node in &mut graph.nodes {
-        for v in node.inputs.iter_mut().flatten().chain(node.captures.iter_mut().map(|(_, v)| v)) {
-            if let Some(from) = alias.get(v) {
-                *v = *from;
-            }
-        }
-    }
-}
-
-fn uniform(t: &HostTensor) -> bool {
-    let size = t.dtype().size();
-    let bytes = t.bytes();
-    bytes.len() >= size && bytes.chunks_exact(size).all(|c| c == &bytes[..size])
-}
-
-/// Sorts every floating constant into parameters and buffers.
-///
-/// Errors: a `--train`/`--freeze` glob that is not one or matches nothing; a declared parameter that the graph lacks.
-pub fn classify(
-    graph: &Graph,
-    choice: &TrainableChoice,
-    rewired: &HashMap<ValueId, Vec<(usize, usize)>>,
-) -> Result<Roles> {
-    let roles = Classifier::new(graph).run();
-    let names = |v: &ValueId| graph.names[*v].clone();
-    let floats: Vec<ValueId> =
-        graph.constants.iter().filter(|(_, c)| c.tensor.dtype().is_float()).map(|(v, _)| *v).collect();
-    let base = |name: &str| name.split('#').next().unwrap_or(name).to_owned();
-    if let Some(declared) = &choice.declared {
-        let known: HashSet<String> = floats.iter().map(|v| base(&graph.names[*v])).collect();
-        let missing: Vec<_> = declared.iter().filter(|d| !known.contains(*d)).cloned().collect();
-        if !missing.is_empty() {
-            return Err(Error::invalid(format!(
-                "the model's metadata declares parameters that the graph does not have: {}",
-                missing.join(", ")
-            )));
-        }
-    }
-    let freeze = Globs::new("--freeze", &choice.freeze)?;
-    let train = Globs::new("--train", &choice.train)?;
-    let mut out = Roles::default();
-    for v in &floats {
-        let constant = &graph.constants[v];
-        let name = names(v);
-        let (mut role, reason) = roles.get(v).copied().unwrap_or((Role::Buffer, "no weight slot reads it"));
-        if let Some(declared) = &choice.declared {
-            let listed = declared.contains(&base(&name));
-            if listed && role == Role::Buffer {
-                role = Role::LinearWeight;
-            } else if !listed {
-                role = Role::Buffer;
-            }
-        }
-        let forced = train.matches(&name);
-        if forced && role == Role::Buffer {
-            role = Role::LinearWeight;
-        }
-        let frozen = freeze.matches(&name) && !forced;
-        if role != Role::Buffer && !frozen {
-            out.parameters.push(Parameter {
-                value: *v,
-                role,
-                shape: constant.tensor.shape().to_vec(),
-                dtype: constant.tensor.dtype(),
-                origin: constant.origin.clone(),
-                rewire: rewired.get(v).cloned().unwrap_or_default(),
-                name,
-            });
-        } else if constant.tensor.len() > 1 {
-            let reason = if frozen { "frozen on request" } else { reason };
-            out.buffers.push(Buffer {
-                name,
-                shape: constant.tensor.shape().to_vec(),
-                dtype: constant.tensor.dtype(),
-                reason,
-            });
-        }
-    }
-    freeze.all_used()?;
-    train.all_used()?;
-    Ok(out)
-}
-
-struct Globs {
-    option: &'static str,
-    globs: Vec<(globset::GlobMatcher, String, std::cell::Cell<bool>)>,
-}
-
-impl Globs {
-    fn new(option: &'static str, patterns: &[String]) -> Result<Self> {
-        let globs = patterns
-            .iter()
-            .map(|p| {
-                let glob = Glob::new(p).map_err(|e| Error::usage(format!("{option} {p}: {e}")))?;
-                Ok((glob.compile_matcher(), p.clone(), std::cell::Cell::new(false)))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { option, globs })
-    }
-    fn matches(&self, name: &str) -> bool {
-        let mut any = false;
-        for (glob, _, used) in &self.globs {
-            if glob.is_match(name) {
-                used.set(true);
-                any = true;
-            }
-        }
-        any
-    }
-    fn all_used(&self) -> Result<()> {
-        match self.globs.iter().find(|(_, _, used)| !used.get()) {
-            None => Ok(()),
-            Some((_, p, _)) => Err(Error::usage(format!("{} `{p}` matches no tensor of the graph", self.option))
-                .hint("`disback inspect --parameters` lists the names")),
-        }
-    }
-}
+use super::{Role, uniform};
+use crate::graph::ir::{Graph, Node, ValueId};
+use crate::tensor::HostTensor;
 
 /// Layers whose output is a feature of the network (as opposed to a function of time or shape alone).
 const LAYERS: &[&str] = &[
@@ -284,7 +41,8 @@ const LAYERS: &[&str] = &[
 const PASSING: &[&str] =
     &["Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Slice"];
 
-struct Classifier<'a> {
+/// Goes through the nodes once and gives each constant the role of the slot that reads it.
+pub(super) struct Classifier<'a> {
     graph: &'a Graph,
     producers: HashMap<ValueId, usize>,
     consumers: HashMap<ValueId, Vec<(usize, usize)>>,
@@ -296,7 +54,7 @@ struct Classifier<'a> {
 }
 
 impl<'a> Classifier<'a> {
-    fn new(graph: &'a Graph) -> Self {
+    pub(super) fn new(graph: &'a Graph) -> Self {
         let mut c = Self {
             graph,
             producers: graph.producers(),
@@ -319,7 +77,7 @@ impl<'a> Classifier<'a> {
         c
     }
 
-    fn run(mut self) -> HashMap<ValueId, (Role, &'static str)> {
+    pub(super) fn run(mut self) -> HashMap<ValueId, (Role, &'static str)> {
         for node in &self.graph.nodes {
             self.node(node);
         }
@@ -523,12 +281,6 @@ fn named_like_a_weight(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn uniform_tensors_are_recognised_by_their_bytes() {
-        assert!(uniform(&HostTensor::vec(&[1f32; 5])));
-        assert!(!uniform(&HostTensor::vec(&[1f32, 1.0, 1.5])));
-    }
 
     #[test]
     fn a_depthwise_kernel_is_a_filter_only_when_all_channels_agree() {
