@@ -225,6 +225,12 @@ pub(crate) fn data_sets(dir: &Path, model: &Model, graph: &Graph) -> Result<Vec<
     Ok(sets)
 }
 
+/// The inputs of the first data set of a case, in the graph's order.
+pub fn read_inputs(dir: &Path, model: &Model) -> Result<Vec<Value>> {
+    let sets = data_sets(dir, model, &lower(model)?)?;
+    Ok(sets.into_iter().next().map(|s| s.inputs).unwrap_or_default())
+}
+
 /// A value file does not say what it holds; the graph does.
 fn read_value(bytes: bytes::Bytes, declared: Option<&TypeProto>) -> Result<Value> {
     let bad = |e: prost::DecodeError| Error::invalid(e.to_string());

@@ -1,7 +1,9 @@
 //! What one operator is once it is built: attributes parsed, a function from values to values, and which of its inputs it
 //! needs on the host.
 
+use std::any::Any;
 use std::cell::OnceCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
@@ -196,6 +198,14 @@ impl std::fmt::Debug for Kernel {
     }
 }
 
+/// What a panic says, without libtorch's stack.
+fn first_line(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let text = text.unwrap_or("unknown error");
+    let text = text.split_once("Torch(\"").map_or(text, |(_, rest)| rest);
+    text.split(['\n', '"']).next().unwrap_or_default().split("\\n").next().unwrap_or_default().to_owned()
+}
+
 impl Kernel {
     pub fn new(run: impl Fn(&Args) -> Result<Outputs> + 'static) -> Self {
         Self { run: Box::new(run), host_slots: Vec::new(), shape_only: false, dynamic: false }
@@ -223,7 +233,9 @@ impl Kernel {
     pub fn call(&self, values: Vec<Option<&Value>>, device: Device) -> Result<Outputs> {
         let host = self.shape_only || values.iter().flatten().all(|v| v.is_host());
         let args = Args { values, device: if host { Device::Cpu } else { device } };
-        let out = (self.run)(&args)?;
+        // A tch call with a scalar argument that fails unwinds: dropping the scalar finds the error of the call pending.
+        let out = catch_unwind(AssertUnwindSafe(|| (self.run)(&args)))
+            .unwrap_or_else(|panic| Err(Error::backend(format!("libtorch: {}", first_line(panic.as_ref())))))?;
         Ok(if host { out.into_iter().map(Value::into_host).collect() } else { out })
     }
 }

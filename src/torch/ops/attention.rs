@@ -7,6 +7,7 @@ use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::ops::util;
 use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {
@@ -35,7 +36,7 @@ pub fn join_heads(x: &Tensor) -> Result<Tensor> {
 
 /// Each key-value head serves a run of query heads.
 fn repeat_heads(x: &Tensor, heads: i64) -> Result<Tensor> {
-    let own = x.size()[1];
+    let own = util::dim(x, 1)?;
     if own == heads {
         return Ok(x.shallow_clone());
     }
@@ -90,7 +91,7 @@ impl Attention {
         let mut v = heads(2, self.kv_heads, "kv_num_heads")?;
         let mut past = 0;
         if let Some(p) = a.opt(4)? {
-            past = p.size()[2];
+            past = util::dim(p, 2)?;
             k = Tensor::f_cat(&[p, &k], 2)?;
         }
         if let Some(p) = a.opt(5)? {
@@ -193,7 +194,7 @@ fn rotary_embedding(node: &Node) -> Result<Kernel> {
         let flat = x.dim() == 3;
         // [B, H, T, D]
         let heads_first = if flat { split_heads(x, heads)? } else { x.shallow_clone() };
-        let d = heads_first.size()[3];
+        let d = util::dim(&heads_first, 3)?;
         let r = if rotated == 0 { d } else { rotated };
         if r < 2 || r > d || r % 2 != 0 {
             return Err(Error::invalid(format!("attribute `rotary_embedding_dim` is {rotated} for heads of {d}")));
@@ -203,7 +204,7 @@ fn rotary_embedding(node: &Node) -> Result<Kernel> {
             let rows = match a.opt(3)? {
                 Some(ids) => {
                     let mut shape = ids.size();
-                    shape.push(t.size()[1]);
+                    shape.push(util::dim(t, 1)?);
                     t.f_index_select(0, &ids.f_reshape([-1])?)?.f_reshape(&shape[..])?
                 }
                 None => t.shallow_clone(),

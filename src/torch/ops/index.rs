@@ -170,7 +170,7 @@ fn tensor_scatter(node: &Node) -> Result<Kernel> {
     Ok(Kernel::new(move |a| {
         let (cache, update) = (a.t(0)?, a.t(1)?);
         let axis = util::axis(axis, cache.dim())?;
-        let (capacity, length) = (cache.size()[axis as usize], update.size()[axis as usize]);
+        let (capacity, length) = (cache.size()[axis as usize], util::dim(update, axis as usize)?);
         let steps = Tensor::f_arange(length, (Kind::Int64, cache.device()))?;
         let mut index = util::along(&steps, axis, cache.dim())?;
         if let Some(start) = a.opt(2)? {

@@ -86,11 +86,19 @@ fn col_to_im(node: &Node) -> Result<Kernel> {
         }
         let [n, columns, positions]: [i64; 3] =
             x.size().try_into().map_err(|s| Error::invalid(format!("input of shape {s:?}, expected rank 3")))?;
-        let elements: i64 = block.iter().product();
+        let elements: i64 = block.iter().fold(1, |n, &d| d.saturating_mul(n));
         let steps: Vec<i64> = (0..rank)
-            .map(|i| (image[i] + pads[i] + pads[rank + i] - dilations[i] * (block[i] - 1) - 1) / strides[i] + 1)
+            .map(|i| {
+                let padded = image[i].saturating_add(pads[i]).saturating_add(pads[rank + i]);
+                let span = dilations[i].saturating_mul(block[i].saturating_sub(1)).saturating_add(1);
+                padded.saturating_sub(span) / strides[i] + 1
+            })
             .collect();
-        if elements < 1 || columns % elements != 0 || steps.iter().product::<i64>() != positions {
+        util::table_len(image.iter().fold(1, |n, &d| d.saturating_mul(n)))?;
+        if elements < 1
+            || columns % elements != 0
+            || steps.iter().fold(1, |n: i64, &d| d.saturating_mul(n)) != positions
+        {
             return Err(Error::invalid(format!("columns of shape {:?} for an image {image:?}", x.size())));
         }
         let area: i64 = image.iter().product();
@@ -107,12 +115,15 @@ fn col_to_im(node: &Node) -> Result<Kernel> {
             let k = digits(e, &block);
             for p in 0..positions {
                 let o = digits(p, &steps);
-                let mut at = 0;
+                let mut at = 0i64;
                 let mut inside = true;
                 for i in 0..rank {
-                    let v = o[i] * strides[i] + k[i] * dilations[i] - pads[i];
+                    let v = o[i]
+                        .saturating_mul(strides[i])
+                        .saturating_add(k[i].saturating_mul(dilations[i]))
+                        .saturating_sub(pads[i]);
                     inside &= (0..image[i]).contains(&v);
-                    at = at * image[i] + v;
+                    at = at.wrapping_mul(image[i]).wrapping_add(v);
                 }
                 // One place behind the image takes what is dropped.
                 index.push(if inside { at } else { area });

@@ -60,9 +60,11 @@ fn tf_idf(node: &Node) -> Result<Kernel> {
         let rows = if shape.len() == 2 { shape[0] as usize } else { 1 };
         let mut counts = vec![0f64; rows * width];
         for (values, counts) in values.chunks(row).zip(counts.chunks_mut(width.max(1))) {
-            for n in shortest..=longest {
+            // No gram and no gap is longer than its row.
+            let most = values.len() as i64;
+            for n in shortest.max(1)..=longest.min(most) {
                 // A single element has no gaps to vary.
-                for gap in 1..=(if n == 1 { 1 } else { skips + 1 }) {
+                for gap in 1..=(if n == 1 { 1 } else { skips.clamp(0, most) + 1 }) {
                     for start in 0..values.len() {
                         let at = (0..n).map(|i| start + (i * gap) as usize);
                         let gram: Option<Vec<i64>> = at.map(|i| values.get(i).copied()).collect();

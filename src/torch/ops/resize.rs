@@ -253,6 +253,15 @@ impl Options {
     }
 
     fn along(&self, x: &Tensor, dim: i64, axis: &Axis) -> Result<Tensor> {
+        let matrix = if self.mode == Mode::Nearest { 1 } else { axis.input };
+        util::table_len(axis.output.saturating_mul(matrix))?;
+        // Antialias widens the kernel to the input's size at most; more is a scale that makes no sense.
+        if self.antialias && 1.0 / axis.scale > 4.0 * axis.input as f64 + 4.0 {
+            return Err(Error::invalid(format!(
+                "antialias with a scale of {} for {} elements",
+                axis.scale, axis.input
+            )));
+        }
         let rows: Vec<Row> = (0..axis.output).map(|i| self.row(axis, i as f64)).collect();
         let y = if self.mode == Mode::Nearest {
             let index: Vec<i64> = rows.iter().map(|r| r.first.clamp(0, axis.input - 1)).collect();

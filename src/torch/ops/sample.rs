@@ -120,7 +120,9 @@ fn roi_align(node: &Node) -> Result<Kernel> {
             let (bin_h, bin_w) = (h / out_h as f64, w / out_w as f64);
             let grid = |bin: f64| if ratio > 0 { ratio } else { bin.ceil().max(0.0) as i64 };
             let (grid_h, grid_w) = (grid(bin_h), grid(bin_w));
-            if grid_h * grid_w == 0 {
+            let samples = [out_h, out_w, grid_h, grid_w].iter().fold(1, |n: i64, &d| d.max(0).saturating_mul(n));
+            util::table_len(samples)?;
+            if samples == 0 {
                 out.push(Tensor::f_zeros([channels, out_h, out_w], (x.kind(), x.device()))?);
                 continue;
             }

@@ -187,6 +187,10 @@ fn split(node: &Node) -> Result<Kernel> {
             Some(s) => s,
             None => {
                 // The last part is smaller where the size does not divide.
+                util::table_len(count)?;
+                if count < 1 {
+                    return Err(Error::invalid("a split into no parts"));
+                }
                 let part = (total + count - 1) / count;
                 (0..count).map(|i| part.min((total - i * part).max(0))).collect()
             }
@@ -287,6 +291,10 @@ fn pad(node: &Node) -> Result<Kernel> {
         let mut y = x.shallow_clone();
         for (axis, begin, end) in amounts.into_iter().filter(|&(_, b, e)| b != 0 || e != 0) {
             let n = y.size()[axis as usize];
+            util::table_len(n.saturating_add(begin).saturating_add(end))?;
+            if n == 0 {
+                return Err(Error::invalid(format!("padding of an empty axis in mode `{mode}`")));
+            }
             let index: Vec<i64> = (-begin..n + end)
                 .map(|i| match mode.as_str() {
                     "edge" => i.clamp(0, n - 1),

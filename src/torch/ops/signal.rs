@@ -75,7 +75,7 @@ fn stft(node: &Node) -> Result<Kernel> {
         let window = a.opt(2)?;
         let length = match (a.has(3), window) {
             (true, _) => a.scalar(3)? as i64,
-            (false, Some(w)) => w.size()[0],
+            (false, Some(w)) => util::dim(w, 0)?,
             (false, None) => t.size()[1],
         };
         if step < 1 || length < 1 || window.is_some_and(|w| w.size() != [length]) {
@@ -106,6 +106,7 @@ fn window(node: &Node, f: fn(f64) -> f64) -> Result<Kernel> {
     let periodic = node.attributes.flag("periodic", true)?;
     Ok(Kernel::new(move |a| {
         let size = a.scalar(0)? as i64;
+        util::table_len(size)?;
         let turn = if periodic { size } else { size - 1 } as f64;
         let values: Vec<f64> = (0..size).map(|n| f(2.0 * PI * n as f64 / turn)).collect();
         one(Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(a.device())?)
@@ -117,7 +118,8 @@ fn window(node: &Node, f: fn(f64) -> f64) -> Result<Kernel> {
 fn mel_weights(node: &Node) -> Result<Kernel> {
     let kind = output_kind(node)?;
     Ok(Kernel::new(move |a| {
-        let (mels, length, rate) = (a.scalar(0)? as usize, a.scalar(1)? as i64, a.scalar(2)?);
+        let (mels, length, rate) = (util::table_len(a.scalar(0)? as i64)?, a.scalar(1)? as i64, a.scalar(2)?);
+        util::table_len((length / 2).saturating_add(1).saturating_mul(mels as i64))?;
         let mel = |hertz: f64| 2595.0 * (1.0 + hertz / 700.0).log10();
         let (low, high) = (mel(a.scalar(3)?), mel(a.scalar(4)?));
         let step = (high - low) / (mels + 2) as f64;

@@ -7,10 +7,25 @@ use crate::error::{Error, Result};
 /// `axis` in `-rank..rank` as a non-negative index.
 pub fn axis(axis: i64, rank: usize) -> Result<i64> {
     let r = rank as i64;
-    if (-r..r).contains(&axis) || (r == 0 && (axis == 0 || axis == -1)) {
-        Ok(if axis < 0 { (axis + r).max(0) } else { axis })
+    if (-r..r).contains(&axis) {
+        Ok(if axis < 0 { axis + r } else { axis })
     } else {
         Err(Error::invalid(format!("axis {axis} for a tensor of rank {rank}")))
+    }
+}
+
+/// Size of one dimension; an error where the rank is too low.
+pub fn dim(t: &Tensor, i: usize) -> Result<i64> {
+    let size = t.size();
+    size.get(i).copied().ok_or_else(|| Error::invalid(format!("input of shape {size:?}, expected rank above {i}")))
+}
+
+/// A number of table entries that we are willing to compute on the host: a hostile file may ask for 2^60.
+pub fn table_len(n: i64) -> Result<usize> {
+    const MOST: i64 = 1 << 26;
+    match usize::try_from(n) {
+        Ok(len) if n <= MOST => Ok(len),
+        _ => Err(Error::invalid(format!("a table of {n} entries, expected 0 to {MOST}"))),
     }
 }
 
@@ -25,12 +40,8 @@ pub fn axes(list: &[i64], rank: usize) -> Result<Vec<i64>> {
 
 /// Appends dimensions of size one until the rank is `rank`, so that a per-channel vector `[C]` broadcasts as `[C, 1, 1]`.
 pub fn per_channel(v: &Tensor, rank: usize) -> Result<Tensor> {
-    let mut shape = vec![1i64; rank];
-    if rank > 1 {
-        shape[1] = -1;
-    } else {
-        shape[0] = -1;
-    }
+    let mut shape = vec![1i64; rank.max(1)];
+    shape[usize::from(rank > 1)] = -1;
     Ok(v.f_reshape(&shape[..])?)
 }
 
