@@ -166,3 +166,40 @@ fn graphs_that_break_the_rules() {
     });
     refused(&path, &["group", "float", "integer"]);
 }
+
+/// `Reshape(x, Cast(MatMul(sigma, weight)))`: the shape depends on what is trained.
+#[test]
+fn a_shape_that_cannot_be_resolved() {
+    use disback::export::edit::{int_attribute, node, value_info};
+    use disback::graph::{Model, tensors};
+    use disback::onnx::{GraphProto, OperatorSetIdProto};
+    use disback::tensor::{DType, HostTensor};
+    use disback::torch::{Forward, Network};
+
+    let mut cast = node("Cast", &["sizes"], "shape");
+    cast.attribute.push(int_attribute("to", 7));
+    let mut reshape = node("Reshape", &["x", "shape"], "denoised");
+    reshape.name = Some("turn".into());
+    let weight = HostTensor::new(&[2, 2], &[1f32, 2.0, 3.0, 4.0]).unwrap();
+    let graph = GraphProto {
+        name: Some("g".into()),
+        input: vec![value_info("x", DType::F32, &[Err("n")]), value_info("sigma", DType::F32, &[Ok(2)])],
+        initializer: vec![tensors::to_proto("weight", &weight)],
+        node: vec![node("MatMul", &["sigma", "weight"], "sizes"), cast, reshape],
+        output: vec![value_info("denoised", DType::F32, &[Err("a"), Err("b")])],
+        ..GraphProto::default()
+    };
+    let model = ModelProto {
+        ir_version: Some(8),
+        opset_import: vec![OperatorSetIdProto { domain: None, version: Some(18) }],
+        graph: Some(graph),
+        ..ModelProto::default()
+    };
+    let net = Network::import(Model::from_proto(model), &Default::default(), tch::Device::Cpu).unwrap();
+    let (x, sigma) =
+        (tch::Tensor::zeros([24], (tch::Kind::Float, tch::Device::Cpu)), tch::Tensor::from_slice(&[1f32, 1.0]));
+    let error = net.forward(&[("x", &x), ("sigma", &sigma)]).unwrap_err().to_string();
+    for word in ["Reshape node `turn`", "depends on the data", "help:"] {
+        assert!(error.contains(word), "`{word}` is not in: {error}");
+    }
+}

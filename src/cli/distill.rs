@@ -16,6 +16,7 @@ use crate::diffusion::Denoiser;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
 use crate::error::{Context, Error, Result};
+use crate::parity::{self, Tolerance};
 use crate::teacher::Teacher;
 use crate::torch::{Forward, device, shim};
 
@@ -238,6 +239,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let teacher = args.teacher.load(device)?;
     let card = Arc::new(teacher.card.card.clone());
     let denoiser = Denoiser::new(Box::new(teacher.network.duplicate()?), card, &teacher.inputs())?;
+    check_parity(&teacher, globals)?;
     let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
     watch_signals()?;
     let mut sheets = Sheets::new(&run, &config, &teacher.card.card)?;
@@ -310,6 +312,38 @@ pub(super) fn method(config: &Config) -> &'static str {
 
 pub(super) fn objective_name(config: &Config) -> String {
     crate::distill::objective::objective(config.objective).name().to_owned()
+}
+
+/// A wrong import must not cost a night of training: a small batch through ONNX Runtime first, where it is installed.
+fn check_parity(teacher: &Teacher, globals: Globals) -> Result<()> {
+    if !ort_is_here() {
+        if !globals.quiet {
+            eprintln!(
+                "note: ONNX Runtime was not found, so the import is not compared with it (`disback doctor` says more)"
+            );
+        }
+        return Ok(());
+    }
+    let inputs = parity::random_inputs(teacher.network.inputs(), Some(&teacher.card.card), 2, &Default::default(), 0)?;
+    let found = parity::check(&teacher.network, &inputs, None, Tolerance::default())?;
+    if found.ok {
+        return Ok(());
+    }
+    let at = found.first_divergence.map_or_else(String::new, |d| format!(", first at {} (`{}`)", d.node, d.value));
+    Err(Error::mismatch(format!(
+        "libtorch and ONNX Runtime disagree on this network by {:.1e} of the output's standard deviation{at}",
+        found.max_rel
+    ))
+    .hint(
+        "`disback parity` shows the values; `--no-raise` there tells whether a rewrite is at fault; please report it",
+    ))
+}
+
+fn ort_is_here() -> bool {
+    #[cfg(feature = "ort")]
+    return !matches!(crate::runtime::ort::library(), Err(e) if e.is_absent());
+    #[cfg(not(feature = "ort"))]
+    false
 }
 
 /// The command as it was typed, quoted where a shell needs it.

@@ -93,9 +93,13 @@ pub fn set_metadata(model: &mut ModelProto, key: &str, value: &str) {
 
 /// Writes the model whole or not at all; weights above [`EXTERNAL_ABOVE`] bytes go to `<file>.data` beside it.
 pub fn write(model: &ModelProto, path: &Path) -> Result<()> {
+    write_with_limit(model, path, EXTERNAL_ABOVE)
+}
+
+fn write_with_limit(model: &ModelProto, path: &Path, limit: usize) -> Result<()> {
     let total: usize =
         model.graph.iter().flat_map(|g| &g.initializer).map(|t| t.raw_data.as_ref().map_or(0, |b| b.len())).sum();
-    if total <= EXTERNAL_ABOVE {
+    if total <= limit {
         return files::write_atomic(path, &model.encode_to_vec());
     }
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -129,4 +133,41 @@ pub fn write(model: &ModelProto, path: &Path) -> Result<()> {
         Ok(())
     })?;
     files::write_atomic(path, &model.encode_to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Model, tensors};
+    use crate::onnx::{GraphProto, OperatorSetIdProto};
+
+    #[test]
+    fn large_weights_leave_for_a_file_of_their_own_and_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let large: Vec<f32> = (0..1500).map(|i| i as f32).collect();
+        let weights = [
+            ("a", HostTensor::new(&[30, 50], &large).unwrap()),
+            ("small", HostTensor::vec(&[7i64, 9])),
+            ("b", HostTensor::new(&[1000], &large[..1000]).unwrap()),
+        ];
+        let graph = GraphProto {
+            initializer: weights.iter().map(|(n, t)| tensors::to_proto(n, t)).collect(),
+            ..GraphProto::default()
+        };
+        let model = ModelProto {
+            ir_version: Some(8),
+            opset_import: vec![OperatorSetIdProto { domain: None, version: Some(18) }],
+            graph: Some(graph),
+            ..ModelProto::default()
+        };
+        let path = dir.path().join("m.onnx");
+        write_with_limit(&model, &path, 100).unwrap();
+        assert!(std::fs::metadata(&path).unwrap().len() < 1000);
+        assert_eq!(std::fs::metadata(dir.path().join("m.onnx.data")).unwrap().len(), 8192 + 4000);
+        let back = Model::load(&path).unwrap();
+        for (proto, (name, tensor)) in back.proto.graph.as_ref().unwrap().initializer.iter().zip(&weights) {
+            assert_eq!(proto.name(), *name);
+            assert_eq!(&tensors::from_proto(proto).unwrap(), tensor);
+        }
+    }
 }
