@@ -1,13 +1,15 @@
 //! Runs ONNX's operator cases through the import and reports which pass, which are refused and which are wrong.
 //!
-//! `cargo run --release --example conformance -- DIR [--json] [--gradients] [--filter TEXT]`, where DIR is
+//! `cargo run --release --example conformance -- DIR [--json] [--gradients] [--device cuda]
+//! [--filter TEXT]`, where DIR is
 //! `onnx/backend/test/data/node` of the wheel onnx==1.22.0, or any folder of that form.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use disback::conformance::{Gradient, Outcome, Report, list, run_case};
+use disback::conformance::{Gradient, Outcome, Report, list, run_case_on};
+use disback::torch::device;
 
 /// ONNX operator cases through the import.
 #[derive(Parser)]
@@ -20,6 +22,9 @@ struct Options {
     /// Also check gradients against central differences in f64.
     #[arg(long)]
     gradients: bool,
+    /// Where values are computed: cpu, cuda, cuda:<index>.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Only cases whose name contains this.
     #[arg(long)]
     filter: Option<String>,
@@ -30,15 +35,15 @@ fn main() -> ExitCode {
     tch::set_num_threads(1);
     // The reason is in the report; the default hook would print it a second time.
     std::panic::set_hook(Box::new(|_| {}));
-    let dirs = match list(&options.dir) {
-        Ok(dirs) => dirs,
+    let (dirs, device) = match list(&options.dir).and_then(|d| Ok((d, device::parse(&options.device)?))) {
+        Ok(found) => found,
         Err(e) => {
             eprintln!("error: {e}");
             return ExitCode::from(e.exit_code());
         }
     };
     let wanted = |d: &PathBuf| options.filter.as_ref().is_none_or(|f| d.to_string_lossy().contains(f));
-    let cases = dirs.iter().filter(|d| wanted(d)).map(|d| run_case(d, options.gradients)).collect();
+    let cases = dirs.iter().filter(|d| wanted(d)).map(|d| run_case_on(d, options.gradients, device)).collect();
     let report = Report::new(cases);
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report).expect("a report is plain data"));

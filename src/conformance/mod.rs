@@ -133,8 +133,13 @@ pub fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Runs one case; never fails and never panics.
+/// Runs one case on the CPU; never fails and never panics.
 pub fn run_case(dir: &Path, gradients: bool) -> Case {
+    run_case_on(dir, gradients, Device::Cpu)
+}
+
+/// [`run_case`] with the values on another device (gradients are compared in f64 on the CPU all the same).
+pub fn run_case_on(dir: &Path, gradients: bool, device: Device) -> Case {
     let name = dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
     let guarded = |f: &dyn Fn() -> Result<()>| -> (Outcome, Option<String>) {
         match catch_unwind(AssertUnwindSafe(f)) {
@@ -144,7 +149,7 @@ pub fn run_case(dir: &Path, gradients: bool) -> Case {
             Err(panic) => (Outcome::Wrong, Some(format!("panic: {}", panic_text(panic.as_ref())))),
         }
     };
-    let (outcome, reason) = guarded(&|| values(dir));
+    let (outcome, reason) = guarded(&|| values(dir, device));
     // Where the folder lies is no part of the reason.
     let reason = reason.map(|r| r.replace(&format!("{}: ", dir.join("model.onnx").display()), ""));
     let plain = is_plain(dir).unwrap_or(false);
@@ -257,7 +262,7 @@ fn tensor_value(t: &TensorProto) -> Result<Value> {
     Ok(Value::host(convert::to_torch(&tensors::from_proto(t)?)?))
 }
 
-fn values(dir: &Path) -> Result<()> {
+fn values(dir: &Path, device: Device) -> Result<()> {
     let model = Model::load(&dir.join("model.onnx"))?;
     let graph = lower(&model)?;
     let plan = Plan::new(&graph, &[])?;
@@ -266,7 +271,7 @@ fn values(dir: &Path) -> Result<()> {
             graph.inputs.iter().zip(set.inputs).map(|(p, v)| (p.name.as_str(), v)).collect();
         // Twice: the second run takes the specialised plan.
         for pass in ["", "second run: "] {
-            let got = plan.run_typed(&inputs, &[], Device::Cpu, &mut |_, _| {})?;
+            let got = plan.run_typed(&inputs, &[], device, &mut |_, _| {})?;
             for ((port, got), want) in graph.outputs.iter().zip(&got).zip(&set.outputs) {
                 compare(got, want, port.dtype).with_context(|| format!("{pass}output `{}`", port.name))?;
             }

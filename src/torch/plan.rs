@@ -68,6 +68,9 @@ impl From<Device> for Device2 {
     }
 }
 
+/// Specialised plans that are kept at a time: batch sizes, last batches, evaluation.
+const MOST_SIGNATURES: usize = 64;
+
 /// What is left to do for one signature.
 #[derive(Debug)]
 struct Specialised {
@@ -287,7 +290,12 @@ impl Plan {
                 }
                 if !dynamic {
                     let s = self.specialise(&values);
-                    self.specialised.borrow_mut().insert(signature, Rc::new(s));
+                    let mut known = self.specialised.borrow_mut();
+                    // Host inputs that never repeat must not fill the memory.
+                    if known.len() >= MOST_SIGNATURES {
+                        known.clear();
+                    }
+                    known.insert(signature, Rc::new(s));
                 }
             }
         }

@@ -6,8 +6,9 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
-use crate::torch::kernel::{Args, Kernel, one};
+use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
+use crate::torch::plan::is_float;
 use crate::torch::registry::{MANY, Registry};
 
 type Unary = fn(&Tensor) -> Result<Tensor, tch::TchError>;
@@ -55,14 +56,7 @@ pub fn register(r: &mut Registry) {
             |x, y| if util::is_integer(x.kind()) { x.f_divide_tensor_mode(y, "trunc") } else { x.f_div(y) },
         )
     });
-    r.add("Pow", 1, (2, 2), |n| {
-        legacy_broadcast(n, |x, y| {
-            let kind = x.kind();
-            // x^2 and x^0.5 as one exponent are common in exports; a rank-0 exponent keeps libtorch's fast paths.
-            let y = if y.numel() == 1 && y.dim() <= x.dim() { y.f_reshape([0i64; 0])? } else { y.shallow_clone() };
-            x.f_pow(&y)?.f_to_kind(kind)
-        })
-    });
+    r.add("Pow", 1, (2, 2), pow);
     r.add("Mod", 10, (2, 2), |n| {
         let c_style = n.attributes.flag("fmod", false)?;
         Ok(binary(if c_style { |x, y| x.f_fmod_tensor(y) } else { |x, y| x.f_remainder_tensor(y) }))
@@ -121,6 +115,21 @@ pub fn register(r: &mut Registry) {
     });
 }
 
+/// Exports write x^2, x^3 and x^0.5 with a constant exponent, for which libtorch has kernels of their own.
+fn pow(node: &Node) -> Result<Kernel> {
+    if node.opset < 7 {
+        return legacy_broadcast(node, |x, y| x.f_pow(y));
+    }
+    Ok(Kernel::new(|a| {
+        let x = a.t(0)?;
+        let rank = a.shape(1)?.len();
+        if is_float(x.kind()) && rank <= x.dim() && a.value(1)?.is_host() && a.shape(1)?.iter().product::<i64>() == 1 {
+            return one(x.f_pow_tensor_scalar(a.scalar(1)?)?);
+        }
+        one(x.f_pow(a.t(1)?)?.f_to_kind(x.kind())?)
+    }))
+}
+
 fn fold(a: &Args, f: Binary) -> Result<Tensor> {
     let mut acc = a.t(0)?.shallow_clone();
     for i in 1..a.len() {
@@ -166,14 +175,22 @@ fn clip(node: &Node) -> Result<Kernel> {
         }));
     }
     Ok(Kernel::new(|a| {
-        let mut x = a.t(0)?.shallow_clone();
-        if let Some(low) = a.opt(1)? {
-            x = x.f_maximum(&low.f_to_kind(x.kind())?)?;
+        let x = a.t(0)?;
+        let known = |i: usize| !a.has(i) || a.value(i).is_ok_and(Value::is_host);
+        if is_float(x.kind()) && known(1) && known(2) {
+            let bound = |i: usize| if a.has(i) { a.scalar(i).map(Some) } else { Ok(None) };
+            return one(match (bound(1)?, bound(2)?) {
+                (Some(low), Some(high)) => x.f_clamp(low, high)?,
+                (Some(low), None) => x.f_clamp_min(low)?,
+                (None, Some(high)) => x.f_clamp_max(high)?,
+                (None, None) => x.shallow_clone(),
+            });
         }
-        if let Some(high) = a.opt(2)? {
-            x = x.f_minimum(&high.f_to_kind(x.kind())?)?;
-        }
-        one(x)
+        let bound = |i: usize| -> Result<Option<Tensor>> { Ok(a.opt(i)?.map(|t| t.f_to_kind(x.kind())).transpose()?) };
+        one(match (bound(1)?, bound(2)?) {
+            (None, None) => x.shallow_clone(),
+            (low, high) => x.f_clamp_tensor(low, high)?,
+        })
     }))
 }
 

@@ -91,7 +91,11 @@ pub fn rms_norm(node: &Node) -> Result<Kernel> {
     node.attributes.get("stash_type");
     Ok(Kernel::new(move |a| {
         let (x, scale) = (a.t(0)?, a.t(1)?);
-        let axis = util::axis(axis, x.dim())? as i64;
+        let axis = util::axis(axis, x.dim())?;
+        let shape = &x.size()[axis as usize..];
+        if scale.size() == shape && scale.kind() == x.kind() {
+            return one(x.f_rms_norm(shape, Some(scale), eps)?);
+        }
         let (wide, kind) = util::widened(x)?;
         let axes: Vec<i64> = (axis..x.dim() as i64).collect();
         let inverse = wide.f_square()?.f_mean_dim(&axes[..], true, None)?.f_add_scalar(eps)?.f_rsqrt()?;
