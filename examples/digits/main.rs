@@ -99,7 +99,8 @@ fn name(path: &Path) -> String {
 
 /// Removes an earlier demo run, and nothing else that may lie there.
 fn forget(path: &Path) -> Result<()> {
-    if path.join("config.toml").is_file() && path.join("trajectory").is_dir() || path.join("checkpoints").is_dir() {
+    let parts = ["trajectory", "checkpoints"];
+    if path.join("config.toml").is_file() && parts.iter().any(|p| path.join(p).is_dir()) {
         std::fs::remove_dir_all(path).with_context(|| path.display().to_string())?;
     }
     Ok(())
