@@ -38,6 +38,8 @@ enum Rounding {
     PreferCeil,
     Floor,
     Ceil,
+    /// Before opset 11 the specification said nothing; ONNX Runtime rounds up where it shrinks, down where it grows.
+    Old,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +77,7 @@ fn resize(node: &Node) -> Result<Kernel> {
     let wrong = |name: &str, value: &str| Error::invalid(format!("attribute `{name}` is `{value}`"));
     let mode = a.string_or("mode", "nearest")?;
     let coordinates = a.string_or("coordinate_transformation_mode", if old { "asymmetric" } else { "half_pixel" })?;
-    let rounding = a.string_or("nearest_mode", if old { "floor" } else { "round_prefer_floor" })?;
+    let rounding = a.string_or("nearest_mode", if old { "old" } else { "round_prefer_floor" })?;
     let policy = a.string_or("keep_aspect_ratio_policy", "stretch")?;
     let options = Options {
         mode: match mode.as_str() {
@@ -102,6 +104,7 @@ fn resize(node: &Node) -> Result<Kernel> {
             "round_prefer_ceil" => Rounding::PreferCeil,
             "floor" => Rounding::Floor,
             "ceil" => Rounding::Ceil,
+            "old" if old => Rounding::Old,
             other => return Err(wrong("nearest_mode", other)),
         },
         antialias: a.flag("antialias", false)?,
@@ -219,7 +222,7 @@ impl Options {
         if self.mode == Mode::Nearest {
             let rounds = matches!(self.rounding, Rounding::PreferFloor | Rounding::PreferCeil);
             let same = match self.coordinates {
-                Coordinates::Asymmetric => self.rounding == Rounding::Floor,
+                Coordinates::Asymmetric => matches!(self.rounding, Rounding::Floor | Rounding::Old),
                 Coordinates::HalfPixel => rounds,
                 _ => false,
             };
@@ -289,24 +292,29 @@ impl Options {
         Ok(y.f_masked_fill(&mask, self.extrapolation)?)
     }
 
-    /// Where output element `i` lies in the input.
+    /// Where output element `i` lies in the input. In f32, as ONNX Runtime computes it: a scale of 2.3 is no ratio of whole
+    /// numbers, and in more precision what were halves would round the other way.
     fn coordinate(&self, a: &Axis, i: f64) -> f64 {
-        let n = a.input as f64;
+        let (i, n, scale) = (i as f32, a.input as f32, a.scale as f32);
+        f64::from(self.coordinate_f32(a, i, n, scale))
+    }
+
+    fn coordinate_f32(&self, a: &Axis, i: f32, n: f32, scale: f32) -> f32 {
         // The output size before it was cut to a whole number.
-        let width = a.scale * n;
+        let width = scale * n;
         match self.coordinates {
-            Coordinates::Asymmetric => i / a.scale,
-            Coordinates::HalfPixel => (i + 0.5) / a.scale - 0.5,
+            Coordinates::Asymmetric => i / scale,
+            Coordinates::HalfPixel => (i + 0.5) / scale - 0.5,
             Coordinates::PytorchHalfPixel if width == 1.0 => -0.5,
-            Coordinates::PytorchHalfPixel => (i + 0.5) / a.scale - 0.5,
+            Coordinates::PytorchHalfPixel => (i + 0.5) / scale - 0.5,
             Coordinates::AlignCorners if width == 1.0 => 0.0,
             Coordinates::AlignCorners => i * (n - 1.0) / (width - 1.0),
             Coordinates::HalfPixelSymmetric => {
-                let adjustment = a.output as f64 / width;
-                n / 2.0 * (1.0 - adjustment) + (i + 0.5) / a.scale - 0.5
+                let adjustment = a.output as f32 / width;
+                n / 2.0 * (1.0 - adjustment) + (i + 0.5) / scale - 0.5
             }
             Coordinates::TfCropAndResize => {
-                let (start, end) = a.roi;
+                let (start, end) = (a.roi.0 as f32, a.roi.1 as f32);
                 let inner = if width == 1.0 {
                     (end - start) * (n - 1.0) / 2.0
                 } else {
@@ -324,6 +332,13 @@ impl Options {
             let index = match self.rounding {
                 Rounding::Floor => at.floor(),
                 Rounding::Ceil => at.ceil(),
+                Rounding::Old => {
+                    if a.scale < 1.0 {
+                        at.ceil()
+                    } else {
+                        at.floor()
+                    }
+                }
                 Rounding::PreferFloor => (at - 0.5).ceil(),
                 Rounding::PreferCeil => (at + 0.5).floor(),
             };

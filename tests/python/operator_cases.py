@@ -1,6 +1,6 @@
-"""Operator cases of the com.microsoft domain, in the form of ONNX's own suite: DIR/<case>/model.onnx and
-test_data_set_0/{input,output}_<i>.pb. Expected outputs are ONNX Runtime's (CPU), or numpy's for the operators that ONNX
-Runtime has for CUDA only."""
+"""Operator cases that ONNX's own suite lacks, in its form (DIR/<case>/model.onnx, test_data_set_0/{input,output}_<i>.pb):
+the com.microsoft domain, and older operator sets, whose meaning or form differs from the newest. Expected outputs are
+ONNX Runtime's (CPU), or numpy's for the operators that ONNX Runtime has for CUDA only."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,8 @@ def gelu(x):
     return (0.5 * x * (1 + erf(x / np.sqrt(2)))).astype(np.float32)
 
 
-def write(root, name, op, inputs, outputs=1, expected=None, asked=None, domain="com.microsoft", **attributes):
+def write(root, name, op, inputs, outputs=1, expected=None, asked=None, domain="com.microsoft", opset=17, integers=(),
+          **attributes):
     """`asked` lists which outputs are named; `expected` holds numpy's answers where ONNX Runtime has no CPU kernel."""
     names = [f"x{i}" if v is not None else "" for i, v in enumerate(inputs)]
     asked = range(outputs) if asked is None else asked
@@ -35,12 +36,14 @@ def write(root, name, op, inputs, outputs=1, expected=None, asked=None, domain="
     given = [(n, v) for n, v in zip(names, inputs) if v is not None]
     elem = helper.np_dtype_to_tensor_dtype
     ports = [helper.make_tensor_value_info(n, elem(v.dtype), v.shape) for n, v in given]
-    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in out_names if n]
+    kinds = [TensorProto.INT64 if i in integers else TensorProto.FLOAT for i in asked]
+    results = [helper.make_tensor_value_info(n, k, None) for n, k in zip([n for n in out_names if n], kinds)]
     graph = helper.make_graph([node], name, ports, results)
-    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=9)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=9 if opset > 8 else 4)
     if expected is None:
         options = ort.SessionOptions()
+        options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         expected = session.run(None, dict(given))
@@ -76,7 +79,7 @@ def nhwc_conv(x, w, b, pads, strides):
     return y
 
 
-def main(root):
+def microsoft(root):
     x = normal(2, 5, 8)
     write(root, "gelu", "Gelu", [x])
     write(root, "fast_gelu", "FastGelu", [x])
@@ -150,5 +153,87 @@ def main(root):
     write(root, "attention_bias", "Attention", [q, normal(12, 36), bias, None, None, normal(2, 3, 4, 4)], num_heads=3)
 
 
+def older(root):
+    def case(name, op, opset, inputs, **attributes):
+        write(root, f"{name}_opset{opset}", op, inputs, domain="", opset=opset, **attributes)
+
+    i64 = lambda *v: np.array(v, np.int64)  # noqa: E731
+    f32 = lambda *v: np.array(v, np.float32)  # noqa: E731
+    x, image = normal(2, 3, 4), normal(1, 2, 5, 7)
+    # Softmax and its kin ran over all axes behind `axis`, flattened.
+    for op in ("Softmax", "LogSoftmax", "Hardmax"):
+        for axis in (0, 1, 2):
+            case(f"{op.lower()}_axis{axis}", op, 11, [x], axis=axis)
+        case(f"{op.lower()}_default", op, 11, [x])
+        case(f"{op.lower()}_default", op, 13, [x])
+    # Attributes that became inputs.
+    case("squeeze", "Squeeze", 11, [normal(1, 3, 1)], axes=[0, 2])
+    case("unsqueeze", "Unsqueeze", 11, [x], axes=[0, 4])
+    case("clip", "Clip", 6, [x], min=-0.5, max=0.75)
+    case("clip_none", "Clip", 6, [x])
+    case("pad", "Pad", 2, [x], pads=[0, 1, 0, 1, 0, 2], value=0.5)
+    case("pad_reflect", "Pad", 2, [x], pads=[0, 1, 2, 0, 1, 1], mode="reflect")
+    case("pad_edge", "Pad", 2, [x], pads=[1, 0, 2, 0, 1, 1], mode="edge")
+    case("slice", "Slice", 9, [x], starts=[0, -3], ends=[2, 100], axes=[1, 2])
+    case("slice_no_axes", "Slice", 9, [x], starts=[1, 0], ends=[2, -1])
+    case("slice_steps", "Slice", 10, [x, i64(3, -1), i64(0, -100), i64(2, 1), i64(-2, -1)])
+    write(root, "split_opset11", "Split", [x], outputs=2, domain="", opset=11, axis=2, split=[1, 3])
+    write(root, "split_even_opset11", "Split", [x], outputs=2, domain="", opset=11, axis=2)
+    write(root, "topk_opset10", "TopK", [x, i64(2)], outputs=2, integers=(1,), domain="", opset=10, axis=1)
+    write(root, "dropout_opset10", "Dropout", [x], domain="", opset=10, ratio=0.3)
+    for op in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceProd", "ReduceL2", "ReduceLogSumExp"):
+        case(op.lower(), op, 11, [x], axes=[-1, 0], keepdims=0)
+        case(f"{op.lower()}_all", op, 11, [x])
+    case("reshape", "Reshape", 5, [x, i64(0, -1)])
+    case("flatten", "Flatten", 9, [x], axis=2)
+    # Broadcasting was one-sided, the slope of PRelu one a channel.
+    case("prelu", "PRelu", 7, [image, normal(2, 1, 1)])
+    case("gemm", "Gemm", 9, [normal(3, 4), normal(5, 4), normal(5)], transB=1, alpha=0.5, beta=2.0)
+    case("batchnorm", "BatchNormalization", 9, [image, normal(2), normal(2), normal(2), np.abs(normal(2)) + 0.1])
+    case("instancenorm", "InstanceNormalization", 6, [image, normal(2), normal(2)])
+    # Resizing in the ways of its time: asymmetric coordinates, rounded down.
+    case("upsample", "Upsample", 9, [image, f32(1, 1, 2, 3)])
+    case("upsample_linear", "Upsample", 9, [image, f32(1, 1, 2, 1.6)], mode="linear")
+    case("upsample", "Upsample", 7, [image], scales=[1.0, 1.0, 2.0, 2.0])
+    case("resize", "Resize", 10, [image, f32(1, 1, 1.7, 0.6)])
+    case("resize_linear", "Resize", 10, [image, f32(1, 1, 1.7, 2)], mode="linear")
+    roi = np.zeros(0, np.float32)
+    for mode in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"):
+        for kind in ("nearest", "linear", "cubic"):
+            # ONNX Runtime and the reference evaluator disagree about corners where the size is no whole number.
+            scales = f32(1, 1, 2, 3) if mode == "align_corners" else f32(1, 1, 1.5, 2.3)
+            case(f"resize_{kind}_{mode}", "Resize", 11, [image, roi, scales], mode=kind, coordinate_transformation_mode=mode)
+            sizes = i64(1, 2, 3, 11)
+            case(f"resize_{kind}_{mode}_sizes", "Resize", 13, [image, roi[:0], None, sizes], mode=kind,
+                 coordinate_transformation_mode=mode)
+    case("resize_floor_asymmetric", "Resize", 13, [image, None, f32(1, 1, 2, 2)], mode="nearest", nearest_mode="floor",
+         coordinate_transformation_mode="asymmetric")
+    # Windows.
+    for count in (0, 1):
+        case(f"averagepool_{count}", "AveragePool", 11, [image], kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2],
+             ceil_mode=1, count_include_pad=count)
+        case(f"averagepool_uneven_{count}", "AveragePool", 10, [image], kernel_shape=[2, 3], pads=[0, 1, 1, 0],
+             count_include_pad=count)
+    case("maxpool", "MaxPool", 10, [image], kernel_shape=[3, 2], pads=[1, 0, 1, 1], strides=[2, 1], dilations=[1, 2])
+    case("maxpool_same", "MaxPool", 8, [image], kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_LOWER")
+    case("conv_same", "Conv", 11, [image, normal(3, 2, 3, 2)], strides=[2, 2], auto_pad="SAME_UPPER")
+    case("conv_groups", "Conv", 11, [normal(1, 4, 6), normal(6, 2, 3), normal(6)], group=2, pads=[2, 0], dilations=[2])
+    w = normal(2, 3, 3, 3)
+    case("convtranspose", "ConvTranspose", 11, [image, w], strides=[2, 2], pads=[1, 0, 1, 1], output_padding=[1, 0])
+    case("convtranspose_same", "ConvTranspose", 11, [image, w], strides=[2, 2], auto_pad="SAME_UPPER")
+    case("convtranspose_shape", "ConvTranspose", 11, [image, w], strides=[2, 2], output_shape=[10, 15])
+    case("lrn", "LRN", 1, [normal(1, 6, 3, 3)], size=5, alpha=0.3, beta=0.6, bias=1.5)
+    case("lstm", "LSTM", 7, [normal(3, 2, 4), normal(2, 20, 4), normal(2, 20, 5), normal(2, 40)], hidden_size=5,
+         direction="bidirectional")
+    case("gru", "GRU", 7, [normal(3, 2, 4), normal(1, 15, 4), normal(1, 15, 5), normal(1, 30)], hidden_size=5,
+         direction="reverse", linear_before_reset=1)
+    case("gather", "Gather", 11, [x, np.array([[0, -1], [2, 1]], np.int64)], axis=2)
+    case("where", "Where", 9, [normal(3, 1) > 0, x[0], normal(4)])
+    case("einsum", "Einsum", 12, [normal(2, 3, 4), normal(2, 5, 4)], equation="b i d, b j d -> b i j")
+    case("layernorm", "LayerNormalization", 17, [x, normal(3, 4), normal(3, 4)], axis=1)
+    case("gridsample", "GridSample", 16, [image, np.tanh(normal(1, 3, 4, 2))], mode="bicubic", padding_mode="reflection")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    microsoft(Path(sys.argv[1]))
+    older(Path(sys.argv[1]))
