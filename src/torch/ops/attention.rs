@@ -102,7 +102,6 @@ impl Attention {
         let v = repeat_heads(&v, q.size()[1])?;
         let scale = self.scale.unwrap_or_else(|| 1.0 / (q.size()[3] as f64).sqrt());
         let bias = self.bias(a, &q, k.size()[2], past)?;
-        // A row that sees nothing is NaN in the specification, zero in libtorch's fused kernels; only a mask can make one.
         let own_precision = self.precision.is_none_or(|p| p == q.kind() || p == Kind::Float);
         let fused = self.shown.is_none() && self.softcap == 0.0 && own_precision;
         let (y, shown) = if fused {
@@ -171,13 +170,20 @@ impl Attention {
             shown = scores.shallow_clone();
         }
         debug_assert!(!self.causal || bias.is_some() || past == 0);
+        // A row that sees nothing gives zero, as in libtorch's fused kernels and ONNX Runtime.
+        let mut blind = None;
         if let Some(b) = bias {
+            blind = Some(b.f_amax([-1i64].as_slice(), true)?.f_eq(f64::NEG_INFINITY)?);
             scores = scores.f_add(&b)?;
         }
         if self.shown == Some(2) {
             shown = scores.shallow_clone();
         }
-        let weights = scores.f_softmax(-1, self.precision)?.f_to_kind(q.kind())?;
+        let weights = match blind {
+            Some(rows) => scores.f_masked_fill(&rows, 0.0)?.f_softmax(-1, self.precision)?.f_masked_fill(&rows, 0.0)?,
+            None => scores.f_softmax(-1, self.precision)?,
+        };
+        let weights = weights.f_to_kind(q.kind())?;
         if self.shown == Some(3) {
             shown = weights.shallow_clone();
         }

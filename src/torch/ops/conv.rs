@@ -160,9 +160,19 @@ fn conv_transpose(node: &Node) -> Result<Kernel> {
                 let p = Window::sized(&window.pads, "pads", 2 * rank, 0)?;
                 (0..rank).map(|i| (p[i], p[rank + i])).collect()
             }
+            Some(wanted) if output_shape.is_none() && wanted.iter().zip(&full).any(|(w, f)| w > f) => {
+                return Err(Error::unsupported(format!(
+                    "ConvTranspose to {wanted:?}, larger than the {full:?} that the kernel reaches: implementations disagree"
+                ))
+                .hint("export with explicit pads and output_padding"));
+            }
             Some(wanted) => (0..rank)
                 .map(|i| {
                     let total = full[i] - wanted[i];
+                    // More than the kernel reaches: zeros at the end, as with output padding.
+                    if total < 0 {
+                        return (0, total);
+                    }
                     let less = total.div_euclid(2);
                     // The specification gives the odd one to the end for SAME_UPPER only.
                     if window.auto_pad == AutoPad::SameUpper { (less, total - less) } else { (total - less, less) }
@@ -176,7 +186,7 @@ fn conv_transpose(node: &Node) -> Result<Kernel> {
         let (native, late): (Vec<i64>, Vec<i64>) = (0..rank)
             .map(|i| if extra[i] < strides[i].max(dilations[i]) { (extra[i], 0) } else { (0, extra[i]) })
             .unzip();
-        let late_any = late.iter().any(|&n| n > 0);
+        let late_any = late.iter().any(|&n| n > 0) || pads.iter().any(|&(b, e)| b < 0 || e < 0);
         let y =
             x.f_convolution(&w, if late_any { None } else { bias }, strides, padding, dilations, true, native, groups)?;
         let mut y = y;

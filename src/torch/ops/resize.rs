@@ -295,6 +295,11 @@ impl Options {
     /// Where output element `i` lies in the input. In f32, as ONNX Runtime computes it: a scale of 2.3 is no ratio of whole
     /// numbers, and in more precision what were halves would round the other way.
     fn coordinate(&self, a: &Axis, i: f64) -> f64 {
+        if self.coordinates == Coordinates::HalfPixelSymmetric {
+            let n = a.input as f64;
+            let adjustment = a.output as f64 / (a.scale * n);
+            return n / 2.0 * (1.0 - adjustment) + (i + 0.5) / a.scale - 0.5;
+        }
         let (i, n, scale) = (i as f32, a.input as f32, a.scale as f32);
         f64::from(self.coordinate_f32(a, i, n, scale))
     }
@@ -304,15 +309,11 @@ impl Options {
         let width = scale * n;
         match self.coordinates {
             Coordinates::Asymmetric => i / scale,
-            Coordinates::HalfPixel => (i + 0.5) / scale - 0.5,
+            Coordinates::HalfPixel | Coordinates::HalfPixelSymmetric => (i + 0.5) / scale - 0.5,
             Coordinates::PytorchHalfPixel if width == 1.0 => -0.5,
             Coordinates::PytorchHalfPixel => (i + 0.5) / scale - 0.5,
             Coordinates::AlignCorners if width == 1.0 => 0.0,
             Coordinates::AlignCorners => i * (n - 1.0) / (width - 1.0),
-            Coordinates::HalfPixelSymmetric => {
-                let adjustment = a.output as f32 / width;
-                n / 2.0 * (1.0 - adjustment) + (i + 0.5) / scale - 0.5
-            }
             Coordinates::TfCropAndResize => {
                 let (start, end) = (a.roi.0 as f32, a.roi.1 as f32);
                 let inner = if width == 1.0 {

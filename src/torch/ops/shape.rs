@@ -237,7 +237,11 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> Result<
             Ok(x.f_slice(axis, start, end.max(start), step)?)
         }
         _ => {
-            let start = wrap(start).clamp(-1, n - 1);
+            if n == 0 {
+                return Ok(x.shallow_clone());
+            }
+            // Unlike numpy's, a start before the first element is the first element.
+            let start = wrap(start).clamp(0, n - 1);
             let end = if end < -n { -1 } else { wrap(end).clamp(-1, n - 1) };
             if start <= end {
                 return Ok(x.f_slice(axis, 0, 0, 1)?);
@@ -289,6 +293,10 @@ fn pad(node: &Node) -> Result<Kernel> {
             return one(y);
         }
         let mut y = x.shallow_clone();
+        if mode == "wrap" && amounts.iter().any(|&(_, b, e)| b < 0 || e < 0) {
+            return Err(Error::unsupported("Pad in mode wrap with negative amounts: implementations disagree")
+                .hint("crop with Slice before"));
+        }
         for (axis, begin, end) in amounts.into_iter().filter(|&(_, b, e)| b != 0 || e != 0) {
             let n = y.size()[axis as usize];
             util::table_len(n.saturating_add(begin).saturating_add(end))?;
