@@ -140,6 +140,11 @@ fn merged(mut into: Value, from: &Value) -> Value {
     }
 }
 
+/// Every class as often as the others, for teacher and students alike.
+fn request() -> Request {
+    Request { batch: BATCH, classes: (0..10).collect(), ..Request::default() }
+}
+
 /// Distances in the classifier's feature space.
 struct Judge {
     net: FeatureNet,
@@ -165,12 +170,7 @@ impl Judge {
 
     fn teacher(&mut self, path: &Path, engine: &EngineOptions) -> Result<Value> {
         let mut teacher = TeacherOnEngine::open(path, &[], engine)?;
-        let request = TeacherRequest {
-            images: Request { batch: BATCH, ..Request::default() },
-            sampler: Sampler::Heun,
-            steps: TEACHER_STEPS,
-            guidance: 1.0,
-        };
+        let request = TeacherRequest { images: request(), sampler: Sampler::Heun, steps: TEACHER_STEPS, guidance: 1.0 };
         teacher.sample(&request, 0, BATCH)?;
         let started = Instant::now();
         let samples = teacher.sample(&request, 0, IMAGES)?;
@@ -181,7 +181,7 @@ impl Judge {
 
     fn student(&mut self, path: &Path, engine: &EngineOptions) -> Result<Value> {
         let mut student = Student::open(path, engine)?;
-        let request = Request { batch: BATCH, ..Request::default() };
+        let request = request();
         student.sample(&request, 0, BATCH)?;
         let started = Instant::now();
         let samples = student.sample(&request, 0, IMAGES)?;
