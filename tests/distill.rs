@@ -127,6 +127,32 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
 }
 
 #[test]
+fn every_objective_distils_the_digits_teacher() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let objectives = ["dmd", "diff-instruct", "sds", "sid", "sim"];
+    let mut students = Vec::new();
+    for objective in objectives {
+        for nodes in ["0", "2"] {
+            let run = format!("{objective}-{nodes}");
+            let small = with(&SMALL[..6], &SMALL[8..]);
+            ok(dir, &with(&["distill", TEACHER, "-o", &run, "--objective", objective, "--nodes", nodes], &small));
+            let rows = rows(&dir.join(&run));
+            let first = rows.iter().find(|r| r["stage"] == "backtrack").unwrap();
+            let loss = first["loss_generator"].as_f64().unwrap();
+            // Without a trajectory the fake score starts as the teacher: where scores are compared they are equal.
+            assert_eq!(loss == 0.0, nodes == "0" && objective != "sds", "{run}: {loss}");
+            assert_eq!(first["loss_fake"].is_null(), objective == "sds", "{run}");
+            assert!(first["grad_norm_generator"].as_f64().unwrap().is_finite(), "{run}");
+            students.push(weights(&dir.join(&run)));
+        }
+    }
+    students.sort();
+    students.dedup();
+    assert_eq!(students.len(), 2 * objectives.len(), "every objective and trajectory makes a student of its own");
+}
+
+#[test]
 fn a_run_that_was_interrupted_and_resumed_ends_with_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

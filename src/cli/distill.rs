@@ -74,7 +74,7 @@ pub struct BacktrackOptions {
     /// Generator updates. [backtrack.updates]
     #[arg(long, value_name = "N")]
     pub updates: Option<u64>,
-    /// diff-instruct or dmd. [objective]
+    /// dmd, diff-instruct (or vsd), sid, sim or sds. [objective]
     #[arg(long)]
     pub objective: Option<String>,
     /// Guidance scale of the targets. [guidance]
@@ -311,7 +311,7 @@ pub(super) fn method(config: &Config) -> &'static str {
 }
 
 pub(super) fn objective_name(config: &Config) -> String {
-    crate::distill::objective::objective(config.objective).name().to_owned()
+    crate::distill::objective::objective(config).name().to_owned()
 }
 
 /// A wrong import must not cost a night of training: a small batch through ONNX Runtime first, where it is installed.

@@ -64,7 +64,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
             let conditions = batches.conditions(&draws, teacher)?;
             let z = batches.noise(&draws, Use::Latent)?;
             let x0 = tch::no_grad(|| teacher.generate(&z, &conditions, &start))?;
-            let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, batches.batch);
+            let sigmas = draws.sigmas(Use::FakeSigma, &batches.degrade_levels, batches.batch);
             let noise = batches.noise(&draws, Use::FakeNoise)?;
             let loss = denoising_loss(&copy, &x0, &sigmas, &noise, &conditions)?;
             log.meters.add("loss_fake", &loss)?;
@@ -143,7 +143,7 @@ impl Probe {
         let z = batches.noise(&draws, Use::Latent)?;
         let x0 = tch::no_grad(|| teacher.generate(&z, &conditions, start))?;
         let noise = batches.noise(&draws, Use::FakeNoise)?;
-        Ok(Self { x0, sigmas: batches.fake_levels.spread(batches.batch), noise, conditions })
+        Ok(Self { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })
     }
 
     fn loss(&self, denoiser: &Denoiser) -> Result<f32> {

@@ -96,13 +96,19 @@ impl Levels {
     /// Entries `range` (first and last, counted in `config.levels`) of a schedule's rising table of noise levels. A
     /// table with another number of entries, such as a VP schedule's own, is cut in the same proportion. `discrete`:
     /// the network knows no level beside the table's.
-    pub fn new(config: &NoiseConfig, range: [usize; 2], table: &[f64], discrete: bool) -> Self {
+    pub fn new(
+        config: &NoiseConfig,
+        distribution: Distribution,
+        range: [usize; 2],
+        table: &[f64],
+        discrete: bool,
+    ) -> Self {
         let scale = |i: usize| {
             let at = i as f64 * (table.len() - 1) as f64 / (config.levels - 1) as f64;
             (at.round() as usize).min(table.len() - 1)
         };
         let part = &table[scale(range[0])..=scale(range[1])];
-        match config.distribution {
+        match distribution {
             Distribution::Table => Self::Table(part.to_vec()),
             Distribution::Lognormal => Self::Lognormal {
                 mean: config.log_mean,
@@ -167,33 +173,30 @@ mod tests {
     #[test]
     fn ranges_are_cut_from_the_table() {
         let config = NoiseConfig::default();
-        let levels = Levels::new(&config, [20, 980], &table(), false);
+        let levels = Levels::new(&config, Distribution::Table, [20, 980], &table(), false);
         let drawn = Draws::new(1, Phase::Backtrack, 3, 0).sigmas(Use::GeneratorSigma, &levels, 50_000);
         let (low, high) = drawn.iter().fold((f64::MAX, 0.0f64), |(l, h), &s| (l.min(s), h.max(s)));
         assert_eq!((low, high), (21.0, 981.0));
         let mean = drawn.iter().sum::<f64>() / drawn.len() as f64;
         assert!((mean - 501.0).abs() < 5.0, "{mean}");
         // A table of 100 steps is cut in proportion.
-        let Levels::Table(part) = Levels::new(&config, [20, 980], &table()[..100], true) else { panic!() };
+        let Levels::Table(part) = Levels::new(&config, Distribution::Table, [20, 980], &table()[..100], true) else {
+            panic!()
+        };
         assert_eq!((part[0], part[part.len() - 1]), (3.0, 98.0));
         assert_eq!(levels.spread(4).len(), 4);
     }
 
     #[test]
     fn lognormal_levels_have_the_moments_and_snap_to_a_discrete_table() {
-        let config = NoiseConfig {
-            distribution: Distribution::Lognormal,
-            log_mean: 3.0,
-            log_std: 0.5,
-            ..NoiseConfig::default()
-        };
+        let config = NoiseConfig { log_mean: 3.0, log_std: 0.5, ..NoiseConfig::default() };
         let draws = Draws::new(1, Phase::Degrade, 0, 0);
-        let levels = Levels::new(&config, [0, 999], &table(), false);
+        let levels = Levels::new(&config, Distribution::Lognormal, [0, 999], &table(), false);
         let ln: Vec<f64> = draws.sigmas(Use::FakeSigma, &levels, 50_000).iter().map(|s| s.ln()).collect();
         let mean = ln.iter().sum::<f64>() / ln.len() as f64;
         let var = ln.iter().map(|l| (l - mean).powi(2)).sum::<f64>() / ln.len() as f64;
         assert!((mean - 3.0).abs() < 0.01 && (var.sqrt() - 0.5).abs() < 0.01, "{mean} {var}");
-        let snapped = Levels::new(&config, [0, 999], &table(), true);
+        let snapped = Levels::new(&config, Distribution::Lognormal, [0, 999], &table(), true);
         assert!(draws.sigmas(Use::FakeSigma, &snapped, 1000).iter().all(|s| s.fract() == 0.0));
     }
 

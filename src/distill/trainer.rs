@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Conditions, Denoiser, Prediction};
 use crate::distill::checkpoint::{self, Stage, State};
-use crate::distill::config::Config;
+use crate::distill::config::{Config, Distribution, FakeDistribution};
 use crate::distill::draws::{Draws, Levels, Phase, Use};
 use crate::distill::metrics::{Means, Meters, MetricsFile, Row};
 use crate::distill::progress::Progress;
@@ -66,7 +66,10 @@ pub struct Batches {
     seed: u64,
     shape: [i64; 3],
     pub generator_levels: Levels,
+    /// Of the fake score in stage 2.
     pub fake_levels: Levels,
+    /// Of the degrading copy in stage 1.
+    pub degrade_levels: Levels,
 }
 
 impl Batches {
@@ -75,13 +78,21 @@ impl Batches {
         let schedule = card.schedule()?;
         let table = schedule.training_sigmas(config.noise.levels);
         let discrete = schedule.steps().is_some();
+        let noise = &config.noise;
+        let levels = |distribution, range| Levels::new(noise, distribution, range, &table, discrete);
+        let fake = match noise.fake_distribution {
+            FakeDistribution::Same => noise.distribution,
+            FakeDistribution::Table => Distribution::Table,
+            FakeDistribution::Lognormal => Distribution::Lognormal,
+        };
         Ok(Self {
             batch: config.batch,
             device: teacher.params().tensors().first().map_or(Device::Cpu, Tensor::device),
             seed: config.seed,
             shape: card.shape.map(|d| d as i64),
-            generator_levels: Levels::new(&config.noise, config.noise.generator, &table, discrete),
-            fake_levels: Levels::new(&config.noise, config.noise.fake, &table, discrete),
+            generator_levels: levels(noise.distribution, noise.generator),
+            fake_levels: levels(fake, noise.fake),
+            degrade_levels: levels(noise.distribution, noise.fake),
         })
     }
 

@@ -15,6 +15,6 @@ impl Objective for DiffInstruct {
     }
 
     fn loss(&self, t: &Terms) -> Result<Tensor> {
-        surrogate(t.x0, &t.fake.detach().f_sub(&t.target.detach())?)
+        surrogate(t.x0, &t.fake()?.detach().f_sub(&t.target.detach())?)
     }
 }

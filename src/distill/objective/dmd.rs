@@ -2,15 +2,12 @@
 
 use tch::Tensor;
 
-use crate::distill::objective::{Objective, Terms, mean_of_each, surrogate};
+use crate::distill::objective::{Objective, Terms, distance_to_target, surrogate};
 use crate::error::Result;
 
 /// `g = (D_fake - D_target) / mean_chw |x0 - D_target|`.
 #[derive(Debug, Clone, Copy)]
 pub struct Dmd;
-
-/// Keeps 0/0 out where a sample equals its denoised self.
-const SMALLEST_DISTANCE: f64 = 1e-8;
 
 impl Objective for Dmd {
     fn name(&self) -> &'static str {
@@ -18,8 +15,7 @@ impl Objective for Dmd {
     }
 
     fn loss(&self, t: &Terms) -> Result<Tensor> {
-        let (x0, target) = (t.x0.detach(), t.target.detach());
-        let distance = mean_of_each(&x0.f_sub(&target)?.f_abs()?)?.f_clamp_min(SMALLEST_DISTANCE)?;
-        surrogate(t.x0, &t.fake.detach().f_sub(&target)?.f_div(&distance)?)
+        let difference = t.fake()?.detach().f_sub(&t.target.detach())?;
+        surrogate(t.x0, &difference.f_div(&distance_to_target(t)?)?)
     }
 }

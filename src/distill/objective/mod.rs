@@ -2,27 +2,45 @@
 
 mod diff_instruct;
 mod dmd;
+mod sds;
+mod sid;
+mod sim;
+#[cfg(test)]
+mod tests;
 
 use tch::{Kind, Tensor};
 
-use crate::distill::config::ObjectiveKind;
-use crate::error::Result;
+use crate::distill::config::{Config, ObjectiveKind};
+use crate::error::{Error, Result};
 
 pub use diff_instruct::DiffInstruct;
 pub use dmd::Dmd;
+pub use sds::Sds;
+pub use sid::Sid;
+pub use sim::Sim;
 
 /// What an objective sees of one micro-batch; images are f32 `[B, C, H, W]` in the clean samples' scale.
 pub struct Terms<'a> {
-    /// The generator's images; the only tensor here that carries the generator's graph, with `x_t`.
+    /// The generator's images, with the generator's graph.
     pub x0: &'a Tensor,
-    /// `x_t = x0 + sigma e`.
+    /// `x_t = x0 + sigma e`, with the generator's graph.
     pub x_t: &'a Tensor,
+    /// `e ~ N(0, I)`.
+    pub noise: &'a Tensor,
     /// Noise levels, `[B, 1, 1, 1]`.
     pub sigma: &'a Tensor,
-    /// Denoised by the target (a node of the trajectory, or the teacher), guided.
+    /// Denoised by the target (a node of the trajectory, or the teacher), guided. It carries the graph of `x_t` where the
+    /// objective asks for it ([`Objective::through_scores`]).
     pub target: &'a Tensor,
-    /// Denoised by the fake score, never guided.
-    pub fake: &'a Tensor,
+    /// Denoised by the fake score, never guided; `None` where the objective does without. Graph as `target`'s.
+    pub fake: Option<&'a Tensor>,
+}
+
+impl Terms<'_> {
+    /// The fake score's estimate, for objectives that need one.
+    fn fake(&self) -> Result<&Tensor> {
+        self.fake.ok_or_else(|| Error::mismatch("the objective needs a fake score, which is not there"))
+    }
 }
 
 /// A score-distillation objective.
@@ -35,16 +53,33 @@ pub trait Objective: Send + Sync {
         false
     }
 
+    /// Whether there is a fake score to be trained and compared.
+    fn needs_fake(&self) -> bool {
+        true
+    }
+
     /// The loss (rank 0) whose gradient the generator descends.
     fn loss(&self, terms: &Terms) -> Result<Tensor>;
 }
 
-/// The objective of that name.
-pub fn objective(kind: ObjectiveKind) -> Box<dyn Objective> {
-    match kind {
+/// The configured objective.
+pub fn objective(config: &Config) -> Box<dyn Objective> {
+    match config.objective {
         ObjectiveKind::DiffInstruct => Box::new(DiffInstruct),
         ObjectiveKind::Dmd => Box::new(Dmd),
+        ObjectiveKind::Sds => Box::new(Sds),
+        ObjectiveKind::Sid => Box::new(Sid { alpha: config.sid.alpha }),
+        ObjectiveKind::Sim => Box::new(Sim { c: config.sim.c }),
     }
+}
+
+/// Keeps 0/0 out where a sample equals its denoised self.
+const SMALLEST_DISTANCE: f64 = 1e-8;
+
+/// `mean_chw |x0 - D_target|` of each sample, `[B, 1, 1, 1]`, without a graph: the scale by which DMD and SiD divide.
+fn distance_to_target(t: &Terms) -> Result<Tensor> {
+    let distance = t.x0.detach().f_sub(&t.target.detach())?.f_abs()?;
+    Ok(mean_of_each(&distance)?.f_clamp_min(SMALLEST_DISTANCE)?)
 }
 
 /// `0.5 mean (x0 - sg[x0 - g])^2`, a loss whose gradient with respect to `x0` is `g / numel`; its value is half the mean
@@ -58,77 +93,4 @@ pub fn surrogate(x0: &Tensor, g: &Tensor) -> Result<Tensor> {
 pub fn mean_of_each(x: &Tensor) -> Result<Tensor> {
     let dims: Vec<i64> = (1..x.dim() as i64).collect();
     Ok(x.f_mean_dim(dims.as_slice(), true, Kind::Float)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tch::Device;
-
-    /// Target `N(m, v)` and generator `x = theta + s z` (so fake `N(theta, s^2)`), all in one dimension with closed forms:
-    /// `D(x; sigma) = (sd^2 x + sigma^2 mean) / (sd^2 + sigma^2)`.
-    fn denoiser(mean: f64, variance: f64, x: &Tensor, sigma: f64) -> Tensor {
-        (x * variance + sigma * sigma * mean) / (variance + sigma * sigma)
-    }
-
-    fn gradient(kind: ObjectiveKind, theta: f64, s: f64, m: f64, v: f64, sigma: f64) -> (f64, f64, f64) {
-        let (n, options) = (200_000, (Kind::Double, Device::Cpu));
-        let z = Tensor::linspace(0.5 / n as f64, 1.0 - 0.5 / n as f64, n, options).special_ndtri().view([n, 1, 1, 1]);
-        let e = crate::torch::shim::randn(3, &[n, 1, 1, 1], Device::Cpu).unwrap().to_kind(Kind::Double);
-        let t = Tensor::from(theta).set_requires_grad(true);
-        let x0 = &t + &z * s;
-        let x_t = &x0 + &e * sigma;
-        let target = denoiser(m, v, &x_t, sigma).detach();
-        let fake = denoiser(theta, s * s, &x_t, sigma).detach();
-        let level = Tensor::full([n, 1, 1, 1], sigma, options);
-        let terms = Terms { x0: &x0, x_t: &x_t, sigma: &level, target: &target, fake: &fake };
-        let weight = 1.0 / (&x0 - &target).abs().mean(Kind::Double).double_value(&[]);
-        let mean_g = ((&fake - &target) / (&x0 - &target).abs()).mean(Kind::Double).double_value(&[]);
-        objective(kind).loss(&terms).unwrap().backward();
-        (t.grad().double_value(&[]), weight, mean_g)
-    }
-
-    #[test]
-    fn gradient_is_that_of_the_smoothed_kl_for_a_gaussian() {
-        // KL(N(theta, s^2 + sigma^2) || N(m, v + sigma^2)) has the derivative (theta - m) / (v + sigma^2) in theta;
-        // weighted by sigma^2 it is E[D_fake - D_target]. Sign: positive where the generator is too far right.
-        for (theta, m, sigma) in [(1.5, -0.5, 0.7), (-2.0, 0.25, 3.0), (0.3, 0.3, 1.0)] {
-            let (s, v) = (0.8, 1.3);
-            let (got, _, _) = gradient(ObjectiveKind::DiffInstruct, theta, s, m, v, sigma);
-            let expected = sigma * sigma * (theta - m) / (v + sigma * sigma);
-            assert!((got - expected).abs() < 0.01 * expected.abs().max(1.0), "{got} for {expected}");
-        }
-    }
-
-    #[test]
-    fn dmd_divides_each_sample_by_its_distance_to_the_target() {
-        let (got, _, mean_g) = gradient(ObjectiveKind::Dmd, 1.5, 0.8, -0.5, 1.3, 0.7);
-        assert!((got / mean_g - 1.0).abs() < 1e-4, "{got} for {mean_g}");
-        assert!(got > 0.0, "descending must move the generator left, towards the target");
-        assert!(gradient(ObjectiveKind::Dmd, -2.0, 0.8, 0.5, 1.3, 0.7).0 < 0.0);
-    }
-
-    #[test]
-    fn dmd_weight_is_the_samples_own_over_all_pixels() {
-        let x0 = Tensor::from_slice(&[1.0f32, 3.0, 10.0, 30.0]).view([2, 1, 1, 2]).set_requires_grad(true);
-        let target = Tensor::zeros([2, 1, 1, 2], (Kind::Float, Device::Cpu));
-        let fake = Tensor::from_slice(&[2.0f32, 4.0, 40.0, -20.0]).view([2, 1, 1, 2]);
-        let sigma = Tensor::ones([2, 1, 1, 1], (Kind::Float, Device::Cpu));
-        let terms = Terms { x0: &x0, x_t: &x0, sigma: &sigma, target: &target, fake: &fake };
-        Dmd.loss(&terms).unwrap().backward();
-        // Distances 2 and 20; g = (1, 2) and (2, -1), over 4 elements.
-        let got = Vec::<f32>::try_from(&x0.grad().flatten(0, -1)).unwrap();
-        for (g, e) in got.iter().zip([0.25, 0.5, 0.5, -0.25]) {
-            assert!((g - e).abs() < 1e-6, "{got:?}");
-        }
-    }
-
-    #[test]
-    fn a_sample_equal_to_its_target_gives_no_nan() {
-        let x0 = Tensor::ones([1, 1, 1, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let (target, sigma) = (x0.detach(), Tensor::ones([1, 1, 1, 1], (Kind::Float, Device::Cpu)));
-        let terms = Terms { x0: &x0, x_t: &x0, sigma: &sigma, target: &target, fake: &target };
-        Dmd.loss(&terms).unwrap().backward();
-        assert_eq!(x0.grad().abs().sum(Kind::Float).double_value(&[]), 0.0);
-    }
 }

@@ -21,6 +21,7 @@ fn the_command_line_wins_over_the_file_over_the_defaults() {
     assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 5));
     assert_eq!((c.objective, c.device.as_str()), (ObjectiveKind::DiffInstruct, "cpu"));
     assert_eq!(sets(&["noise.fake=[1, 5]", "noise.levels = 6", "noise.generator=[0,2]"]).unwrap().noise.fake, [1, 5]);
+    assert_eq!(sets(&["objective=vsd"]).unwrap().objective, ObjectiveKind::DiffInstruct, "two names of one method");
     assert_eq!(sets(&["backtrack.lr_fake=1"]).unwrap().backtrack.lr_fake, 1.0, "an integer is a number");
 }
 
@@ -33,7 +34,7 @@ fn every_key_survives_being_saved() {
     assert_eq!(c, back);
     assert!(c.differences(&back).unwrap().is_empty());
     // Each key of the saved file can be set on the command line to the value it has.
-    for (key, value) in leaves(&as_table(&c).unwrap()) {
+    for (key, value) in keys::leaves(&keys::as_table(&c).unwrap()) {
         sets(&[&format!("{key}={value}")]).unwrap_or_else(|e| panic!("{key}: {e}"));
     }
 }
@@ -77,6 +78,9 @@ fn values_that_make_no_sense_are_refused() {
         ("optimizer.beta1=1.0", "beta1"),
         ("backtrack.cooldown=1.5", "cooldown"),
         ("degrade.steps=3", "degrade.nodes is 5"),
+        ("sid.alpha=-1", "sid.alpha is -1"),
+        ("sim.c=0", "sim.c is 0"),
+        ("noise.fake_distribution=uniform", "noise.fake_distribution"),
         ("batch", "key=value"),
     ] {
         let e = sets(&[pair]).unwrap_err();

@@ -1,0 +1,86 @@
+//! Values that make no sense, refused before the first step.
+
+use super::{Config, ObjectiveKind};
+use crate::error::{Error, Result};
+
+impl Config {
+    pub(super) fn validate(&self) -> Result<()> {
+        let at_least_one = [
+            ("batch", self.batch as u64),
+            ("accumulate", self.accumulate as u64),
+            ("backtrack.updates", self.backtrack.updates),
+            ("backtrack.ratio", self.backtrack.ratio),
+            ("backtrack.switch_every", self.backtrack.switch_every),
+            ("backtrack.switch_patience", self.backtrack.switch_patience),
+            ("backtrack.switch_max", self.backtrack.switch_max),
+            ("optimizer.max_skips", self.optimizer.max_skips),
+            ("log.every", self.log.every),
+            ("log.sample_steps", self.log.sample_steps as u64),
+        ];
+        if let Some((key, _)) = at_least_one.iter().find(|(_, v)| *v == 0) {
+            return Err(Error::usage(format!("{key} is 0, expected 1 or more")));
+        }
+        let limited = [("batch", self.batch), ("accumulate", self.accumulate), ("log.samples", self.log.samples)];
+        if let Some((key, v)) = limited.iter().find(|(_, v)| *v > 1_000_000) {
+            return Err(Error::usage(format!("{key} is {v}, expected 1000000 or less")));
+        }
+        let rates = [
+            ("degrade.lr", self.degrade.lr),
+            ("backtrack.lr_generator", self.backtrack.lr_generator),
+            ("backtrack.lr_fake", self.backtrack.lr_fake),
+            ("optimizer.eps", self.optimizer.eps),
+            ("noise.log_std", self.noise.log_std),
+            ("sim.c", self.sim.c),
+        ];
+        if let Some((key, v)) = rates.iter().find(|(_, v)| !(v.is_finite() && *v > 0.0)) {
+            return Err(Error::usage(format!("{key} is {v}, expected a number above 0")));
+        }
+        let not_negative = [
+            ("student.sigma_init", self.student.sigma_init),
+            ("guidance", self.guidance),
+            ("optimizer.weight_decay", self.optimizer.weight_decay),
+            ("optimizer.clip", self.optimizer.clip),
+            ("ema.half_life", self.ema.half_life),
+            ("ema.ramp", self.ema.ramp),
+            ("sid.alpha", self.sid.alpha),
+        ];
+        if let Some((key, v)) = not_negative.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
+            return Err(Error::usage(format!("{key} is {v}, expected 0 or more")));
+        }
+        for (key, v) in [("optimizer.beta1", self.optimizer.beta1), ("optimizer.beta2", self.optimizer.beta2)] {
+            if !(0.0..1.0).contains(&v) {
+                return Err(Error::usage(format!("{key} is {v}, expected 0 <= value < 1")));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.backtrack.cooldown) {
+            return Err(Error::usage(format!("backtrack.cooldown is {}, expected 0 to 1", self.backtrack.cooldown)));
+        }
+        if !self.noise.log_mean.is_finite() {
+            return Err(Error::usage(format!("noise.log_mean is {}, expected a number", self.noise.log_mean)));
+        }
+        if !(2..=1_000_000).contains(&self.noise.levels) {
+            return Err(Error::usage(format!("noise.levels is {}, expected 2 to 1000000", self.noise.levels)));
+        }
+        for (key, [low, high]) in [("noise.generator", self.noise.generator), ("noise.fake", self.noise.fake)] {
+            if low > high || high >= self.noise.levels {
+                return Err(Error::usage(format!(
+                    "{key} is [{low}, {high}], expected first <= last <= {} (noise.levels - 1)",
+                    self.noise.levels - 1
+                )));
+            }
+        }
+        if self.objective == ObjectiveKind::Sds && self.backtrack.ratio != 1 {
+            return Err(Error::usage(format!(
+                "backtrack.ratio is {}, but the objective `sds` has no fake score to be stepped: expected 1",
+                self.backtrack.ratio
+            )));
+        }
+        if self.degrade.nodes as u64 > self.degrade.steps {
+            return Err(Error::usage(format!(
+                "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step",
+                self.degrade.nodes, self.degrade.steps
+            )));
+        }
+        Ok(())
+    }
+}

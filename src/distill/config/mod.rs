@@ -1,0 +1,124 @@
+//! The configuration of a distillation: TOML, every key with a default and overridable as `key=value`, unknown keys
+//! refused with the nearest known name, values checked before the first step.
+
+mod check;
+mod keys;
+mod objectives;
+mod sections;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::error::{Context, Error, Result};
+
+pub use objectives::{ObjectiveKind, SidConfig, SimConfig};
+pub use sections::{
+    BacktrackConfig, DegradeConfig, Distribution, EmaConfig, FakeDistribution, LogConfig, NoiseConfig, OptimizerConfig,
+    Spacing, StudentConfig, Switch,
+};
+
+/// Everything that decides a run. Field order is the order of `config.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// Seeds every random draw; each draw depends on (seed, stage, iteration, micro-batch) alone.
+    pub seed: u64,
+    /// `auto`, `cpu`, `cuda` or `cuda:<index>`.
+    pub device: String,
+    /// CPU threads of libtorch; 0: its own choice.
+    pub threads: usize,
+    /// TF32 for f32 matrix products and convolutions on CUDA.
+    pub tf32: bool,
+    /// Images a forward pass.
+    pub batch: usize,
+    /// Forward passes an optimiser step; a step sees `batch * accumulate` images.
+    pub accumulate: usize,
+    pub objective: ObjectiveKind,
+    /// Classifier-free guidance scale of the targets; 1: none.
+    pub guidance: f64,
+    pub student: StudentConfig,
+    pub degrade: DegradeConfig,
+    pub backtrack: BacktrackConfig,
+    pub noise: NoiseConfig,
+    pub optimizer: OptimizerConfig,
+    pub ema: EmaConfig,
+    pub log: LogConfig,
+    pub sid: SidConfig,
+    pub sim: SimConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            device: "auto".into(),
+            threads: 0,
+            tf32: false,
+            batch: 128,
+            accumulate: 1,
+            objective: ObjectiveKind::Dmd,
+            guidance: 1.0,
+            student: StudentConfig::default(),
+            degrade: DegradeConfig::default(),
+            backtrack: BacktrackConfig::default(),
+            noise: NoiseConfig::default(),
+            optimizer: OptimizerConfig::default(),
+            ema: EmaConfig::default(),
+            log: LogConfig::default(),
+            sid: SidConfig::default(),
+            sim: SimConfig::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Defaults, then the file, then `key=value` pairs in order; checked.
+    pub fn resolve(file: Option<&Path>, sets: &[String]) -> Result<Self> {
+        let mut table = match file {
+            None => Table::new(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+                let table: Table = toml::from_str(&text)
+                    .map_err(|e| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))
+                    .with_context(|| path.display().to_string())?;
+                keys::check(&table).with_context(|| path.display().to_string())?;
+                table
+            }
+        };
+        for set in sets {
+            keys::apply(&mut table, set).with_context(|| format!("--set {set}"))?;
+        }
+        let config: Self = Value::Table(table)
+            .try_into()
+            .map_err(|e: toml::de::Error| Error::usage(format!("configuration: {}", e.to_string().trim_end())))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The resolved configuration as TOML text that [`Config::resolve`] reads back unchanged.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::usage(format!("configuration: {e}")))
+    }
+
+    /// Keys with different values, as `(key, here, there)`.
+    pub fn differences(&self, other: &Self) -> Result<Vec<(String, String, String)>> {
+        let mine = keys::leaves(&keys::as_table(self)?);
+        let theirs = keys::leaves(&keys::as_table(other)?);
+        Ok(mine
+            .into_iter()
+            .zip(theirs)
+            .filter(|(a, b)| a.1 != b.1)
+            .map(|(a, b)| (a.0, a.1.to_string(), b.1.to_string()))
+            .collect())
+    }
+
+    /// Images of one optimiser step.
+    pub fn images(&self) -> u64 {
+        (self.batch * self.accumulate) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests;

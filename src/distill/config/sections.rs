@@ -1,0 +1,197 @@
+//! The sections of the configuration, with their defaults.
+
+use serde::{Deserialize, Serialize};
+
+/// Where on stage 1's course the nodes of the trajectory lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Spacing {
+    /// At equal distances in iterations.
+    Iteration,
+    /// At equal ratios of iterations: most nodes early, where the copy changes fastest.
+    LogIteration,
+    /// At equal distances in the loss on the initial student's samples (chosen afterwards from four times as many).
+    Loss,
+}
+
+/// When stage 2 goes on to the next target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// After `switch_every` generator updates each.
+    Count,
+    /// When the score mismatch to the target has stopped falling.
+    Mismatch,
+}
+
+/// How noise levels are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Distribution {
+    /// Uniform over entries of the schedule's table of noise levels.
+    Table,
+    /// `ln sigma ~ N(log_mean, log_std^2)`, within the schedule's range.
+    Lognormal,
+}
+
+/// How the noise levels of the fake score's training are drawn in stage 2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FakeDistribution {
+    /// As `noise.distribution` says.
+    Same,
+    Table,
+    Lognormal,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StudentConfig {
+    /// Noise level at which the teacher's copy becomes the generator; 0: where the schedule starts (EDM sigma_max, the
+    /// last step of a VP table, t = 1 of a flow).
+    pub sigma_init: f64,
+}
+
+/// Stage 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DegradeConfig {
+    /// Nodes beside the teacher (N); 0: no trajectory, the base method.
+    pub nodes: usize,
+    /// Training steps of the degrading copy (at most, where `patience` is set).
+    pub steps: u64,
+    pub lr: f64,
+    pub spacing: Spacing,
+    /// Stop when the loss on the initial student's samples has not fallen by 1 % for this many steps; 0: never.
+    pub patience: u64,
+}
+
+/// Stage 2.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BacktrackConfig {
+    /// Generator updates.
+    pub updates: u64,
+    /// Fake-score steps a generator update.
+    pub ratio: u64,
+    pub lr_generator: f64,
+    pub lr_fake: f64,
+    /// Share of the updates, at the end, over which both learning rates fall linearly to 0; 0: none.
+    pub cooldown: f64,
+    pub switch: Switch,
+    /// Generator updates a target (`switch = "count"`), or between two looks at the mismatch (`"mismatch"`).
+    pub switch_every: u64,
+    /// Looks without a lower mismatch before a switch (`switch = "mismatch"`).
+    pub switch_patience: u64,
+    /// Generator updates a target at most (`switch = "mismatch"`).
+    pub switch_max: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NoiseConfig {
+    /// Entries of the schedule's table of noise levels, rising (EDM: Karras; VP: its own steps).
+    pub levels: usize,
+    /// First and last entry drawn where target and fake score are compared.
+    pub generator: [usize; 2],
+    /// First and last entry drawn for the fake score's training, and for stage 1.
+    pub fake: [usize; 2],
+    pub distribution: Distribution,
+    /// Of the fake score in stage 2. Stage 1 keeps to `distribution`: its nodes must know every level compared later.
+    pub fake_distribution: FakeDistribution,
+    pub log_mean: f64,
+    pub log_std: f64,
+}
+
+/// AdamW, the same for all three networks but for the learning rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct OptimizerConfig {
+    /// 0 keeps the two-player game of stage 2 from oscillating; 0.9 is the usual value elsewhere.
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0: no clipping.
+    pub clip: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// A run stops after this many steps in a row whose gradient was not finite.
+    pub max_skips: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EmaConfig {
+    /// Half-life in images; 0: no averaging.
+    pub half_life: f64,
+    /// The half-life is at most this share of the images seen; 0: no ramp-up.
+    pub ramp: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogConfig {
+    /// Iterations between two rows of `metrics.jsonl`.
+    pub every: u64,
+    /// Images of a sample grid; 0: no grids.
+    pub samples: usize,
+    /// Heun steps of the teacher's and its degraded copies' samples.
+    pub sample_steps: usize,
+    /// Iterations between two checkpoints; 0: only where the run stops.
+    pub checkpoint_every: u64,
+}
+
+impl Default for StudentConfig {
+    fn default() -> Self {
+        Self { sigma_init: 0.0 }
+    }
+}
+impl Default for DegradeConfig {
+    fn default() -> Self {
+        Self { nodes: 5, steps: 400, lr: 1e-5, spacing: Spacing::Iteration, patience: 0 }
+    }
+}
+impl Default for BacktrackConfig {
+    fn default() -> Self {
+        Self {
+            updates: 10_000,
+            ratio: 1,
+            lr_generator: 1e-5,
+            lr_fake: 1e-5,
+            cooldown: 0.3333,
+            switch: Switch::Count,
+            switch_every: 100,
+            switch_patience: 3,
+            switch_max: 1000,
+        }
+    }
+}
+impl Default for NoiseConfig {
+    fn default() -> Self {
+        Self {
+            levels: 1000,
+            generator: [20, 980],
+            fake: [0, 999],
+            distribution: Distribution::Table,
+            fake_distribution: FakeDistribution::Same,
+            log_mean: -1.2,
+            log_std: 1.2,
+        }
+    }
+}
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self { beta1: 0.0, beta2: 0.99, eps: 1e-8, weight_decay: 0.01, clip: 10.0, warmup: 100, max_skips: 20 }
+    }
+}
+impl Default for EmaConfig {
+    fn default() -> Self {
+        Self { half_life: 500_000.0, ramp: 0.2 }
+    }
+}
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { every: 10, samples: 64, sample_steps: 18, checkpoint_every: 500 }
+    }
+}
