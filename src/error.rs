@@ -64,10 +64,13 @@ impl Error {
         self.0.kind
     }
 
-    /// Adds where it happened: a file, a node, a stage. Outer calls add outer context.
+    /// Adds where it happened: a file, a node, a stage. Outer calls add outer context; what was said last is not repeated.
     #[must_use]
     pub fn context(mut self, context: impl Into<String>) -> Self {
-        self.0.context.push(context.into());
+        let context = context.into();
+        if self.0.context.last() != Some(&context) {
+            self.0.context.push(context);
+        }
         self
     }
 

@@ -75,10 +75,22 @@ impl DType {
             12 => Self::U32,
             13 => Self::U64,
             16 => Self::BF16,
-            8 => return Err(Error::unsupported("element type string")),
-            14 | 15 => return Err(Error::unsupported("complex element type")),
-            17..=26 => return Err(Error::unsupported(format!("8-, 4- or 2-bit element type (ONNX type {code})"))),
-            _ => return Err(Error::invalid(format!("unknown element type {code}"))),
+            8 => {
+                return Err(Error::unsupported("element type string")
+                    .hint("texts are turned into numbers before the network: export what follows the tokenizer"));
+            }
+            14 | 15 => {
+                return Err(Error::unsupported("complex element type")
+                    .hint("export real and imaginary parts as two real tensors"));
+            }
+            17..=26 => {
+                return Err(Error::unsupported(format!("8-, 4- or 2-bit element type (ONNX type {code})"))
+                    .hint("export the network before it is quantised"));
+            }
+            _ => {
+                return Err(Error::invalid(format!("unknown element type {code}"))
+                    .hint("the file is damaged, or written for a newer ONNX than this version knows"));
+            }
         })
     }
 }
@@ -154,11 +166,10 @@ impl fmt::Debug for HostTensor {
 
 /// Product of the dimensions, refusing what does not fit in memory addresses (a hostile file may claim 2^60).
 pub fn checked_len(shape: &[usize]) -> Result<usize> {
-    shape
-        .iter()
-        .try_fold(1usize, |n, &d| n.checked_mul(d))
-        .filter(|&n| n <= isize::MAX as usize / 8)
-        .ok_or_else(|| Error::invalid(format!("a tensor of shape {shape:?} is larger than memory")))
+    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= isize::MAX as usize / 8).ok_or_else(|| {
+        Error::invalid(format!("a tensor of shape {shape:?} is larger than memory"))
+            .hint("no exporter writes such a shape: the file is damaged, export again")
+    })
 }
 
 impl HostTensor {
@@ -169,7 +180,8 @@ impl HostTensor {
             return Err(Error::invalid(format!(
                 "{} bytes of data for {dtype}{shape:?}, expected {expected}",
                 data.len()
-            )));
+            ))
+            .hint("shape and data belong to different tensors, or the file was cut short: export again"));
         }
         Ok(Self { dtype, shape, data })
     }

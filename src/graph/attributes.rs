@@ -55,7 +55,8 @@ macro_rules! getter {
                 None => Ok(None),
                 Some(Attribute::$variant(v)) => Ok(Some(v.clone())),
                 Some(other) => {
-                    Err(Error::invalid(format!("attribute `{name}` is {}, expected {}", other.kind(), $expected)))
+                    Err(Error::invalid(format!("attribute `{name}` is {}, expected {}", other.kind(), $expected))
+                        .hint("the operator's specification fixes the kind: export again, or set the attribute with its right type"))
                 }
             }
         }
@@ -111,7 +112,8 @@ impl Attributes {
         let read = self.read.borrow();
         match self.values.keys().find(|k| !read.contains(*k)) {
             None => Ok(()),
-            Some(name) => Err(Error::unsupported(format!("attribute `{name}` is not known for this operator"))),
+            Some(name) => Err(Error::unsupported(format!("attribute `{name}` is not known for this operator"))
+                .hint("it may change the meaning: export for the operator set that the file declares, or remove it")),
         }
     }
 }

@@ -3,14 +3,20 @@
 
 use std::collections::{HashMap, HashSet};
 
+use prost::Message;
+
 use crate::error::{Error, Result};
 use crate::onnx::attribute_proto::AttributeType;
-use crate::onnx::{AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto};
+use crate::onnx::{AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto};
 
 /// More nodes than any real network has: functions that call each other twice grow without end in few bytes.
 const MOST_NODES: usize = 1 << 18;
-/// Deeper than exporters nest modules.
+/// The same for their size: names grow with every level, and attributes are copied with every call. Weights are shared.
+const MOST_BYTES: usize = 1 << 27;
+/// Deeper than exporters nest modules; subgraphs count as levels too.
 const DEEPEST: usize = 64;
+
+const GROWTH: &str = "functions that call each other several times grow at every level: export the model inlined";
 
 /// Domain, name and overload.
 type Key = (String, String, String);
@@ -45,6 +51,7 @@ pub fn inline(model: &mut ModelProto) -> Result<()> {
         used: HashSet::new(),
         calls: 0,
         nodes: 0,
+        bytes: 0,
         called: HashSet::new(),
         labels: HashSet::new(),
     };
@@ -76,6 +83,26 @@ pub fn inline(model: &mut ModelProto) -> Result<()> {
     Ok(())
 }
 
+/// Encoded size without the raw bytes of tensors, which copies share.
+fn size(node: &NodeProto) -> usize {
+    fn raw(node: &NodeProto) -> usize {
+        let tensors = |g: &GraphProto| -> usize {
+            g.initializer.iter().map(raw_len).sum::<usize>() + g.node.iter().map(raw).sum::<usize>()
+        };
+        node.attribute
+            .iter()
+            .map(|a| {
+                a.t.iter().chain(&a.tensors).map(raw_len).sum::<usize>()
+                    + a.g.iter().chain(&a.graphs).map(tensors).sum::<usize>()
+            })
+            .sum()
+    }
+    fn raw_len(t: &TensorProto) -> usize {
+        t.raw_data.as_ref().map_or(0, |d| d.len())
+    }
+    node.encoded_len().saturating_sub(raw(node))
+}
+
 /// Every name that a graph defines or reads.
 fn names(graph: &GraphProto, into: &mut HashSet<String>) {
     into.extend(graph.input.iter().map(|i| i.name().to_owned()));
@@ -93,6 +120,8 @@ struct Inliner<'a> {
     used: HashSet<String>,
     calls: usize,
     nodes: usize,
+    /// Encoded size of the bodies inlined so far.
+    bytes: usize,
     called: HashSet<String>,
     labels: HashSet<String>,
 }
@@ -111,16 +140,17 @@ impl Inliner<'_> {
             return Err(Error::invalid(format!(
                 "functions nest deeper than {DEEPEST}: `{}` is recursive",
                 node.op_type()
-            )));
+            ))
+            .hint("a function must not call itself, directly or through others: write the repetition as a Loop"));
         }
         for a in &mut node.attribute {
             for g in a.g.iter_mut().chain(&mut a.graphs) {
-                self.graph(g, depth)?;
+                self.graph(g, depth + 1)?;
             }
         }
         self.nodes += 1;
         if self.nodes > MOST_NODES {
-            return Err(Error::invalid(format!("more than {MOST_NODES} nodes once functions are inlined")));
+            return Err(Error::invalid(format!("more than {MOST_NODES} nodes once functions are inlined")).hint(GROWTH));
         }
         match self.functions.get(&key_of(&node)).copied() {
             Some(f) => self.call(&node, f, depth, out),
@@ -148,6 +178,7 @@ impl Inliner<'_> {
         // Only the first call under a name has it to itself.
         let repeated = !self.labels.insert(label.to_owned());
         let prefix = if repeated { format!("{label}#{}/", self.calls) } else { format!("{label}/") };
+        let mut bytes = self.bytes;
         let mut renaming = Renaming { map: HashMap::new(), prefix, used: &mut self.used };
         for (i, formal) in f.input.iter().enumerate() {
             renaming.map.insert(formal.clone(), call.input.get(i).cloned().unwrap_or_default());
@@ -172,21 +203,27 @@ impl Inliner<'_> {
                 .chain(f.attribute_proto.iter().map(|a| a.name()))
                 .collect(),
         };
-        let body = f
-            .node
-            .iter()
-            .map(|n| {
-                let mut n = renaming.node(n, &attributes)?;
-                if !n.name().is_empty() {
-                    n.name = Some(format!("{}{}", renaming.prefix, n.name()));
-                }
-                if n.metadata_props.is_empty() {
-                    n.metadata_props = call.metadata_props.clone();
-                }
-                Ok(n)
-            })
-            .collect::<Result<Vec<_>>>()
-            .map_err(context)?;
+        let body =
+            f.node
+                .iter()
+                .map(|n| {
+                    let mut n = renaming.node(n, &attributes)?;
+                    if !n.name().is_empty() {
+                        n.name = Some(format!("{}{}", renaming.prefix, n.name()));
+                    }
+                    if n.metadata_props.is_empty() {
+                        n.metadata_props = call.metadata_props.clone();
+                    }
+                    bytes += size(&n);
+                    if bytes > MOST_BYTES {
+                        return Err(Error::invalid(format!("more than {MOST_BYTES} bytes once functions are inlined"))
+                            .hint(GROWTH));
+                    }
+                    Ok(n)
+                })
+                .collect::<Result<Vec<_>>>()
+                .map_err(context)?;
+        self.bytes = bytes;
         for n in body {
             self.node(n, depth + 1, out)?;
         }

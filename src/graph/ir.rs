@@ -185,7 +185,7 @@ impl Graph {
                 }
                 match state[i] {
                     2 => continue,
-                    1 => return Err(Error::invalid(format!("{} is part of a cycle", self.nodes[i].label()))),
+                    1 => return Err(self.cycle(i)),
                     _ => state[i] = 1,
                 }
                 stack.push((i, true));
@@ -197,7 +197,7 @@ impl Graph {
                         0 => stack.push((p, false)),
                         // On the path from here to itself, unless it merely waits on the stack.
                         1 if stack.iter().any(|&(k, d)| k == p && d) => {
-                            return Err(Error::invalid(format!("{} is part of a cycle", self.nodes[p].label())));
+                            return Err(self.cycle(p));
                         }
                         _ => {}
                     }
@@ -207,6 +207,14 @@ impl Graph {
         let mut nodes: Vec<Option<Node>> = std::mem::take(&mut self.nodes).into_iter().map(Some).collect();
         self.nodes = order.into_iter().map(|i| nodes[i].take().expect("each node once")).collect();
         Ok(())
+    }
+
+    fn cycle(&self, node: usize) -> Error {
+        Error::invalid(format!(
+            "{} is part of a cycle: it reads what is made from its own result",
+            self.nodes[node].label()
+        ))
+        .hint("repetition is written as a Loop or Scan node; export again, or look at this node's inputs")
     }
 
     /// Drops nodes and constants that no output needs.

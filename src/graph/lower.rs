@@ -39,15 +39,23 @@ fn normal_domain(domain: &str) -> &str {
 struct Lowering<'a> {
     graph: Graph,
     ids: HashMap<String, ValueId>,
-    /// Names of the enclosing graph (and of those around it), for subgraphs.
-    outer: Option<&'a HashMap<String, ValueId>>,
+    /// What an enclosing graph defines, for subgraphs.
+    outer: Option<&'a Scope<'a>>,
 }
 
-fn lower_graph(
-    proto: &GraphProto,
-    opsets: &BTreeMap<String, i64>,
-    outer: Option<&HashMap<String, ValueId>>,
-) -> Result<Graph> {
+/// Names of a graph and of those around it.
+struct Scope<'a> {
+    ids: &'a HashMap<String, ValueId>,
+    outer: Option<&'a Scope<'a>>,
+}
+
+impl Scope<'_> {
+    fn knows(&self, name: &str) -> bool {
+        self.ids.contains_key(name) || self.outer.is_some_and(|o| o.knows(name))
+    }
+}
+
+fn lower_graph(proto: &GraphProto, opsets: &BTreeMap<String, i64>, outer: Option<&Scope>) -> Result<Graph> {
     let mut l = Lowering {
         graph: Graph { name: proto.name().to_owned(), opsets: opsets.clone(), ..Graph::default() },
         ids: HashMap::new(),
@@ -69,7 +77,8 @@ fn lower_graph(
         // Up to IR version 3 initializers are listed among the inputs too: as default values, which we take.
         if l.ids.contains_key(input.name()) {
             if l.graph.inputs.iter().any(|p| p.name == input.name()) {
-                return Err(Error::invalid(format!("two graph inputs are named `{}`", input.name())));
+                return Err(Error::invalid(format!("two graph inputs are named `{}`", input.name()))
+                    .hint("every value has a name of its own: rename one of the two, or export again"));
             }
             continue;
         }
@@ -108,7 +117,18 @@ fn node_label(node: &NodeProto, index: usize) -> String {
 
 fn port(info: &ValueInfoProto, value: ValueId) -> Result<Port> {
     let mut port = Port { name: info.name().to_owned(), value, dtype: None, shape: None };
-    if let Some(type_proto::Value::TensorType(t)) = info.r#type.as_ref().and_then(|t| t.value.as_ref()) {
+    let declared = info.r#type.as_ref().and_then(|t| t.value.as_ref());
+    let other = match declared {
+        Some(type_proto::Value::SparseTensorType(_)) => "a sparse tensor",
+        Some(type_proto::Value::MapType(_)) => "a map",
+        Some(type_proto::Value::OpaqueType(_)) => "of an opaque type",
+        _ => "",
+    };
+    if !other.is_empty() {
+        return Err(Error::unsupported(format!("`{}` is {other}", info.name()))
+            .hint("export the network with dense tensors as its inputs and outputs"));
+    }
+    if let Some(type_proto::Value::TensorType(t)) = declared {
         port.dtype = match t.elem_type() {
             0 => None,
             code => Some(DType::from_onnx(code).with_context(|| format!("`{}`", info.name()))?),
@@ -134,7 +154,8 @@ impl Lowering<'_> {
         }
         let id = self.graph.names.len();
         if self.ids.insert(name.to_owned(), id).is_some() {
-            return Err(Error::invalid(format!("value `{name}` is defined twice")));
+            return Err(Error::invalid(format!("value `{name}` is defined twice"))
+                .hint("every value has a name of its own: rename one of the two, or export again"));
         }
         self.graph.names.push(name.to_owned());
         Ok(id)
@@ -144,14 +165,15 @@ impl Lowering<'_> {
         if let Some(&id) = self.ids.get(name) {
             return Ok(id);
         }
-        if self.outer.is_some_and(|o| o.contains_key(name)) {
+        if self.outer.is_some_and(|o| o.knows(name)) {
             let id = self.define(name)?;
             self.graph.captures.push((name.to_owned(), id));
             return Ok(id);
         }
         Err(Error::invalid(format!(
             "value `{name}` is read but never made: no input, initializer or node has this name"
-        )))
+        ))
+        .hint("where the file was cut from a larger one, onnx.utils.extract_model keeps what is needed"))
     }
 
     fn node(&mut self, proto: &NodeProto, index: usize, opsets: &BTreeMap<String, i64>) -> Result<()> {
@@ -168,7 +190,8 @@ impl Lowering<'_> {
             let value =
                 self.attribute(a, opsets, &mut captures).with_context(|| format!("attribute `{}`", a.name()))?;
             if values.insert(a.name().to_owned(), value).is_some() {
-                return Err(Error::invalid(format!("attribute `{}` is given twice", a.name())));
+                return Err(Error::invalid(format!("attribute `{}` is given twice", a.name()))
+                    .hint("only one can hold: remove the other, or export again"));
             }
         }
         if domain.is_empty()
@@ -225,10 +248,8 @@ impl Lowering<'_> {
             },
             AttributeType::Graph => {
                 let g = a.g.as_ref().ok_or_else(|| Error::invalid("says it is a graph but holds none"))?;
-                // What the subgraph may see: our names and those that we may see ourselves.
-                let mut visible = self.outer.cloned().unwrap_or_default();
-                visible.extend(self.ids.iter().map(|(k, v)| (k.clone(), *v)));
-                let sub = lower_graph(g, opsets, Some(&visible))?;
+                let scope = Scope { ids: &self.ids, outer: self.outer };
+                let sub = lower_graph(g, opsets, Some(&scope))?;
                 for (name, _) in &sub.captures {
                     let id = self.resolve(name)?;
                     if !captures.iter().any(|(n, _)| n == name) {
@@ -241,7 +262,9 @@ impl Lowering<'_> {
             AttributeType::Graphs => Attribute::Other("a list of graphs"),
             AttributeType::SparseTensor | AttributeType::SparseTensors => Attribute::Other("a sparse tensor"),
             AttributeType::TypeProto | AttributeType::TypeProtos => Attribute::Other("a type"),
-            AttributeType::Undefined => return Err(Error::invalid("has no type and no value")),
+            AttributeType::Undefined => {
+                return Err(Error::invalid("has no type and no value").hint("the file is damaged here: export again"));
+            }
         })
     }
 }
@@ -282,6 +305,13 @@ fn constant_value(values: &BTreeMap<String, Attribute>) -> Result<Option<HostTen
             ("value_floats", Attribute::Floats(v)) => Some(HostTensor::vec(v)),
             ("value_int", Attribute::Int(v)) => Some(HostTensor::scalar(*v)),
             ("value_ints", Attribute::Ints(v)) => Some(HostTensor::vec(v)),
+            ("sparse_value", _) => {
+                return Err(Error::unsupported("a sparse tensor").hint("export the weights dense"));
+            }
+            ("value_string" | "value_strings", _) => {
+                return Err(Error::unsupported("a text where a tensor of numbers is expected")
+                    .hint("texts are turned into numbers before the network: export what follows the tokenizer"));
+            }
             _ => None,
         },
         _ => return Err(Error::invalid("a Constant must have exactly one value attribute")),

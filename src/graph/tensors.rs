@@ -19,7 +19,12 @@ pub fn from_proto(t: &TensorProto) -> Result<HostTensor> {
         let shape = t
             .dims
             .iter()
-            .map(|&d| usize::try_from(d).map_err(|_| Error::invalid(format!("negative dimension in {:?}", t.dims))))
+            .map(|&d| {
+                usize::try_from(d).map_err(|_| {
+                    Error::invalid(format!("negative dimension in {:?}", t.dims))
+                        .hint("weights have fixed sizes: export again")
+                })
+            })
             .collect::<Result<Vec<_>>>()?;
         let len = checked_len(&shape)?;
         if let Some(raw) = &t.raw_data {
@@ -29,7 +34,8 @@ pub fn from_proto(t: &TensorProto) -> Result<HostTensor> {
             if n == len {
                 Ok(())
             } else {
-                Err(Error::invalid(format!("{n} elements of data for {dtype}{shape:?}, expected {len}")))
+                Err(Error::invalid(format!("{n} elements of data for {dtype}{shape:?}, expected {len}"))
+                    .hint("shape and data belong to different tensors, or the file was cut short: export again"))
             }
         };
         let bytes: Vec<u8> = match dtype {

@@ -102,6 +102,9 @@ pub fn compare(name: &str, ours: &HostTensor, theirs: &HostTensor, tolerance: To
     Ok(OutputError { name: name.to_owned(), ok, max_abs, max_rel })
 }
 
+/// More elements than an input of any diffusion network has for a small batch: a file may declare 2^60.
+const MOST_RANDOM: usize = 1 << 28;
+
 /// Random inputs that fit the graph's signature, and the card where there is one: noise for samples, noise levels inside the
 /// schedule, existing classes. `dims` fixes symbolic dimensions; the first unknown one is the batch.
 pub fn random_inputs(
@@ -132,7 +135,10 @@ pub fn random_inputs(
                 },
             })
             .collect::<Result<Vec<usize>>>()?;
-        let len: usize = shape.iter().product();
+        let len = crate::tensor::checked_len(&shape).ok().filter(|&n| n <= MOST_RANDOM).ok_or_else(|| {
+            Error::usage(format!("input `{}` of shape {shape:?} is too large for random data", p.name))
+                .hint("give --inputs FILE.npz")
+        })?;
         let values: Vec<f64> = match (role(p, card), dtype) {
             (InputRole::Time(unit), _) => (0..len)
                 .map(|_| match unit {

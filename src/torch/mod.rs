@@ -1,6 +1,7 @@
 //! ONNX operators on libtorch: a shared immutable plan, parameter sets, networks, the optimiser and devices.
 
 pub mod convert;
+pub mod deciding;
 pub mod device;
 pub mod ema;
 pub mod kernel;

@@ -11,10 +11,10 @@ use crate::graph::roles::{self, Buffer, Parameter};
 use crate::graph::{Graph, Model, Port, TrainableChoice, lower};
 use crate::onnx::ModelProto;
 use crate::tensor::HostTensor;
-use crate::torch::convert;
 use crate::torch::kernel::Value;
 use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
+use crate::torch::{convert, deciding};
 
 /// What the method needs of a network: named inputs in, named outputs out, and its parameters.
 pub trait Forward {
@@ -94,6 +94,7 @@ impl Network {
         let raised = if options.raise { raise::raise(&mut graph) } else { Report::default() };
         graph.remove_dead();
         let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
+        deciding::check_branches(&graph)?;
         let plan = Plan::new(&graph, &values)?;
         let mut tensors = Vec::with_capacity(values.len());
         for p in &roles.parameters {

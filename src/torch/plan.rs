@@ -12,10 +12,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::graph::{Graph, Port, ValueId};
-use crate::torch::convert;
 use crate::torch::kernel::{Kernel, Value};
 use crate::torch::ops::quant::straight_through;
 use crate::torch::registry::Registry;
+use crate::torch::{convert, deciding};
 
 /// One operator call of a plan.
 #[derive(Debug)]
@@ -88,6 +88,7 @@ impl Plan {
         let rewritten = straight_through(graph);
         let nodes = rewritten.as_ref().unwrap_or(&graph.nodes);
         let kernels = Registry::global().build_all(nodes)?;
+        deciding::check(graph, nodes, &kernels, parameters)?;
         let steps: Vec<Step> = nodes
             .iter()
             .zip(kernels)
@@ -258,6 +259,12 @@ impl Plan {
             check_input(port, t)?;
             signature.inputs.push((t.size(), t.kind() as i32));
             values[port.value] = Some(if self.host_inputs.contains(&port.value) {
+                if t.requires_grad() {
+                    return Err(Error::usage(format!(
+                        "input `{}` decides about shapes or branches: no gradient flows to it",
+                        port.name
+                    )));
+                }
                 let cpu = t.f_to_device(Device::Cpu)?;
                 signature.host.push(convert::to_host(&cpu)?.to_f64().iter().map(|v| v.to_bits() as i64).collect());
                 Value::host(cpu)

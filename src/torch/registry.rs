@@ -69,7 +69,10 @@ impl Registry {
         let required = (0..least).all(|i| node.input(i).is_some());
         if given > most || !required {
             let expected = if most == MANY { format!("at least {least}") } else { format!("{least} to {most}") };
-            return Err(Error::invalid(format!("{given} inputs, expected {expected}")));
+            let missing = (0..least).find(|&i| node.input(i).is_none());
+            let missing = missing.map_or(String::new(), |i| format!(", input {i} is missing"));
+            return Err(Error::invalid(format!("{given} inputs, expected {expected}{missing}"))
+                .hint("the file breaks the specification here: export again"));
         }
         let kernel = (entry.build)(node)?;
         node.attributes.finish()?;

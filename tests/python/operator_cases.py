@@ -43,7 +43,7 @@ def write(root, name, op, inputs, outputs=1, expected=None, asked=None, domain="
     model = helper.make_model(graph, opset_imports=imports, ir_version=9 if opset > 8 else 4)
     if expected is None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         expected = session.run(None, dict(given))

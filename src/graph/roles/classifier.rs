@@ -51,6 +51,9 @@ pub(super) struct Classifier<'a> {
     /// Depends on the output of a layer.
     feature: HashSet<ValueId>,
     roles: HashMap<ValueId, (Role, &'static str)>,
+    /// Values that were given a role already: a second time changes nothing, and chains that fork and join again would be
+    /// gone through once for each path.
+    assigned: HashSet<(ValueId, Role)>,
 }
 
 impl<'a> Classifier<'a> {
@@ -62,6 +65,7 @@ impl<'a> Classifier<'a> {
             data: graph.inputs.iter().map(|p| p.value).chain(graph.captures.iter().map(|(_, v)| *v)).collect(),
             feature: HashSet::new(),
             roles: HashMap::new(),
+            assigned: HashSet::new(),
         };
         for node in &graph.nodes {
             let reads = || node.inputs.iter().flatten().chain(node.captures.iter().map(|(_, v)| v));
@@ -94,34 +98,35 @@ impl<'a> Classifier<'a> {
 
     /// Gives a role to a slot: to the constant in it, or to those that reach it through operators that only move weights.
     fn assign(&mut self, value: Option<ValueId>, role: Role, reason: &'static str) {
-        let Some(value) = value else { return };
-        if self.data.contains(&value) {
-            return;
-        }
-        if let Some(c) = self.graph.constants.get(&value) {
-            if c.tensor.dtype().is_float() {
-                let entry = self.roles.entry(value).or_insert((role, reason));
-                // A tensor that any layer trains is a parameter, whoever else reads it.
-                if entry.0 == Role::Buffer {
-                    *entry = (role, reason);
-                }
+        // Chains may be as long as the file: a stack of our own.
+        let mut stack: Vec<(Option<ValueId>, Role, &'static str)> = vec![(value, role, reason)];
+        while let Some((value, role, reason)) = stack.pop() {
+            let Some(value) = value else { continue };
+            if self.data.contains(&value) || !self.assigned.insert((value, role)) {
+                continue;
             }
-            return;
-        }
-        let Some(&p) = self.producers.get(&value) else { return };
-        let node = &self.graph.nodes[p];
-        match node.op.as_str() {
-            op if PASSING.contains(&op) => self.assign(node.input(0), role, reason),
-            "Mul" | "Div" | "Add" | "Sub" | "Concat" => {
-                for v in node.inputs.clone() {
-                    if self.constant(v).is_none_or(|t| t.len() > 1) {
-                        self.assign(v, role, reason);
+            if let Some(c) = self.graph.constants.get(&value) {
+                if c.tensor.dtype().is_float() {
+                    let entry = self.roles.entry(value).or_insert((role, reason));
+                    // A tensor that any layer trains is a parameter, whoever else reads it.
+                    if entry.0 == Role::Buffer {
+                        *entry = (role, reason);
                     }
                 }
+                continue;
             }
-            // A filter repeated for each channel inside the graph (EDM's resampling) is no weight.
-            "Tile" => self.assign(node.input(0), Role::Buffer, "resampling filter, tiled in the graph"),
-            _ => {}
+            let Some(&p) = self.producers.get(&value) else { continue };
+            let node = &self.graph.nodes[p];
+            match node.op.as_str() {
+                op if PASSING.contains(&op) => stack.push((node.input(0), role, reason)),
+                "Mul" | "Div" | "Add" | "Sub" | "Concat" => {
+                    let weights = node.inputs.iter().rev().filter(|&&v| self.constant(v).is_none_or(|t| t.len() > 1));
+                    stack.extend(weights.map(|&v| (v, role, reason)));
+                }
+                // A filter repeated for each channel inside the graph (EDM's resampling) is no weight.
+                "Tile" => stack.push((node.input(0), Role::Buffer, "resampling filter, tiled in the graph")),
+                _ => {}
+            }
         }
     }
 

@@ -105,15 +105,24 @@ pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
         })
         .map(|(v, c)| (*v, c.clone()))
         .collect();
+    let mut taken: HashSet<String> = graph.names.iter().cloned().collect();
     for (value, constant) in shared {
+        let mut copies = 1;
         // The first reader keeps the original.
         for &(node, slot) in consumers[&value].iter().skip(1) {
             if node == usize::MAX || slot == usize::MAX {
                 continue;
             }
             let Some(origin) = graph.nodes[node].origin else { continue };
-            let name = graph.names[value].clone();
-            let copy = graph.add_value(&name);
+            let copy = graph.names.len();
+            let name = loop {
+                copies += 1;
+                let name = format!("{}#{copies}", graph.names[value]);
+                if taken.insert(name.clone()) {
+                    break name;
+                }
+            };
+            graph.names.push(name);
             graph.constants.insert(copy, constant.clone());
             graph.nodes[node].inputs[slot] = Some(copy);
             rewired.insert(copy, vec![(origin, slot)]);
@@ -162,6 +171,7 @@ pub fn classify(
     let floats: Vec<ValueId> =
         graph.constants.iter().filter(|(_, c)| c.tensor.dtype().is_float()).map(|(v, _)| *v).collect();
     let base = |name: &str| name.split('#').next().unwrap_or(name).to_owned();
+    let declared: Option<HashSet<&str>> = choice.declared.as_ref().map(|d| d.iter().map(String::as_str).collect());
     if let Some(declared) = &choice.declared {
         let known: HashSet<String> = floats.iter().map(|v| base(&graph.names[*v])).collect();
         let missing: Vec<_> = declared.iter().filter(|d| !known.contains(*d)).cloned().collect();
@@ -179,8 +189,8 @@ pub fn classify(
         let constant = &graph.constants[v];
         let name = names(v);
         let (mut role, reason) = roles.get(v).copied().unwrap_or((Role::Buffer, "no weight slot reads it"));
-        if let Some(declared) = &choice.declared {
-            let listed = declared.contains(&base(&name));
+        if let Some(declared) = &declared {
+            let listed = declared.contains(base(&name).as_str());
             if listed && role == Role::Buffer {
                 role = Role::LinearWeight;
             } else if !listed {

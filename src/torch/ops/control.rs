@@ -100,6 +100,9 @@ fn settled(body: &Graph, condition: usize) -> bool {
     }
 }
 
+/// More rounds than a network repeats anything: a damaged trip count would run for years.
+const MOST_ROUNDS: i64 = 1 << 20;
+
 fn loop_over(node: &Node) -> Result<Kernel> {
     let (body, graph) = Sub::new(node, "body")?;
     let inputs = node.inputs.len();
@@ -141,6 +144,10 @@ fn loop_over(node: &Node) -> Result<Kernel> {
         let mut scans: Vec<Vec<Value>> = vec![Vec::new(); body.shapes.len() - 1 - carried];
         let mut i = 0;
         while i < count && go {
+            if i >= MOST_ROUNDS {
+                return Err(Error::unsupported(format!("a loop of more than {MOST_ROUNDS} rounds"))
+                    .hint("its condition never ends it, or its trip count is damaged"));
+            }
             let mut round = vec![Value::host(Tensor::from(i)), Value::host(Tensor::from(go))];
             round.append(&mut state);
             let mut out = body.run(a, &round)?.into_iter();

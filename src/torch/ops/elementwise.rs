@@ -19,7 +19,11 @@ fn unary(f: Unary) -> Kernel {
 }
 
 fn binary(f: Binary) -> Kernel {
-    Kernel::new(move |a| one(f(a.t(0)?, a.t(1)?)?))
+    Kernel::new(move |a| {
+        let (x, y) = (a.t(0)?, a.t(1)?);
+        util::alike(x, y)?;
+        one(f(x, y)?)
+    })
 }
 
 /// Before opset 7 broadcasting was asked for by attribute, with an axis where the second operand starts.
@@ -32,6 +36,7 @@ fn legacy_broadcast(node: &Node, f: Binary) -> Result<Kernel> {
     node.attributes.get("consumed_inputs");
     Ok(Kernel::new(move |a| {
         let (x, y) = (a.t(0)?, a.t(1)?);
+        util::alike(x, y)?;
         match (broadcast, axis) {
             (true, Some(axis)) => {
                 let axis = util::axis(axis, x.dim())? as usize;
@@ -105,7 +110,12 @@ pub fn register(r: &mut Registry) {
         n.attributes.get("consumed_inputs");
         Ok(Kernel::new(|a| one(fold(a, |x, y| x.f_add(y))?.f_div_scalar(a.len() as f64)?)))
     });
-    r.add("Where", 9, (3, 3), |_| Ok(Kernel::new(|a| one(a.t(1)?.f_where_self(a.t(0)?, a.t(2)?)?))));
+    r.add("Where", 9, (3, 3), |_| {
+        Ok(Kernel::new(|a| {
+            util::alike(a.t(1)?, a.t(2)?)?;
+            one(a.t(1)?.f_where_self(a.t(0)?, a.t(2)?)?)
+        }))
+    });
     r.add("Clip", 1, (1, 3), clip);
     r.add("Cast", 6, (1, 1), cast);
     r.add("CastLike", 15, (2, 2), |n| {
@@ -133,6 +143,7 @@ fn pow(node: &Node) -> Result<Kernel> {
 fn fold(a: &Args, f: Binary) -> Result<Tensor> {
     let mut acc = a.t(0)?.shallow_clone();
     for i in 1..a.len() {
+        util::alike(&acc, a.t(i)?)?;
         acc = f(&acc, a.t(i)?)?;
     }
     Ok(acc)

@@ -190,6 +190,7 @@ fn one_hot(node: &Node) -> Result<Kernel> {
         let (index, values) = (a.t(0)?, a.t(2)?);
         let depth = a.scalar(1)? as i64;
         let axis = util::axis(axis, index.dim() + 1)?;
+        util::affordable(&[depth, index.numel() as i64])?;
         let classes = Tensor::f_arange(depth, (Kind::Int64, index.device()))?;
         let hit =
             wrapped(index, depth)?.f_unsqueeze(axis)?.f_eq_tensor(&util::along(&classes, axis, index.dim() + 1)?)?;

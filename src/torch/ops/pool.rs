@@ -75,6 +75,28 @@ impl Pool {
         Ok(Self { window, kernel, ceil: node.attributes.flag("ceil_mode", false)? })
     }
 
+    /// Corners of automatic padding in which ONNX Runtime and the specification part.
+    fn refuse_disputed(&self, input: &[i64], strides: &[i64], dilations: &[i64]) -> Result<()> {
+        let axes = || (0..input.len()).map(|i| (input[i], self.kernel[i], strides[i], dilations[i]));
+        let what = match self.window.auto_pad {
+            AutoPad::NotSet => return Ok(()),
+            AutoPad::Valid if self.ceil && axes().any(|(n, k, s, d)| (n - d * (k - 1) - 1) % s != 0) => {
+                "pooling with auto_pad VALID and ceil_mode"
+            }
+            AutoPad::SameUpper | AutoPad::SameLower if axes().any(|(_, k, _, d)| d > 1 && k > 1) => {
+                "pooling with auto_pad SAME and dilations"
+            }
+            // What the windows do not reach would be cut off on both sides.
+            AutoPad::SameUpper | AutoPad::SameLower
+                if axes().any(|(n, k, s, _)| (((n + s - 1) / s - 1) * s + k - n) < -1) =>
+            {
+                "pooling with auto_pad SAME and strides beyond the window"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::unsupported(format!("{what}: implementations disagree")).hint("export with explicit pads"))
+    }
+
     fn geometry(&self, x: &Tensor) -> Result<Geometry> {
         let rank = self.kernel.len();
         if x.dim() != rank + 2 {
@@ -83,13 +105,15 @@ impl Pool {
         let input = &x.size()[2..];
         let (strides, dilations) = (self.window.strides(rank)?, self.window.dilations(rank)?);
         let pads = self.window.padding(input, &self.kernel)?;
+        self.refuse_disputed(input, &strides, &dilations)?;
         let ceil = self.ceil && self.window.auto_pad == AutoPad::NotSet;
         let output = (0..rank)
             .map(|i| {
                 let (begin, end) = pads[i];
                 let room = input[i] + begin + end - (dilations[i] * (self.kernel[i] - 1) + 1);
                 if room < 0 {
-                    return Err(Error::invalid(format!("a window larger than the padded input {:?}", x.size())));
+                    return Err(Error::unsupported(format!("a window larger than the padded input {:?}", x.size()))
+                        .hint("feed larger inputs, or export with pads"));
                 }
                 let mut n = if ceil { (room + strides[i] - 1) / strides[i] } else { room / strides[i] } + 1;
                 // No window may start in the padding behind the input.

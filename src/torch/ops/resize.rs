@@ -127,6 +127,7 @@ fn resize(node: &Node) -> Result<Kernel> {
     Ok(Kernel::new(move |args| {
         let x = args.t(0)?;
         let axes = options.geometry(args, &x.size(), old, &fixed)?;
+        options.refuse_disputed(&axes)?;
         one(options.run(x, &axes)?)
     })
     .host(host))
@@ -174,7 +175,8 @@ impl Options {
             let a = &mut axes[axis as usize];
             let n = a.input as f64;
             match (&scales, &sizes, common) {
-                (Some(s), _, _) => (a.scale, a.output) = (s[k], (s[k] * n).floor() as i64),
+                // In f32, as ONNX Runtime: 3 elements by 5/3 are 5, although 5/3 in f32 is a little less.
+                (Some(s), _, _) => (a.scale, a.output) = (s[k], (s[k] as f32 * n as f32).floor() as i64),
                 (None, Some(_), Some(scale)) => (a.scale, a.output) = (scale, (scale * n + 0.5).floor() as i64),
                 (None, Some(s), None) => (a.scale, a.output) = (s[k] / n, s[k] as i64),
                 (None, None, _) => return Err(Error::invalid("neither scales nor sizes are given")),
@@ -186,7 +188,52 @@ impl Options {
                 return Err(Error::invalid(format!("cannot resize {n} elements by {} to {}", a.scale, a.output)));
             }
         }
+        util::affordable(&axes.iter().map(|a| a.output).collect::<Vec<_>>())?;
         Ok(axes)
+    }
+
+    /// Corners in which ONNX Runtime, the reference evaluator and the frameworks compute different things.
+    fn refuse_disputed(&self, axes: &[Axis]) -> Result<()> {
+        let disputed = |what: &str, way_out: &str| {
+            Err(Error::unsupported(format!("{what}: implementations disagree")).hint(way_out.to_owned()))
+        };
+        let fractional = |a: &Axis| (a.scale * a.input as f64 - a.output as f64).abs() > 1e-3;
+        let rescaled = |a: &Axis| a.input == a.output && a.scale != 1.0;
+        let crops = self.coordinates == Coordinates::TfCropAndResize;
+        if (crops || self.coordinates == Coordinates::AlignCorners) && axes.iter().any(fractional) {
+            return disputed(
+                "Resize with align_corners or tf_crop_and_resize to a scale that leaves a fraction of an element",
+                "export with output sizes instead of scales",
+            );
+        }
+        if crops && axes.iter().any(|a| a.input == a.output && a.roi != (0.0, 1.0)) {
+            return disputed(
+                "Resize with tf_crop_and_resize that crops an axis without resizing it",
+                "crop this axis with Slice before",
+            );
+        }
+        if axes.iter().any(rescaled) && (self.antialias || axes.iter().all(|a| a.input == a.output)) {
+            return disputed(
+                "Resize by a scale that leaves the size as it is",
+                "export with output sizes instead of scales, or without this node",
+            );
+        }
+        let close = |v: f64| (v - v.round()).abs() < 1e-5;
+        let on_edge = |a: &Axis| {
+            a.input != a.output
+                && (0..a.output.min(1 << 16)).any(|i| {
+                    let at = self.coordinate(a, i as f64);
+                    close(at) && matches!(self.rounding, Rounding::Floor | Rounding::Ceil) || close(at + 0.5)
+                })
+        };
+        if self.mode == Mode::Nearest && self.coordinates == Coordinates::HalfPixelSymmetric && axes.iter().any(on_edge)
+        {
+            return disputed(
+                "nearest Resize with half_pixel_symmetric coordinates that fall between two elements",
+                "export with half_pixel or asymmetric coordinates",
+            );
+        }
+        Ok(())
     }
 
     fn run(&self, x: &Tensor, axes: &[Axis]) -> Result<Tensor> {
@@ -234,15 +281,15 @@ impl Options {
                 _ => Some(x.f_upsample_nearest3d(&sizes[..], None, None, None)?),
             });
         }
-        let exact = spatial.iter().all(|a| (a.scale * a.input as f64 - a.output as f64).abs() < 1e-6);
         let align = self.coordinates == Coordinates::AlignCorners;
         let same = match self.coordinates {
-            Coordinates::HalfPixel => true,
-            Coordinates::AlignCorners => exact,
+            Coordinates::HalfPixel | Coordinates::AlignCorners => true,
             Coordinates::PytorchHalfPixel => !sizes.contains(&1),
             _ => false,
         };
-        if !same || self.exclude_outside {
+        // libtorch copies an axis whose size stays, whatever the scale.
+        let copied = spatial.iter().any(|a| a.input == a.output && a.scale != 1.0);
+        if !same || copied || self.exclude_outside {
             return Ok(None);
         }
         let s: Vec<f64> = spatial.iter().map(|a| a.scale).collect();
@@ -305,12 +352,11 @@ impl Options {
     }
 
     fn coordinate_f32(&self, a: &Axis, i: f32, n: f32, scale: f32) -> f32 {
-        // The output size before it was cut to a whole number.
-        let width = scale * n;
+        let width = a.output as f32;
         match self.coordinates {
             Coordinates::Asymmetric => i / scale,
             Coordinates::HalfPixel | Coordinates::HalfPixelSymmetric => (i + 0.5) / scale - 0.5,
-            Coordinates::PytorchHalfPixel if width == 1.0 => -0.5,
+            Coordinates::PytorchHalfPixel if width == 1.0 => 0.0,
             Coordinates::PytorchHalfPixel => (i + 0.5) / scale - 0.5,
             Coordinates::AlignCorners if width == 1.0 => 0.0,
             Coordinates::AlignCorners => i * (n - 1.0) / (width - 1.0),

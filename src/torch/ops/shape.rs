@@ -41,11 +41,20 @@ pub fn register(r: &mut Registry) {
             let x = a.t(0)?;
             // ONNX broadcasts both ways: a 1 in the wanted shape keeps the input's size.
             let wanted = broadcast(&x.size(), &a.ints(1)?)?;
+            util::affordable(&wanted)?;
             one(x.f_expand(&wanted[..], false)?)
         })
         .host(&[1]))
     });
-    r.add("Tile", 6, (2, 2), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_repeat(&a.ints(1)?[..])?)).host(&[1])));
+    r.add("Tile", 6, (2, 2), |_| {
+        Ok(Kernel::new(|a| {
+            let (x, repeats) = (a.t(0)?, a.ints(1)?);
+            let sizes: Vec<i64> = x.size().iter().zip(&repeats).map(|(d, r)| d.saturating_mul(*r)).collect();
+            util::affordable(&sizes)?;
+            one(x.f_repeat(&repeats[..])?)
+        })
+        .host(&[1]))
+    });
     r.add("Concat", 1, (1, MANY), |n| {
         let axis = n.attributes.int("axis")?;
         let axis = match axis {
@@ -55,6 +64,7 @@ pub fn register(r: &mut Registry) {
         };
         Ok(Kernel::new(move |a| {
             let parts = (0..a.len()).map(|i| a.t(i)).collect::<Result<Vec<_>>>()?;
+            parts[1..].iter().try_for_each(|p| util::alike(parts[0], p))?;
             one(Tensor::f_cat(&parts, util::axis(axis, parts[0].dim())?)?)
         }))
     });
@@ -69,6 +79,7 @@ pub fn register(r: &mut Registry) {
         let value = convert::to_torch(&value)?.f_reshape([0i64; 0])?;
         Ok(Kernel::new(move |a| {
             let shape = a.ints(0)?;
+            util::affordable(&shape)?;
             one(value.f_to_device(a.device())?.f_expand(&shape[..], false)?.f_contiguous()?)
         })
         .host(&[0]))
@@ -236,6 +247,11 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> Result<
             let (start, end) = (wrap(start).clamp(0, n), wrap(end).clamp(0, n));
             Ok(x.f_slice(axis, start, end.max(start), step)?)
         }
+        _ if end == i64::from(i32::MAX) || end == i64::MAX => Err(Error::unsupported(
+            "a negative step towards the largest integer: nothing by the specification, down to the first element in \
+             ONNX Runtime",
+        )
+        .hint("end at the smallest integer to slice down to the first element")),
         _ => {
             if n == 0 {
                 return Ok(x.shallow_clone());
@@ -276,6 +292,12 @@ fn pad(node: &Node) -> Result<Kernel> {
         if pads.len() != 2 * axes.len() {
             return Err(Error::invalid(format!("{} pads for {} axes", pads.len(), axes.len())));
         }
+        let mut padded = x.size();
+        for (i, &axis) in axes.iter().enumerate() {
+            let d = &mut padded[axis as usize];
+            *d = d.saturating_add(pads[i]).saturating_add(pads[axes.len() + i]).max(0);
+        }
+        util::affordable(&padded)?;
         let amounts: Vec<(i64, i64, i64)> =
             axes.iter().enumerate().map(|(i, &axis)| (axis, pads[i], pads[axes.len() + i])).collect();
         if mode == "constant" {
@@ -285,12 +307,23 @@ fn pad(node: &Node) -> Result<Kernel> {
                 let at = 2 * (rank - 1 - axis as usize);
                 (list[at], list[at + 1]) = (begin, end);
             }
-            let y = if x.kind() == Kind::Bool {
-                x.f_to_kind(Kind::Uint8)?.f_pad(&list[..], "constant", value)?.f_to_kind(Kind::Bool)?
-            } else {
-                x.f_pad(&list[..], "constant", value)?
+            let y = if x.kind() == Kind::Bool { x.f_to_kind(Kind::Uint8)? } else { x.shallow_clone() };
+            // Where more is cut off than there is, it comes off the padding of the other end.
+            let deep = |pair: (usize, &[i64])| {
+                let cut = -pair.1.iter().map(|&p| p.min(0)).sum::<i64>();
+                cut > x.size().get(rank - 1 - pair.0).copied().unwrap_or(0)
             };
-            return one(y);
+            let y = if list.chunks_exact(2).enumerate().any(deep) {
+                let part = |f: fn(i64) -> i64| list.iter().map(|&p| f(p)).collect::<Vec<i64>>();
+                y.f_pad(&part(|p| p.max(0))[..], "constant", value)?.f_pad(
+                    &part(|p| p.min(0))[..],
+                    "constant",
+                    value,
+                )?
+            } else {
+                y.f_pad(&list[..], "constant", value)?
+            };
+            return one(y.f_to_kind(x.kind())?);
         }
         let mut y = x.shallow_clone();
         if mode == "wrap" && amounts.iter().any(|&(_, b, e)| b < 0 || e < 0) {
@@ -330,6 +363,7 @@ fn range(_: &Node) -> Result<Kernel> {
             return Err(Error::invalid("a step of 0"));
         }
         let n = ((limit - start) / step).ceil().max(0.0) as i64;
+        util::affordable(&[n])?;
         let steps = Tensor::f_arange(n, (Kind::Double, a.device()))?;
         one(steps.f_mul_scalar(step)?.f_add_scalar(start)?.f_to_kind(kind)?)
     })

@@ -3,6 +3,8 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::torch::convert;
+use crate::torch::plan::is_float;
 
 /// `axis` in `-rank..rank` as a non-negative index.
 pub fn axis(axis: i64, rank: usize) -> Result<i64> {
@@ -26,6 +28,27 @@ pub fn table_len(n: i64) -> Result<usize> {
     match usize::try_from(n) {
         Ok(len) if n <= MOST => Ok(len),
         _ => Err(Error::invalid(format!("a table of {n} entries, expected 0 to {MOST}"))),
+    }
+}
+
+/// Refuses operands of which one holds floats and the other integers: ONNX wants one type, libtorch would convert in silence.
+pub fn alike(x: &Tensor, y: &Tensor) -> Result<()> {
+    let (a, b) = (x.kind(), y.kind());
+    if is_float(a) == is_float(b) {
+        return Ok(());
+    }
+    let name = |k| convert::dtype(k).map_or_else(|_| format!("{k:?}"), |d| d.to_string());
+    Err(Error::invalid(format!("operands of element types {} and {}, expected one type", name(a), name(b)))
+        .hint("the file breaks the specification here: write a Cast before this node"))
+}
+
+/// Refuses results that no memory holds: a hostile or damaged file may ask for 2^60 elements.
+pub fn affordable(shape: &[i64]) -> Result<()> {
+    const MOST: i64 = 1 << 33;
+    match shape.iter().try_fold(1i64, |n, &d| n.checked_mul(d)) {
+        Some(n) if n <= MOST => Ok(()),
+        _ => Err(Error::invalid(format!("a result of shape {shape:?} is larger than memory"))
+            .hint("the shape is damaged, or computed from inputs of other sizes than the network is made for")),
     }
 }
 
