@@ -194,6 +194,8 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
     std::fs::write(dir.join("full/x"), "x").unwrap();
     std::fs::write(dir.join("c.toml"), "[degrade]\nstep = 3\n").unwrap();
     std::fs::write(dir.join("bad.toml"), "batch = \n").unwrap();
+    let text = disback::tensor::HostTensor::vec(&[1i64, 2]);
+    disback::io::npy::write_npz(&dir.join("labels.npz"), &[("text", &text)]).unwrap();
     for (args, code, says) in [
         (vec!["--set", "degrade.stepz=3"], 2, "degrade.steps"),
         (vec!["--config", "c.toml"], 2, "degrade.steps"),
@@ -206,6 +208,12 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--card", "prediktion=v"], 2, "prediction"),
         (vec!["--resume"], 2, "no run"),
         (vec!["--set", "student.sigma_init=-1"], 2, "sigma_init"),
+        (vec!["--set", "conditions.file=labels.npz"], 2, "`text` is no condition of the teacher, which has `labels`"),
+        (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),
+        (vec!["--set", "conditions.weights=[1, 2]"], 2, "`labels` has 10 classes"),
+        (vec!["--set", "log.decoder=none.onnx"], 1, "log.decoder: none.onnx"),
+        (vec!["--set", "log.decoder=c.toml"], 1, "c.toml"),
+        (vec!["--guidance", "2", "--card", "conditions.labels={kind=\"class-index\", classes=10}"], 2, "null"),
     ] {
         let (got, text) = fails(dir, &with(&["distill", TEACHER, "-o", "out"], &args));
         assert_eq!(got, code, "{args:?}: {text}");

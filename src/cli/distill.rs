@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tch::Device;
 
 use super::Globals;
-use super::run_observer::Sheets;
+use super::run_observer::{Sheets, decoder};
 use super::teacher::TeacherArgs;
 use crate::diffusion::Denoiser;
 use crate::distill::rundir::check_resumable;
@@ -218,6 +218,7 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
 /// What can be known to fail later is refused before anything is written.
 fn check_stage_two(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
     crate::distill::student::start(teacher, &config.student)?;
+    crate::distill::trainer::conditions(config, teacher.card())?;
     if config.guidance != 1.0 && plan.stages != Stages::Degrade {
         teacher.check_guidance()?;
     }
@@ -240,9 +241,10 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let card = Arc::new(teacher.card.card.clone());
     let denoiser = Denoiser::new(Box::new(teacher.network.duplicate()?), card, &teacher.inputs())?;
     check_parity(&teacher, globals)?;
+    let decoder = decoder(&first, &teacher.card.card)?;
     let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
     watch_signals()?;
-    let mut sheets = Sheets::new(&run, &config, &teacher.card.card)?;
+    let mut sheets = Sheets::new(&run, &config, &teacher.card.card, decoder)?;
     let job =
         Job { config: &config, run: &run, observer: &mut sheets, stop: &STOP, silent: globals.quiet || globals.json };
     // Without a trajectory stage 1 has nothing to do.

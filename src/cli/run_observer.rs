@@ -1,13 +1,16 @@
 //! What a run leaves for people to look at while it goes on: sample sheets and TensorBoard events.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::diffusion::{Conditions, Denoiser, HostConditions, Sampler, TeacherCard};
+use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, TeacherCard};
 use crate::distill::metrics::Row;
+use crate::distill::trainer;
 use crate::distill::{Config, Observer, RunDir, Student};
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::report::grid;
 use crate::report::tfevents::EventWriter;
+use crate::runtime::EngineOptions;
+use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
 use crate::torch::convert;
 
@@ -15,10 +18,11 @@ use crate::torch::convert;
 pub struct Sheets {
     folder: PathBuf,
     noise: HostTensor,
-    conditions: Option<HostConditions>,
+    conditions: HostConditions,
     range: Option<[f64; 2]>,
+    decoder: Option<Decoder>,
     steps: usize,
-    guidance: f64,
+    guidance: Guidance,
     /// Images a forward pass.
     batch: usize,
     events: EventWriter,
@@ -27,18 +31,18 @@ pub struct Sheets {
 }
 
 impl Sheets {
-    pub fn new(run: &RunDir, config: &Config, card: &TeacherCard) -> Result<Self> {
+    pub fn new(run: &RunDir, config: &Config, card: &TeacherCard, decoder: Option<Decoder>) -> Result<Self> {
         let (count, seed) = (config.log.samples, config.seed);
         let [c, h, w] = card.shape;
         let noise = HostTensor::new(&[count, c, h, w], &crate::noise::batch_noise(seed, 0, count, c * h * w))?;
         Ok(Self {
             folder: run.samples(),
             noise,
-            // Embeddings cannot be drawn: such a teacher gets no sheets.
-            conditions: HostConditions::of_images(card, seed, 0, count).ok(),
-            range: card.range,
+            conditions: trainer::conditions(config, card)?.of_images(card, seed, 0, count)?,
+            range: if decoder.is_some() { Some(Decoder::RANGE) } else { card.range },
+            decoder,
             steps: config.log.sample_steps,
-            guidance: config.guidance,
+            guidance: trainer::guidance(config)?,
             batch: config.batch,
             events: EventWriter::append(run.path())?,
             iteration: 0,
@@ -51,14 +55,20 @@ impl Sheets {
         sample: impl Fn(&tch::Tensor, &Conditions) -> Result<tch::Tensor>,
         device: tch::Device,
     ) -> Result<()> {
-        let Some(conditions) = self.conditions.as_ref().filter(|c| !c.is_empty()) else { return Ok(()) };
+        if self.conditions.is_empty() {
+            return Ok(());
+        }
         let z = convert::to_torch(&self.noise)?.f_to_device(device)?;
-        let conditions = Conditions::from_host(conditions, device)?;
+        let conditions = Conditions::from_host(&self.conditions, device)?;
         let mut parts = Vec::new();
         for start in (0..conditions.len()).step_by(self.batch) {
             let count = (conditions.len() - start).min(self.batch as i64);
             let images = tch::no_grad(|| sample(&z.f_narrow(0, start, count)?, &conditions.rows(start, count)?))?;
-            parts.push(convert::to_host(&images)?);
+            let images = convert::to_host(&images)?;
+            parts.push(match &mut self.decoder {
+                Some(decoder) => decoder.decode(&images)?,
+                None => images,
+            });
         }
         let png = grid::png(&HostTensor::concat_rows(&parts)?, self.range, None)?;
         crate::files::write_atomic(&self.folder.join(format!("{name}.png")), &png)?;
@@ -77,6 +87,13 @@ impl Sheets {
         let device = device_of(student.denoiser());
         self.write(name, |z, conditions| student.generate(z, conditions), device)
     }
+}
+
+/// The configured decoder of latents, where there is one.
+pub fn decoder(config: &Config, card: &TeacherCard) -> Result<Option<Decoder>> {
+    let path = Some(Path::new(&config.log.decoder)).filter(|p| !p.as_os_str().is_empty());
+    let options = EngineOptions::default();
+    path.map(|p| Decoder::open(p, card.shape, card.latent_scale, &options).context("log.decoder")).transpose()
 }
 
 fn device_of(denoiser: &Denoiser) -> tch::Device {

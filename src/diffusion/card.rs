@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::tensor::DType;
 
+use super::sampler::Sampler;
 use super::schedule::{Schedule, ScheduleSpec};
 
 /// What the network's output is. `x_t = a x0 + b e`.
@@ -23,6 +24,16 @@ pub enum Prediction {
     V,
     /// `e - x0` (rectified flow).
     Flow,
+    /// A consistency model's raw `F`: `f(x) = c_skip x + c_out F(c_in x)` with the boundary condition `f(x, sigma_min) = x`
+    /// (Song et al. 2023). Its clean estimate lies on the sample's own trajectory; one evaluation makes an image.
+    Consistency,
+}
+
+impl Prediction {
+    /// What samples such a network: a consistency model makes its image in one evaluation, whatever was asked for.
+    pub fn sampler(self, sampler: Sampler, steps: usize) -> (Sampler, usize) {
+        if self == Self::Consistency { (Sampler::Euler, 1) } else { (sampler, steps) }
+    }
 }
 
 /// The number that the network takes as time.
@@ -34,6 +45,9 @@ pub enum TimeUnit {
     /// ln(sigma) / 4, EDM's c_noise.
     #[serde(rename = "ln-sigma-4")]
     LnSigma4,
+    /// 250 ln(sigma): a thousand times c_noise, as the consistency models of OpenAI and diffusers have it.
+    #[serde(rename = "ln-sigma-250")]
+    LnSigma250,
     /// Index into a VP table, 0 to N-1.
     Step,
     /// \[0, 1\]: the flow's t, or the step divided by N-1.

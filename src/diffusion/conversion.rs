@@ -49,6 +49,9 @@ impl Conversion {
                     "EDM's VP networks are prediction `epsilon` with a `vp` schedule",
                 );
             }
+            (Prediction::Consistency, ScheduleSpec::Vp { .. } | ScheduleSpec::Flow { .. }) => {
+                return no("prediction `consistency` with a schedule that is not `edm`", "set schedule.kind = \"edm\"");
+            }
             (Prediction::Flow, ScheduleSpec::Edm { .. } | ScheduleSpec::Vp { .. }) => {
                 return no("prediction `flow` with a schedule that is not `flow`", "set schedule.kind = \"flow\"");
             }
@@ -90,6 +93,7 @@ impl Conversion {
         match self.time_unit {
             TimeUnit::Sigma => sigma,
             TimeUnit::LnSigma4 => sigma.ln() / 4.0,
+            TimeUnit::LnSigma250 => sigma.ln() * 250.0,
             // The table's entries are integers; what the logarithms leave of 1e-13 must not reach a truncating cast.
             TimeUnit::Step => {
                 let t = self.schedule.t(sigma);
@@ -119,6 +123,12 @@ impl Conversion {
                 let sd = self.sigma_data;
                 let root = sigma.hypot(sd);
                 (1.0 / root, sd * sd / root, sigma * sd / root)
+            }
+            Prediction::Consistency => {
+                let sd = self.sigma_data;
+                let (root, above) = (sigma.hypot(sd), sigma - self.schedule.sigma_min());
+                // c_skip / c_in and c_out; at sigma_min they are root and 0: x itself.
+                (1.0 / root, sd * sd / (above * above + sd * sd) * root, above * sd / root)
             }
             Prediction::Epsilon => (a, 1.0 / a, -b / a),
             Prediction::V if edm => {
@@ -281,6 +291,20 @@ mod tests {
         assert!((time(TimeUnit::Unit, vp(Betas::Linear), table.sigma(999.0)) - 1.0).abs() < 1e-12);
         assert_eq!(time(TimeUnit::Unit, flow(), 3.0), 0.75);
         assert_eq!(time(TimeUnit::Thousand, flow(), 1.0), 500.0);
+    }
+
+    #[test]
+    fn a_consistency_model_is_the_identity_at_the_lowest_level() {
+        let c = Conversion::new(&card(Prediction::Consistency, TimeUnit::LnSigma250, edm())).unwrap();
+        let at = c.at(0.002).unwrap();
+        assert!(at.out.abs() < 1e-12 && (at.skip * at.c_in - 1.0).abs() < 1e-12, "{at:?}");
+        assert!((at.time - 1000.0 * 0.25 * 0.002f64.ln()).abs() < 1e-9);
+        // Song et al., appendix C: c_skip = sd^2 / ((s - eps)^2 + sd^2), c_out = sd (s - eps) / sqrt(sd^2 + s^2).
+        let at = c.at(1.5).unwrap();
+        assert!((at.skip * at.c_in - 0.25 / (1.498f64.powi(2) + 0.25)).abs() < 1e-12);
+        assert!((at.out - 0.5 * 1.498 / 2.5f64.sqrt()).abs() < 1e-12);
+        let e = Conversion::new(&card(Prediction::Consistency, TimeUnit::Unit, flow())).unwrap_err();
+        assert!(e.to_string().contains("consistency"), "{e}");
     }
 
     #[test]

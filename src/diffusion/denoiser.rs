@@ -12,6 +12,7 @@ use crate::torch::{Forward, ParamSet};
 use super::card::{Condition, InputSpec, Layout, TeacherCard};
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
+use super::guidance::Guidance;
 
 /// What the graph's inputs want, worked out once.
 #[derive(Debug)]
@@ -92,9 +93,18 @@ impl Denoiser {
     }
 
     /// Classifier-free guidance, `D_u + scale (D_c - D_u)`, in one batch of twice the size. Conditions without a null
-    /// value in the card stay as they are in `D_u`; one at least must have one. Scale 1 is [`Denoiser::denoise`].
-    pub fn guided(&self, x_edm: &Tensor, sigma: &[f64], cond: &Conditions, scale: f64) -> Result<Tensor> {
-        if scale == 1.0 {
+    /// value in the card stay as they are in `D_u`; one at least must have one. Where no row's noise level is guided it is
+    /// [`Denoiser::denoise`].
+    pub fn guided(
+        &self,
+        x_edm: &Tensor,
+        sigma: &[f64],
+        cond: &Conditions,
+        guidance: impl Into<Guidance>,
+    ) -> Result<Tensor> {
+        let guidance = guidance.into();
+        let scales: Vec<f64> = sigma.iter().map(|s| guidance.at(*s)).collect();
+        if scales.iter().all(|s| *s == 1.0) {
             return self.denoise(x_edm, sigma, cond);
         }
         check_guidance(&self.card)?;
@@ -111,7 +121,14 @@ impl Denoiser {
         let both = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, &coefficients, &conditions)?;
         let rows = sigma.len() as i64;
         let (with, without) = (both.f_narrow(0, 0, rows)?, both.f_narrow(0, rows, rows)?);
-        Ok(without.f_add(&with.f_sub(&without)?.f_mul_scalar(scale)?)?)
+        let difference = with.f_sub(&without)?;
+        if scales.iter().all(|s| *s == guidance.scale) {
+            return Ok(without.f_add(&difference.f_mul_scalar(guidance.scale)?)?);
+        }
+        // Rows outside the interval keep `with`, bit for bit.
+        let extra: Vec<f32> = scales.iter().map(|s| (s - 1.0) as f32).collect();
+        let extra = send(&Tensor::f_from_slice(&extra)?.f_view([rows, 1, 1, 1])?, x_edm.device())?;
+        Ok(with.f_add(&difference.f_mul(&extra)?)?)
     }
 
     /// An error unless the card has a null value for guidance.

@@ -210,6 +210,26 @@ fn conditions_and_constants_reach_the_graph_in_its_own_form() {
 }
 
 #[test]
+fn guidance_keeps_to_its_interval_of_noise_levels() {
+    let (card, specs) = with_classes(Some(4));
+    let (d, seen) = denoiser(card, &specs);
+    let (x, sigma) = (batch(2), [0.4, 2.0]);
+    let guidance = Guidance::new(2.5, [0.4, 2.0]).unwrap();
+    assert_eq!((guidance.at(0.4), guidance.at(2.0), guidance.at(2.1)), (1.0, 2.5, 1.0));
+    let found = d.guided(&x, &sigma, &labels(&[1, 3]), guidance).unwrap();
+    let (plain, full) =
+        (d.denoise(&x, &sigma, &labels(&[1, 3])).unwrap(), d.guided(&x, &sigma, &labels(&[1, 3]), 2.5).unwrap());
+    assert_eq!(found.get(0), plain.get(0), "outside: the plain denoiser, bit for bit");
+    assert_close(&found.get(1), &values(&full.get(1)));
+    assert!((found.get(1) - plain.get(1)).abs().max().double_value(&[]) > 1e-3);
+    // Nothing to guide: one call of the single size.
+    seen.borrow_mut().clear();
+    let above = Guidance::new(2.5, [3.0, 9.0]).unwrap();
+    assert_eq!(d.guided(&x, &sigma, &labels(&[1, 3]), above).unwrap(), plain);
+    assert_eq!(seen.borrow()[0][2].1, [2]);
+}
+
+#[test]
 fn guidance_extrapolates_from_the_null_condition_in_one_call() {
     let (card, specs) = with_classes(Some(4));
     let (d, seen) = denoiser(card.clone(), &specs);

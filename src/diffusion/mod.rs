@@ -3,10 +3,12 @@
 
 pub mod card;
 pub mod card_source;
+pub mod condition_source;
 pub mod conditions;
 pub mod conversion;
 #[cfg(feature = "train")]
 pub mod denoiser;
+pub mod guidance;
 pub mod sampler;
 pub mod schedule;
 mod scheduler_config;
@@ -14,12 +16,14 @@ pub mod teacher_engine;
 
 pub use card::{Condition, InputSpec, Layout, Null, Prediction, TeacherCard, TimeUnit};
 pub use card_source::{CardSource, Origin, ResolvedCard};
+pub use condition_source::ConditionSource;
 #[cfg(feature = "train")]
 pub use conditions::Conditions;
 pub use conditions::HostConditions;
 pub use conversion::{Coefficients, Conversion, StudentStart};
 #[cfg(feature = "train")]
 pub use denoiser::Denoiser;
+pub use guidance::Guidance;
 pub use sampler::{Sampled, Sampler, VectorSpace};
 pub use schedule::{Betas, Schedule, ScheduleSpec};
 pub use teacher_engine::{TeacherOnEngine, TeacherRequest, TeacherSamples};

@@ -152,15 +152,17 @@ impl super::denoiser::Denoiser {
         cond: &super::conditions::Conditions,
         sampler: Sampler,
         steps: usize,
-        guidance: f64,
+        guidance: impl Into<super::Guidance>,
     ) -> Result<Sampled<tch::Tensor>> {
+        let guidance = guidance.into();
         let schedule = self.conversion().schedule();
+        let (sampler, steps) = self.card().prediction.sampler(sampler, steps);
         let rows = z.size().first().copied().unwrap_or(0) as usize;
         let _no_grad = tch::no_grad_guard();
         let mut sampled = sampler.run(schedule, z, &sampler.sigmas(schedule, steps), |x: &tch::Tensor, sigma| {
             self.guided(x, &vec![sigma; rows], cond, guidance)
         })?;
-        if guidance != 1.0 {
+        if !guidance.is_none() {
             sampled.nfe *= 2;
         }
         Ok(sampled)

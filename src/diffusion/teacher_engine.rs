@@ -185,7 +185,8 @@ impl TeacherOnEngine {
     /// Samples images `start..start + count`: image `k` starts from [`crate::noise::image_noise`] of (seed, k).
     pub fn sample(&mut self, request: &TeacherRequest, start: u64, count: usize) -> Result<TeacherSamples> {
         let schedule = self.conversion.schedule().clone();
-        let sigmas = request.sampler.sigmas(&schedule, request.steps);
+        let (sampler, steps) = self.card.prediction.sampler(request.sampler, request.steps);
+        let sigmas = sampler.sigmas(&schedule, steps);
         let [c, h, w] = self.card.shape;
         let len = self.card.sample_len();
         let batch = request.images.batch.max(1);
@@ -195,8 +196,7 @@ impl TeacherOnEngine {
             let from = start.wrapping_add(first as u64);
             let cond = self.conditions(&request.images, from, rows)?;
             let z = batch_noise(request.images.seed, from, rows, len);
-            let sampled = request
-                .sampler
+            let sampled = sampler
                 .run(&schedule, &z, &sigmas, |x: &Vec<f32>, sigma| self.denoise(x, sigma, &cond, request.guidance))?;
             images.extend(sampled.value);
             nfe = sampled.nfe;

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use tch::{Device, Tensor};
 
-use crate::diffusion::{HostConditions, TeacherCard};
+use crate::diffusion::{ConditionSource, HostConditions, TeacherCard};
 use crate::distill::config::{Distribution, NoiseConfig};
 use crate::error::Result;
 use crate::torch::shim;
@@ -62,9 +62,9 @@ impl Draws {
         shim::randn(self.stream(what).next_u64(), shape, device)
     }
 
-    /// Conditions of `rows` samples: uniform classes.
-    pub fn conditions(&self, card: &TeacherCard, rows: usize) -> Result<HostConditions> {
-        HostConditions::draw(card, &mut self.stream(Use::Condition), rows)
+    /// Conditions of `rows` samples.
+    pub fn conditions(&self, source: &ConditionSource, card: &TeacherCard, rows: usize) -> Result<HostConditions> {
+        source.draw(card, &mut self.stream(Use::Condition), rows)
     }
 
     /// `count` noise levels.
@@ -166,7 +166,8 @@ mod tests {
     }
 
     fn classes(draws: &Draws, rows: usize) -> Vec<i64> {
-        let drawn = draws.conditions(&crate::distill::tests::labelled_card(), rows).unwrap();
+        let card = crate::distill::tests::labelled_card();
+        let drawn = draws.conditions(&ConditionSource::uniform(&card).unwrap(), &card, rows).unwrap();
         drawn.get("labels").unwrap().to_i64()
     }
 

@@ -1,11 +1,12 @@
 //! What both stages share: the run's surroundings, batches, losses, metrics and checkpoints.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::diffusion::{Conditions, Denoiser, Prediction};
+use crate::diffusion::{ConditionSource, Conditions, Denoiser, Guidance, Prediction, TeacherCard};
 use crate::distill::checkpoint::{self, Stage, State};
 use crate::distill::config::{Config, Distribution, FakeDistribution};
 use crate::distill::draws::{Draws, Levels, Phase, Use};
@@ -65,6 +66,7 @@ pub struct Batches {
     pub device: Device,
     seed: u64,
     shape: [i64; 3],
+    conditions: ConditionSource,
     pub generator_levels: Levels,
     /// Of the fake score in stage 2.
     pub fake_levels: Levels,
@@ -90,6 +92,7 @@ impl Batches {
             device: teacher.params().tensors().first().map_or(Device::Cpu, Tensor::device),
             seed: config.seed,
             shape: card.shape.map(|d| d as i64),
+            conditions: conditions(config, card)?,
             generator_levels: levels(noise.distribution, noise.generator),
             fake_levels: levels(fake, noise.fake),
             degrade_levels: levels(noise.distribution, noise.fake),
@@ -109,8 +112,19 @@ impl Batches {
 
     /// Random conditions of a batch.
     pub fn conditions(&self, draws: &Draws, denoiser: &Denoiser) -> Result<Conditions> {
-        Conditions::from_host(&draws.conditions(denoiser.card(), self.batch)?, self.device)
+        Conditions::from_host(&draws.conditions(&self.conditions, denoiser.card(), self.batch)?, self.device)
     }
+}
+
+/// Where the configured conditions come from, checked against the card.
+pub fn conditions(config: &Config, card: &TeacherCard) -> Result<ConditionSource> {
+    let file = Some(Path::new(&config.conditions.file)).filter(|p| !p.as_os_str().is_empty());
+    ConditionSource::new(card, file, &config.conditions.weights)
+}
+
+/// The configured guidance of the targets.
+pub fn guidance(config: &Config) -> Result<Guidance> {
+    Guidance::new(config.guidance, config.guidance_interval)
 }
 
 /// f32 `[B, 1, 1, 1]` on `device`, without waiting for the device.
@@ -125,7 +139,8 @@ pub fn column(values: &[f64], device: Device) -> Result<Tensor> {
 /// `lambda = (s^2 + sd^2) / (s sd)^2`, which is also the weight for networks that give x0 itself).
 pub fn loss_weight(denoiser: &Denoiser, sigma: f64) -> Result<f64> {
     let card = denoiser.card();
-    if card.prediction == Prediction::Denoised {
+    // (A consistency model's output weighs nothing at sigma_min, where its conversion would weigh without bounds.)
+    if matches!(card.prediction, Prediction::Denoised | Prediction::Consistency) {
         let sd = card.sigma_data;
         return Ok((sigma * sigma + sd * sd) / (sigma * sd).powi(2));
     }

@@ -2,5 +2,7 @@
 
 pub mod images;
 pub mod npy;
+pub mod rows;
 
 pub use images::ImageSet;
+pub use rows::RowFile;

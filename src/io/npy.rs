@@ -80,22 +80,22 @@ fn parse_header(text: &str) -> Result<Header> {
     Ok(Header { dtype, big_endian: order == ">", fortran, shape })
 }
 
-/// Reads one array.
-pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
+/// Reads the header: what the array is, and the bytes up to its data.
+fn read_header(mut reader: impl Read) -> Result<(Header, usize)> {
     let mut start = [0u8; 8];
     let short = |_| bad("not a .npy array (too short)");
     reader.read_exact(&mut start).map_err(short)?;
     if &start[..6] != MAGIC {
         return Err(bad("not a .npy array"));
     }
-    let length = if start[6] == 1 {
+    let (length, before) = if start[6] == 1 {
         let mut n = [0u8; 2];
         reader.read_exact(&mut n).map_err(short)?;
-        u16::from_le_bytes(n) as usize
+        (u16::from_le_bytes(n) as usize, 10)
     } else {
         let mut n = [0u8; 4];
         reader.read_exact(&mut n).map_err(short)?;
-        u32::from_le_bytes(n) as usize
+        (u32::from_le_bytes(n) as usize, 12)
     };
     if length > MAX_HEADER {
         return Err(bad(format!("a header of {length} bytes (at most {MAX_HEADER})")));
@@ -103,7 +103,24 @@ pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
     let mut text = vec![0u8; length];
     reader.read_exact(&mut text).map_err(short)?;
     let text = String::from_utf8(text).map_err(|_| bad("the .npy header is not text"))?;
-    let header = parse_header(&text)?;
+    Ok((parse_header(&text)?, before + length))
+}
+
+/// Element type, shape and the place of the data in the bytes of a `.npy` file, where the data may be used as it lies
+/// there: little-endian and row-major. `None` where it may not. A file that is cut short is an error.
+pub fn plain_layout(bytes: &[u8]) -> Result<Option<(DType, Vec<usize>, usize)>> {
+    let (header, start) = read_header(bytes)?;
+    let expected = checked_len(&header.shape)? * header.dtype.size();
+    if bytes.len() - start < expected {
+        let found = bytes.len() - start;
+        return Err(bad(format!("{found} bytes of data where the shape {:?} needs {expected}", header.shape)));
+    }
+    Ok((!header.big_endian && !header.fortran).then_some((header.dtype, header.shape, start)))
+}
+
+/// Reads one array.
+pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
+    let (header, _) = read_header(&mut reader)?;
     let size = header.dtype.size();
     let expected = checked_len(&header.shape)? * size;
     let mut data = Vec::new();

@@ -144,6 +144,7 @@ pub fn random_inputs(
                 .map(|_| match unit {
                     TimeUnit::Sigma => (rng.random::<f64>() * 8.0 - 5.0).exp(),
                     TimeUnit::LnSigma4 => (rng.random::<f64>() * 8.0 - 5.0) / 4.0,
+                    TimeUnit::LnSigma250 => (rng.random::<f64>() * 8.0 - 5.0) * 250.0,
                     TimeUnit::Unit => rng.random(),
                     TimeUnit::Step | TimeUnit::Thousand => (rng.random::<f64>() * 1000.0).floor(),
                 })

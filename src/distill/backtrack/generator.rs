@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::Networks;
-use crate::diffusion::Conditions;
+use crate::diffusion::{Conditions, Guidance};
 use crate::distill::draws::{Draws, Use};
 use crate::distill::objective::{Objective, Terms};
 use crate::distill::trainer::{Batches, column, weights};
@@ -22,7 +22,7 @@ pub(super) fn generator_loss(
     draws: &Draws,
     x0: &Tensor,
     conditions: &Conditions,
-    guidance: f64,
+    guidance: Guidance,
 ) -> Result<(Tensor, Tensor)> {
     let sigmas = draws.sigmas(Use::GeneratorSigma, &batches.generator_levels, batches.batch);
     let sigma = column(&sigmas, batches.device)?;

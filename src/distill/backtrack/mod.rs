@@ -11,7 +11,7 @@ use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
 use crate::distill::draws::{Phase, Use};
 use crate::distill::objective::objective;
 use crate::distill::student::Student;
-use crate::distill::trainer::{At, Batches, Job, Log, adamw, denoising_loss};
+use crate::distill::trainer::{self, At, Batches, Job, Log, adamw, denoising_loss};
 use crate::distill::trajectory::Trajectory;
 use crate::error::Result;
 use crate::torch::ema;
@@ -38,7 +38,8 @@ pub fn backtrack(
 ) -> Result<Option<Student>> {
     let config = job.config;
     let settings = &config.backtrack;
-    if config.guidance != 1.0 {
+    let guidance = trainer::guidance(config)?;
+    if !guidance.is_none() {
         teacher.check_guidance()?;
     }
     let batches = Batches::new(config, teacher)?;
@@ -111,7 +112,7 @@ pub fn backtrack(
             let x0 = if generator_steps {
                 let x0 = nets.student.generate(&z, &conditions)?;
                 let (loss, mismatch) =
-                    generator::generator_loss(&nets, &*objective, &batches, &draws, &x0, &conditions, config.guidance)?;
+                    generator::generator_loss(&nets, &*objective, &batches, &draws, &x0, &conditions, guidance)?;
                 log.meters.add("loss_generator", &loss)?;
                 log.meters.add("mismatch", &mismatch)?;
                 looked = tch::no_grad(|| looked.f_add(&mismatch.f_mul_scalar(share)?))?;

@@ -1,6 +1,7 @@
 //! Values that make no sense, refused before the first step.
 
 use super::{Config, ObjectiveKind};
+use crate::diffusion::Guidance;
 use crate::error::{Error, Result};
 
 impl Config {
@@ -55,6 +56,7 @@ impl Config {
         if !(0.0..=1.0).contains(&self.backtrack.cooldown) {
             return Err(Error::usage(format!("backtrack.cooldown is {}, expected 0 to 1", self.backtrack.cooldown)));
         }
+        Guidance::new(self.guidance, self.guidance_interval)?;
         if !self.noise.log_mean.is_finite() {
             return Err(Error::usage(format!("noise.log_mean is {}, expected a number", self.noise.log_mean)));
         }

@@ -15,8 +15,8 @@ use crate::error::{Context, Error, Result};
 
 pub use objectives::{ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
-    BacktrackConfig, DegradeConfig, Distribution, EmaConfig, FakeDistribution, LogConfig, NoiseConfig, OptimizerConfig,
-    Spacing, StudentConfig, Switch,
+    BacktrackConfig, ConditionsConfig, DegradeConfig, Distribution, EmaConfig, FakeDistribution, LogConfig,
+    NoiseConfig, OptimizerConfig, Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -38,6 +38,9 @@ pub struct Config {
     pub objective: ObjectiveKind,
     /// Classifier-free guidance scale of the targets; 1: none.
     pub guidance: f64,
+    /// Noise levels between which (above the first, up to the second) the targets are guided.
+    pub guidance_interval: [f64; 2],
+    pub conditions: ConditionsConfig,
     pub student: StudentConfig,
     pub degrade: DegradeConfig,
     pub backtrack: BacktrackConfig,
@@ -60,6 +63,8 @@ impl Default for Config {
             accumulate: 1,
             objective: ObjectiveKind::Dmd,
             guidance: 1.0,
+            guidance_interval: [0.0, f64::INFINITY],
+            conditions: ConditionsConfig::default(),
             student: StudentConfig::default(),
             degrade: DegradeConfig::default(),
             backtrack: BacktrackConfig::default(),

@@ -44,6 +44,16 @@ pub enum FakeDistribution {
     Lognormal,
 }
 
+/// Where the conditions of training come from.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ConditionsConfig {
+    /// A .safetensors or .npz file with one array a condition, rows drawn at random; empty: classes are drawn.
+    pub file: String,
+    /// How often each class is drawn, one number a class in any scale; empty: all alike.
+    pub weights: Vec<f64>,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StudentConfig {
@@ -138,6 +148,8 @@ pub struct LogConfig {
     pub samples: usize,
     /// Heun steps of the teacher's and its degraded copies' samples.
     pub sample_steps: usize,
+    /// ONNX decoder of latents for the sample grids, run on latents divided by the card's `latent_scale`; empty: none.
+    pub decoder: String,
     /// Iterations between two checkpoints; 0: only where the run stops.
     pub checkpoint_every: u64,
 }
@@ -192,6 +204,6 @@ impl Default for EmaConfig {
 }
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { every: 10, samples: 64, sample_steps: 18, checkpoint_every: 500 }
+        Self { every: 10, samples: 64, sample_steps: 18, decoder: String::new(), checkpoint_every: 500 }
     }
 }

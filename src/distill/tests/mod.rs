@@ -1,5 +1,6 @@
 //! Both stages on networks whose exact denoiser is known.
 
+mod conditions;
 mod objectives;
 
 use std::sync::Arc;
