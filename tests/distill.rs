@@ -213,7 +213,6 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--set", "conditions.weights=[1, 2]"], 2, "`labels` has 10 classes"),
         (vec!["--set", "log.decoder=none.onnx"], 1, "log.decoder: none.onnx"),
         (vec!["--set", "log.decoder=c.toml"], 1, "c.toml"),
-        (vec!["--guidance", "2", "--card", "conditions.labels={kind=\"class-index\", classes=10}"], 2, "null"),
     ] {
         let (got, text) = fails(dir, &with(&["distill", TEACHER, "-o", "out"], &args));
         assert_eq!(got, code, "{args:?}: {text}");
