@@ -130,12 +130,17 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
 fn every_objective_distils_the_digits_teacher() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let objectives = ["dmd", "diff-instruct", "sds", "sid", "sim"];
+    let objectives = ["dmd", "diff-instruct", "sds", "sid", "sim", "dmd2", "f-distill"];
+    let data = format!("gan.data={}", concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/digits.npz"));
+    // A feature map and a vector in the middle of the digits U-Net.
+    let gan = ["--set", data.as_str(), "--set", "gan.taps=[\"conv2d_5\", \"linear_5\"]"];
     let mut students = Vec::new();
     for objective in objectives {
         for nodes in ["0", "2"] {
             let run = format!("{objective}-{nodes}");
             let small = with(&SMALL[..6], &SMALL[8..]);
+            let adversarial = matches!(objective, "dmd2" | "f-distill");
+            let small = if adversarial { with(&small, &gan) } else { small };
             ok(dir, &with(&["distill", TEACHER, "-o", &run, "--objective", objective, "--nodes", nodes], &small));
             let rows = rows(&dir.join(&run));
             let first = rows.iter().find(|r| r["stage"] == "backtrack").unwrap();
@@ -143,6 +148,11 @@ fn every_objective_distils_the_digits_teacher() {
             // Without a trajectory the fake score starts as the teacher: where scores are compared they are equal.
             assert_eq!(loss == 0.0, nodes == "0" && objective != "sds", "{run}: {loss}");
             assert_eq!(first["loss_fake"].is_null(), objective == "sds", "{run}");
+            if adversarial {
+                // An undecided discriminator: 2 ln 2 for itself, ln 2 for the generator, times their weights.
+                let [d, g] = ["loss_discriminator", "loss_gan"].map(|k| first[k].as_f64().unwrap());
+                assert!((d - 0.02 * 2f64.ln()).abs() < 1e-6 && (g - 0.003 * 2f64.ln()).abs() < 1e-6, "{run}: {d} {g}");
+            }
             assert!(first["grad_norm_generator"].as_f64().unwrap().is_finite(), "{run}");
             students.push(weights(&dir.join(&run)));
         }
@@ -209,6 +219,9 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--resume"], 2, "no run"),
         (vec!["--set", "student.sigma_init=-1"], 2, "sigma_init"),
         (vec!["--set", "conditions.file=labels.npz"], 2, "`text` is no condition of the teacher, which has `labels`"),
+        (vec!["--objective", "dmd2"], 2, "gan.data is empty"),
+        (vec!["--objective", "dmd2", "--set", "gan.data=labels.npz"], 2, "labels.npz"),
+        (vec!["--objective", "sds", "--set", "gan.data=labels.npz"], 2, "no fake score"),
         (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),
         (vec!["--set", "conditions.weights=[1, 2]"], 2, "`labels` has 10 classes"),
         (vec!["--set", "log.decoder=none.onnx"], 1, "log.decoder: none.onnx"),

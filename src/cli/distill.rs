@@ -74,7 +74,7 @@ pub struct BacktrackOptions {
     /// Generator updates. [backtrack.updates]
     #[arg(long, value_name = "N")]
     pub updates: Option<u64>,
-    /// dmd, diff-instruct (or vsd), sid, sim or sds. [objective]
+    /// dmd, diff-instruct (or vsd), sid, sim, sds, dmd2 or f-distill. [objective]
     #[arg(long)]
     pub objective: Option<String>,
     /// Guidance scale of the targets. [guidance]
@@ -218,7 +218,8 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
 /// What can be known to fail later is refused before anything is written.
 fn check_stage_two(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
     crate::distill::student::start(teacher, &config.student)?;
-    crate::distill::trainer::conditions(config, teacher.card())?;
+    let batches = crate::distill::trainer::Batches::new(config, teacher)?;
+    crate::distill::gan::Gan::new(config, teacher, &batches)?;
     if config.guidance != 1.0 && plan.stages != Stages::Degrade {
         teacher.check_guidance()?;
     }

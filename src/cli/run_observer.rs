@@ -110,6 +110,8 @@ impl Observer for Sheets {
             ("grad_norm_fake", row.grad_norm_fake),
             ("grad_norm_generator", row.grad_norm_generator),
             ("mismatch", row.mismatch),
+            ("loss_gan", row.loss_gan),
+            ("loss_discriminator", row.loss_discriminator),
             ("node", Some(row.node as f64)),
             ("lr", Some(row.lr)),
             ("images_per_s", Some(row.images_per_s)),

@@ -86,10 +86,29 @@ impl Denoiser {
     /// `D(x; sigma, c)`: x0 estimated from `x_edm = x0 + sigma e`, `[B, C, H, W]` f32, `sigma` one finite level a row.
     /// Differentiable with respect to `x_edm` and the parameters.
     pub fn denoise(&self, x_edm: &Tensor, sigma: &[f64], cond: &Conditions) -> Result<Tensor> {
+        Ok(self.denoise_tapped(x_edm, sigma, cond, &[])?.0)
+    }
+
+    /// [`Denoiser::denoise`], and the tensors of these names inside the network, first dimension the batch.
+    pub fn denoise_tapped(
+        &self,
+        x_edm: &Tensor,
+        sigma: &[f64],
+        cond: &Conditions,
+        taps: &[String],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         self.check_batch(x_edm, cond, sigma.len())?;
         let coefficients = self.coefficients(sigma)?;
         let conditions = self.bind(cond, x_edm.device())?;
-        self.run(x_edm, &coefficients, &conditions)
+        let (x0, features) = self.run(x_edm, &coefficients, &conditions, taps)?;
+        let rows = sigma.len() as i64;
+        match features.iter().zip(taps).find(|(f, _)| f.size().first() != Some(&rows)) {
+            None => Ok((x0, features)),
+            Some((f, tap)) => Err(Error::usage(format!(
+                "the tensor `{tap}` has shape {:?}, expected a row for each of {rows} samples",
+                f.size()
+            ))),
+        }
     }
 
     /// Classifier-free guidance, `D_u + scale (D_c - D_u)`, in one batch of twice the size. Conditions without a null
@@ -118,7 +137,7 @@ impl Denoiser {
             };
             *bound = Tensor::f_cat(&[&*bound, &null], 0)?;
         }
-        let both = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, &coefficients, &conditions)?;
+        let (both, _) = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, &coefficients, &conditions, &[])?;
         let rows = sigma.len() as i64;
         let (with, without) = (both.f_narrow(0, 0, rows)?, both.f_narrow(0, rows, rows)?);
         let difference = with.f_sub(&without)?;
@@ -142,7 +161,7 @@ impl Denoiser {
         self.check_batch(z, cond, rows)?;
         let conditions = self.bind(cond, z.device())?;
         let coefficients = vec![Coefficients { c_in: start.init_scale, ..start.coefficients }; rows];
-        self.run(z, &coefficients, &conditions)
+        Ok(self.run(z, &coefficients, &conditions, &[])?.0)
     }
 
     fn coefficients(&self, sigma: &[f64]) -> Result<Vec<Coefficients>> {
@@ -169,14 +188,20 @@ impl Denoiser {
         self.binding.conditions.iter().map(one).collect()
     }
 
-    fn run(&self, x: &Tensor, coefficients: &[Coefficients], conditions: &[Tensor]) -> Result<Tensor> {
-        let Some(first) = coefficients.first() else { return Ok(x.shallow_clone()) };
+    fn run(
+        &self,
+        x: &Tensor,
+        coefficients: &[Coefficients],
+        conditions: &[Tensor],
+        taps: &[String],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let Some(first) = coefficients.first() else { return Ok((x.shallow_clone(), Vec::new())) };
         let single = match self.binding.time.shape.first() {
             None => true,
             Some(d) => *d == Some(1) && self.binding.sample.shape.first() != Some(&Some(1)),
         };
         if !single || coefficients.iter().all(|c| c.time == first.time) {
-            return self.run_together(x, coefficients, conditions, single);
+            return self.run_together(x, coefficients, conditions, single, taps);
         }
         // One number for the whole batch: the rows of each time run on their own, then go back to their places.
         let mut groups: Vec<(f64, Vec<i64>)> = Vec::new();
@@ -191,12 +216,15 @@ impl Denoiser {
             let index = send(&Tensor::from_slice(rows), x.device())?;
             let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
             let conditions = conditions.iter().map(|c| Ok(c.f_index_select(0, &index)?)).collect::<Result<Vec<_>>>()?;
-            outputs.push(self.run_together(&x.f_index_select(0, &index)?, &picked, &conditions, true)?);
+            outputs.push(self.run_together(&x.f_index_select(0, &index)?, &picked, &conditions, true, taps)?);
         }
         let order: Vec<i64> = groups.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
         let mut back = vec![0i64; order.len()];
         order.iter().enumerate().for_each(|(place, row)| back[*row as usize] = place as i64);
-        Ok(Tensor::f_cat(&outputs, 0)?.f_index_select(0, &send(&Tensor::from_slice(&back), x.device())?)?)
+        let back = send(&Tensor::from_slice(&back), x.device())?;
+        let join = |parts: Vec<&Tensor>| -> Result<Tensor> { Ok(Tensor::f_cat(&parts, 0)?.f_index_select(0, &back)?) };
+        let features = (0..taps.len()).map(|k| join(outputs.iter().map(|(_, f)| &f[k]).collect()));
+        Ok((join(outputs.iter().map(|(t, _)| t).collect())?, features.collect::<Result<_>>()?))
     }
 
     fn run_together(
@@ -205,7 +233,8 @@ impl Denoiser {
         coefficients: &[Coefficients],
         conditions: &[Tensor],
         single: bool,
-    ) -> Result<Tensor> {
+        taps: &[String],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         let device = x.device();
         let x_net = scaled(x, coefficients, |c| c.c_in)?;
         let wanted = match self.card.layout {
@@ -226,7 +255,7 @@ impl Denoiser {
         let mut inputs = vec![(self.card.sample.as_str(), &sample), (self.card.time.as_str(), &time)];
         inputs.extend(self.binding.conditions.iter().map(|(_, s)| s.name.as_str()).zip(conditions));
         inputs.extend(self.binding.constants.iter().map(|(s, _)| s.name.as_str()).zip(&constants));
-        let outputs = self.network.forward(&inputs)?;
+        let (outputs, features) = self.network.forward_tapped(&inputs, taps)?;
         let (_, output) = outputs.into_iter().find(|(name, _)| *name == self.card.output).ok_or_else(|| {
             Error::usage(format!("the card names the output `{}`, which the graph does not have", self.card.output))
         })?;
@@ -245,9 +274,9 @@ impl Denoiser {
         }
         let fresh = scaled(&output, coefficients, |c| c.out)?;
         if coefficients.iter().all(|c| c.skip == 0.0) {
-            return Ok(fresh);
+            return Ok((fresh, features));
         }
-        Ok(scaled(&x_net, coefficients, |c| c.skip)?.f_add(&fresh)?)
+        Ok((scaled(&x_net, coefficients, |c| c.skip)?.f_add(&fresh)?, features))
     }
 
     /// The time input in the graph's element type and rank.

@@ -31,7 +31,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let start = student::start(teacher, &config.student)?;
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
-    let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade.lr))?;
+    let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade.lr, &config.degrade.betas))?;
     let probe = Probe::new(&batches, teacher, &start)?;
 
     let (mut state, mut trajectory) = match resume {

@@ -8,7 +8,9 @@ use tch::{Device, Tensor};
 
 use crate::diffusion::{ConditionSource, HostConditions, TeacherCard};
 use crate::distill::config::{Distribution, NoiseConfig};
+use crate::distill::gan::RealImages;
 use crate::error::Result;
+use crate::tensor::HostTensor;
 use crate::torch::shim;
 
 /// The part of a run that draws.
@@ -31,6 +33,12 @@ pub enum Use {
     GeneratorNoise = 4,
     FakeSigma = 5,
     FakeNoise = 6,
+    GanSigma = 7,
+    GanNoise = 8,
+    RealImage = 9,
+    DiscriminatorSigma = 10,
+    DiscriminatorNoise = 11,
+    RealNoise = 12,
 }
 
 /// The draws of one micro-batch.
@@ -65,6 +73,11 @@ impl Draws {
     /// Conditions of `rows` samples.
     pub fn conditions(&self, source: &ConditionSource, card: &TeacherCard, rows: usize) -> Result<HostConditions> {
         source.draw(card, &mut self.stream(Use::Condition), rows)
+    }
+
+    /// Real images with their conditions.
+    pub fn real(&self, data: &RealImages, card: &TeacherCard, rows: usize) -> Result<(HostTensor, HostConditions)> {
+        data.draw(card, &mut self.stream(Use::RealImage), rows)
     }
 
     /// `count` noise levels.

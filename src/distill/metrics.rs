@@ -74,6 +74,11 @@ pub struct Row {
     pub grad_norm_generator: Option<f64>,
     /// Score mismatch to the target: `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`.
     pub mismatch: Option<f64>,
+    /// The generator's term against the discriminator, and the discriminator's own, both weighted; where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_gan: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_discriminator: Option<f64>,
     /// Learning rate: stage 1 of the copy, stage 2 of the generator.
     pub lr: f64,
     /// Generator updates done.
@@ -144,6 +149,8 @@ mod tests {
             grad_norm_fake: Some(f64::NAN),
             grad_norm_generator: None,
             mismatch: None,
+            loss_gan: None,
+            loss_discriminator: None,
             lr: 1e-4,
             updates: 0,
             images: 128,

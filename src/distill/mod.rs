@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod degrade;
 pub mod draws;
+pub mod gan;
 pub mod metrics;
 pub mod objective;
 pub mod progress;

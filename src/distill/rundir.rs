@@ -76,6 +76,10 @@ impl RunDir {
     pub fn student_weights(&self) -> PathBuf {
         self.path.join("student.safetensors")
     }
+    /// The final weights of a further average (`ema.more`).
+    pub fn average_weights(&self, half_life: f64) -> PathBuf {
+        self.path.join(format!("student-ema-{half_life}.safetensors"))
+    }
     pub fn summary(&self) -> PathBuf {
         self.path.join("summary.json")
     }

@@ -165,13 +165,13 @@ pub fn denoising_loss(
     Ok(error.f_mul(&weights(denoiser, sigmas, x0.device())?)?.f_mean(Kind::Float)?)
 }
 
-/// AdamW settings with this learning rate.
-pub fn adamw(config: &Config, lr: f64) -> AdamWConfig {
+/// AdamW settings with this learning rate, and these betas where they are given.
+pub fn adamw(config: &Config, lr: f64, betas: &[f64]) -> AdamWConfig {
     let o = &config.optimizer;
     AdamWConfig {
         lr,
-        beta1: o.beta1,
-        beta2: o.beta2,
+        beta1: betas.first().copied().unwrap_or(o.beta1),
+        beta2: betas.get(1).copied().unwrap_or(o.beta2),
         eps: o.eps,
         weight_decay: o.weight_decay,
         clip: o.clip,
@@ -230,7 +230,7 @@ impl Log {
     pub fn row(&mut self, at: At, observer: &mut dyn Observer) -> Result<Means> {
         let means = self.meters.take()?;
         let seconds = self.row_at.elapsed().as_secs_f64().max(1e-9);
-        let skips = |names: [&str; 2]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
+        let skips = |names: &[&str]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
         let row = Row {
             stage: self.stage,
             iteration: at.iteration,
@@ -240,12 +240,14 @@ impl Log {
             grad_norm_fake: means.get("grad_norm_fake"),
             grad_norm_generator: means.get("grad_norm_generator"),
             mismatch: means.get("mismatch"),
+            loss_gan: means.get("loss_gan"),
+            loss_discriminator: means.get("loss_discriminator"),
             lr: at.lr,
             updates: at.updates,
             images: at.images,
             images_per_s: (at.images - self.row_images) as f64 / seconds,
             seconds: self.seconds(),
-            skipped: skips(["skipped_fake", "skipped_generator"]),
+            skipped: skips(&["skipped_fake", "skipped_generator", "skipped_head"]),
         };
         self.row_at = Instant::now();
         self.row_images = at.images;
@@ -254,6 +256,7 @@ impl Log {
         observer.metrics(&row)?;
         for (name, network) in [
             ("in_a_row_generator", "the generator"),
+            ("in_a_row_head", "the discriminator's head"),
             ("in_a_row_fake", if self.stage == Stage::Degrade { "the degraded copy" } else { "the fake score" }),
         ] {
             if means.get(name).is_some_and(|n| n >= self.max_skips as f64) {

@@ -170,6 +170,12 @@ impl ImageSet {
         HostTensor::from_bytes(DType::U8, vec![count, c, h, w], out.into())
     }
 
+    /// Images `index` as 8-bit values, [index.len(),C,H,W].
+    pub fn gather_u8(&self, index: &[usize]) -> Result<HostTensor> {
+        let parts = index.iter().map(|&k| self.batch_u8(k, 1)).collect::<Result<Vec<_>>>()?;
+        HostTensor::concat_rows(&parts)
+    }
+
     /// Images `start..start+count` as floats in [-1, 1], [count,C,H,W]: 8-bit `v` becomes `v / 127.5 - 1`.
     pub fn batch(&self, start: usize, count: usize) -> Result<HostTensor> {
         let bytes = self.batch_u8(start, count)?;

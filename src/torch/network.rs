@@ -16,11 +16,27 @@ use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
 use crate::torch::{convert, deciding};
 
+/// Tensors by the names of graph outputs.
+pub type NamedTensors = Vec<(String, Tensor)>;
+
 /// What the method needs of a network: named inputs in, named outputs out, and its parameters.
 pub trait Forward {
     /// Runs the network on named inputs (any order); outputs in the order of the graph. Differentiable with respect to
     /// the inputs and to the parameters that require a gradient.
     fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>>;
+    /// [`Forward::forward`], and beside the outputs the tensors of these names inside the network, in that order.
+    ///
+    /// Errors: a name that the network does not have.
+    fn forward_tapped(&self, inputs: &[(&str, &Tensor)], taps: &[String]) -> Result<(NamedTensors, Vec<Tensor>)> {
+        match taps.first() {
+            None => Ok((self.forward(inputs)?, Vec::new())),
+            Some(tap) => Err(no_such_tap(tap, &[])),
+        }
+    }
+    /// Names of the tensors inside the network, in the order in which they are made.
+    fn tap_names(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// The parameters of this copy.
     fn params(&self) -> &ParamSet;
     /// Another copy: the same plan, its own parameters with equal values.
@@ -165,6 +181,15 @@ impl Network {
     }
 }
 
+fn no_such_tap(name: &str, known: &[String]) -> Error {
+    let error = Error::usage(format!("the graph has no tensor `{name}`"));
+    let likeness = |k: &&String| (strsim::normalized_damerau_levenshtein(name, k) * 1e6) as u64;
+    match known.iter().max_by_key(likeness) {
+        Some(nearest) if likeness(&nearest) > 600_000 => error.hint(format!("did you mean `{nearest}`?")),
+        _ => error,
+    }
+}
+
 /// The converter's list in `disback.parameters`: a JSON array of initializer names.
 fn declared_parameters(model: &Model) -> Result<Option<Vec<String>>> {
     let entry = model.metadata().into_iter().find(|(k, _)| k == "disback.parameters");
@@ -180,6 +205,27 @@ impl Forward for Network {
     fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let args = self.arguments()?;
         self.shared.plan.run(inputs, &args, self.device).with_context(|| self.shared.model.path.display().to_string())
+    }
+
+    fn forward_tapped(&self, inputs: &[(&str, &Tensor)], taps: &[String]) -> Result<(NamedTensors, Vec<Tensor>)> {
+        let graph = &self.shared.graph;
+        let made = |name: &String| {
+            let mut outputs = graph.nodes.iter().flat_map(|n| n.outputs.iter().flatten());
+            outputs.find(|v| graph.names[**v] == *name).copied().ok_or_else(|| no_such_tap(name, &self.tap_names()))
+        };
+        let ids = taps.iter().map(made).collect::<Result<Vec<_>>>()?;
+        let args = self.arguments()?;
+        let path = || self.shared.model.path.display().to_string();
+        let (outputs, tapped) = self.shared.plan.run_tapped(inputs, &args, self.device, &ids).with_context(path)?;
+        let named = tapped.into_iter().zip(taps).map(|(t, name)| {
+            t.ok_or_else(|| Error::usage(format!("the tensor `{name}` does not depend on the graph's inputs")))
+        });
+        Ok((outputs, named.collect::<Result<_>>()?))
+    }
+
+    fn tap_names(&self) -> Vec<String> {
+        let graph = &self.shared.graph;
+        graph.nodes.iter().flat_map(|n| n.outputs.iter().flatten()).map(|v| graph.names[*v].clone()).collect()
     }
 
     fn params(&self) -> &ParamSet {

@@ -157,6 +157,30 @@ impl Plan {
             .collect()
     }
 
+    /// [`Plan::run`], and beside the outputs these values inside the graph; `None` for one that is settled by shapes and
+    /// constants alone.
+    pub fn run_tapped(
+        &self,
+        inputs: &[(&str, &Tensor)],
+        parameters: &[Tensor],
+        device: Device,
+        taps: &[ValueId],
+    ) -> Result<(Vec<(String, Tensor)>, Vec<Option<Tensor>>)> {
+        let mut tapped: Vec<Option<Tensor>> = taps.iter().map(|_| None).collect();
+        let mut observe = |id: ValueId, value: &Value| {
+            if let Value::Device(t) = value {
+                for (_, place) in taps.iter().zip(&mut tapped).filter(|(tap, _)| **tap == id) {
+                    *place = Some(t.shallow_clone());
+                }
+            }
+        };
+        let values = self.run_values(inputs, parameters, device, &mut observe)?;
+        let outputs = self.collect(&values, &self.outputs)?;
+        let named =
+            self.outputs.iter().zip(&outputs).map(|(p, v)| Ok((p.name.clone(), v.tensor(device)?.shallow_clone())));
+        Ok((named.collect::<Result<_>>()?, tapped))
+    }
+
     /// [`Plan::run`], calling `observe` with every value as it is made; all values that are still alive at the end.
     pub fn run_values(
         &self,

@@ -2,55 +2,86 @@
 
 use tch::{Kind, Tensor};
 
-use super::Networks;
+use super::players::Players;
 use crate::diffusion::{Conditions, Guidance};
 use crate::distill::draws::{Draws, Use};
 use crate::distill::objective::{Objective, Terms};
 use crate::distill::trainer::{Batches, column, weights};
 use crate::error::Result;
 
-/// The generator's loss on its images `x0`, and the score mismatch to the target (both rank 0): the excess of the
-/// target's denoising loss over the fake score's on the student's samples (the target's alone where an objective has no
-/// fake score).
-///
-/// The gradient reaches the generator alone: the fake score's parameters are held still while it is differentiated
-/// through.
-pub(super) fn generator_loss(
-    nets: &Networks,
+/// One micro-batch of the generator's images and what belongs to them.
+pub(super) struct Batch<'a> {
+    pub batches: &'a Batches,
+    pub draws: &'a Draws,
+    /// With the generator's graph.
+    pub x0: &'a Tensor,
+    pub conditions: &'a Conditions,
+}
+
+/// Losses of one micro-batch, all of rank 0.
+pub(super) struct Made {
+    /// The objective's.
+    pub loss: Tensor,
+    /// The weighted term against the discriminator.
+    pub gan: Option<Tensor>,
+    /// The score mismatch to the target: the excess of the target's denoising loss over the fake score's on the student's
+    /// samples (the target's alone where an objective has no fake score). Without a graph.
+    pub mismatch: Tensor,
+}
+
+/// What the generator descends. The gradient reaches the generator alone: the parameters of fake score and discriminator
+/// are held still while they are differentiated through. `last`: the target is the teacher itself.
+pub(super) fn loss(
+    players: &Players,
     objective: &dyn Objective,
-    batches: &Batches,
-    draws: &Draws,
-    x0: &Tensor,
-    conditions: &Conditions,
+    batch: &Batch,
     guidance: Guidance,
-) -> Result<(Tensor, Tensor)> {
+    last: bool,
+) -> Result<Made> {
+    let Batch { batches, draws, x0, conditions } = *batch;
     let sigmas = draws.sigmas(Use::GeneratorSigma, &batches.generator_levels, batches.batch);
     let sigma = column(&sigmas, batches.device)?;
     let noise = batches.noise(draws, Use::GeneratorNoise)?;
     let x_t = x0.f_add(&noise.f_mul(&sigma)?)?;
-    let scores = || -> Result<(Tensor, Option<Tensor>)> {
+    let gan = players.gan.as_ref().filter(|_| objective.needs_ratio() && last);
+    let taps = gan.map_or(&[][..], |g| g.taps());
+    let scores = || -> Result<(Tensor, Option<(Tensor, Vec<Tensor>)>)> {
         // Guidance is the target's alone.
-        let target = nets.target.guided(&x_t, &sigmas, conditions, guidance)?;
-        let fake = nets.fake.as_ref().map(|fake| fake.denoise(&x_t, &sigmas, conditions)).transpose()?;
-        Ok((target, fake))
+        let target = players.target.guided(&x_t, &sigmas, conditions, guidance)?;
+        let fake = players.fake.as_ref().map(|f| f.network.denoise_tapped(&x_t, &sigmas, conditions, taps));
+        Ok((target, fake.transpose()?))
     };
-    let (target, fake) = match (objective.through_scores(), &nets.fake) {
-        (false, _) => tch::no_grad(scores)?,
-        (true, None) => scores()?,
-        (true, Some(network)) => {
-            network.params().set_requires_grad(false)?;
-            let both = scores();
-            network.params().set_requires_grad(true)?;
-            both?
+    let (target, fake) = if objective.through_scores() { players.held_still(scores)? } else { tch::no_grad(scores)? };
+    let log_ratio = match (gan, &fake) {
+        (Some(gan), Some((_, features))) => {
+            let logits = tch::no_grad(|| gan.logits(features))?;
+            Some(logits.f_view([batches.batch as i64, 1, 1, 1])?)
         }
+        _ => None,
     };
+    let fake = fake.map(|(d, _)| d);
     let mismatch = tch::no_grad(|| -> Result<Tensor> {
         let mut excess = target.f_sub(x0)?.f_square()?;
         if let Some(fake) = &fake {
             excess = excess.f_sub(&fake.f_sub(x0)?.f_square()?)?;
         }
-        Ok(excess.f_mul(&weights(&nets.target, &sigmas, batches.device)?)?.f_mean(Kind::Float)?)
+        Ok(excess.f_mul(&weights(&players.target, &sigmas, batches.device)?)?.f_mean(Kind::Float)?)
     })?;
-    let terms = Terms { x0, x_t: &x_t, noise: &noise, sigma: &sigma, target: &target, fake: fake.as_ref() };
-    Ok((objective.loss(&terms)?, mismatch))
+    let terms = Terms {
+        x0,
+        x_t: &x_t,
+        noise: &noise,
+        sigma: &sigma,
+        target: &target,
+        fake: fake.as_ref(),
+        log_ratio: log_ratio.as_ref(),
+    };
+    let gan = match (&players.gan, &players.fake) {
+        (Some(gan), Some(fake)) => {
+            let judge = || gan.generator_loss(&fake.network, batches, draws, x0, conditions);
+            Some(players.held_still(judge)?)
+        }
+        _ => None,
+    };
+    Ok(Made { loss: objective.loss(&terms)?, gan, mismatch })
 }

@@ -2,31 +2,21 @@
 //! last.
 
 mod generator;
+mod players;
 mod switching;
 
 use tch::{Kind, Tensor};
 
+use self::players::Players;
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
+use crate::distill::checkpoint::{Checkpoint, Stage, State};
+use crate::distill::config::CooldownShape;
 use crate::distill::draws::{Phase, Use};
 use crate::distill::objective::objective;
 use crate::distill::student::Student;
-use crate::distill::trainer::{self, At, Batches, Job, Log, adamw, denoising_loss};
+use crate::distill::trainer::{self, At, Batches, Job, Log, denoising_loss};
 use crate::distill::trajectory::Trajectory;
 use crate::error::Result;
-use crate::torch::ema;
-use crate::torch::optim::AdamW;
-
-/// The networks of stage 2: one plan, four sets of weights.
-struct Networks {
-    /// The slot into which the nodes are copied, one after the other.
-    target: Denoiser,
-    /// None where the objective has no use for it.
-    fake: Option<Denoiser>,
-    student: Student,
-    /// The student's averaged weights (f32).
-    average: Student,
-}
 
 /// Distils back along `trajectory`, or goes on from a checkpoint. Gives the student with its averaged weights, or `None`
 /// where it was stopped from outside, with a checkpoint.
@@ -44,34 +34,14 @@ pub fn backtrack(
     }
     let batches = Batches::new(config, teacher)?;
     let objective = objective(config);
-    let nets = Networks {
-        target: teacher.copy()?,
-        fake: objective.needs_fake().then(|| teacher.copy()).transpose()?,
-        student: Student::new(teacher.copy()?, &config.student)?,
-        average: Student::new(teacher.copy()?, &config.student)?,
-    };
-    nets.student.params().set_requires_grad(true)?;
-    let mut adam_fake = match &nets.fake {
-        None => None,
-        Some(fake) => {
-            fake.params().set_requires_grad(true)?;
-            Some(AdamW::new(fake.params(), adamw(config, settings.lr_fake))?)
-        }
-    };
-    let mut adam_student = AdamW::new(nets.student.params(), adamw(config, settings.lr_generator))?;
+    let mut players = Players::new(config, teacher, &batches, &*objective)?;
     // Sum of the mismatch since the last look at it: f32, so that a checkpoint holds it exactly.
     let mut looked = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
 
     let last = trajectory.last();
     let mut state = match resume {
         Some(mut checkpoint) => {
-            checkpoint.take_params("student/", nets.student.params())?;
-            checkpoint.take_params("average/", nets.average.params())?;
-            adam_student.restore("adam_student/", &mut |name| checkpoint.take(name))?;
-            if let (Some(fake), Some(adam)) = (&nets.fake, &mut adam_fake) {
-                checkpoint.take_params("fake/", fake.params())?;
-                adam.restore("adam_fake/", &mut |name| checkpoint.take(name))?;
-            }
+            players.restore(&mut checkpoint)?;
             looked.f_copy_(&checkpoint.take("looked")?)?;
             let state = checkpoint.state.clone();
             checkpoint.finish()?;
@@ -79,14 +49,14 @@ pub fn backtrack(
         }
         None => {
             // The fake score starts from the degraded end, which fits the student's first samples.
-            if let Some(fake) = &nets.fake {
-                trajectory.load(last, fake.params())?;
+            if let Some(fake) = &players.fake {
+                trajectory.load(last, fake.network.params())?;
             }
             State { target: last.saturating_sub(1), ..State::new(Stage::Backtrack, trajectory.teacher_hash()) }
         }
     };
-    trajectory.load(state.target, nets.target.params())?;
-    job.observer.target_entered(state.target, &nets.target)?;
+    trajectory.load(state.target, players.target.params())?;
+    job.observer.target_entered(state.target, &players.target)?;
 
     let images = config.images();
     let total = settings.updates * settings.ratio;
@@ -96,13 +66,15 @@ pub fn backtrack(
         let generator_steps = (state.iteration + 1).is_multiple_of(settings.ratio);
         if let Some(next) = switching::next_target(job, &mut state, update, last, &mut looked)? {
             log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
-            job.observer.target_left(state.target, &nets.average)?;
-            trajectory.load(next, nets.target.params())?;
+            job.observer.target_left(state.target, players.average())?;
+            trajectory.load(next, players.target.params())?;
             (state.target, state.target_since) = (next, update);
-            job.observer.target_entered(next, &nets.target)?;
+            job.observer.target_entered(next, &players.target)?;
         }
-        let scale = cooldown(update, settings.updates, settings.cooldown);
-        let lr = adam_student.lr(scale);
+        let scale = cooldown(update, settings.updates, settings.cooldown, settings.cooldown_shape);
+        let cooldown_fake = if settings.cooldown_fake < 0.0 { settings.cooldown } else { settings.cooldown_fake };
+        let scale_fake = cooldown(update, settings.updates, cooldown_fake, settings.cooldown_shape);
+        let lr = players.adam.lr(scale);
         for micro in 0..config.accumulate {
             let draws = batches.draws(Phase::Backtrack, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
@@ -110,44 +82,45 @@ pub fn backtrack(
             let share = 1.0 / config.accumulate as f64;
             // One batch of images for both updates.
             let x0 = if generator_steps {
-                let x0 = nets.student.generate(&z, &conditions)?;
-                let (loss, mismatch) =
-                    generator::generator_loss(&nets, &*objective, &batches, &draws, &x0, &conditions, guidance)?;
-                log.meters.add("loss_generator", &loss)?;
-                log.meters.add("mismatch", &mismatch)?;
-                looked = tch::no_grad(|| looked.f_add(&mismatch.f_mul_scalar(share)?))?;
+                let x0 = players.student.generate(&z, &conditions)?;
+                let batch = generator::Batch { batches: &batches, draws: &draws, x0: &x0, conditions: &conditions };
+                let made = generator::loss(&players, &*objective, &batch, guidance, state.target == 0)?;
+                log.meters.add("loss_generator", &made.loss)?;
+                log.meters.add("mismatch", &made.mismatch)?;
+                looked = tch::no_grad(|| looked.f_add(&made.mismatch.f_mul_scalar(share)?))?;
+                let mut loss = made.loss;
+                if let Some(gan) = &made.gan {
+                    log.meters.add("loss_gan", gan)?;
+                    loss = loss.f_add(gan)?;
+                }
                 loss.f_mul_scalar(share)?.f_backward()?;
                 x0.detach()
             } else {
-                tch::no_grad(|| nets.student.generate(&z, &conditions))?
+                tch::no_grad(|| players.student.generate(&z, &conditions))?
             };
-            if let Some(fake) = &nets.fake {
+            if let Some(fake) = &players.fake {
                 let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, batches.batch);
                 let noise = batches.noise(&draws, Use::FakeNoise)?;
-                let loss = denoising_loss(fake, &x0, &sigmas, &noise, &conditions)?;
+                let loss = denoising_loss(&fake.network, &x0, &sigmas, &noise, &conditions)?;
                 log.meters.add("loss_fake", &loss)?;
                 loss.f_mul_scalar(share)?.f_backward()?;
+                if let Some(gan) = &players.gan {
+                    let loss = gan.discriminator_loss(&fake.network, &batches, &draws, &x0, &conditions)?;
+                    log.meters.add("loss_discriminator", &loss)?;
+                    loss.f_mul_scalar(share)?.f_backward()?;
+                }
             }
         }
         if generator_steps {
-            adam_student.step(scale)?;
-            let decay = ema::decay(images, (update + 1) * images, config.ema.half_life, config.ema.ramp);
-            tch::no_grad(|| ema::update(nets.average.params(), nets.student.params(), decay))?;
-            log.meters.add("grad_norm_generator", adam_student.grad_norm())?;
+            players.step_generator(config, update + 1, scale, &mut log)?;
         }
-        if let Some(adam) = &mut adam_fake {
-            adam.step(scale)?;
-            log.meters.add("grad_norm_fake", adam.grad_norm())?;
-        }
+        players.step_fake(scale_fake, &mut log)?;
         state.iteration += 1;
         let done = state.iteration;
         log.progress.tick(done);
 
         if done.is_multiple_of(config.log.every) || done == total {
-            if let Some(adam) = &adam_fake {
-                log.skips(["skipped_fake", "in_a_row_fake"], adam)?;
-            }
-            log.skips(["skipped_generator", "in_a_row_generator"], &adam_student)?;
+            players.log_skips(&mut log)?;
             let at =
                 At { iteration: done, node: state.target, lr, updates: done / settings.ratio, images: done * images };
             log.row(at, job.observer)?;
@@ -155,13 +128,7 @@ pub fn backtrack(
         let stop = job.stopped() && done < total;
         let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
         if stop || due || done == total {
-            let mut tensors = named("student/", nets.student.params());
-            tensors.extend(named("average/", nets.average.params()));
-            tensors.extend(adam_student.state("adam_student/"));
-            if let (Some(fake), Some(adam)) = (&nets.fake, &adam_fake) {
-                tensors.extend(named("fake/", fake.params()));
-                tensors.extend(adam.state("adam_fake/"));
-            }
+            let mut tensors = players.tensors();
             tensors.push(("looked".into(), looked.shallow_clone()));
             log.checkpoint(job, &mut state, &tensors)?;
         }
@@ -171,13 +138,22 @@ pub fn backtrack(
         }
     }
     log.progress.finish();
-    Ok(Some(nets.average))
+    let mut averages = players.averages.into_iter();
+    let first = averages.next().map(|a| a.student);
+    for average in averages {
+        average.student.params().save(&job.run.average_weights(average.half_life))?;
+    }
+    Ok(first)
 }
 
-/// Factor of both learning rates at a generator update: 1, then falling linearly to 0 over the last `share` of them.
-fn cooldown(update: u64, updates: u64, share: f64) -> f64 {
+/// Factor of a learning rate at a generator update: 1, then falling to 0 over the last `share` of them.
+fn cooldown(update: u64, updates: u64, share: f64, shape: CooldownShape) -> f64 {
     let length = updates as f64 * share;
-    if length < 1.0 { 1.0 } else { ((updates - update) as f64 / length).min(1.0) }
+    let left = if length < 1.0 { 1.0 } else { ((updates - update) as f64 / length).min(1.0) };
+    match shape {
+        CooldownShape::Linear => left,
+        CooldownShape::Cosine => 0.5 - 0.5 * (std::f64::consts::PI * left).cos(),
+    }
 }
 
 #[cfg(test)]
@@ -186,10 +162,14 @@ mod tests {
 
     #[test]
     fn learning_rates_cool_down_over_the_last_share() {
-        let rates: Vec<f64> = [0, 400, 401, 500, 599].iter().map(|&u| cooldown(u, 600, 1.0 / 3.0)).collect();
+        let rates: Vec<f64> =
+            [0, 400, 401, 500, 599].iter().map(|&u| cooldown(u, 600, 1.0 / 3.0, CooldownShape::Linear)).collect();
         for (rate, expected) in rates.iter().zip([1.0, 1.0, 0.995, 0.5, 0.005]) {
             assert!((rate - expected).abs() < 1e-12, "{rates:?}");
         }
-        assert_eq!(cooldown(599, 600, 0.0), 1.0);
+        assert_eq!(cooldown(599, 600, 0.0, CooldownShape::Linear), 1.0);
+        let half = |u| cooldown(u, 600, 0.5, CooldownShape::Cosine);
+        assert_eq!((half(0), half(300)), (1.0, 1.0));
+        assert!((half(450) - 0.5).abs() < 1e-12 && half(599) < 1e-4, "{} {}", half(450), half(599));
     }
 }

@@ -32,6 +32,7 @@ impl Config {
             ("optimizer.eps", self.optimizer.eps),
             ("noise.log_std", self.noise.log_std),
             ("sim.c", self.sim.c),
+            ("gan.lr", self.gan.lr),
         ];
         if let Some((key, v)) = rates.iter().find(|(_, v)| !(v.is_finite() && *v > 0.0)) {
             return Err(Error::usage(format!("{key} is {v}, expected a number above 0")));
@@ -44,6 +45,8 @@ impl Config {
             ("ema.half_life", self.ema.half_life),
             ("ema.ramp", self.ema.ramp),
             ("sid.alpha", self.sid.alpha),
+            ("gan.weight_generator", self.gan.weight_generator),
+            ("gan.weight_discriminator", self.gan.weight_discriminator),
         ];
         if let Some((key, v)) = not_negative.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return Err(Error::usage(format!("{key} is {v}, expected 0 or more")));
@@ -52,6 +55,26 @@ impl Config {
             if !(0.0..1.0).contains(&v) {
                 return Err(Error::usage(format!("{key} is {v}, expected 0 <= value < 1")));
             }
+        }
+        for (key, betas) in [
+            ("degrade.betas", &self.degrade.betas),
+            ("backtrack.betas_generator", &self.backtrack.betas_generator),
+            ("backtrack.betas_fake", &self.backtrack.betas_fake),
+        ] {
+            if !(betas.is_empty() || betas.len() == 2 && betas.iter().all(|b| (0.0..1.0).contains(b))) {
+                return Err(Error::usage(format!(
+                    "{key} is {betas:?}, expected [beta1, beta2] of 0 or more and below 1, or [] for the optimiser's"
+                )));
+            }
+        }
+        if let Some(v) = self.ema.more.iter().find(|v| !(v.is_finite() && **v >= 0.0)) {
+            return Err(Error::usage(format!("ema.more holds {v}, expected half-lives of 0 or more images")));
+        }
+        if self.backtrack.cooldown_fake > 1.0 || self.backtrack.cooldown_fake.is_nan() {
+            return Err(Error::usage(format!(
+                "backtrack.cooldown_fake is {}, expected 0 to 1, or below 0 for backtrack.cooldown",
+                self.backtrack.cooldown_fake
+            )));
         }
         if !(0.0..=1.0).contains(&self.backtrack.cooldown) {
             return Err(Error::usage(format!("backtrack.cooldown is {}, expected 0 to 1", self.backtrack.cooldown)));
@@ -63,7 +86,10 @@ impl Config {
         if !(2..=1_000_000).contains(&self.noise.levels) {
             return Err(Error::usage(format!("noise.levels is {}, expected 2 to 1000000", self.noise.levels)));
         }
-        for (key, [low, high]) in [("noise.generator", self.noise.generator), ("noise.fake", self.noise.fake)] {
+        let gan_levels = if self.gan.data.is_empty() { [0, 0] } else { self.gan.levels };
+        for (key, [low, high]) in
+            [("noise.generator", self.noise.generator), ("noise.fake", self.noise.fake), ("gan.levels", gan_levels)]
+        {
             if low > high || high >= self.noise.levels {
                 return Err(Error::usage(format!(
                     "{key} is [{low}, {high}], expected first <= last <= {} (noise.levels - 1)",
@@ -76,6 +102,15 @@ impl Config {
                 "backtrack.ratio is {}, but the objective `sds` has no fake score to be stepped: expected 1",
                 self.backtrack.ratio
             )));
+        }
+        let adversarial = matches!(self.objective, ObjectiveKind::Dmd2 | ObjectiveKind::FDistill);
+        if adversarial && self.gan.data.is_empty() {
+            return Err(Error::usage("this objective has a discriminator, which needs real images: gan.data is empty")
+                .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
+        }
+        if self.objective == ObjectiveKind::Sds && !self.gan.data.is_empty() {
+            return Err(Error::usage("gan.data is given, but the objective `sds` has no fake score to tap")
+                .hint("the discriminator goes with every other objective"));
         }
         if self.degrade.nodes as u64 > self.degrade.steps {
             return Err(Error::usage(format!(

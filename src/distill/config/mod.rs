@@ -13,10 +13,10 @@ use toml::{Table, Value};
 
 use crate::error::{Context, Error, Result};
 
-pub use objectives::{ObjectiveKind, SidConfig, SimConfig};
+pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
-    BacktrackConfig, ConditionsConfig, DegradeConfig, Distribution, EmaConfig, FakeDistribution, LogConfig,
-    NoiseConfig, OptimizerConfig, Spacing, StudentConfig, Switch,
+    BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, FakeDistribution,
+    LogConfig, NoiseConfig, OptimizerConfig, Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -50,6 +50,8 @@ pub struct Config {
     pub log: LogConfig,
     pub sid: SidConfig,
     pub sim: SimConfig,
+    pub gan: GanConfig,
+    pub f_distill: FDistillConfig,
 }
 
 impl Default for Config {
@@ -74,6 +76,8 @@ impl Default for Config {
             log: LogConfig::default(),
             sid: SidConfig::default(),
             sim: SimConfig::default(),
+            gan: GanConfig::default(),
+            f_distill: FDistillConfig::default(),
         }
     }
 }

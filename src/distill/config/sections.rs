@@ -24,6 +24,15 @@ pub enum Switch {
     Mismatch,
 }
 
+/// How a learning rate falls at the end of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CooldownShape {
+    Linear,
+    /// Half a cosine.
+    Cosine,
+}
+
 /// How noise levels are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -71,6 +80,8 @@ pub struct DegradeConfig {
     /// Training steps of the degrading copy (at most, where `patience` is set).
     pub steps: u64,
     pub lr: f64,
+    /// AdamW's beta1 and beta2 of stage 1; empty: the optimiser's.
+    pub betas: Vec<f64>,
     pub spacing: Spacing,
     /// Stop when the loss on the initial student's samples has not fallen by 1 % for this many steps; 0: never.
     pub patience: u64,
@@ -86,8 +97,16 @@ pub struct BacktrackConfig {
     pub ratio: u64,
     pub lr_generator: f64,
     pub lr_fake: f64,
-    /// Share of the updates, at the end, over which both learning rates fall linearly to 0; 0: none.
+    /// AdamW's beta1 and beta2 of the generator; empty: the optimiser's.
+    pub betas_generator: Vec<f64>,
+    /// Those of the fake score and of a discriminator's head.
+    pub betas_fake: Vec<f64>,
+    /// Share of the updates, at the end, over which the learning rates fall to 0; 0: none.
     pub cooldown: f64,
+    /// The same for the fake score, where it differs; below 0: as `cooldown`.
+    pub cooldown_fake: f64,
+    /// How they fall.
+    pub cooldown_shape: CooldownShape,
     pub switch: Switch,
     /// Generator updates a target (`switch = "count"`), or between two looks at the mismatch (`"mismatch"`).
     pub switch_every: u64,
@@ -133,8 +152,10 @@ pub struct OptimizerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EmaConfig {
-    /// Half-life in images; 0: no averaging.
+    /// Half-life in images of the average that is exported; 0: no averaging.
     pub half_life: f64,
+    /// Half-lives of further averages, saved as `student-ema-<half-life>.safetensors` for `disback export --weights`.
+    pub more: Vec<f64>,
     /// The half-life is at most this share of the images seen; 0: no ramp-up.
     pub ramp: f64,
 }
@@ -161,7 +182,7 @@ impl Default for StudentConfig {
 }
 impl Default for DegradeConfig {
     fn default() -> Self {
-        Self { nodes: 5, steps: 400, lr: 1e-5, spacing: Spacing::Iteration, patience: 0 }
+        Self { nodes: 5, steps: 400, lr: 1e-5, betas: Vec::new(), spacing: Spacing::Iteration, patience: 0 }
     }
 }
 impl Default for BacktrackConfig {
@@ -171,7 +192,11 @@ impl Default for BacktrackConfig {
             ratio: 1,
             lr_generator: 1e-5,
             lr_fake: 1e-5,
+            betas_generator: Vec::new(),
+            betas_fake: Vec::new(),
             cooldown: 0.3333,
+            cooldown_fake: -1.0,
+            cooldown_shape: CooldownShape::Linear,
             switch: Switch::Count,
             switch_every: 100,
             switch_patience: 3,
@@ -199,7 +224,7 @@ impl Default for OptimizerConfig {
 }
 impl Default for EmaConfig {
     fn default() -> Self {
-        Self { half_life: 500_000.0, ramp: 0.2 }
+        Self { half_life: 500_000.0, more: Vec::new(), ramp: 0.2 }
     }
 }
 impl Default for LogConfig {

@@ -65,6 +65,8 @@ fn unknown_keys_are_refused_with_the_nearest_name() {
 
 #[test]
 fn values_that_make_no_sense_are_refused() {
+    let e = sets(&["objective=sds", "gan.data=x.npz"]).unwrap_err();
+    assert!(e.to_string().contains("`sds` has no fake score"), "{e}");
     for (pair, says) in [
         ("batch=0", "batch is 0"),
         ("batch=-3", "batch"),
@@ -81,6 +83,14 @@ fn values_that_make_no_sense_are_refused() {
         ("guidance_interval=[3.0, 2.0]", "guidance_interval"),
         ("guidance_interval=[nan, 2.0]", "guidance_interval"),
         ("conditions.weights=3", "weights"),
+        ("objective=dmd2", "gan.data is empty"),
+        ("objective=f-distill", "gan.data is empty"),
+        ("f_distill.divergence=chi", "f_distill.divergence"),
+        ("gan.lr=0", "gan.lr is 0"),
+        ("backtrack.betas_fake=[0.5]", "backtrack.betas_fake is [0.5]"),
+        ("degrade.betas=[0.5, 1.0]", "degrade.betas"),
+        ("ema.more=[-1.0]", "ema.more holds -1"),
+        ("backtrack.cooldown_fake=1.5", "cooldown_fake"),
         ("sid.alpha=-1", "sid.alpha is -1"),
         ("sim.c=0", "sim.c is 0"),
         ("noise.fake_distribution=uniform", "noise.fake_distribution"),

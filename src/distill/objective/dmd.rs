@@ -1,4 +1,4 @@
-//! DMD (Yin et al. 2023; DMD2 without its GAN).
+//! DMD (Yin et al. 2023) and the score part of DMD2 (Yin et al. 2024), whose GAN is [`crate::distill::gan`].
 
 use tch::Tensor;
 
@@ -17,5 +17,19 @@ impl Objective for Dmd {
     fn loss(&self, t: &Terms) -> Result<Tensor> {
         let difference = t.fake()?.detach().f_sub(&t.target.detach())?;
         surrogate(t.x0, &difference.f_div(&distance_to_target(t)?)?)
+    }
+}
+
+/// DMD's gradient; the configuration has a GAN beside it.
+#[derive(Debug, Clone, Copy)]
+pub struct Dmd2;
+
+impl Objective for Dmd2 {
+    fn name(&self) -> &'static str {
+        "dmd2"
+    }
+
+    fn loss(&self, t: &Terms) -> Result<Tensor> {
+        Dmd.loss(t)
     }
 }

@@ -2,6 +2,7 @@
 
 mod diff_instruct;
 mod dmd;
+mod f_distill;
 mod sds;
 mod sid;
 mod sim;
@@ -14,7 +15,8 @@ use crate::distill::config::{Config, ObjectiveKind};
 use crate::error::{Error, Result};
 
 pub use diff_instruct::DiffInstruct;
-pub use dmd::Dmd;
+pub use dmd::{Dmd, Dmd2};
+pub use f_distill::FDistill;
 pub use sds::Sds;
 pub use sid::Sid;
 pub use sim::Sim;
@@ -34,6 +36,9 @@ pub struct Terms<'a> {
     pub target: &'a Tensor,
     /// Denoised by the fake score, never guided; `None` where the objective does without. Graph as `target`'s.
     pub fake: Option<&'a Tensor>,
+    /// `log p_data / p_generator` of each `x_t`, `[B, 1, 1, 1]`, without a graph, where the objective asks for it
+    /// ([`Objective::needs_ratio`]) and the target is the teacher.
+    pub log_ratio: Option<&'a Tensor>,
 }
 
 impl Terms<'_> {
@@ -58,7 +63,12 @@ pub trait Objective: Send + Sync {
         true
     }
 
-    /// The loss (rank 0) whose gradient the generator descends.
+    /// Whether samples are weighted by a discriminator's density ratio.
+    fn needs_ratio(&self) -> bool {
+        false
+    }
+
+    /// The loss (rank 0) whose gradient the generator descends. (A GAN's term is added outside.)
     fn loss(&self, terms: &Terms) -> Result<Tensor>;
 }
 
@@ -67,6 +77,8 @@ pub fn objective(config: &Config) -> Box<dyn Objective> {
     match config.objective {
         ObjectiveKind::DiffInstruct => Box::new(DiffInstruct),
         ObjectiveKind::Dmd => Box::new(Dmd),
+        ObjectiveKind::Dmd2 => Box::new(Dmd2),
+        ObjectiveKind::FDistill => Box::new(FDistill { divergence: config.f_distill.divergence }),
         ObjectiveKind::Sds => Box::new(Sds),
         ObjectiveKind::Sid => Box::new(Sid { alpha: config.sid.alpha }),
         ObjectiveKind::Sim => Box::new(Sim { c: config.sim.c }),

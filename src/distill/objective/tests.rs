@@ -24,7 +24,8 @@ fn gradient(kind: ObjectiveKind, theta: f64, s: f64, m: f64, v: f64, sigma: f64)
     let target = denoiser(m, v, &x_t, sigma).detach();
     let fake = denoiser(theta, s * s, &x_t, sigma).detach();
     let level = Tensor::full([n, 1, 1, 1], sigma, options);
-    let terms = Terms { x0: &x0, x_t: &x_t, noise: &e, sigma: &level, target: &target, fake: Some(&fake) };
+    let terms =
+        Terms { log_ratio: None, x0: &x0, x_t: &x_t, noise: &e, sigma: &level, target: &target, fake: Some(&fake) };
     let mean_g = ((&fake - &target) / (&x0 - &target).abs()).mean(Kind::Double).double_value(&[]);
     configured(kind).loss(&terms).unwrap().backward();
     (t.grad().double_value(&[]), mean_g)
@@ -56,7 +57,8 @@ fn dmd_weight_is_the_samples_own_over_all_pixels() {
     let target = Tensor::zeros([2, 1, 1, 2], (Kind::Float, Device::Cpu));
     let fake = Tensor::from_slice(&[2.0f32, 4.0, 40.0, -20.0]).view([2, 1, 1, 2]);
     let sigma = Tensor::ones([2, 1, 1, 1], (Kind::Float, Device::Cpu));
-    let terms = Terms { x0: &x0, x_t: &x0, noise: &target, sigma: &sigma, target: &target, fake: Some(&fake) };
+    let terms =
+        Terms { log_ratio: None, x0: &x0, x_t: &x0, noise: &target, sigma: &sigma, target: &target, fake: Some(&fake) };
     Dmd.loss(&terms).unwrap().backward();
     // Distances 2 and 20; g = (1, 2) and (2, -1), over 4 elements.
     let got = Vec::<f32>::try_from(&x0.grad().flatten(0, -1)).unwrap();
@@ -69,7 +71,15 @@ fn dmd_weight_is_the_samples_own_over_all_pixels() {
 fn a_sample_equal_to_its_target_gives_no_nan() {
     let x0 = Tensor::ones([1, 1, 1, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let (target, sigma) = (x0.detach(), Tensor::ones([1, 1, 1, 1], (Kind::Float, Device::Cpu)));
-    let terms = Terms { x0: &x0, x_t: &x0, noise: &target, sigma: &sigma, target: &target, fake: Some(&target) };
+    let terms = Terms {
+        log_ratio: None,
+        x0: &x0,
+        x_t: &x0,
+        noise: &target,
+        sigma: &sigma,
+        target: &target,
+        fake: Some(&target),
+    };
     Dmd.loss(&terms).unwrap().backward();
     assert_eq!(x0.grad().abs().sum(Kind::Float).double_value(&[]), 0.0);
 }
@@ -90,7 +100,8 @@ fn fisher(kind: ObjectiveKind, alpha: f64, theta: f64, s: f64, m: f64, v: f64, p
     let x_t = &x0 + &e * sigma;
     let (target, fake) = (denoiser(m, v, &x_t, sigma), denoiser(phi, u, &x_t, sigma));
     let level = Tensor::full([1, 1, 1, 1], sigma, options);
-    let terms = Terms { x0: &x0, x_t: &x_t, noise: &e, sigma: &level, target: &target, fake: Some(&fake) };
+    let terms =
+        Terms { log_ratio: None, x0: &x0, x_t: &x_t, noise: &e, sigma: &level, target: &target, fake: Some(&fake) };
     let weight = distance_to_target(&terms).unwrap().double_value(&[]);
     let mut config = Config { objective: kind, ..Config::default() };
     config.sid.alpha = alpha;
@@ -145,7 +156,7 @@ fn gradients_are_those_of_an_independent_computation_in_score_units() {
             (real, fake) = (real.detach(), fake.detach());
         }
         let fake = objective.needs_fake().then_some(&fake);
-        let terms = Terms { x0: &x0, x_t: &x_t, noise: &e, sigma: &sigma, target: &real, fake };
+        let terms = Terms { log_ratio: None, x0: &x0, x_t: &x_t, noise: &e, sigma: &sigma, target: &real, fake };
         objective.loss(&terms).unwrap().backward();
         let expected = Tensor::from_slice(&numbers(expected)).view(shape.as_slice());
         let error = (x0.grad() - &expected).abs().max().double_value(&[]);

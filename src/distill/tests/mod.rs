@@ -1,5 +1,6 @@
 //! Both stages on networks whose exact denoiser is known.
 
+mod adversarial;
 mod conditions;
 mod objectives;
 
@@ -17,6 +18,7 @@ use crate::distill::trainer::{Observer, denoising_loss};
 use crate::distill::*;
 use crate::error::Result;
 use crate::tensor::DType;
+use crate::torch::network::NamedTensors;
 use crate::torch::{Forward, ParamSet};
 
 /// The exact denoiser of `N(mean, exp(log_sd)^2)`: `D = (sd^2 x + sigma^2 mean) / (sd^2 + sigma^2)`, plus `shift` per
@@ -38,6 +40,20 @@ impl Forward for Gaussian {
         }
         let d = x.f_mul(&var)?.f_add(&mean.f_mul(&sigma2)?)?.f_div(&var.f_add(&sigma2)?)?;
         Ok(vec![("denoised".into(), d)])
+    }
+    /// `moments`: `[B, 2C + 1]`, the sample, its square and the logarithm of the noise level, all scaled by the network's
+    /// own standard deviation so that its parameters take part.
+    fn forward_tapped(&self, inputs: &[(&str, &Tensor)], taps: &[String]) -> Result<(NamedTensors, Vec<Tensor>)> {
+        let features = taps.iter().map(|tap| match tap.as_str() {
+            "moments" => {
+                let x = inputs[0].1.f_flatten(1, -1)?.f_mul(&self.params.tensors()[1].f_flatten(0, -1)?.f_exp()?)?;
+                let level = inputs[1].1.f_log()?.f_view([-1, 1])?;
+                Ok(Tensor::f_cat(&[&x, &x.f_square()?, &level], 1)?)
+            }
+            other => Err(crate::error::Error::usage(format!("the graph has no tensor `{other}`"))),
+        });
+        let features = features.collect::<Result<_>>()?;
+        Ok((self.forward(inputs)?, features))
     }
     fn params(&self) -> &ParamSet {
         &self.params

@@ -85,8 +85,8 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
     let (fake, student, average) = (teacher.copy().unwrap(), teacher.copy().unwrap(), teacher.copy().unwrap());
     fake.params().set_requires_grad(true).unwrap();
     student.params().set_requires_grad(true).unwrap();
-    let mut adam_fake = AdamW::new(fake.params(), adamw(c, c.backtrack.lr_fake)).unwrap();
-    let mut adam_student = AdamW::new(student.params(), adamw(c, c.backtrack.lr_generator)).unwrap();
+    let mut adam_fake = AdamW::new(fake.params(), adamw(c, c.backtrack.lr_fake, &[])).unwrap();
+    let mut adam_student = AdamW::new(student.params(), adamw(c, c.backtrack.lr_generator, &[])).unwrap();
     let pixels = [1i64, 2, 3];
     for step in 0..c.backtrack.updates {
         let draws = batches.draws(Phase::Backtrack, step, 0);
@@ -103,7 +103,7 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         let towards = |g: Tensor| (&x - (x.detach() - g.detach())).square().mean(Kind::Float) * 0.5;
         let loss = match c.objective {
             ObjectiveKind::DiffInstruct => towards(fake_x - real),
-            ObjectiveKind::Dmd => towards((fake_x - real) / distance),
+            ObjectiveKind::Dmd | ObjectiveKind::Dmd2 | ObjectiveKind::FDistill => towards((fake_x - real) / distance),
             ObjectiveKind::Sds => towards(((x_t - real) / &sigma - e) * &sigma),
             ObjectiveKind::Sid => {
                 let difference = &real - fake_x;

@@ -1,0 +1,160 @@
+//! The networks of stage 2 with their optimisers: one plan, one set of weights each.
+
+use tch::Tensor;
+
+use crate::diffusion::Denoiser;
+use crate::distill::checkpoint::{Checkpoint, named};
+use crate::distill::config::Config;
+use crate::distill::gan::Gan;
+use crate::distill::objective::Objective;
+use crate::distill::student::Student;
+use crate::distill::trainer::{Batches, Log, adamw};
+use crate::error::{Error, Result};
+use crate::torch::ema;
+use crate::torch::optim::AdamW;
+
+/// The fake score, trained on the student's samples.
+pub(super) struct Fake {
+    pub network: Denoiser,
+    pub adam: AdamW,
+}
+
+/// Averaged weights of the student (f32).
+pub(super) struct Average {
+    pub half_life: f64,
+    pub student: Student,
+}
+
+pub(super) struct Players {
+    /// The slot into which the nodes are copied, one after the other.
+    pub target: Denoiser,
+    pub student: Student,
+    pub adam: AdamW,
+    /// The first is what a run ends with.
+    pub averages: Vec<Average>,
+    /// None where the objective has no use for it.
+    pub fake: Option<Fake>,
+    pub gan: Option<Gan>,
+}
+
+impl Players {
+    pub fn new(config: &Config, teacher: &Denoiser, batches: &Batches, objective: &dyn Objective) -> Result<Self> {
+        let settings = &config.backtrack;
+        let gan = Gan::new(config, teacher, batches)?;
+        if objective.needs_ratio() && gan.is_none() {
+            return Err(Error::usage(format!("the objective `{}` needs gan.data", objective.name())));
+        }
+        let copy = || Student::new(teacher.copy()?, &config.student);
+        let student = copy()?;
+        student.params().set_requires_grad(true)?;
+        let half_lives = std::iter::once(&config.ema.half_life).chain(&config.ema.more);
+        let averages = half_lives.map(|&half_life| Ok(Average { half_life, student: copy()? }));
+        let fake = match objective.needs_fake() {
+            false => None,
+            true => {
+                let network = teacher.copy()?;
+                network.params().set_requires_grad(true)?;
+                let adam = AdamW::new(network.params(), adamw(config, settings.lr_fake, &settings.betas_fake))?;
+                Some(Fake { network, adam })
+            }
+        };
+        Ok(Self {
+            target: teacher.copy()?,
+            adam: AdamW::new(student.params(), adamw(config, settings.lr_generator, &settings.betas_generator))?,
+            averages: averages.collect::<Result<_>>()?,
+            student,
+            fake,
+            gan,
+        })
+    }
+
+    /// The student with the weights that the run ends with.
+    pub fn average(&self) -> &Student {
+        &self.averages[0].student
+    }
+
+    /// Runs `f` while neither the fake score's nor the discriminator's parameters take a gradient.
+    pub fn held_still<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        let sets = [self.fake.as_ref().map(|f| f.network.params()), self.gan.as_ref().map(Gan::params)];
+        let switch = |on: bool| sets.iter().flatten().try_for_each(|p| p.set_requires_grad(on));
+        switch(false)?;
+        let made = f();
+        switch(true)?;
+        made
+    }
+
+    /// One step of the generator and of its averages; `updates` counts this one.
+    pub fn step_generator(&mut self, config: &Config, updates: u64, lr_scale: f64, log: &mut Log) -> Result<()> {
+        self.adam.step(lr_scale)?;
+        let images = config.images();
+        for average in &self.averages {
+            let decay = ema::decay(images, updates * images, average.half_life, config.ema.ramp);
+            tch::no_grad(|| ema::update(average.student.params(), self.student.params(), decay))?;
+        }
+        log.meters.add("grad_norm_generator", self.adam.grad_norm())
+    }
+
+    /// One step of the fake score and of the discriminator's head.
+    pub fn step_fake(&mut self, lr_scale: f64, log: &mut Log) -> Result<()> {
+        if let Some(fake) = &mut self.fake {
+            fake.adam.step(lr_scale)?;
+            log.meters.add("grad_norm_fake", fake.adam.grad_norm())?;
+        }
+        match &mut self.gan {
+            Some(gan) => gan.adam.step(lr_scale),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts of skipped steps for the next row of metrics.
+    pub fn log_skips(&self, log: &mut Log) -> Result<()> {
+        log.skips(["skipped_generator", "in_a_row_generator"], &self.adam)?;
+        if let Some(fake) = &self.fake {
+            log.skips(["skipped_fake", "in_a_row_fake"], &fake.adam)?;
+        }
+        match &self.gan {
+            Some(gan) => log.skips(["skipped_head", "in_a_row_head"], &gan.adam),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything that a checkpoint holds of the networks.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = named("student/", self.student.params());
+        tensors.extend(self.adam.state("adam_student/"));
+        for (k, average) in self.averages.iter().enumerate() {
+            tensors.extend(named(&average_prefix(k), average.student.params()));
+        }
+        if let Some(fake) = &self.fake {
+            tensors.extend(named("fake/", fake.network.params()));
+            tensors.extend(fake.adam.state("adam_fake/"));
+        }
+        if let Some(gan) = &self.gan {
+            tensors.extend(named("head/", gan.params()));
+            tensors.extend(gan.adam.state("adam_head/"));
+        }
+        tensors
+    }
+
+    /// Takes back what [`Players::tensors`] gave.
+    pub fn restore(&mut self, checkpoint: &mut Checkpoint) -> Result<()> {
+        checkpoint.take_params("student/", self.student.params())?;
+        self.adam.restore("adam_student/", &mut |name| checkpoint.take(name))?;
+        for (k, average) in self.averages.iter().enumerate() {
+            checkpoint.take_params(&average_prefix(k), average.student.params())?;
+        }
+        if let Some(fake) = &mut self.fake {
+            checkpoint.take_params("fake/", fake.network.params())?;
+            fake.adam.restore("adam_fake/", &mut |name| checkpoint.take(name))?;
+        }
+        if let Some(gan) = &mut self.gan {
+            checkpoint.take_params("head/", gan.params())?;
+            gan.adam.restore("adam_head/", &mut |name| checkpoint.take(name))?;
+        }
+        Ok(())
+    }
+}
+
+fn average_prefix(k: usize) -> String {
+    if k == 0 { "average/".into() } else { format!("average-{k}/") }
+}

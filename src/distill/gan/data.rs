@@ -1,0 +1,198 @@
+//! Real images for the discriminator: a folder or an EDM-style zip of PNG files, a `.npz`, or latents.
+
+use std::path::Path;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::Rng;
+
+use crate::diffusion::{Condition, HostConditions, TeacherCard};
+use crate::error::{Error, Result};
+use crate::io::{ImageSet, RowFile};
+use crate::tensor::{DType, HostTensor};
+
+/// Clean samples in the teacher's own scale, with the conditions that belong to them.
+#[derive(Debug)]
+pub struct RealImages {
+    source: Source,
+    len: usize,
+    /// Classes, where the teacher has a class condition.
+    labels: Option<Vec<i64>>,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// 8-bit images, mapped to the card's range.
+    Images(ImageSet, [f64; 2]),
+    /// Rows of floats that are the teacher's samples as they stand; conditions by name beside them.
+    Rows(RowFile, String),
+}
+
+/// Names of the array that holds the samples.
+const SAMPLES: [&str; 6] = ["images", "latents", "samples", "x", "arr_0", ""];
+/// Names of the array that holds their classes.
+const LABELS: [&str; 4] = ["labels", "label", "y", "arr_1"];
+
+impl RealImages {
+    /// Opens a data set for the teacher of this card.
+    ///
+    /// Floats `[N, C, H, W]` (`.npz`, `.npy`, `.safetensors`) are taken as the teacher's own samples: images in the card's
+    /// range, latents already multiplied by its latent scale. 8-bit images are mapped to the card's range. A conditional
+    /// teacher needs the conditions of every image: classes (`dataset.json`, sub-folders, an array of integers), or arrays
+    /// with the names of its conditions.
+    pub fn open(path: &Path, card: &TeacherCard) -> Result<Self> {
+        Self::open_inner(path, card).map_err(|e| {
+            let shown = path.display().to_string();
+            if e.to_string().contains(&shown) { e } else { e.context(shown) }
+        })
+    }
+
+    fn open_inner(path: &Path, card: &TeacherCard) -> Result<Self> {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+        if path.is_file() && ["npz", "npy", "safetensors"].contains(&extension.as_str()) {
+            let file = RowFile::open(path)?;
+            let found = SAMPLES.iter().find_map(|k| file.arrays().find(|(n, ..)| n == k));
+            let (name, dtype, shape) = found.ok_or_else(|| {
+                let names: Vec<_> = file.arrays().map(|(n, ..)| format!("`{n}`")).collect();
+                Error::usage(format!("none of the arrays {} is called `images` or `latents`", names.join(", ")))
+            })?;
+            if dtype.is_float() {
+                let [c, h, w] = card.shape;
+                if shape.len() != 4 || shape[1..] != card.shape || shape[0] == 0 {
+                    return Err(Error::usage(format!(
+                        "array `{name}` is {dtype} {shape:?}, but the teacher's samples are [rows, {c}, {h}, {w}]"
+                    )));
+                }
+                let (name, len) = (name.to_owned(), shape[0]);
+                let labels = class_condition(card)?.and_then(|(condition, classes)| {
+                    let array = file.arrays().map(|(n, ..)| n).find(|n| *n == condition || LABELS.contains(n));
+                    array.map(|n| column(&file, n, len, classes))
+                });
+                let labels = labels.transpose()?;
+                let this = Self { source: Source::Rows(file, name), len, labels };
+                this.check_conditions(card)?;
+                return Ok(this);
+            }
+        }
+        let range = card.range.ok_or_else(|| {
+            Error::usage("the teacher makes latents, these are images")
+                .hint("encode them first: an array `latents` of floats in a .npz or .safetensors file")
+        })?;
+        let set = ImageSet::open(path, range)?;
+        if set.shape() != card.shape {
+            return Err(Error::usage(format!(
+                "images of shape {:?} for a teacher of {:?} (C, H, W)",
+                set.shape(),
+                card.shape
+            )));
+        }
+        let labels = match (class_condition(card)?, labels_of(path, &set)?) {
+            (Some((_, classes)), Some(labels)) => Some(within(labels, classes)?),
+            _ => None,
+        };
+        let this = Self { len: set.len(), source: Source::Images(set, range), labels };
+        this.check_conditions(card)?;
+        Ok(this)
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Draws `rows` images with their conditions: f32 `[rows, C, H, W]`.
+    pub fn draw(&self, card: &TeacherCard, rng: &mut ChaCha8Rng, rows: usize) -> Result<(HostTensor, HostConditions)> {
+        let index: Vec<usize> =
+            (0..rows).map(|_| ((u128::from(rng.next_u64()) * self.len as u128) >> 64) as usize).collect();
+        let images = match &self.source {
+            Source::Rows(file, name) => file.rows(name, &index)?.cast(DType::F32),
+            Source::Images(set, [low, high]) => {
+                let bytes = set.gather_u8(&index)?;
+                let step = (high - low) / 255.0;
+                let values: Vec<f32> = bytes.bytes().iter().map(|&v| (low + step * f64::from(v)) as f32).collect();
+                HostTensor::new(bytes.shape(), &values)?
+            }
+        };
+        let conditions = card.conditions.iter().map(|(name, condition)| {
+            let tensor = match (&self.labels, condition.classes(), &self.source) {
+                (Some(labels), Some(_), _) => HostTensor::vec(&index.iter().map(|&i| labels[i]).collect::<Vec<_>>()),
+                (_, _, Source::Rows(file, _)) => file.rows(name, &index)?,
+                _ => return Err(Error::mismatch(format!("no values for the condition `{name}`"))),
+            };
+            Ok((name.clone(), tensor))
+        });
+        Ok((images, HostConditions::new(rows, conditions.collect::<Result<_>>()?)?))
+    }
+
+    fn check_conditions(&self, card: &TeacherCard) -> Result<()> {
+        for (name, condition) in &card.conditions {
+            if condition.classes().is_some() && self.labels.is_some() {
+                continue;
+            }
+            let row = condition.row_shape();
+            let fits = match &self.source {
+                Source::Images(..) => false,
+                Source::Rows(file, _) => file.arrays().any(|(n, _, shape)| {
+                    n == name
+                        && shape.first() == Some(&self.len)
+                        && shape[1..] == row[..]
+                        && matches!(condition, Condition::Embedding { .. })
+                }),
+            };
+            if !fits {
+                return Err(Error::usage(format!(
+                    "the data says nothing of the teacher's condition `{name}`, which the discriminator needs for every image"
+                ))
+                .hint(match condition.classes() {
+                    Some(_) => "add classes: dataset.json, one sub-folder a class, or an array `labels` of integers".into(),
+                    None => format!("add an array `{name}` of shape [{}, ...{row:?}] beside the images", self.len),
+                }));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The teacher's class condition; more than one cannot be told apart by a column of labels.
+fn class_condition(card: &TeacherCard) -> Result<Option<(&str, usize)>> {
+    let mut all = card.conditions.iter().filter_map(|(n, c)| Some((n.as_str(), c.classes()?)));
+    let first = all.next();
+    match all.next() {
+        Some((other, _)) => Err(Error::unsupported(format!(
+            "a discriminator for a teacher with two class conditions (`{}` and `{other}`)",
+            first.map_or("", |f| f.0)
+        ))),
+        None => Ok(first),
+    }
+}
+
+fn column(file: &RowFile, name: &str, len: usize, classes: usize) -> Result<Vec<i64>> {
+    let found = file.arrays().find(|(n, ..)| *n == name);
+    let fits =
+        found.is_some_and(|(_, d, s)| !d.is_float() && s.iter().product::<usize>() == len && s.first() == Some(&len));
+    if !fits {
+        return Err(Error::usage(format!("array `{name}`: expected {len} integers, one class an image")));
+    }
+    within(file.rows(name, &(0..len).collect::<Vec<_>>())?.to_i64(), classes)
+}
+
+fn within(labels: Vec<i64>, classes: usize) -> Result<Vec<i64>> {
+    match labels.iter().position(|l| !(0..classes as i64).contains(l)) {
+        None => Ok(labels),
+        Some(at) => {
+            Err(Error::usage(format!("image {at} has class {}, the teacher has 0 to {}", labels[at], classes - 1)))
+        }
+    }
+}
+
+/// Classes of 8-bit images.
+fn labels_of(path: &Path, set: &ImageSet) -> Result<Option<Vec<i64>>> {
+    if path.extension().is_none_or(|e| e != "npz") {
+        return Ok(None);
+    }
+    let file = RowFile::open(path)?;
+    let found = LABELS.iter().find_map(|k| file.arrays().find(|(n, ..)| n == k)).map(|(n, ..)| n.to_owned());
+    found.map(|name| column(&file, &name, set.len(), usize::MAX >> 1)).transpose()
+}

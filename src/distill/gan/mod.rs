@@ -1,0 +1,154 @@
+//! The diffusion GAN of DMD2 (Yin et al. 2024): a discriminator that sees real and generated images through the features
+//! of the fake score at random noise levels.
+
+mod data;
+mod head;
+
+use std::path::Path;
+
+use tch::{Kind, Tensor};
+
+use crate::diffusion::{Conditions, Denoiser};
+use crate::distill::config::{Config, Distribution};
+use crate::distill::draws::{Draws, Levels, Use};
+use crate::distill::trainer::{Batches, adamw, column};
+use crate::error::{Error, Result};
+use crate::torch::optim::AdamW;
+use crate::torch::{ParamSet, convert};
+
+pub use data::RealImages;
+pub use head::Head;
+
+/// The discriminator's head, its optimiser and the real images.
+#[derive(Debug)]
+pub struct Gan {
+    head: Head,
+    pub adam: AdamW,
+    data: RealImages,
+    taps: Vec<String>,
+    levels: Levels,
+    weight_generator: f64,
+    weight_discriminator: f64,
+}
+
+impl Gan {
+    /// The configured discriminator for copies of this teacher; `None` where there is none.
+    ///
+    /// Errors: data that cannot be read or do not fit the teacher, taps that the graph does not have.
+    pub fn new(config: &Config, teacher: &Denoiser, batches: &Batches) -> Result<Option<Self>> {
+        if config.gan.data.is_empty() {
+            return Ok(None);
+        }
+        let card = teacher.card();
+        let data = RealImages::open(Path::new(&config.gan.data), card)?;
+        if config.gan.taps.is_empty() {
+            return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
+                .hint(suggestion(teacher)));
+        }
+        // One forward pass tells the features' shapes.
+        let draws = Draws::new(config.seed, crate::distill::draws::Phase::Probe, 0, 0);
+        let conditions = batches.conditions(&draws, teacher)?;
+        let x = batches.noise(&draws, Use::Latent)?;
+        let sigmas = vec![batches.generator_levels.spread(1)[0]; batches.batch];
+        let (_, features) = tch::no_grad(|| teacher.denoise_tapped(&x, &sigmas, &conditions, &config.gan.taps))
+            .map_err(|e| e.hint(suggestion(teacher)))?;
+        let shapes: Vec<(String, Vec<i64>)> =
+            config.gan.taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
+        let channels_last = card.layout == crate::diffusion::Layout::Nhwc;
+        let head = Head::new(&shapes, channels_last, config.seed, batches.device)?;
+        head.params().set_requires_grad(true)?;
+        let schedule = card.schedule()?;
+        let table = schedule.training_sigmas(config.noise.levels);
+        let levels =
+            Levels::new(&config.noise, Distribution::Table, config.gan.levels, &table, schedule.steps().is_some());
+        Ok(Some(Self {
+            adam: AdamW::new(head.params(), adamw(config, config.gan.lr, &config.backtrack.betas_fake))?,
+            head,
+            data,
+            taps: config.gan.taps.clone(),
+            levels,
+            weight_generator: config.gan.weight_generator,
+            weight_discriminator: config.gan.weight_discriminator,
+        }))
+    }
+
+    pub fn params(&self) -> &ParamSet {
+        self.head.params()
+    }
+
+    /// Names of the tensors that the discriminator reads.
+    pub fn taps(&self) -> &[String] {
+        &self.taps
+    }
+
+    /// Logits `[B]` of features that were tapped at [`Gan::taps`].
+    pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
+        self.head.logits(features)
+    }
+
+    fn judge(&self, network: &Denoiser, x0: &Tensor, sigmas: &[f64], noise: &Tensor, c: &Conditions) -> Result<Tensor> {
+        let x_t = x0.f_add(&noise.f_mul(&column(sigmas, x0.device())?)?)?;
+        let (_, features) = network.denoise_tapped(&x_t, sigmas, c, &self.taps)?;
+        self.logits(&features)
+    }
+
+    /// `w_g mean softplus(-l(x_t))`: what the generator does to be taken for real. The caller holds the network's and the
+    /// head's parameters still.
+    pub fn generator_loss(
+        &self,
+        network: &Denoiser,
+        batches: &Batches,
+        draws: &Draws,
+        x0: &Tensor,
+        conditions: &Conditions,
+    ) -> Result<Tensor> {
+        let sigmas = draws.sigmas(Use::GanSigma, &self.levels, batches.batch);
+        let noise = batches.noise(draws, Use::GanNoise)?;
+        let logits = self.judge(network, x0, &sigmas, &noise, conditions)?;
+        Ok(softplus(&logits.f_neg()?)?.f_mul_scalar(self.weight_generator)?)
+    }
+
+    /// `w_d [mean softplus(l(fake)) + mean softplus(-l(real))]` on the same noise levels, with a gradient to the network
+    /// as well as to the head.
+    pub fn discriminator_loss(
+        &self,
+        network: &Denoiser,
+        batches: &Batches,
+        draws: &Draws,
+        x0: &Tensor,
+        conditions: &Conditions,
+    ) -> Result<Tensor> {
+        let rows = batches.batch;
+        let (images, real_conditions) = draws.real(&self.data, network.card(), rows)?;
+        let images = crate::torch::device::send(&convert::to_torch(&images)?, batches.device)?;
+        let real_conditions = Conditions::from_host(&real_conditions, batches.device)?;
+        let sigmas = draws.sigmas(Use::DiscriminatorSigma, &self.levels, rows);
+        let noise = [Use::DiscriminatorNoise, Use::RealNoise].map(|what| batches.noise(draws, what));
+        let [fake_noise, real_noise] = noise;
+        let both = self.judge(
+            network,
+            &Tensor::f_cat(&[&x0.detach(), &images], 0)?,
+            &[sigmas.as_slice(), sigmas.as_slice()].concat(),
+            &Tensor::f_cat(&[fake_noise?, real_noise?], 0)?,
+            &Conditions::cat(&[conditions, &real_conditions])?,
+        )?;
+        let fake = softplus(&both.f_narrow(0, 0, rows as i64)?)?;
+        let real = softplus(&both.f_narrow(0, rows as i64, rows as i64)?.f_neg()?)?;
+        Ok(fake.f_add(&real)?.f_mul_scalar(self.weight_discriminator)?)
+    }
+}
+
+/// `mean ln(1 + exp(x))`.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_softplus()?.f_mean(Kind::Float)?)
+}
+
+/// Names that a tap could have.
+fn suggestion(teacher: &Denoiser) -> String {
+    let names = teacher.network().tap_names();
+    if names.is_empty() {
+        return "this network has no named tensors inside".into();
+    }
+    let shown: Vec<String> = (1..=8).map(|k| names[(names.len() - 1) * k / 9].clone()).collect();
+    format!("names inside the graph are, from input to output: {}, ...; `disback inspect` shows all", shown.join(", "))
+}

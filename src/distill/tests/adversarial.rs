@@ -1,0 +1,263 @@
+//! DMD2 and f-distill: the discriminator, its data, and that it leaves everything else alone.
+
+use super::*;
+use crate::distill::config::{Divergence, ObjectiveKind};
+use crate::distill::draws::{Phase, Use};
+use crate::distill::gan::{Gan, Head};
+use crate::distill::objective::{FDistill, Objective, Terms};
+use crate::distill::trainer::Batches;
+use crate::io::npy;
+use crate::tensor::HostTensor;
+use crate::torch::shim;
+
+/// `n` samples of `N(mean, sd^2)` per channel as an archive of images.
+fn real_images(dir: &std::path::Path, mean: &[f32], sd: &[f32], n: i64) -> String {
+    let c = mean.len() as i64;
+    let z = shim::randn(17, &[n, c], Device::Cpu).unwrap();
+    let x = z * Tensor::from_slice(sd) + Tensor::from_slice(mean);
+    let values = Vec::<f32>::try_from(x.view(-1)).unwrap();
+    let path = dir.join("real.npz");
+    let images = HostTensor::new(&[n as usize, mean.len(), 1, 1], &values).unwrap();
+    npy::write_npz(&path, &[("images", &images)]).unwrap();
+    path.display().to_string()
+}
+
+fn adversarial(dir: &std::path::Path, objective: ObjectiveKind) -> Config {
+    let mut c = config();
+    c.objective = objective;
+    c.gan.data = real_images(dir, &[0.8, -0.4], &[0.7, 0.3], 4000);
+    c.gan.taps = vec!["moments".into()];
+    c.gan.lr = 0.01;
+    c
+}
+
+#[test]
+fn dmd2_and_f_distill_reach_a_gaussian_with_and_without_a_trajectory() {
+    let dir = tempfile::tempdir().unwrap();
+    for (objective, nodes) in [(ObjectiveKind::Dmd2, 0), (ObjectiveKind::Dmd2, 3), (ObjectiveKind::FDistill, 3)] {
+        let mut c = adversarial(dir.path(), objective);
+        (c.degrade.nodes, c.batch, c.degrade.steps) = (nodes, 256, 100);
+        (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (600, 2, 30);
+        c.ema.half_life = 20_000.0;
+        c.f_distill.divergence = Divergence::JensenShannon;
+        let run_dir = dir.path().join(format!("{objective:?}-{nodes}"));
+        let (outcome, seen) = run(&run_dir, &c, &plain(), None).unwrap();
+        let (mean, sd) = moments(&finished(outcome), 20_000);
+        for (got, expected) in mean.iter().chain(&sd).zip([0.8, -0.4, 0.7, 0.3]) {
+            assert!((got - expected).abs() < 0.06, "{objective:?}, {nodes} nodes: {mean:?} {sd:?}");
+        }
+        // Real and generated images cannot be told apart any more: 2 ln 2 for the discriminator, ln 2 for the generator.
+        let last = seen.rows.last().unwrap();
+        let (d, g) = (last.loss_discriminator.unwrap() / 1e-2, last.loss_gan.unwrap() / 3e-3);
+        assert!((d - 2.0 * 2f64.ln()).abs() < 0.1 && (g - 2f64.ln()).abs() < 0.15, "{d} {g}");
+    }
+}
+
+#[test]
+fn the_discriminator_finds_the_density_ratio() {
+    // Generator samples N(-0.5, 0.5^2), data N(0.8, 0.7^2) (first channel): the optimal logit is the log ratio of the
+    // smoothed densities.
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = adversarial(dir.path(), ObjectiveKind::FDistill);
+    (c.batch, c.gan.weight_discriminator, c.gan.lr, c.optimizer.clip) = (2048, 1.0, 0.03, 0.0);
+    let teacher = plain();
+    let batches = Batches::new(&c, &teacher).unwrap();
+    let mut gan = Gan::new(&c, &teacher, &batches).unwrap().unwrap();
+    let fake = Tensor::from_slice(&[-0.5f32, -0.4]).view([1, 2, 1, 1]);
+    let spread = Tensor::from_slice(&[0.5f32, 0.3]).view([1, 2, 1, 1]);
+    let conditions = Conditions::none(2048);
+    for step in 0..400 {
+        let draws = batches.draws(Phase::Backtrack, step, 0);
+        let x0 = &fake + batches.noise(&draws, Use::Latent).unwrap() * &spread;
+        gan.discriminator_loss(&teacher, &batches, &draws, &x0, &conditions).unwrap().backward();
+        gan.adam.step(1.0).unwrap();
+    }
+    let sigma = 0.5f64;
+    for x in [-1.0f64, -0.3, 0.3, 0.7] {
+        let x_t = Tensor::from_slice(&[x as f32, -0.4]).view([1, 2, 1, 1]);
+        let logit = tch::no_grad(|| {
+            let (_, f) = teacher.denoise_tapped(&x_t, &[sigma], &Conditions::none(1), gan.taps()).unwrap();
+            gan.logits(&f).unwrap().double_value(&[0])
+        });
+        let log_normal = |mean: f64, sd: f64| {
+            let v = sd * sd + sigma * sigma;
+            -(x - mean).powi(2) / (2.0 * v) - 0.5 * v.ln()
+        };
+        let expected = log_normal(0.8, 0.7) - log_normal(-0.5, 0.5);
+        assert!((logit - expected).abs() < 0.5, "x {x}: {logit} for {expected}");
+    }
+}
+
+#[test]
+fn a_gan_of_weight_zero_is_dmd_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let hash = |name: &str, c: &Config| {
+        let (outcome, _) = run(&dir.path().join(name), c, &plain(), None).unwrap();
+        finished(outcome).params().hash().unwrap()
+    };
+    let mut c = adversarial(dir.path(), ObjectiveKind::Dmd2);
+    (c.degrade.steps, c.backtrack.updates) = (10, 10);
+    let with = hash("with", &c);
+    (c.gan.weight_generator, c.gan.weight_discriminator) = (0.0, 0.0);
+    let zero = hash("zero", &c);
+    (c.objective, c.gan.data) = (ObjectiveKind::Dmd, String::new());
+    assert_eq!(zero, hash("dmd", &c));
+    assert_ne!(zero, with);
+}
+
+#[test]
+fn adversarial_runs_resume_to_the_same_bytes_with_several_averages() {
+    let dir = tempfile::tempdir().unwrap();
+    for objective in [ObjectiveKind::Dmd2, ObjectiveKind::FDistill] {
+        let mut c = adversarial(dir.path(), objective);
+        (c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (6, 8, 2);
+        c.ema.more = vec![100.0, 5000.0];
+        (c.backtrack.betas_fake, c.degrade.betas) = (vec![0.5, 0.9], vec![0.9, 0.999]);
+        (c.backtrack.cooldown, c.backtrack.cooldown_fake) = (0.5, 0.0);
+        let (whole, cut) = (dir.path().join(format!("{objective:?}")), dir.path().join(format!("{objective:?}-cut")));
+        run(&whole, &c, &plain(), None).unwrap();
+        let flag = AtomicBool::new(false);
+        run(&cut, &c, &plain(), Some((&flag, checkpoint::Stage::Backtrack, 5))).unwrap();
+        run(&cut, &c, &plain(), None).unwrap();
+        let made = remains(&cut);
+        assert_eq!(made, remains(&whole), "{objective:?}");
+        let averages: Vec<_> = made.iter().filter(|(n, _)| n.contains("student-ema-")).collect();
+        assert_eq!(averages.len(), 2, "{made:?}");
+        assert_ne!(averages[0].1, averages[1].1);
+    }
+}
+
+#[test]
+fn each_average_is_what_a_run_with_that_half_life_ends_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = config();
+    (c.degrade.steps, c.backtrack.updates, c.ema.half_life) = (4, 9, 300.0);
+    let (outcome, _) = run(&dir.path().join("alone"), &c, &plain(), None).unwrap();
+    (c.ema.half_life, c.ema.more) = (2000.0, vec![300.0]);
+    run(&dir.path().join("beside"), &c, &plain(), None).unwrap();
+    let beside = plain();
+    beside.params().load(&dir.path().join("beside/student-ema-300.safetensors")).unwrap();
+    assert_eq!(finished(outcome).params().hash().unwrap(), beside.params().hash().unwrap());
+}
+
+#[test]
+fn the_generators_term_reaches_neither_the_fake_score_nor_the_head() {
+    let features =
+        [("a".to_owned(), vec![4i64, 6]), ("b".to_owned(), vec![4, 5, 9, 7]), ("c".to_owned(), vec![4, 3, 5])];
+    let head = Head::new(&features, false, 3, Device::Cpu).unwrap();
+    let x: Vec<Tensor> =
+        features.iter().map(|(_, s)| shim::randn(1, s, Device::Cpu).unwrap().set_requires_grad(true)).collect();
+    assert_eq!(head.logits(&x).unwrap(), Tensor::zeros([4], (Kind::Float, Device::Cpu)), "undecided at the start");
+    let bad = Head::new(&[("a".into(), vec![4, 6, 1, 1, 1])], false, 3, Device::Cpu).unwrap_err();
+    assert!(bad.exit_code() == 2 && bad.to_string().contains("`a` has shape [4, 6, 1, 1, 1]"), "{bad}");
+    // The fake score after one update is the same whatever weight the generator's term has.
+    let dir = tempfile::tempdir().unwrap();
+    let left = |weight: f64| {
+        let mut c = adversarial(dir.path(), ObjectiveKind::Dmd2);
+        (c.gan.weight_generator, c.backtrack.updates, c.degrade.steps) = (weight, 2, 4);
+        let path = dir.path().join(format!("w{weight}"));
+        run(&path, &c, &plain(), None).unwrap();
+        let hash = plain().params().hash().unwrap();
+        let mut checkpoint = checkpoint::Checkpoint::latest(&path.join("checkpoints"), &hash).unwrap().unwrap();
+        let first = |t: Tensor| Vec::<f32>::try_from(t.view(-1)).unwrap();
+        [
+            checkpoint.take("adam_fake/m/mean"),
+            checkpoint.take("adam_head/m/0.linear.bias"),
+            checkpoint.take("adam_student/m/mean"),
+        ]
+        .map(|t| first(t.unwrap()))
+    };
+    let (small, large) = (left(0.0), left(1.0));
+    assert_ne!(small[2], large[2], "the generator's gradient has it");
+    // (From the second update on the images differ: only what the first step left can be compared, so one is made.)
+    let mut c = adversarial(dir.path(), ObjectiveKind::Dmd2);
+    c.backtrack.updates = 1;
+    let one = |weight: f64| {
+        let mut c = c.clone();
+        c.gan.weight_generator = weight;
+        let path = dir.path().join(format!("one{weight}"));
+        run(&path, &c, &plain(), None).unwrap();
+        let hash = plain().params().hash().unwrap();
+        let mut checkpoint = checkpoint::Checkpoint::latest(&path.join("checkpoints"), &hash).unwrap().unwrap();
+        ["fake/mean", "fake/log_sd", "head/0.linear.weight", "head/0.out.weight"]
+            .map(|n| Vec::<f32>::try_from(checkpoint.take(n).unwrap().view(-1)).unwrap())
+    };
+    assert_eq!(one(0.0), one(1.0));
+}
+
+#[test]
+fn f_distill_weighs_by_the_second_derivative_of_its_divergence() {
+    // h(r) = r^2 f''(r), second derivatives by central differences; constants do not matter.
+    type F = fn(f64) -> f64;
+    let table: [(Divergence, F); 5] = [
+        (Divergence::ReverseKl, |u| -u.ln()),
+        (Divergence::ForwardKl, |u| u * u.ln()),
+        (Divergence::JensenShannon, |u| u * u.ln() - (u + 1.0) * ((u + 1.0) / 2.0).ln()),
+        (Divergence::SquaredHellinger, |u| 1.0 - u.sqrt()),
+        (Divergence::Jeffreys, |u| (u - 1.0) * u.ln()),
+    ];
+    let ratios = [0.2f64, 0.9, 1.0, 3.5];
+    let logs: Vec<f64> = ratios.iter().map(|r| r.ln()).collect();
+    for (divergence, f) in table {
+        let d = 1e-4;
+        let h: Vec<f64> = ratios.iter().map(|&r| r * r * (f(r + d) - 2.0 * f(r) + f(r - d)) / (d * d)).collect();
+        let got = Vec::<f64>::try_from(FDistill { divergence }.weight(&Tensor::from_slice(&logs)).unwrap()).unwrap();
+        for k in 0..4 {
+            assert!((got[k] / got[2] - h[k] / h[2]).abs() < 1e-4, "{divergence:?}: {got:?} {h:?}");
+        }
+        // The gradient is DMD's, each sample by h over the batch's mean h.
+        let x0 = Tensor::from_slice(&[1.0f64, 2.0, -1.0, 0.5]).view([4, 1, 1, 1]).set_requires_grad(true);
+        let target = Tensor::from_slice(&[0.0f64, 1.0, 1.0, 0.0]).view([4, 1, 1, 1]);
+        let fake = Tensor::from_slice(&[3.0f64, 0.5, -2.0, 1.0]).view([4, 1, 1, 1]);
+        let ratio = Tensor::from_slice(&logs).view([4, 1, 1, 1]);
+        let ones = Tensor::ones([4, 1, 1, 1], (Kind::Double, Device::Cpu));
+        let terms = |log_ratio| Terms {
+            x0: &x0,
+            x_t: &x0,
+            noise: &target,
+            sigma: &ones,
+            target: &target,
+            fake: Some(&fake),
+            log_ratio,
+        };
+        FDistill { divergence }.loss(&terms(Some(&ratio))).unwrap().backward();
+        let mean = got.iter().sum::<f64>() / 4.0;
+        let dmd = [3.0, -0.5, -1.5, 2.0].map(|g: f64| g / 4.0);
+        let gradient = Vec::<f64>::try_from(x0.grad().view(-1)).unwrap();
+        for k in 0..4 {
+            assert!((gradient[k] - dmd[k] * got[k] / mean).abs() < 1e-6, "{divergence:?}: {gradient:?}");
+        }
+    }
+}
+
+#[test]
+fn data_and_taps_that_do_not_fit_are_refused_before_the_first_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = adversarial(dir.path(), ObjectiveKind::Dmd2);
+    let labels = dir.path().join("labels.npz");
+    let images = HostTensor::new(&[3, 1, 1, 1], &[0.0f32; 3]).unwrap();
+    npy::write_npz(&labels, &[("images", &images), ("labels", &HostTensor::vec(&[0i64, 9, 10]))]).unwrap();
+    let unlabelled = dir.path().join("unlabelled.npz");
+    npy::write_npz(&unlabelled, &[("images", &images)]).unwrap();
+    let change = |f: &dyn Fn(&mut Config)| {
+        let mut c = good.clone();
+        f(&mut c);
+        c
+    };
+    for (c, teacher, says) in [
+        (change(&|c| c.gan.taps = vec!["moment".into()]), plain(), "no tensor `moment`"),
+        (change(&|c| c.gan.taps.clear()), plain(), "gan.taps is empty"),
+        (change(&|c| c.gan.data = "none.npz".into()), plain(), "none.npz"),
+        (change(&|c| c.gan.data = labels.display().to_string()), plain(), "the teacher's samples are [rows, 2, 1, 1]"),
+        (
+            change(&|c| c.gan.data = labels.display().to_string()),
+            labelled(),
+            "image 2 has class 10, the teacher has 0 to 9",
+        ),
+        (change(&|c| c.gan.data = unlabelled.display().to_string()), labelled(), "condition `labels`"),
+    ] {
+        let batches = Batches::new(&c, &teacher).unwrap();
+        let e = Gan::new(&c, &teacher, &batches).unwrap_err();
+        assert!(e.to_string().contains(says), "{e}");
+    }
+}
