@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up themselves; afterwards plain `cargo build` and `cargo test` work too.
-.PHONY: setup build demo test bench lint clean
+.PHONY: setup build demo test test-web check-small bench lint clean
 
 setup:
 	@scripts/setup
@@ -15,6 +15,14 @@ demo: build
 test: setup
 	OMP_NUM_THREADS=1 cargo test --release
 	.venv/bin/python -m pytest -q converters/tests tests/python
+
+# examples/web in headless Chromium, the JavaScript consumer in Node. About a minute the first time (Chromium, npm).
+test-web: setup
+	scripts/test-web
+
+# The build for production hosts, without libtorch.
+check-small:
+	cargo check --release --no-default-features --features ort,tract --all-targets
 
 # Step times and peak memory beside native PyTorch, alternating in one run.
 bench: setup

@@ -25,6 +25,7 @@ pub mod teacher;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod torch;
+pub mod verify;
 
 /// The ONNX wire format, generated from `onnx/onnx.proto`.
 #[allow(missing_docs, clippy::all)]

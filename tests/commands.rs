@@ -89,6 +89,41 @@ fn timings_come_for_every_engine() {
 }
 
 #[test]
+fn a_student_is_written_in_other_forms_and_verified() {
+    let dir = folder();
+    let dir = dir.path();
+    let json = |args: &[&str]| -> serde_json::Value { serde_json::from_str(&ok(dir, args)).unwrap() };
+    let out =
+        json(&["export", "student.onnx", "-o", "image.onnx", "--image", "--batch", "3", "--opset", "19", "--json"]);
+    assert_eq!((out["ok"].as_bool(), out["report"]["opset"].as_i64()), (Some(true), Some(19)), "{out}");
+    assert!(out["report"]["max_abs"].as_f64().unwrap() < 1e-6, "{out}");
+    let consumer = disback::graph::Model::load(&dir.join("image.onnx")).unwrap().metadata();
+    let (_, text) = consumer.iter().find(|(k, _)| k == "disback.consumer").unwrap();
+    let consumer: serde_json::Value = serde_json::from_str(text).unwrap();
+    assert_eq!(consumer["inputs"][0]["shape"], serde_json::json!([3, 1, 2, 2]));
+    assert_eq!(consumer["inputs"][1]["classes"], serde_json::json!(3));
+    assert_eq!(consumer["outputs"][1]["layout"], serde_json::json!("nhwc"));
+    assert_eq!(consumer["seed_convention"], serde_json::json!(disback::noise::SEED_CONVENTION));
+
+    let found = json(&["verify", "image.onnx", "--no-python", "--json"]);
+    assert_eq!((found["ok"].as_bool(), found["images"].as_u64()), (Some(true), Some(3)), "{found}");
+    for engine in found["engines"].as_array().unwrap() {
+        let agrees = engine["max_abs"].as_f64().unwrap() < 1e-6 && engine["uint8_differing"].as_u64() == Some(0);
+        assert!(agrees && engine["name"].is_string() && engine["version"].is_string(), "{engine}");
+    }
+    // A target that refuses a node: exit code 1, the node named.
+    let out = disback(dir, &["verify", "student.onnx", "--no-python", "--target", "coreml,tensorrt", "--json"]);
+    let found: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((out.status.code(), found["ok"].as_bool()), (Some(1), Some(false)));
+    assert_eq!(found["targets"][0]["refused"][0]["operator"], serde_json::json!("Gather"), "{found}");
+    assert_eq!(found["targets"][1]["ok"], serde_json::json!(true));
+
+    // All weights outside, the file next to them.
+    ok(dir, &["export", "student.onnx", "-o", "out.onnx", "--external-data"]);
+    assert_eq!(ok(dir, &["sample", "out.onnx", "-n", "2", "-o", "a.npy", "--quiet"]), "");
+}
+
+#[test]
 fn bad_input_is_one_clear_error() {
     let dir = folder();
     let dir = dir.path();
@@ -115,6 +150,19 @@ fn bad_input_is_one_clear_error() {
         ),
         (&["evaluate", "student.onnx", "student.onnx", "--features", "features.onnx", "--range", "1"], 2, "LOW,HIGH"),
         (&["bench", "student.onnx", "--batch", "0"], 2, "a batch of 0"),
+        (&["bench", "student.onnx", "--provider", ","], 2, "names no provider"),
+        (&["bench", "student.onnx", "--cache", "c"], 2, "--cache is an option of --provider tensorrt"),
+        (&["sample", "student.onnx", "-o", "x.png", "--cuda-graph"], 2, "--cuda-graph needs --provider cuda"),
+        (&["sample", "student.onnx", "-o", "x.png", "--profile", "1,2"], 2, "three batch sizes"),
+        (&["verify", "features.onnx", "--no-python"], 1, "not a student"),
+        (&["verify", "none.onnx", "--no-python"], 1, "none.onnx"),
+        (&["verify", "student.onnx", "--python", "none"], 2, "--python none: no such file"),
+        (&["verify", "student.onnx", "--images", "0", "--no-python"], 2, "--images 0"),
+        (&["export", "student.onnx", "-o", "x.onnx", "--batch", "two"], 2, "expected a number or `dynamic`"),
+        (&["export", "student.onnx", "-o", "x.onnx", "--opset", "99"], 2, "expected 13 to 25"),
+        (&["export", "student.onnx", "-o", "x.onnx", "--decoder", "features.onnx"], 2, "makes images, not latents"),
+        (&["export", "student.onnx", "-o", "x.onnx", "--precision", "int8"], 2, "no weights of 1024"),
+        (&["export", "features.onnx", "-o", "x.onnx"], 2, "give --run or --weights"),
         (&["report", "none"], 1, "none: no such folder"),
         (&["report", "."], 2, "not a run directory"),
     ];

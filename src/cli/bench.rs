@@ -9,9 +9,10 @@ use serde_json::json;
 use super::Globals;
 use super::engine::EngineArgs;
 use crate::error::{Error, Result};
-use crate::runtime::{EngineKind, EngineOptions, bench};
+use crate::runtime::bench::{self, TeacherTiming, Timing};
+use crate::runtime::{EngineKind, EngineOptions};
 
-/// Time a student: latency and throughput for each batch size, engines side by side.
+/// Time a student: latency and throughput for each batch size, engines and providers side by side, its teacher's sampler too.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// student.onnx.
@@ -19,31 +20,61 @@ pub struct BenchArgs {
     /// Images a call, several by commas.
     #[arg(long, default_value = "1,16,64", value_delimiter = ',')]
     batch: Vec<usize>,
-    /// Seconds for each engine and batch size.
+    /// Seconds for each engine, batch size and way of calling.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
+    /// The teacher: its sampler is timed in the same run, with the same engines and batch sizes.
+    #[arg(long, value_name = "TEACHER.onnx")]
+    teacher: Option<PathBuf>,
+    /// Steps of the teacher's sampler (Heun: two network calls a step but for the last).
+    #[arg(long, default_value_t = 18)]
+    steps: usize,
+    /// A value of the teacher's card, as in prediction=epsilon.
+    #[arg(long = "card", value_name = "KEY=VALUE", requires = "teacher")]
+    card: Vec<String>,
     #[command(flatten)]
     engine: EngineArgs,
 }
 
+/// One engine with one provider for each of `--provider`; `auto` here means every engine that can run it.
+fn engines(options: &EngineOptions) -> Vec<EngineOptions> {
+    let mut all = Vec::new();
+    for provider in options.provider.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+        let cpu = provider.eq_ignore_ascii_case("cpu");
+        let kinds = match options.engine {
+            EngineKind::Auto if cpu => vec![EngineKind::Ort, EngineKind::Tract],
+            EngineKind::Auto => vec![EngineKind::Ort],
+            one => vec![one],
+        };
+        all.extend(kinds.into_iter().map(|engine| EngineOptions {
+            engine,
+            provider: provider.into(),
+            ..options.clone()
+        }));
+    }
+    all
+}
+
 pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
-    let options = args.engine.options();
-    // `auto` here means: every engine that can run it, side by side.
-    let engines = match options.engine {
-        EngineKind::Auto if options.provider.eq_ignore_ascii_case("cpu") => vec![EngineKind::Ort, EngineKind::Tract],
-        EngineKind::Auto => vec![EngineKind::Ort],
-        one => vec![one],
-    };
-    let (mut timings, mut failures) = (Vec::new(), Vec::new());
-    for engine in &engines {
-        match bench::run(
-            &args.student,
-            &EngineOptions { engine: *engine, ..options.clone() },
-            &args.batch,
-            args.seconds,
-        ) {
-            Ok(found) => timings.extend(found),
-            Err(e) if engines.len() == 1 || e.exit_code() == 2 => return Err(e),
+    let engines = engines(&args.engine.options()?);
+    if engines.is_empty() {
+        return Err(Error::usage("--provider names no provider"));
+    }
+    let (mut timings, mut teachers, mut failures) = (Vec::new(), Vec::new(), Vec::new());
+    for options in &engines {
+        let one = || -> Result<(Vec<Timing>, Vec<TeacherTiming>)> {
+            let timings = bench::run(&args.student, options, &args.batch, args.seconds)?;
+            let teacher = args.teacher.iter().flat_map(|path| {
+                args.batch.iter().map(move |&b| bench::teacher(path, &args.card, options, b, args.steps, args.seconds))
+            });
+            Ok((timings, teacher.collect::<Result<_>>()?))
+        };
+        match one() {
+            Ok((found, beside)) => {
+                timings.extend(found);
+                teachers.extend(beside);
+            }
+            Err(e) if engines.len() == 1 || (e.exit_code() == 2 && timings.is_empty()) => return Err(e),
             Err(e) => failures.push(e),
         }
     }
@@ -52,19 +83,77 @@ pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
     }
     let notes: Vec<String> = failures.iter().map(|e| e.to_string()).collect();
     if globals.json {
-        println!("{}", json!({ "ok": true, "student": args.student, "timings": timings, "failures": notes }));
+        let speed: Vec<_> = speedups(&timings, &teachers)
+            .into_iter()
+            .map(|(engine, batch, times)| json!({ "engine": engine, "batch": batch, "times": times }))
+            .collect();
+        println!(
+            "{}",
+            json!({ "ok": true, "student": args.student, "timings": timings, "teacher": teachers,
+            "student_faster_by": speed, "failures": notes })
+        );
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = super::table(["engine", "batch", "load ms", "first ms", "p50 ms", "p95 ms", "p99 ms", "images/s"]);
-    for t in &timings {
-        let ms = |v: f64| format!("{v:.2}");
-        let row = [t.load_ms, t.first_ms, t.p50_ms, t.p95_ms, t.p99_ms].map(ms);
+    show(&timings, &teachers);
+    notes.iter().for_each(|n| eprintln!("warning: {n}"));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Time an image of the teacher over that of the student, where both ran in the same engine at the same batch.
+fn speedups(timings: &[Timing], teachers: &[TeacherTiming]) -> Vec<(String, usize, f64)> {
+    let pair = |t: &TeacherTiming| {
+        let student = timings.iter().find(|s| s.engine == t.engine && s.batch == t.batch)?;
+        Some((t.engine.clone(), t.batch, t.p50_ms / student.p50_ms))
+    };
+    teachers.iter().filter_map(pair).collect()
+}
+
+fn show(timings: &[Timing], teachers: &[TeacherTiming]) {
+    let ms = |v: f64| format!("{v:.2}");
+    let mut table = super::table([
+        "engine",
+        "batch",
+        "load ms",
+        "first ms",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "no copies",
+        "images/s",
+        "peak MiB",
+    ]);
+    for t in timings {
         let mut cells = vec![t.engine.clone(), t.batch.to_string()];
-        cells.extend(row);
+        cells.extend([t.load_ms, t.first_ms, t.p50_ms, t.p95_ms, t.p99_ms, t.bound_p50_ms].map(ms));
         cells.push(format!("{:.0}", t.images_per_s));
+        cells.push(t.peak_mib.map_or("-".into(), |m| format!("{m:.0}")));
         table.add_row(cells);
     }
     println!("{table}");
-    notes.iter().for_each(|n| eprintln!("warning: {n}"));
-    Ok(ExitCode::SUCCESS)
+    if teachers.is_empty() {
+        return;
+    }
+    let mut table = super::table([
+        "teacher on",
+        "batch",
+        "steps",
+        "network calls",
+        "ms a batch",
+        "ms an image",
+        "student faster by",
+    ]);
+    for t in teachers {
+        let found = speedups(timings, std::slice::from_ref(t));
+        let times = found.first().map_or("-".to_owned(), |(_, _, f)| format!("{f:.1}x"));
+        table.add_row([
+            t.engine.clone(),
+            t.batch.to_string(),
+            t.steps.to_string(),
+            t.nfe.to_string(),
+            ms(t.p50_ms),
+            ms(t.ms_per_image),
+            times,
+        ]);
+    }
+    println!("{table}");
 }

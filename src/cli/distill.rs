@@ -300,7 +300,10 @@ fn export(
     };
     let (net, card) = (&teacher.network, &teacher.card.card);
     let mut files = vec![run.student()];
-    crate::graph::save::write(&crate::export::student(net, student.params(), card, &options)?, &files[0])?;
+    let made = crate::export::student(net, student.params(), card, &options)?;
+    let (made, report) = crate::export::ship(made, &crate::export::ShipOptions::default())?;
+    report.warnings.iter().for_each(|w| eprintln!("warning: student.onnx: {w}"));
+    crate::graph::save::write(&made, &files[0])?;
     if same_graph {
         files.push(run.path().join("student-same-graph.onnx"));
         crate::graph::save::write(&crate::export::same_graph(net, student.params(), card, &options)?, &files[1])?;

@@ -100,7 +100,7 @@ fn side(
 }
 
 pub fn run(args: &EvaluateArgs, globals: Globals) -> Result<ExitCode> {
-    let options = args.engine.options();
+    let options = args.engine.options()?;
     let range = pair("--range", &args.range)?;
     let feature_range = args.feature_range.as_deref().map(|t| pair("--feature-range", t)).transpose()?;
     let wanted = FeatureOptions { output: args.feature_output.clone(), range: feature_range };

@@ -1,72 +1,192 @@
-//! `disback export`: trained weights into ONNX.
+//! `disback export`: trained weights into ONNX, in the form that ships.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::json;
-use tch::Device;
 
-use crate::cli::Globals;
-use crate::cli::distill::{method, objective_name};
-use crate::cli::teacher::TeacherArgs;
-use crate::distill::{Config, RunDir};
-use crate::error::{Error, Result};
-use crate::export::{self, StudentOptions};
-use crate::graph::save;
-use crate::torch::Forward;
+use super::Globals;
+use super::ship_args::{self, ShipArgs};
+use crate::error::{Context, Error, Result};
+use crate::export::{self, ShipReport};
+use crate::graph::{Model, save};
+use crate::onnx::ModelProto;
 
-/// Write a student (or any set of weights of the teacher's graph) as ONNX.
+/// Which of a run's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Weights {
+    /// The moving average, which is the run's result.
+    Average,
+    /// The generator as last updated, from the run's latest checkpoint.
+    Live,
+}
+
+/// Write a student (or any set of weights of the teacher's graph) as ONNX: optimised, portable, in the precision asked for.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
+    /// The teacher that the run distilled; or a student.onnx, to be written in another form.
+    pub model: PathBuf,
+    #[cfg(feature = "train")]
     #[command(flatten)]
-    pub teacher: TeacherArgs,
-    /// Run directory: takes its final weights and its configuration.
-    #[arg(long, value_name = "DIR", required_unless_present = "weights")]
-    pub run: Option<PathBuf>,
-    /// Weights as safetensors, e.g. a trajectory node; over those of the run.
-    #[arg(long, value_name = "FILE")]
-    pub weights: Option<PathBuf>,
+    pub from: from_run::FromRun,
     /// Where to write.
     #[arg(short, long)]
     pub out: PathBuf,
-    /// The teacher's own graph with the weights replaced, for pipelines that bring their own scheduler.
-    #[arg(long)]
-    pub same_graph: bool,
-    /// Noise level at which the student starts; the run's, else the schedule's.
-    #[arg(long)]
-    pub sigma_init: Option<f64>,
+    #[command(flatten)]
+    pub ship: ShipArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
-    let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
-    let teacher = args.teacher.load(Device::Cpu)?;
-    let weights = match (&args.weights, &run) {
-        (Some(w), _) => w.clone(),
-        (None, Some((run, _))) => run.student_weights(),
-        (None, None) => return Err(Error::usage("give --run or --weights")),
+    let options = args.ship.options()?;
+    let model = Model::load(&args.model)?;
+    let is_student = model.metadata().iter().any(|(k, _)| k == "disback.student.method");
+    #[cfg(feature = "train")]
+    let (built, same_graph) = {
+        if is_student && !args.from.given() {
+            (student(&model)?, false)
+        } else {
+            (from_run::build(&args.model, &args.from, args.ship.asks())?, args.from.same_graph)
+        }
     };
-    if !weights.is_file() {
-        return Err(Error::io(format!("{}: no such file", weights.display()))
-            .hint("the run has not finished; --weights takes a node of its trajectory"));
-    }
-    let params = teacher.network.params().deep_copy(Device::Cpu)?;
-    params.load(&weights)?;
-    let configured = run.as_ref().map(|(_, c)| c.student.sigma_init).filter(|&s| s > 0.0);
-    let options = StudentOptions {
-        sigma_init: args.sigma_init.or(configured),
-        method: run.as_ref().map_or_else(|| "weights".into(), |(_, c)| method(c).into()),
-        objective: run.as_ref().map(|(_, c)| objective_name(c)).unwrap_or_default(),
-        teacher_hash: teacher.hash.clone(),
+    #[cfg(not(feature = "train"))]
+    let (built, same_graph) = if is_student {
+        (student(&model)?, false)
+    } else {
+        return Err(Error::usage(format!(
+            "{}: not a student; this build has no libtorch to make one",
+            args.model.display()
+        ))
+        .hint("use a build with the default features"));
     };
-    let build = if args.same_graph { export::same_graph } else { export::student };
-    let model = build(&teacher.network, &params, &teacher.card.card, &options)?;
-    save::write(&model, &args.out)?;
+    let (model, report) = match same_graph {
+        true => (built, None),
+        false => {
+            let (model, report) = export::ship(built, &options)?;
+            (model, Some(report))
+        }
+    };
+    save::write_with_limit(&model, &args.out, ship_args::external_limit(args.ship.external_data))?;
+    finish(args, globals, same_graph, report.as_ref());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn finish(args: &ExportArgs, globals: Globals, same_graph: bool, report: Option<&ShipReport>) {
     if globals.json {
-        println!("{}", json!({ "ok": true, "out": args.out, "same_graph": args.same_graph }));
+        println!("{}", json!({ "ok": true, "out": args.out, "same_graph": same_graph, "report": report }));
     } else if !globals.quiet {
         println!("{}", args.out.display());
+        if let Some(r) = report {
+            ship_args::show(r);
+        }
     }
-    Ok(ExitCode::SUCCESS)
+}
+
+/// A student that exists already, its external data taken in.
+fn student(model: &Model) -> Result<ModelProto> {
+    let mut proto = (*model.proto).clone();
+    save::internalise(&mut proto);
+    crate::runtime::student::StudentInfo::from_model(&proto).with_context(|| model.path.display().to_string())?;
+    Ok(proto)
+}
+
+#[cfg(feature = "train")]
+pub mod from_run {
+    //! Weights of a run in the teacher's graph.
+
+    use std::path::Path;
+
+    use tch::Device;
+
+    use super::*;
+    use crate::cli::distill::{method, objective_name};
+    use crate::distill::checkpoint::Checkpoint;
+    use crate::distill::{Config, RunDir};
+    use crate::export::StudentOptions;
+    use crate::graph::TrainableChoice;
+    use crate::teacher::Teacher;
+    use crate::torch::Forward;
+
+    /// Where the weights come from.
+    #[derive(Debug, Args)]
+    pub struct FromRun {
+        /// A value of the teacher card, as in prediction=epsilon; wins over the side file and the model's metadata.
+        #[arg(long = "card", value_name = "KEY=VALUE")]
+        pub card: Vec<String>,
+        /// Tensors that stay fixed although they act as weights, by name (glob).
+        #[arg(long, value_name = "GLOB")]
+        pub freeze: Vec<String>,
+        /// Tensors that are trained whatever they act as, by name (glob).
+        #[arg(long, value_name = "GLOB")]
+        pub train: Vec<String>,
+        /// Run directory: takes its final weights and its configuration.
+        #[arg(long, value_name = "DIR")]
+        pub run: Option<PathBuf>,
+        /// Weights as safetensors, e.g. a trajectory node; over those of the run.
+        #[arg(long, value_name = "FILE")]
+        pub weights: Option<PathBuf>,
+        /// Which of the run's weights.
+        #[arg(long, value_enum, default_value = "average", conflicts_with = "weights")]
+        pub ema: Weights,
+        /// The teacher's own graph with the weights replaced, for pipelines that bring their own scheduler.
+        #[arg(long)]
+        pub same_graph: bool,
+        /// Noise level at which the student starts; the run's, else the schedule's.
+        #[arg(long)]
+        pub sigma_init: Option<f64>,
+    }
+
+    impl FromRun {
+        /// Whether weights are named.
+        pub fn given(&self) -> bool {
+            self.run.is_some() || self.weights.is_some()
+        }
+    }
+
+    /// The student (or the same graph) with the weights asked for.
+    pub fn build(path: &Path, args: &FromRun, shipped: bool) -> Result<ModelProto> {
+        if args.same_graph && shipped {
+            return Err(Error::usage(
+                "--same-graph changes nothing but the weights: no --precision, --batch, --opset, --image or --decoder",
+            ));
+        }
+        if !args.given() {
+            return Err(Error::usage("give --run or --weights").hint("without them the file must be a student.onnx"));
+        }
+        let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
+        let trainable = TrainableChoice { declared: None, freeze: args.freeze.clone(), train: args.train.clone() };
+        let teacher = Teacher::load(path, &args.card, trainable, Device::Cpu)?;
+        let params = teacher.network.params().deep_copy(Device::Cpu)?;
+        match (&args.weights, &run, args.ema) {
+            (Some(file), ..) => params.load(existing(file)?)?,
+            (None, Some((run, _)), Weights::Average) => params.load(existing(&run.student_weights())?)?,
+            (None, Some((run, _)), Weights::Live) => {
+                let found = Checkpoint::latest(&run.checkpoints(), &teacher.hash)?;
+                let mut checkpoint = found.ok_or_else(|| {
+                    Error::usage(format!("{} has no checkpoint", run.path().display()))
+                        .hint("the live weights are only in checkpoints; --ema average takes the result")
+                })?;
+                checkpoint.take_params("student/", &params).context("the latest checkpoint")?;
+            }
+            (None, None, _) => return Err(Error::usage("give --run or --weights")),
+        }
+        let configured = run.as_ref().map(|(_, c)| c.student.sigma_init).filter(|&s| s > 0.0);
+        let options = StudentOptions {
+            sigma_init: args.sigma_init.or(configured),
+            method: run.as_ref().map_or_else(|| "weights".into(), |(_, c)| method(c).into()),
+            objective: run.as_ref().map(|(_, c)| objective_name(c)).unwrap_or_default(),
+            teacher_hash: teacher.hash.clone(),
+        };
+        let build = if args.same_graph { export::same_graph } else { export::student };
+        build(&teacher.network, &params, &teacher.card.card, &options)
+    }
+
+    fn existing(file: &Path) -> Result<&Path> {
+        if file.is_file() {
+            return Ok(file);
+        }
+        Err(Error::io(format!("{}: no such file", file.display()))
+            .hint("the run has not finished; --weights takes a node of its trajectory"))
+    }
 }

@@ -10,7 +10,6 @@ mod distill;
 pub mod doctor;
 mod engine;
 pub mod evaluate;
-#[cfg(feature = "train")]
 pub mod export;
 #[cfg(feature = "train")]
 pub mod inspect;
@@ -20,8 +19,10 @@ pub mod report;
 #[cfg(feature = "train")]
 mod run_observer;
 pub mod sample;
+mod ship_args;
 #[cfg(feature = "train")]
 mod teacher;
+pub mod verify;
 
 use std::process::ExitCode;
 
@@ -62,8 +63,8 @@ enum Command {
     Backtrack(Box<backtrack::BacktrackArgs>),
     #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
-    #[cfg(feature = "train")]
-    Export(export::ExportArgs),
+    Export(Box<export::ExportArgs>),
+    Verify(verify::VerifyArgs),
     Sample(sample::SampleArgs),
     Evaluate(evaluate::EvaluateArgs),
     Report(report::ReportArgs),
@@ -75,7 +76,10 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("DISBACK_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("DISBACK_LOG")
+                .unwrap_or_else(|_| "warn,tract_onnx=error".into()),
+        )
         .with_writer(std::io::stderr)
         .without_time()
         .init();
@@ -104,8 +108,8 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         Command::Backtrack(args) => backtrack::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
-        #[cfg(feature = "train")]
         Command::Export(args) => export::run(&args, globals),
+        Command::Verify(args) => verify::run(&args, globals),
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
         Command::Report(args) => report::run(&args, globals),

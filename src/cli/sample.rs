@@ -98,7 +98,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     if args.number == 0 {
         return Err(Error::usage("--number 0: nothing to sample"));
     }
-    let mut student = Student::open(&args.student, &args.engine.options())?;
+    let mut student = Student::open(&args.student, &args.engine.options()?)?;
     let mut embeddings = Vec::new();
     for entry in &args.conditions {
         let (name, file) = entry

@@ -1,10 +1,22 @@
-//! Out of the training network, into ONNX: the one-step student, and the teacher's graph with the student's weights.
+//! Out of the training network, into ONNX: the one-step student, the teacher's graph with the student's weights, and the
+//! file that ships: optimised, portable, in the precision asked for.
 
+pub mod attach;
+pub mod calibrate;
 pub mod edit;
+pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod fold;
+pub mod half;
+pub mod half_rewrite;
+pub mod int8;
+pub mod opset;
+pub mod portable;
+pub mod ship;
+pub mod simplify;
 #[cfg(feature = "train")]
 pub mod student;
 
+pub use ship::{Precision, ShipOptions, ShipReport, ship};
 #[cfg(feature = "train")]
 pub use student::{StudentOptions, same_graph, student};

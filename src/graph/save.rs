@@ -96,7 +96,8 @@ pub fn write(model: &ModelProto, path: &Path) -> Result<()> {
     write_with_limit(model, path, EXTERNAL_ABOVE)
 }
 
-fn write_with_limit(model: &ModelProto, path: &Path, limit: usize) -> Result<()> {
+/// [`write`] with another limit: with 0 every tensor of a kilobyte or more is external.
+pub fn write_with_limit(model: &ModelProto, path: &Path, limit: usize) -> Result<()> {
     let total: usize =
         model.graph.iter().flat_map(|g| &g.initializer).map(|t| t.raw_data.as_ref().map_or(0, |b| b.len())).sum();
     if total <= limit {

@@ -59,6 +59,34 @@ pub trait Engine: Send {
     fn outputs(&self) -> &[ValueInfo];
     /// Runs the network on named inputs, all of them, in any order. The outputs come in the graph's order.
     fn run(&mut self, inputs: &[(&str, &HostTensor)]) -> Result<Vec<(String, HostTensor)>>;
+    /// The call alone, to be repeated: inputs are bound once, where the provider wants them, and outputs stay there.
+    /// Engines without bindings run as usual.
+    fn bound<'a>(&'a mut self, inputs: &[(&str, &HostTensor)]) -> Result<Call<'a>> {
+        let held: Vec<(String, HostTensor)> = inputs.iter().map(|(n, t)| ((*n).to_owned(), (*t).clone())).collect();
+        Ok(Box::new(move || {
+            let named: Vec<(&str, &HostTensor)> = held.iter().map(|(n, t)| (n.as_str(), t)).collect();
+            self.run(&named).map(drop)
+        }))
+    }
+}
+
+/// A prepared call of a network.
+pub type Call<'a> = Box<dyn FnMut() -> Result<()> + 'a>;
+
+/// Options of accelerators' providers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Accelerator {
+    /// Folder of TensorRT's built engines and timings; none are kept where absent.
+    pub cache: Option<std::path::PathBuf>,
+    /// Smallest, usual and largest batch that TensorRT builds for.
+    pub profile: Option<[usize; 3]>,
+    /// TensorRT may use f16, or bf16.
+    pub fp16: bool,
+    pub bf16: bool,
+    /// Record the call as a CUDA graph (fixed shapes).
+    pub cuda_graph: bool,
+    /// Where to write a model that carries the built engine, for shipping.
+    pub ep_context: Option<std::path::PathBuf>,
 }
 
 /// Which engine to use.
@@ -86,11 +114,13 @@ pub struct EngineOptions {
     pub device: u32,
     /// Refuse to open a network of which any node would run on the CPU instead of `provider`.
     pub strict: bool,
+    pub accelerator: Accelerator,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { engine: EngineKind::Auto, provider: "cpu".into(), threads: None, device: 0, strict: false }
+        let accelerator = Accelerator::default();
+        Self { engine: EngineKind::Auto, provider: "cpu".into(), threads: None, device: 0, strict: true, accelerator }
     }
 }
 

@@ -57,8 +57,10 @@ pub enum ConditionKind {
 #[derive(Debug, Clone)]
 pub struct StudentInfo {
     pub method: String,
-    /// Channels, height, width.
+    /// Channels, height, width of a sample.
     pub shape: [usize; 3],
+    /// The same of the noise: differs from `shape` where a latent decoder is part of the file.
+    pub noise_shape: [usize; 3],
     /// Range of the sample's values; absent for latents.
     pub range: Option<[f64; 2]>,
     pub noise: ValueInfo,
@@ -88,15 +90,19 @@ impl StudentInfo {
             )
             .hint("sample with the student.onnx that `disback export` writes without --same-graph"));
         };
-        if !outputs.iter().any(|o| o.name == "sample") {
+        let Some(sample) = outputs.iter().find(|o| o.name == "sample") else {
             return Err(Error::mismatch("the student has no output `sample`"));
-        }
-        let fixed = |d: Option<&Dim>| if let Some(Dim::Fixed(n)) = d { Some(*n) } else { None };
-        let graph_shape = (1..4).filter_map(|k| fixed(noise.shape.get(k))).collect::<Vec<_>>();
-        let shape = match (noise.shape.len(), graph_shape.as_slice()) {
-            (4, [c, h, w]) => [*c, *h, *w],
-            _ => Self::card_shape(&metadata)?,
         };
+        let fixed = |d: Option<&Dim>| if let Some(Dim::Fixed(n)) = d { Some(*n) } else { None };
+        let in_graph = |v: &ValueInfo| -> Option<[usize; 3]> {
+            let dims: Vec<usize> = (1..4).filter_map(|k| fixed(v.shape.get(k))).collect();
+            <[usize; 3]>::try_from(dims).ok().filter(|_| v.shape.len() == 4)
+        };
+        let noise_shape = match in_graph(&noise) {
+            Some(shape) => shape,
+            None => Self::card_shape(&metadata)?,
+        };
+        let shape = in_graph(sample).unwrap_or(noise_shape);
         let range = match metadata.get("range").map(|t| parse_value(t)) {
             None => None,
             Some(toml::Value::Array(v)) if v.len() == 2 => match (number(&v[0]), number(&v[1])) {
@@ -123,7 +129,7 @@ impl StudentInfo {
             };
             conditions.push(Condition { input, kind });
         }
-        Ok(Self { method, shape, range, noise, conditions, metadata })
+        Ok(Self { method, shape, noise_shape, range, noise, conditions, metadata })
     }
 
     fn card_shape(metadata: &BTreeMap<String, String>) -> Result<[usize; 3]> {
@@ -136,6 +142,11 @@ impl StudentInfo {
             Some([c, h, w]) => Ok([*c, *h, *w]),
             _ => Err(Error::invalid("the student's sample shape is neither in its graph nor in disback.shape")),
         }
+    }
+
+    /// Conditions whose rows the caller brings.
+    pub fn embeddings(&self) -> impl Iterator<Item = &Condition> {
+        self.conditions.iter().filter(|c| c.kind == ConditionKind::Embedding)
     }
 
     /// Number of classes, where a condition is a class.
@@ -191,7 +202,11 @@ impl Student {
 
     /// Classes of images `start..start+count`, where the student has classes.
     pub fn classes(&self, request: &Request, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
-        let Some(classes) = self.info.classes() else {
+        Self::classes_of(&self.info, request, start, count)
+    }
+
+    fn classes_of(info: &StudentInfo, request: &Request, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
+        let Some(classes) = info.classes() else {
             return match request.classes.is_empty() {
                 true => Ok(None),
                 false => Err(Error::usage("the student has no classes")),
@@ -209,15 +224,27 @@ impl Student {
 
     /// Inputs of the network for images `start..start+count`, by name.
     pub fn inputs(&self, request: &Request, start: u64, count: usize) -> Result<Vec<(String, HostTensor)>> {
-        let [c, h, w] = self.info.shape;
+        Self::inputs_of(&self.info, request, start, count)
+    }
+
+    /// [`Student::inputs`] of a student that is not open.
+    pub fn inputs_of(
+        info: &StudentInfo,
+        request: &Request,
+        start: u64,
+        count: usize,
+    ) -> Result<Vec<(String, HostTensor)>> {
+        let [c, h, w] = info.noise_shape;
         let noise = HostTensor::new(&[count, c, h, w], &batch_noise(request.seed, start, count, c * h * w))?;
-        let mut inputs = vec![("noise".to_string(), noise.cast(self.info.noise.dtype))];
-        let labels = self.classes(request, start, count)?.unwrap_or_default();
-        for condition in &self.info.conditions {
+        let mut inputs = vec![("noise".to_string(), noise.cast(info.noise.dtype))];
+        let labels = Self::classes_of(info, request, start, count)?.unwrap_or_default();
+        for condition in &info.conditions {
             let name = condition.input.name.clone();
             let tensor = match condition.kind {
                 ConditionKind::ClassIndex { .. } => {
-                    HostTensor::vec(&labels.iter().map(|&l| l as i64).collect::<Vec<_>>())
+                    let rows = HostTensor::vec(&labels.iter().map(|&l| l as i64).collect::<Vec<_>>());
+                    // Some graphs take a column of class numbers.
+                    if condition.input.shape.len() == 2 { rows.reshaped(&[count, 1])? } else { rows }
                 }
                 ConditionKind::OneHot { classes } => {
                     let mut rows = vec![0f32; count * classes];

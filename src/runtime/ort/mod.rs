@@ -1,19 +1,23 @@
 //! ONNX Runtime through `ort`, its library loaded at run time.
 
+mod providers;
+pub mod tensorrt;
+mod values;
+
+pub use providers::short_name;
+
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use half::{bf16, f16};
 use ort::environment::Environment;
-use ort::ep::{self, ExecutionProvider};
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::ortsys;
-use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{Session, SessionInputValue};
-use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
 
-use super::{Dim, Engine, EngineOptions, Source, ValueInfo, arrange};
+use super::{Call, Engine, EngineOptions, Source, ValueInfo, arrange, model_values};
 use crate::error::{Context, Error, Result};
-use crate::tensor::{DType, Element, HostTensor};
+use crate::tensor::HostTensor;
 
 /// The loaded ONNX Runtime library. One a process.
 #[derive(Debug)]
@@ -197,17 +201,13 @@ fn loaded_version(path: &Path) -> Option<String> {
     Some(digits.trim_end_matches('.').to_string()).filter(|v| !v.is_empty())
 }
 
-/// Short name of a provider: `CUDAExecutionProvider` -> `CUDA`.
-pub fn short_name(provider: &str) -> &str {
-    provider.strip_suffix("ExecutionProvider").unwrap_or(provider)
-}
-
 /// A network in an ONNX Runtime session.
 pub struct OrtEngine {
     session: Session,
     inputs: Vec<ValueInfo>,
     outputs: Vec<ValueInfo>,
     name: String,
+    device: i32,
 }
 
 impl OrtEngine {
@@ -219,7 +219,9 @@ impl OrtEngine {
         if let Some(threads) = options.threads {
             builder = builder.with_intra_threads(threads)?;
         }
-        let provider = register(&mut builder, library, options)?;
+        let accelerated = !options.provider.eq_ignore_ascii_case("cpu");
+        let (declared, stamp) = if accelerated { declared(source, library, options)? } else { (Vec::new(), None) };
+        let provider = providers::register(&mut builder, library, options, &declared)?;
         if options.strict && provider != "CPUExecutionProvider" {
             builder = builder.with_config_entry("session.disable_cpu_ep_fallback", "1")?;
         }
@@ -233,169 +235,53 @@ impl OrtEngine {
                 builder.commit_from_memory(bytes)
             }
         }
-        .context("loading the network")?;
-        let infos = |outlets: &[ort::value::Outlet]| outlets.iter().map(value_info).collect::<Result<Vec<_>>>();
+        .context("loading the network")
+        .map_err(|e| explain_fallback(e, options))?;
+        if let (Some(dir), Some(stamp)) = (&options.accelerator.cache, &stamp) {
+            tensorrt::seal_cache(dir, stamp)?;
+        }
+        let infos = |outlets: &[ort::value::Outlet]| outlets.iter().map(values::value_info).collect::<Result<Vec<_>>>();
         Ok(Self {
             inputs: infos(session.inputs())?,
             outputs: infos(session.outputs())?,
             name: format!("onnxruntime {} ({})", library.version, short_name(&provider)),
+            device: options.device as i32,
             session,
         })
     }
 }
 
-/// Registers the provider that the user named and returns its full name. Failure is an error: ONNX Runtime itself would go
-/// on silently on the CPU.
-fn register(builder: &mut SessionBuilder, library: &Library, options: &EngineOptions) -> Result<String> {
-    let wanted = options.provider.to_ascii_lowercase();
-    if wanted == "cpu" {
-        return Ok("CPUExecutionProvider".into());
-    }
-    let full = library
-        .providers
-        .iter()
-        .find(|p| p.eq_ignore_ascii_case(&options.provider) || short_name(p).eq_ignore_ascii_case(&wanted))
-        .ok_or_else(|| {
-            let have: Vec<String> = library.providers.iter().map(|p| short_name(p).to_ascii_lowercase()).collect();
-            Error::usage(format!(
-                "ONNX Runtime {} at {} has no provider `{}`; it has: {}",
-                library.version,
-                library.path.display(),
-                options.provider,
-                have.join(", ")
-            ))
-            .hint("install a build that has it (onnxruntime-gpu for cuda and tensorrt) and set ORT_DYLIB_PATH to it")
-        })?
-        .clone();
-    let device = options.device as i32;
-    let done = match short_name(&full) {
-        "CUDA" => {
-            preload_cuda(&library.path);
-            ep::CUDA::default().with_device_id(device).register(builder)
+/// The inputs as the file declares them, and what an engine cache of it must have been built for.
+fn declared(
+    source: Source<'_>,
+    library: &Library,
+    options: &EngineOptions,
+) -> Result<(Vec<ValueInfo>, Option<tensorrt::Stamp>)> {
+    let read;
+    let bytes = match source {
+        Source::File(path) => {
+            read = std::fs::read(path)?;
+            read.as_slice()
         }
-        "Tensorrt" => {
-            preload_cuda(&library.path);
-            ep::TensorRT::default()
-                .with_device_id(device)
-                .register(builder)
-                .and_then(|()| ep::CUDA::default().with_device_id(device).register(builder))
-        }
-        other => register_by_name(builder, other, &full),
+        Source::Bytes { bytes, .. } => bytes,
     };
-    done.map_err(Error::from).context(format!("provider {}", options.provider)).map_err(|e| {
-        e.hint("its libraries (CUDA 13 and cuDNN 9, or TensorRT 10) must be where the loader finds them")
-    })?;
-    Ok(full)
-}
-
-/// Providers without typed options here. Old libraries know some only by the short name.
-fn register_by_name(builder: &mut SessionBuilder, short: &str, full: &str) -> ort::Result<()> {
-    use ort::AsPointer;
-    let append = |builder: &mut SessionBuilder, name: &str| -> ort::Result<()> {
-        let name = std::ffi::CString::new(name).unwrap_or_default();
-        let options = builder.ptr_mut();
-        ortsys![unsafe SessionOptionsAppendExecutionProvider(
-            options,
-            name.as_ptr(),
-            std::ptr::null(),
-            std::ptr::null(),
-            0
-        )?];
-        Ok(())
-    };
-    append(builder, full).or_else(|_| append(builder, short))
-}
-
-/// The CUDA provider needs CUDA and cuDNN in the process. Python wheels put them beside onnxruntime, where the loader does not
-/// look; a failure here shows when the provider is registered.
-fn preload_cuda(library: &Path) {
-    let Some(site) = library.parent().and_then(Path::parent).and_then(Path::parent) else { return };
-    let cuda = site.join("nvidia/cu13/lib");
-    let cudnn = site.join("nvidia/cudnn/lib");
-    let result =
-        ep::cuda::preload_dylibs(cuda.is_dir().then_some(cuda.as_path()), cudnn.is_dir().then_some(cudnn.as_path()));
-    if let Err(e) = result {
-        tracing::debug!("CUDA libraries beside onnxruntime: {}", e.message());
-    }
-}
-
-fn dtype_of(ty: TensorElementType) -> Result<DType> {
-    use TensorElementType as T;
-    Ok(match ty {
-        T::Float32 => DType::F32,
-        T::Float64 => DType::F64,
-        T::Float16 => DType::F16,
-        T::Bfloat16 => DType::BF16,
-        T::Int8 => DType::I8,
-        T::Int16 => DType::I16,
-        T::Int32 => DType::I32,
-        T::Int64 => DType::I64,
-        T::Uint8 => DType::U8,
-        T::Uint16 => DType::U16,
-        T::Uint32 => DType::U32,
-        T::Uint64 => DType::U64,
-        T::Bool => DType::Bool,
-        other => return Err(Error::unsupported(format!("element type {other}"))),
-    })
-}
-
-fn value_info(outlet: &ort::value::Outlet) -> Result<ValueInfo> {
-    let ValueType::Tensor { ty, shape, dimension_symbols } = outlet.dtype() else {
-        return Err(Error::unsupported(format!("`{}` is not a tensor but {}", outlet.name(), outlet.dtype())));
-    };
-    let dims = shape.iter().enumerate().map(|(k, &d)| match usize::try_from(d) {
-        Ok(n) => Dim::Fixed(n),
-        Err(_) => Dim::Symbol(dimension_symbols.get(k).cloned().unwrap_or_default()),
+    let (inputs, _) = model_values(&super::student::decode(bytes)?)?;
+    let stamp = options.accelerator.cache.as_ref().map(|dir| {
+        let stamp = tensorrt::Stamp::here(bytes, &library.version, options.device);
+        tensorrt::check_cache(dir, &stamp).map(|()| stamp)
     });
-    Ok(ValueInfo {
-        name: outlet.name().to_string(),
-        dtype: dtype_of(*ty).context(outlet.name())?,
-        shape: dims.collect(),
-    })
+    Ok((inputs, stamp.transpose()?))
 }
 
-macro_rules! by_dtype {
-    ($dtype:expr, $go:ident!($($arg:expr),*)) => {
-        match $dtype {
-            DType::F32 => $go!(f32, $($arg),*),
-            DType::F64 => $go!(f64, $($arg),*),
-            DType::F16 => $go!(f16, $($arg),*),
-            DType::BF16 => $go!(bf16, $($arg),*),
-            DType::I8 => $go!(i8, $($arg),*),
-            DType::I16 => $go!(i16, $($arg),*),
-            DType::I32 => $go!(i32, $($arg),*),
-            DType::I64 => $go!(i64, $($arg),*),
-            DType::U8 => $go!(u8, $($arg),*),
-            DType::U16 => $go!(u16, $($arg),*),
-            DType::U32 => $go!(u32, $($arg),*),
-            DType::U64 => $go!(u64, $($arg),*),
-            DType::Bool => $go!(bool, $($arg),*),
-        }
-    };
-}
-
-fn to_value(tensor: &HostTensor) -> Result<DynValue> {
-    macro_rules! go {
-        ($t:ty, $x:expr) => {
-            Tensor::<$t>::from_array(($x.shape().to_vec(), $x.values::<$t>()?))?.into_dyn()
-        };
+/// Strict is the default: say how to allow the CPU for what the provider does not take.
+fn explain_fallback(e: Error, options: &EngineOptions) -> Error {
+    if options.strict && e.to_string().contains("fallback") {
+        let wanted = &options.provider;
+        return e.hint(format!(
+            "some nodes would run on the CPU instead of {wanted}: `disback verify --target` names them, --strict=false allows it"
+        ));
     }
-    Ok(by_dtype!(tensor.dtype(), go!(tensor)))
-}
-
-fn from_value(value: &DynValue) -> Result<HostTensor> {
-    let ty = value.dtype().tensor_type().ok_or_else(|| Error::unsupported("an output that is not a tensor"))?;
-    fn tensor<T: Element>(shape: &[i64], values: &[T]) -> Result<HostTensor> {
-        let shape: Vec<usize> = shape.iter().map(|&d| d.max(0) as usize).collect();
-        HostTensor::new(&shape, values)
-    }
-    macro_rules! go {
-        ($t:ty, $x:expr) => {{
-            let (shape, values) = $x.try_extract_tensor::<$t>()?;
-            tensor(shape, values)
-        }};
-    }
-    by_dtype!(dtype_of(ty)?, go!(value))
+    e
 }
 
 impl Engine for OrtEngine {
@@ -410,16 +296,37 @@ impl Engine for OrtEngine {
     }
     fn run(&mut self, inputs: &[(&str, &HostTensor)]) -> Result<Vec<(String, HostTensor)>> {
         let tensors = arrange(&self.inputs, inputs)?;
-        let values: Vec<SessionInputValue<'_>> =
-            tensors.into_iter().map(|t| Ok(to_value(t)?.into())).collect::<Result<_>>()?;
+        let values: Vec<SessionInputValue<'_>> = tensors.into_iter().map(values::input).collect::<Result<_>>()?;
         let outputs = self.session.run(values.as_slice())?;
         self.outputs
             .iter()
             .map(|info| {
                 let value =
                     outputs.get(&info.name).ok_or_else(|| Error::backend(format!("no output `{}`", info.name)))?;
-                Ok((info.name.clone(), from_value(value).context(&info.name)?))
+                Ok((info.name.clone(), values::output(value).context(&info.name)?))
             })
             .collect()
+    }
+    fn bound<'a>(&'a mut self, inputs: &[(&str, &HostTensor)]) -> Result<Call<'a>> {
+        let tensors = arrange(&self.inputs, inputs)?;
+        let mut binding = self.session.create_binding()?;
+        for (info, tensor) in self.inputs.iter().zip(tensors) {
+            binding.bind_input(info.name.as_str(), &values::owned(tensor)?)?;
+        }
+        // Outputs stay where the provider leaves them.
+        let place = match self.name.as_str() {
+            n if n.ends_with("(CUDA)") || n.ends_with("(Tensorrt)") => AllocationDevice::CUDA,
+            _ => AllocationDevice::CPU,
+        };
+        let memory = MemoryInfo::new(place, self.device, AllocatorType::Device, MemoryType::Default)?;
+        for info in &self.outputs {
+            binding.bind_output_to_device(info.name.as_str(), &memory)?;
+        }
+        let session = &mut self.session;
+        Ok(Box::new(move || {
+            session.run_binding(&binding)?;
+            binding.synchronize_outputs()?;
+            Ok(())
+        }))
     }
 }

@@ -1,0 +1,149 @@
+//! Options of `export` that decide what the file that ships looks like, and how its report is shown.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::error::{Error, Result};
+use crate::export::{Precision, ShipOptions, ShipReport};
+
+/// `--precision`, `--batch`, `--opset` and what is appended.
+#[derive(Debug, Clone, Args)]
+pub struct ShipArgs {
+    /// f32; fp16 or bf16 where it holds (calibrated, the rest in f32); int8 weights.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+    /// Nodes that stay in f32, by name.
+    #[arg(long, value_name = "GLOB")]
+    pub keep_f32: Vec<String>,
+    /// How far int8 weights may move a value of the sample.
+    #[arg(long, default_value_t = 0.1)]
+    pub int8_limit: f64,
+    /// Images of the calibration noise.
+    #[arg(long, default_value_t = 16)]
+    pub calibrate: usize,
+    /// Fix the batch at this number; `dynamic` keeps it free.
+    #[arg(long, default_value = "dynamic")]
+    pub batch: String,
+    /// Operator set version; the teacher's where absent.
+    #[arg(long)]
+    pub opset: Option<i64>,
+    /// Leave constants and shape arithmetic as the exporter wrote them.
+    #[arg(long)]
+    pub no_optimise: bool,
+    /// Leave negative steps, sequences and auto_pad as they are.
+    #[arg(long)]
+    pub no_portable: bool,
+    /// Add an output `image`: u8 [batch, H, W, C].
+    #[arg(long)]
+    pub image: bool,
+    /// ONNX decoder that turns the latents into images.
+    #[arg(long, value_name = "FILE.onnx")]
+    pub decoder: Option<PathBuf>,
+    /// Value range of the decoder's output.
+    #[arg(long, value_name = "LOW,HIGH", default_value = "-1,1", allow_hyphen_values = true)]
+    pub decoder_range: String,
+    /// Weights in a file of their own (<out>.data), which above 2 GB they are anyway.
+    #[arg(long)]
+    pub external_data: bool,
+}
+
+impl ShipArgs {
+    /// As the library wants them.
+    pub fn options(&self) -> Result<ShipOptions> {
+        let bad = || Error::usage(format!("--batch {}: expected a number or `dynamic`", self.batch));
+        let batch = match self.batch.as_str() {
+            "dynamic" => None,
+            n => Some(n.parse::<usize>().map_err(|_| bad())?),
+        };
+        let range: Option<Vec<f64>> = self.decoder_range.split(',').map(|p| p.trim().parse().ok()).collect();
+        let range = match range.as_deref() {
+            Some([low, high]) if low < high => [*low, *high],
+            _ => return Err(Error::usage(format!("--decoder-range {}: expected LOW,HIGH", self.decoder_range))),
+        };
+        if !(self.int8_limit > 0.0) {
+            return Err(Error::usage(format!("--int8-limit {}: expected a number above 0", self.int8_limit)));
+        }
+        Ok(ShipOptions {
+            precision: self.precision,
+            keep_f32: self.keep_f32.clone(),
+            int8_limit: self.int8_limit,
+            calibration: self.calibrate,
+            batch,
+            opset: self.opset,
+            optimise: !self.no_optimise,
+            portable: !self.no_portable,
+            image: self.image,
+            decoder: self.decoder.clone().map(|d| (d, range)),
+        })
+    }
+
+    /// Whether anything beside the defaults is asked for.
+    pub fn asks(&self) -> bool {
+        self.precision != Precision::F32
+            || self.batch != "dynamic"
+            || self.opset.is_some()
+            || self.image
+            || self.decoder.is_some()
+    }
+}
+
+/// Weights above this size leave for a file of their own; with `--external-data` all but the smallest do.
+pub fn external_limit(asked: bool) -> usize {
+    if asked { 0 } else { crate::graph::save::EXTERNAL_ABOVE }
+}
+
+/// What was done, in lines.
+pub fn show(report: &ShipReport) {
+    println!(
+        "  precision  {}, opset {}, {:.2} MiB of weights",
+        report.precision.name(),
+        report.opset,
+        report.weight_bytes as f64 / 1048576.0
+    );
+    if let Some(s) = &report.simplified {
+        let (before, after) = (s.nodes_before, s.nodes_after);
+        println!(
+            "  graph      {before} nodes -> {after} ({} values folded, {} batch sizes left to Reshape)",
+            s.folded, s.reshapes
+        );
+    }
+    for line in &report.portable {
+        println!("  portable   {line}");
+    }
+    for (node, what) in &report.not_portable {
+        println!("  not portable: {node}: {what}");
+    }
+    if let Some(h) = &report.half {
+        println!(
+            "  {} nodes in 16 bits, {} in f32; checked: {}, off by {:.1e}",
+            h.nodes,
+            h.kept.len(),
+            h.checked,
+            h.max_abs
+        );
+        let mut reasons: Vec<(String, Vec<&str>)> = Vec::new();
+        for k in &h.kept {
+            let reason = format!("{}: {}", k.operator, k.reason);
+            match reasons.iter_mut().find(|(r, _)| *r == reason) {
+                Some((_, nodes)) => nodes.push(&k.node),
+                None => reasons.push((reason, vec![&k.node])),
+            }
+        }
+        for (reason, nodes) in reasons {
+            println!("    f32      {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
+        }
+    }
+    if let Some(q) = &report.int8 {
+        println!("  {} weights in 8 bits, {} in f32, off by {:.1e}", q.tensors, q.kept.len(), q.max_abs);
+        for (name, reason) in &q.kept {
+            println!("    f32      {name}: {reason}");
+        }
+    }
+    if let Some(d) = report.max_abs {
+        println!("  against the student as distilled, on other noise: {d:.1e}");
+    }
+    for w in &report.warnings {
+        eprintln!("warning: {w}");
+    }
+}

@@ -1,0 +1,329 @@
+//! A student in 16 bits: which nodes can be computed so, the graph rewritten, the result checked.
+//!
+//! Inputs and outputs of the file stay f32. Which node stays in f32 is decided by a policy (sums over many values and
+//! functions that blow up small errors, as automatic mixed precision has it), by what ONNX allows, and by the values that
+//! calibration inputs produce; the list is part of the report.
+
+use std::collections::{HashMap, HashSet};
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::graph::tensors;
+use crate::onnx::{ModelProto, NodeProto};
+use crate::tensor::{DType, HostTensor};
+
+use super::calibrate::{self, Range};
+use super::edit;
+use super::evaluate::{self, Inputs};
+use super::half_rewrite::{Form, rewrite};
+
+/// Largest finite f16.
+const F16_MAX: f64 = 65504.0;
+/// Calibration sees a few images; other noise may go this much further.
+const HEADROOM: f64 = 4.0;
+/// Tries to find the nodes that break in 16 bits.
+const TRIES: usize = 8;
+
+/// A node that stays in f32.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Kept {
+    pub node: String,
+    pub operator: String,
+    pub reason: String,
+}
+
+/// What became of the network.
+#[derive(Debug, Clone, Serialize)]
+pub struct Converted {
+    /// Nodes computed in 16 bits.
+    pub nodes: usize,
+    pub kept: Vec<Kept>,
+    /// Largest difference of the sample to the f32 network's over the calibration inputs.
+    pub max_abs: f64,
+    /// How that was measured.
+    pub checked: String,
+}
+
+/// Converts in place. `dtype` is f16 or bf16; `keep` are globs of node names that stay in f32.
+///
+/// Errors: a network that gives NaN in f32 already, or in 16 bits whatever is kept.
+pub fn to_half(model: &mut ModelProto, dtype: DType, keep: &[String], calibration: &[Inputs]) -> Result<Converted> {
+    let globs = globs(keep)?;
+    gemm_as_matmul(model)?;
+    let types = evaluate::dtypes(model)?;
+    let ranges = calibrate::ranges(model, &types, calibration)?;
+    let reference = evaluate::samples(model, calibration)?;
+    if reference.iter().flat_map(|t| t.to_f32()).any(|v| !v.is_finite()) {
+        return Err(Error::mismatch("the network gives NaN or infinity in f32 already, on calibration noise")
+            .hint("`disback sample` with the f32 student shows it; a run that diverged cannot be exported"));
+    }
+    let opset = edit::opset(model);
+    let mut plan = Plan::new(model, dtype, opset, &types, &ranges, &globs);
+    for _ in 0..TRIES {
+        let converted = rewrite(model, dtype, &types, &plan.half, Form::Stored);
+        // Where the engine has no kernels for the type, the same roundings are made around f32 kernels.
+        let (shown, checked) = match dtype {
+            DType::F16 if evaluate::open(&converted).is_ok() => {
+                (converted.clone(), "ONNX Runtime on the CPU".to_owned())
+            }
+            _ => (
+                rewrite(model, dtype, &types, &plan.half, Form::Rounded),
+                format!("values rounded to {dtype} after each node, in ONNX Runtime on the CPU"),
+            ),
+        };
+        let found = evaluate::samples(&shown, calibration)?;
+        let max_abs = found.iter().zip(&reference).map(|(a, b)| evaluate::max_abs(a, b)).fold(0.0, f64::max);
+        if max_abs.is_finite() {
+            let nodes = plan.half.len();
+            *model = converted;
+            return Ok(Converted { nodes, kept: plan.kept, max_abs, checked });
+        }
+        let types_now = evaluate::dtypes(&shown)?;
+        let broken = calibrate::ranges(&shown, &types_now, calibration)?;
+        if !plan.keep_broken(model, &broken) {
+            break;
+        }
+    }
+    Err(Error::mismatch(format!(
+        "the network gives NaN or infinity in {dtype} on calibration noise, whatever is kept in f32"
+    ))
+    .hint(if dtype == DType::F16 { "use --precision bf16 or f32" } else { "use --precision f32" }))
+}
+
+/// Gemm as MatMul and Add: tract 0.23 takes no Gemm whose scalars (f32 by definition) meet f16 operands; engines that have a
+/// faster Gemm fuse the pair again.
+fn gemm_as_matmul(model: &mut ModelProto) -> Result<()> {
+    let Some(graph) = model.graph.as_mut() else { return Ok(()) };
+    let index: HashMap<String, usize> =
+        graph.initializer.iter().enumerate().map(|(i, t)| (t.name().to_owned(), i)).collect();
+    let mut taken = edit::value_names(graph);
+    let mut out = Vec::with_capacity(graph.node.len());
+    for n in std::mem::take(&mut graph.node) {
+        let number = |name: &str| n.attribute.iter().find(|a| a.name() == name).and_then(|a| a.f).unwrap_or(1.0);
+        let weight = n.input.get(1).and_then(|i| index.get(i)).copied();
+        let plain = edit::is(&n, "Gemm") && number("alpha") == 1.0 && number("beta") == 1.0;
+        let (Some(weight), true) = (weight, plain && edit::int(&n, "transA").unwrap_or(0) == 0) else {
+            out.push(n);
+            continue;
+        };
+        let mut name = |wanted: String| {
+            let name = edit::free_name(&taken, &wanted);
+            taken.insert(name.clone());
+            name
+        };
+        let mut b = n.input[1].clone();
+        if edit::int(&n, "transB").unwrap_or(0) == 1 {
+            let tensor = tensors::from_proto(&graph.initializer[weight])?;
+            b = name(format!("{b}/transposed"));
+            graph.initializer.push(tensors::to_proto(&b, &transposed(&tensor)?));
+        }
+        let result = n.output[0].clone();
+        let bias = n.input.get(2).filter(|c| !c.is_empty());
+        let product = if bias.is_some() { name(format!("{result}/product")) } else { result.clone() };
+        let mut first = edit::node("MatMul", &[&n.input[0], &b], &product);
+        first.name.clone_from(&n.name);
+        out.push(first);
+        if let Some(c) = bias {
+            let mut second = edit::node("Add", &[&product, c], &result);
+            second.name = Some(format!("{}/bias", n.name()));
+            out.push(second);
+        }
+    }
+    graph.node = out;
+    edit::remove_dead(graph);
+    Ok(())
+}
+
+/// A matrix with rows and columns exchanged.
+fn transposed(t: &HostTensor) -> Result<HostTensor> {
+    let [rows, columns] = *t.shape() else {
+        return Err(Error::invalid(format!("a matrix of shape {:?}", t.shape())));
+    };
+    let values = t.to_f32();
+    let turned: Vec<f32> = (0..rows * columns).map(|k| values[(k % rows) * columns + k / rows]).collect();
+    Ok(HostTensor::new(&[columns, rows], &turned)?.cast(t.dtype()))
+}
+
+fn globs(patterns: &[String]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    for p in patterns {
+        set.add(Glob::new(p).map_err(|e| Error::usage(format!("--keep-f32 {p}: {e}")))?);
+    }
+    set.build().map_err(|e| Error::usage(format!("--keep-f32: {e}")))
+}
+
+/// Operators whose f32 form is kept by policy, and why.
+fn policy(op: &str) -> Option<&'static str> {
+    Some(match op {
+        "InstanceNormalization"
+        | "GroupNormalization"
+        | "LayerNormalization"
+        | "RMSNormalization"
+        | "BatchNormalization"
+        | "LpNormalization"
+        | "MeanVarianceNormalization" => "a mean over many values",
+        "Softmax" | "LogSoftmax" => "a sum of exponentials",
+        "Exp" | "Log" | "Pow" | "Sqrt" | "Reciprocal" | "Sin" | "Cos" | "CumSum" => "it enlarges small errors",
+        "Range" | "EyeLike" | "ConstantOfShape" => "it makes f32",
+        "LSTM" | "GRU" | "RNN" => "errors add up over steps",
+        _ if op.starts_with("Reduce") && !matches!(op, "ReduceMax" | "ReduceMin") => "a sum over many values",
+        _ if op.starts_with("Random") || matches!(op, "Bernoulli" | "Multinomial") => "it makes f32",
+        _ if op.contains("Quantize") || op.ends_with("Integer") => "it has 8-bit operands",
+        _ => return None,
+    })
+}
+
+/// Since which opset operators take bf16, where that is later than 13 (ONNX 1.22's operator changelog).
+fn bf16_since(op: &str) -> i64 {
+    match op {
+        "BatchNormalization" | "CumSum" | "Trilu" => 14,
+        "CastLike" => 15,
+        "GreaterOrEqual" | "LeakyRelu" | "LessOrEqual" | "PRelu" | "Scan" | "Where" => 16,
+        "LayerNormalization" | "DFT" | "STFT" => 17,
+        "CenterCropPad" | "Col2Im" => 18,
+        "AffineGrid" | "Gelu" | "IsInf" => 20,
+        "GroupNormalization" => 21,
+        "AveragePool"
+        | "Conv"
+        | "ConvTranspose"
+        | "Elu"
+        | "GlobalAveragePool"
+        | "GlobalMaxPool"
+        | "GridSample"
+        | "HardSigmoid"
+        | "HardSwish"
+        | "InstanceNormalization"
+        | "LpNormalization"
+        | "MaxPool"
+        | "Mish"
+        | "Selu"
+        | "Softplus"
+        | "Softsign"
+        | "Tan"
+        | "ThresholdedRelu"
+        | "Round"
+        | "Sin"
+        | "Cos"
+        | "Det"
+        | "DeformConv" => 22,
+        "Attention" | "RMSNormalization" | "RotaryEmbedding" => 23,
+        "Swish" | "TopK" => 24,
+        "Einsum" | "OneHot" | "Celu" | "Shrink" | "Compress" => i64::MAX,
+        _ => 13,
+    }
+}
+
+/// Which nodes go to 16 bits.
+struct Plan {
+    half: HashSet<usize>,
+    kept: Vec<Kept>,
+}
+
+impl Plan {
+    fn new(
+        model: &ModelProto,
+        dtype: DType,
+        opset: i64,
+        types: &HashMap<String, DType>,
+        ranges: &HashMap<String, Range>,
+        globs: &GlobSet,
+    ) -> Self {
+        let mut plan = Self { half: HashSet::new(), kept: Vec::new() };
+        let Some(graph) = &model.graph else { return plan };
+        let outputs: HashSet<&str> = graph.output.iter().map(|o| o.name()).collect();
+        let held = edit::constants(graph);
+        for (k, n) in graph.node.iter().enumerate() {
+            let float = |v: &String| types.get(v) == Some(&DType::F32);
+            if !n.input.iter().chain(&n.output).any(float) || matches!(n.op_type(), "Shape" | "Size") {
+                continue;
+            }
+            let reason = if globs.is_match(n.name()) {
+                Some("asked for".to_owned())
+            } else if edit::has_subgraph(n) {
+                Some("it holds a graph".to_owned())
+            } else if !matches!(n.domain(), "" | "ai.onnx") {
+                Some(format!("an operator of {}", n.domain()))
+            } else if n.output.iter().any(|o| outputs.contains(o.as_str())) {
+                Some("it makes an output of the file, which is f32".to_owned())
+            } else if let Some(why) = policy(n.op_type()) {
+                Some(why.to_owned())
+            } else if dtype == DType::BF16 && bf16_since(n.op_type()) > opset {
+                Some(match bf16_since(n.op_type()) {
+                    i64::MAX => "ONNX has it for no bf16".to_owned(),
+                    since => format!("ONNX has it for bf16 since opset {since}, this is {opset}"),
+                })
+            } else if dtype == DType::F16 {
+                overflow(n, ranges).or_else(|| vanishing(n, &held))
+            } else {
+                None
+            };
+            match reason {
+                Some(reason) => plan.keep(n, reason),
+                None => {
+                    plan.half.insert(k);
+                }
+            }
+        }
+        plan
+    }
+
+    fn keep(&mut self, n: &NodeProto, reason: String) {
+        self.kept.push(Kept { node: edit::label(n), operator: n.op_type().to_owned(), reason });
+    }
+
+    /// Keeps the first node that makes what is not finite, and those it reads from. `false` where none is left to keep.
+    fn keep_broken(&mut self, model: &ModelProto, broken: &HashMap<String, Range>) -> bool {
+        let Some(graph) = &model.graph else { return false };
+        let bad = |v: &String| broken.get(v).is_some_and(|r| r.broken);
+        let found = graph
+            .node
+            .iter()
+            .enumerate()
+            .find(|(k, n)| self.half.contains(k) && n.output.iter().any(&bad) && !n.input.iter().any(&bad));
+        let found = found.or_else(|| {
+            graph.node.iter().enumerate().find(|(k, n)| self.half.contains(k) && n.output.iter().any(&bad))
+        });
+        let Some((k, node)) = found else { return false };
+        let sources: Vec<usize> = graph
+            .node
+            .iter()
+            .enumerate()
+            .filter(|(i, n)| self.half.contains(i) && n.output.iter().any(|o| node.input.contains(o)))
+            .map(|(i, _)| i)
+            .chain([k])
+            .collect();
+        for i in sources {
+            if self.half.remove(&i) {
+                self.keep(
+                    &graph.node[i],
+                    format!("{} is not finite in 16 bits on calibration noise", edit::label(node)),
+                );
+            }
+        }
+        true
+    }
+}
+
+/// A value near the end of f16's range.
+fn overflow(n: &NodeProto, ranges: &HashMap<String, Range>) -> Option<String> {
+    let worst = n.input.iter().chain(&n.output).filter_map(|v| ranges.get(v).map(|r| (v, r)));
+    let (value, range) = worst.max_by(|a, b| {
+        let size = |r: &Range| if r.broken { f64::INFINITY } else { r.max_abs };
+        size(a.1).total_cmp(&size(b.1))
+    })?;
+    if range.broken {
+        return Some(format!("`{value}` holds infinities"));
+    }
+    (range.max_abs * HEADROOM > F16_MAX).then(|| format!("`{value}` reaches {:.3e}, f16 ends at 65504", range.max_abs))
+}
+
+/// A single constant that f16 would round to zero: the epsilon under a root.
+fn vanishing(n: &NodeProto, held: &HashMap<String, &crate::onnx::TensorProto>) -> Option<String> {
+    n.input.iter().find_map(|i| {
+        let t = tensors::from_proto(held.get(i)?).ok().filter(|t| t.len() == 1 && t.dtype() == DType::F32)?;
+        let v = t.to_f32()[0];
+        (v != 0.0 && half::f16::from_f32(v).to_f32() == 0.0).then(|| format!("the constant `{i}` = {v:e} is 0 in f16"))
+    })
+}

@@ -1,0 +1,169 @@
+//! Execution providers: registered by name, never exchanged in silence for another; what is missing is said.
+
+use std::path::Path;
+
+use ort::ep::{self, ArbitrarilyConfigurableExecutionProvider, ExecutionProvider};
+use ort::ortsys;
+use ort::session::builder::SessionBuilder;
+
+use super::{Library, tensorrt};
+use crate::error::{Context, Error, Result};
+use crate::runtime::{EngineOptions, ValueInfo};
+
+/// Short name of a provider: `CUDAExecutionProvider` -> `CUDA`.
+pub fn short_name(provider: &str) -> &str {
+    provider.strip_suffix("ExecutionProvider").unwrap_or(provider)
+}
+
+/// Registers the provider that the user named and returns its full name. Failure is an error: ONNX Runtime itself would go
+/// on silently on the CPU.
+pub fn register(
+    builder: &mut SessionBuilder,
+    library: &Library,
+    options: &EngineOptions,
+    inputs: &[ValueInfo],
+) -> Result<String> {
+    let wanted = options.provider.to_ascii_lowercase();
+    if wanted == "cpu" {
+        return Ok("CPUExecutionProvider".into());
+    }
+    let full = library
+        .providers
+        .iter()
+        .find(|p| p.eq_ignore_ascii_case(&options.provider) || short_name(p).eq_ignore_ascii_case(&wanted))
+        .ok_or_else(|| {
+            let have: Vec<String> = library.providers.iter().map(|p| short_name(p).to_ascii_lowercase()).collect();
+            Error::usage(format!(
+                "ONNX Runtime {} at {} has no provider `{}`; it has: {}",
+                library.version,
+                library.path.display(),
+                options.provider,
+                have.join(", ")
+            ))
+            .hint(how_to_get(&wanted))
+        })?
+        .clone();
+    let device = options.device as i32;
+    let done = match short_name(&full) {
+        "CUDA" => {
+            preload_cuda(&library.path);
+            ep::CUDA::default().with_device_id(device).with_cuda_graph(options.accelerator.cuda_graph).register(builder)
+        }
+        "Tensorrt" => {
+            preload_cuda(&library.path);
+            let pairs = tensorrt::options(&options.accelerator, inputs)?;
+            let provider = pairs
+                .into_iter()
+                .fold(ep::TensorRT::default().with_device_id(device), |p, (k, v)| p.with_arbitrary_config(k, v));
+            provider.register(builder).and_then(|()| ep::CUDA::default().with_device_id(device).register(builder))
+        }
+        other => register_by_name(builder, other, &full),
+    };
+    done.map_err(Error::from).context(format!("provider {}", options.provider)).map_err(|e| explain(e, &wanted))?;
+    Ok(full)
+}
+
+/// Where a provider comes from.
+fn how_to_get(provider: &str) -> String {
+    match provider {
+        "cuda" | "tensorrt" => {
+            "pip install onnxruntime-gpu (its 1.27 to 1.31 want CUDA 13 and cuDNN 9) and set ORT_DYLIB_PATH to its capi folder"
+        }
+        "openvino" => "pip install onnxruntime-openvino and set ORT_DYLIB_PATH to its capi folder",
+        "dml" | "directml" => "pip install onnxruntime-directml (Windows) and set ORT_DYLIB_PATH to its capi folder",
+        "coreml" => "the onnxruntime wheel for macOS has it; set ORT_DYLIB_PATH to its capi folder",
+        "rocm" | "migraphx" => "install onnxruntime-migraphx and set ORT_DYLIB_PATH to its capi folder",
+        _ => "install an ONNX Runtime built with it and set ORT_DYLIB_PATH to its capi folder",
+    }
+    .to_owned()
+}
+
+/// Adds what a failed registration means: the loader's message names the library that is missing, and its number the
+/// version that the provider was built for.
+pub fn explain(e: Error, provider: &str) -> Error {
+    let text = e.to_string();
+    let missing = text.split([' ', ':', '"', '\'']).find(|w| w.starts_with("lib") && w.contains(".so"));
+    let Some(library) = missing.filter(|_| text.contains("cannot open shared object")) else {
+        return e.hint("its libraries (CUDA 13 and cuDNN 9, or TensorRT 10) must be where the loader finds them");
+    };
+    let stem = library.split(".so").next().unwrap_or(library);
+    let version = library.split(".so.").nth(1).unwrap_or("");
+    let hint = match stem {
+        "libcudart" | "libcublas" | "libcublasLt" | "libcufft" | "libcurand" | "libnvrtc" => format!(
+            "the {provider} provider of this ONNX Runtime was built for CUDA {}, which is not here: install that CUDA, or an \
+             onnxruntime-gpu for the CUDA you have (`disback doctor` shows both)",
+            match (stem, version) {
+                // These two have numbers of their own.
+                ("libcufft", "12") => "13",
+                ("libcufft", "11") => "12",
+                ("libcurand", _) => "12 or 13",
+                (_, v) => v,
+            }
+        ),
+        s if s.starts_with("libcudnn") => format!("cuDNN {version} is missing: pip install nvidia-cudnn-cu13"),
+        s if s.starts_with("libnvinfer") || s.starts_with("libnvonnxparser") => {
+            format!(
+                "TensorRT {version} is missing: install NVIDIA's TensorRT {version} and put its lib folder into LD_LIBRARY_PATH"
+            )
+        }
+        "libcuda" => "no NVIDIA driver is loaded on this machine".to_owned(),
+        _ => format!("{library} is missing: put its folder into LD_LIBRARY_PATH"),
+    };
+    e.hint(hint)
+}
+
+/// Providers without typed options here. Old libraries know some only by the short name.
+fn register_by_name(builder: &mut SessionBuilder, short: &str, full: &str) -> ort::Result<()> {
+    use ort::AsPointer;
+    let append = |builder: &mut SessionBuilder, name: &str| -> ort::Result<()> {
+        let name = std::ffi::CString::new(name).unwrap_or_default();
+        let options = builder.ptr_mut();
+        ortsys![unsafe SessionOptionsAppendExecutionProvider(
+            options,
+            name.as_ptr(),
+            std::ptr::null(),
+            std::ptr::null(),
+            0
+        )?];
+        Ok(())
+    };
+    append(builder, full).or_else(|_| append(builder, short))
+}
+
+/// The CUDA provider needs CUDA and cuDNN in the process. Python wheels put them beside onnxruntime, where the loader does not
+/// look; a failure here shows when the provider is registered.
+fn preload_cuda(library: &Path) {
+    let Some(site) = library.parent().and_then(Path::parent).and_then(Path::parent) else { return };
+    let cuda = site.join("nvidia/cu13/lib");
+    let cudnn = site.join("nvidia/cudnn/lib");
+    let result =
+        ep::cuda::preload_dylibs(cuda.is_dir().then_some(cuda.as_path()), cudnn.is_dir().then_some(cudnn.as_path()));
+    if let Err(e) = result {
+        tracing::debug!("CUDA libraries beside onnxruntime: {}", e.message());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_missing_library_tells_what_to_install() {
+        let loader = |l: &str| {
+            Error::backend(format!(
+                "ONNX Runtime: Failed to load library libonnxruntime_providers_cuda.so with error: {l}: cannot open shared object file: No such file or directory"
+            ))
+        };
+        // The loader names the provider's own library first only where that is the one that is missing.
+        let hint = |l: &str, p: &str| {
+            let e = Error::backend(format!("ONNX Runtime: error: {l}: cannot open shared object file"));
+            explain(e, p).hint_text().unwrap().to_owned()
+        };
+        assert!(hint("libcublasLt.so.12", "cuda").contains("built for CUDA 12"));
+        assert!(hint("libcudnn.so.9", "cuda").contains("cuDNN 9"));
+        assert!(hint("libnvinfer.so.10", "tensorrt").contains("TensorRT 10 is missing"));
+        assert!(hint("libcuda.so.1", "cuda").contains("no NVIDIA driver"));
+        assert!(explain(loader("libcudart.so.12"), "cuda").hint_text().is_some());
+        assert!(explain(Error::backend("something else"), "cuda").hint_text().unwrap().contains("CUDA 13"));
+    }
+}

@@ -1,0 +1,255 @@
+//! A student file against everything that will run it: the ONNX checker, every engine of this build, the runtimes that
+//! Python finds, and the run's own weights in libtorch where they are at hand.
+
+pub mod peers;
+#[cfg(feature = "train")]
+pub mod reference;
+pub mod targets;
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::error::{Context, Error, Result};
+use crate::io::images::quantise;
+use crate::runtime::student::{Request, Student, StudentInfo, decode};
+use crate::runtime::{Dim, EngineKind, EngineOptions};
+use crate::tensor::HostTensor;
+
+pub use targets::{Refusal, Target};
+
+/// What to verify with.
+#[derive(Debug, Clone)]
+pub struct VerifyOptions {
+    /// Images compared.
+    pub images: usize,
+    pub seed: u64,
+    /// Largest difference of a value that counts as agreement, over the sample's largest value where that is above 1;
+    /// by the file's precision where absent.
+    pub tolerance: Option<f64>,
+    /// Python interpreter for the checker and further runtimes; none are looked for where absent.
+    pub python: Option<std::path::PathBuf>,
+}
+
+impl Default for VerifyOptions {
+    fn default() -> Self {
+        Self { images: 16, seed: 0, tolerance: None, python: None }
+    }
+}
+
+/// One engine's verdict.
+#[derive(Debug, Clone, Serialize)]
+pub struct EngineResult {
+    pub name: String,
+    pub version: String,
+    /// Largest absolute difference to the reference.
+    pub max_abs: Option<f64>,
+    /// Values that differ after rounding to 8 bits, as images are written.
+    pub uint8_differing: Option<usize>,
+    /// Within the tolerance.
+    pub ok: bool,
+    /// Why it gave nothing, where it did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Whether its failure fails the whole.
+    pub required: bool,
+}
+
+/// The verdict of ONNX's own checker.
+#[derive(Debug, Clone, Serialize)]
+pub struct Checked {
+    pub ok: bool,
+    /// Who checked: `onnx 1.22.0, full_check` or the engine that loaded the file.
+    pub by: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Everything found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Verification {
+    pub ok: bool,
+    pub checker: Checked,
+    /// What the engines are compared with.
+    pub reference: String,
+    pub precision: String,
+    pub tolerance: f64,
+    pub images: usize,
+    /// Values in all images.
+    pub values: usize,
+    pub engines: Vec<EngineResult>,
+    /// What the targets asked for will not take.
+    pub targets: Vec<(Target, Vec<Refusal>)>,
+}
+
+/// Agreement by precision: what rounding alone makes of a value of order 1.
+pub fn tolerance_of(precision: &str) -> f64 {
+    match precision {
+        "fp16" => 2e-2,
+        "bf16" => 2e-1,
+        // Weights are 8-bit, arithmetic is f32: engines agree as in f32. Against the run's weights it is the limit of export.
+        _ => 1e-4,
+    }
+}
+
+/// Samples of a reference: its name, images `0..n` of the request.
+pub struct Reference {
+    pub name: String,
+    pub samples: HostTensor,
+    /// The weights were stored in fewer bits than the reference has: agreement is looser.
+    pub original_weights: bool,
+}
+
+/// Runs the file in every engine and compares. `reference` computes the samples of the run's own weights; without it ONNX
+/// Runtime (else tract) is the reference.
+///
+/// Errors: a file that is no student. An engine that fails is a row of the table, not an error.
+pub fn verify(
+    path: &Path,
+    options: &VerifyOptions,
+    targets: &[Target],
+    reference: Option<&dyn Fn(&Request, usize) -> Result<Reference>>,
+) -> Result<Verification> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let model = decode(&bytes).with_context(|| path.display().to_string())?;
+    let info = StudentInfo::from_model(&model).with_context(|| path.display().to_string())?;
+    if options.images == 0 {
+        return Err(Error::usage("--images 0: expected 1 or more"));
+    }
+    let images = match info.noise.shape.first() {
+        // A whole batch, so that every engine sees the same call.
+        Some(Dim::Fixed(n)) => *n,
+        _ => options.images,
+    };
+    let mut request = Request { seed: options.seed, batch: images, ..Request::default() };
+    request.embeddings = rows(&info, images)?;
+    let precision = info.metadata.get("student.precision").cloned().unwrap_or_else(|| "f32".into());
+
+    let mut ran: Vec<(String, String, bool, Result<HostTensor>)> = Vec::new();
+    for kind in [EngineKind::Ort, EngineKind::Tract] {
+        let (built, name) = match kind {
+            EngineKind::Ort => (cfg!(feature = "ort"), "onnxruntime"),
+            _ => (cfg!(feature = "tract"), "tract"),
+        };
+        if !built {
+            continue;
+        }
+        let engine = EngineOptions { engine: kind, ..EngineOptions::default() };
+        let run = || -> Result<(String, HostTensor)> {
+            let mut student = Student::open(path, &engine)?;
+            let samples = student.sample(&request, 0, images)?;
+            Ok((student.engine_name(), samples))
+        };
+        // No engine here computes in bf16 on the CPU; that is known, and no defect of the file.
+        let required = precision != "bf16";
+        match run() {
+            Ok((full, samples)) => {
+                let version = full.split_whitespace().nth(1).unwrap_or_default().to_owned();
+                ran.push((name.into(), version, required, Ok(samples)));
+            }
+            Err(e) => ran.push((name.into(), String::new(), required, Err(e))),
+        }
+    }
+    let mut checker = None;
+    if let Some(python) = &options.python {
+        let inputs = Student::inputs_of(&info, &request, 0, images)?;
+        checker = peers::checker(python, path)?;
+        for peer in peers::run_all(python, path, &inputs)? {
+            ran.push((peer.name, peer.version, false, peer.samples));
+        }
+    }
+    #[cfg(feature = "train")]
+    ran.push(("libtorch".into(), String::new(), false, reference::file_in_libtorch(&model, &info, &request, images)));
+
+    let reference = match reference {
+        Some(make) => make(&request, images)?,
+        None => {
+            let first = ran.iter().find(|r| r.3.is_ok());
+            let (name, version, _, samples) = first.ok_or_else(|| {
+                let why = ran.iter().find_map(|r| r.3.as_ref().err()).map(|e| e.to_string()).unwrap_or_default();
+                Error::mismatch(format!("{}: no engine runs this student: {why}", path.display()))
+            })?;
+            let samples = samples.as_ref().map(Clone::clone).unwrap_or_else(|_| HostTensor::scalar(0f32));
+            Reference { name: format!("{name} {version}"), samples, original_weights: false }
+        }
+    };
+    let expected = reference.samples.to_f32();
+    let size = expected.iter().fold(1f64, |m, v| m.max(f64::from(v.abs())));
+    let base = match (precision.as_str(), reference.original_weights) {
+        ("int8", true) => 1e-1,
+        (p, _) => tolerance_of(p),
+    };
+    let tolerance = options.tolerance.unwrap_or(base) * size;
+    let engines: Vec<EngineResult> = ran
+        .into_iter()
+        .map(|(name, version, required, samples)| match samples {
+            Ok(samples) => {
+                let max_abs = crate::export::evaluate::max_abs(&samples, &reference.samples);
+                let range = info.range.unwrap_or([-1.0, 1.0]);
+                let differs = |(a, b): (f32, &f32)| quantise(f64::from(a), range) != quantise(f64::from(*b), range);
+                let uint8 = info
+                    .range
+                    .map(|_| samples.to_f32().into_iter().zip(&expected).filter(|p| differs((p.0, p.1))).count());
+                EngineResult {
+                    name,
+                    version,
+                    max_abs: Some(max_abs),
+                    uint8_differing: uint8,
+                    ok: max_abs <= tolerance,
+                    error: None,
+                    required,
+                }
+            }
+            Err(e) => EngineResult {
+                name,
+                version,
+                max_abs: None,
+                uint8_differing: None,
+                ok: false,
+                error: Some(e.to_string()),
+                required,
+            },
+        })
+        .collect();
+    let checker = checker.unwrap_or_else(|| by_engine(&engines));
+    // What ran must agree; what had to run must have run.
+    let ok = checker.ok
+        && engines.iter().all(|e| e.ok || (e.error.is_some() && !e.required))
+        && engines.iter().any(|e| e.ok);
+    let targets = targets.iter().map(|t| (*t, targets::refusals(&model, *t))).collect();
+    Ok(Verification {
+        ok,
+        checker,
+        reference: reference.name,
+        precision,
+        tolerance,
+        images,
+        values: expected.len(),
+        engines,
+        targets,
+    })
+}
+
+/// Without ONNX's checker the engine that loaded the file vouches for it.
+fn by_engine(engines: &[EngineResult]) -> Checked {
+    match engines.iter().find(|e| e.error.is_none()) {
+        Some(e) => {
+            Checked { ok: true, by: format!("{} {} loaded it (no onnx package found)", e.name, e.version), error: None }
+        }
+        None => Checked { ok: false, by: "no engine".into(), error: engines.iter().find_map(|e| e.error.clone()) },
+    }
+}
+
+/// Normal rows for conditions that the caller would bring.
+fn rows(info: &StudentInfo, count: usize) -> Result<Vec<(String, HostTensor)>> {
+    info.embeddings()
+        .map(|c| {
+            let row: Vec<usize> =
+                c.input.shape.iter().skip(1).map(|d| if let Dim::Fixed(n) = d { *n } else { 77 }).collect();
+            let len = row.iter().product();
+            let shape: Vec<usize> = std::iter::once(count).chain(row).collect();
+            let values = crate::noise::batch_noise(11, 0, count, len);
+            Ok((c.input.name.clone(), HostTensor::new(&shape, &values)?))
+        })
+        .collect()
+}
