@@ -37,7 +37,9 @@ before(async () => {
   const args = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync"];
   browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args });
-  page = await browser.newPage();
+  page = await browser.newPage({ viewport: { width: 640, height: 480 } });
+  // A busy machine may take its time to compile 14 MB of wasm.
+  page.setDefaultTimeout(180_000);
 });
 
 after(async () => {

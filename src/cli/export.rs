@@ -14,12 +14,26 @@ use crate::graph::{Model, save};
 use crate::onnx::ModelProto;
 
 /// Which of a run's weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Weights {
     /// The moving average, which is the run's result.
     Average,
     /// The generator as last updated, from the run's latest checkpoint.
     Live,
+    /// A further average (`ema.more`), by its half-life in images.
+    HalfLife(f64),
+}
+
+impl std::str::FromStr for Weights {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match (text, text.parse::<f64>()) {
+            ("average", _) => Ok(Self::Average),
+            ("live", _) => Ok(Self::Live),
+            (_, Ok(v)) if v > 0.0 => Ok(Self::HalfLife(v)),
+            _ => Err("expected average, live or a half-life of ema.more, as in 250000".into()),
+        }
+    }
 }
 
 /// Write a student (or any set of weights of the teacher's graph) as ONNX: optimised, portable, in the precision asked for.
@@ -126,8 +140,9 @@ pub mod from_run {
         /// Weights as safetensors, e.g. a trajectory node; over those of the run.
         #[arg(long, value_name = "FILE")]
         pub weights: Option<PathBuf>,
-        /// Which of the run's weights.
-        #[arg(long, value_enum, default_value = "average", conflicts_with = "weights")]
+        /// Which of the run's weights: `average`, `live` (the generator as last updated, from a checkpoint), or the
+        /// half-life of a further average (`ema.more`).
+        #[arg(long, default_value = "average", conflicts_with = "weights")]
         pub ema: Weights,
         /// The teacher's own graph with the weights replaced, for pipelines that bring their own scheduler.
         #[arg(long)]
@@ -161,6 +176,11 @@ pub mod from_run {
         match (&args.weights, &run, args.ema) {
             (Some(file), ..) => params.load(existing(file)?)?,
             (None, Some((run, _)), Weights::Average) => params.load(existing(&run.student_weights())?)?,
+            (None, Some((run, _)), Weights::HalfLife(v)) => {
+                let file = run.average_weights(v);
+                let missing = || format!("--ema {v}: the run kept no average of this half-life (ema.more)");
+                params.load(existing(&file).with_context(missing)?)?
+            }
             (None, Some((run, _)), Weights::Live) => {
                 let found = Checkpoint::latest(&run.checkpoints(), &teacher.hash)?;
                 let mut checkpoint = found.ok_or_else(|| {
