@@ -144,7 +144,7 @@ pub fn inspect(model: &Model, card: Option<&TeacherCard>, choice: &TrainableChoi
         out.cost = cost(&net, card).ok();
     } else {
         let mut graph = graph;
-        let rewired = crate::graph::roles::part_merged(&mut graph);
+        let rewired = crate::graph::roles::part_merged(&mut graph, choice.declared.as_deref());
         let roles = crate::graph::roles::classify(&graph, choice, &rewired)?;
         out.tensors(&roles.parameters, &roles.buffers);
         for n in &graph.nodes {
