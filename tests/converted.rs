@@ -31,7 +31,11 @@ fn every_framework_agrees_with_its_own_outputs_and_trains_all_its_parameters() {
         let path = path.to_str().unwrap();
         let parity = json(&["parity", path, "--batch", "3"]);
         assert_eq!(parity["ok"], true, "{folder}: {parity}");
-        assert_eq!(parity["expected"].as_array().map(Vec::len), Some(1), "{folder}: the framework's outputs are compared");
+        assert_eq!(
+            parity["expected"].as_array().map(Vec::len),
+            Some(1),
+            "{folder}: the framework's outputs are compared"
+        );
         let found = json(&["inspect", path]);
         assert_eq!(found["parameters"]["elements"], elements, "{folder}: {}", found["parameters"]);
         let model = disback::graph::Model::load(&teacher(folder)).unwrap();

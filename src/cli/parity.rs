@@ -112,13 +112,7 @@ fn show(result: &Parity, source: &str) {
         ]);
     }
     for o in result.expected.iter().flatten() {
-        table.add_row([
-            &o.name,
-            source,
-            &format!("{:.2e}", o.max_abs),
-            &format!("{:.2e}", o.max_rel),
-            verdict(o.ok),
-        ]);
+        table.add_row([&o.name, source, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
     }
     println!("{table}");
     if let Some(d) = &result.devices {

@@ -28,7 +28,8 @@ pub fn stored(model: &Path, inputs: &[Port], outputs: &[Port]) -> Result<Option<
         ports.iter().filter_map(|p| arrays.iter().find(|(n, _)| *n == p.name).cloned()).collect()
     };
     let found = Stored { inputs: pick(inputs), outputs: pick(outputs), path };
-    let missing: Vec<_> = inputs.iter().filter(|p| !arrays.iter().any(|(n, _)| *n == p.name)).map(|p| &p.name).collect();
+    let missing: Vec<_> =
+        inputs.iter().filter(|p| !arrays.iter().any(|(n, _)| *n == p.name)).map(|p| &p.name).collect();
     let what = match missing.as_slice() {
         [] if found.outputs.is_empty() => "holds no output of the graph".to_owned(),
         [] => return Ok(Some(found)),
