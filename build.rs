@@ -43,6 +43,7 @@ mod train {
     pub fn link_libtorch() {
         println!("cargo:rerun-if-env-changed=LIBTORCH");
         println!("cargo:rerun-if-changed=src/torch/shim.cpp");
+        println!("cargo:rerun-if-changed=src/torch/training.cpp");
         let lib = PathBuf::from(
             std::env::var("DEP_TCH_LIBTORCH_LIB")
                 .expect("torch-sys exports the path of libtorch (DEP_TCH_LIBTORCH_LIB)"),
@@ -73,6 +74,7 @@ mod train {
             .cpp(true)
             .std("c++20")
             .file("src/torch/shim.cpp")
+            .file("src/torch/training.cpp")
             .include(&include)
             .include(include.join("torch/csrc/api/include"))
             .flag_if_supported("-Wno-unused-parameter")

@@ -25,9 +25,14 @@ pub fn spec(p: &Port) -> InputSpec {
     InputSpec { name: p.name.clone(), dtype: p.dtype.unwrap_or(DType::F32), shape: p.dims().unwrap_or_default() }
 }
 
+/// All sources of a model file's card.
+pub fn card_source(model: &Model, overrides: &[String]) -> CardSource {
+    CardSource::new().model(&model.path).metadata(model.metadata()).overrides(overrides.iter().cloned())
+}
+
 /// The card of a model file from all its sources.
 pub fn card(model: &Model, overrides: &[String]) -> Result<ResolvedCard> {
-    CardSource::new().model(&model.path).metadata(model.metadata()).overrides(overrides.iter().cloned()).resolve()
+    card_source(model, overrides).resolve()
 }
 
 impl Teacher {

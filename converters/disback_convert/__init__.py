@@ -1,6 +1,4 @@
-"""Converters from a framework's own checkpoint to `teacher.onnx` with its teacher card. One route a framework."""
-
-VERSION = "0.2.0"
+"""Converters from a framework's own checkpoint to `teacher.onnx` with its teacher card. One module a framework."""
 
 
 class ConversionError(Exception):

@@ -8,10 +8,13 @@ use serde_json::json;
 
 use crate::cli::Globals;
 use crate::diffusion::ResolvedCard;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::graph::{Model, TrainableChoice};
-use crate::inspect::{self, Inspection};
+use crate::inspect::hypothesis::word;
+use crate::inspect::subject::Run;
+use crate::inspect::{self, How, Inspection, ProbeOptions, Proposal};
+use crate::runtime::{self, EngineOptions};
 use crate::teacher;
 
 /// Show inputs, parameters by role, operators, what is raised or unsupported, the cost, and the teacher card.
@@ -25,9 +28,25 @@ pub struct InspectArgs {
     /// A value of the teacher card, over what the file says.
     #[arg(long = "card", value_name = "KEY=VALUE")]
     pub card: Vec<String>,
-    /// Save the card, as resolved from all sources, beside the model as <model>.card.toml.
+    /// Save the card beside the model as <model>.card.toml: what its sources say, completed by the proposal. What is
+    /// undecided is left out, as comments to fill in.
     #[arg(long)]
     pub write_card: bool,
+    /// Let --write-card replace a card file that is there already.
+    #[arg(long, requires = "write_card")]
+    pub overwrite: bool,
+    /// Probe the network by numbers although its card is complete, and say where the two disagree.
+    #[arg(long, conflicts_with = "no_probe")]
+    pub probe: bool,
+    /// Do not run the network to complete a card that lacks something.
+    #[arg(long)]
+    pub no_probe: bool,
+    /// Time after which the probe tries no further reading of the network.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0)]
+    pub probe_seconds: f64,
+    /// Images of the batch that multiply-adds and activations are counted for.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=65536))]
+    pub batch: u64,
     /// Never train tensors of these names.
     #[arg(long, value_name = "GLOB")]
     pub freeze: Vec<String>,
@@ -41,36 +60,86 @@ pub struct InspectArgs {
 
 /// Runs the command.
 pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
+    let side = args.model.with_extension("card.toml");
+    if args.write_card && side.exists() && !args.overwrite {
+        return Err(Error::usage(format!("{} is there already", side.display()))
+            .hint("--overwrite replaces it; --card key=value changes a value for one command"));
+    }
+    if !(args.probe_seconds >= 0.0) {
+        return Err(Error::usage(format!("--probe-seconds {}: expected 0 or more", args.probe_seconds)));
+    }
     let model = Model::load(&args.model)?;
-    let card = teacher::card(&model, &args.card);
+    let source = teacher::card_source(&model, &args.card);
+    let card = source.resolve();
+    // A fault in what is there is no lack: it is shown as the card's error, and nothing is proposed over it.
+    let known = source.known().unwrap_or_default();
     let choice =
         TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
-    let mut found = inspect::inspect(&model, card.as_ref().ok().map(|c| &c.card), &choice, !args.no_raise)?;
+    let (mut found, mut network, graph) = inspect::inspect(&model, &choice, !args.no_raise)?;
     if !args.parameters {
         found.parameter_list.clear();
     }
+    let probing = args.probe || (card.is_err() && !args.no_probe);
+    let structure = inspect::propose(&model, &graph, &known, None).stand_in(&graph);
+    let shown = card.as_ref().ok().map(|c| &c.card).or(structure.as_ref());
+    if let Some(net) = &network {
+        // Without numbers for all dimensions there is no cost.
+        found.cost = inspect::cost(net, shown, args.batch as usize).unwrap_or_default();
+    }
+    let options = ProbeOptions {
+        seconds: args.probe_seconds,
+        macs: found.cost.macs_of_one(),
+        verify: args.probe && card.is_ok(),
+    };
+    // A network that cannot be imported may still run.
+    let mut engine = match network {
+        None if probing => runtime::open(&args.model, &EngineOptions::default()).ok(),
+        _ => None,
+    };
+    let run: Option<&mut dyn Run> = match (&mut network, &mut engine) {
+        _ if !probing => None,
+        (Some(n), _) => Some(n),
+        (None, Some(e)) => Some(e),
+        (None, None) => None,
+    };
+    let proposal = inspect::propose(&model, &graph, &known, run.map(|r| (r, options)));
     if globals.json {
-        let mut value = serde_json::to_value(&found).map_err(|e| Error::io(e.to_string()))?;
+        let mut value = to_json(&found)?;
         value["card"] = match &card {
-            Ok(c) => serde_json::to_value(&c.card).map_err(|e| Error::io(e.to_string()))?,
+            Ok(c) => to_json(&c.card)?,
             Err(e) => json!({ "error": e.to_string() }),
         };
+        value["proposed_card"] = to_json(&proposal.findings.table())?;
+        value["proposal"] = to_json(&proposal.shown())?;
         println!("{}", serde_json::to_string_pretty(&value).map_err(|e| Error::io(e.to_string()))?);
     } else {
-        show(args, &found, &card)?;
+        show(args, &found, &card, &proposal)?;
     }
     if args.write_card {
-        let card = card?;
-        let path = args.model.with_extension("card.toml");
-        files::write_atomic(&path, card.card.to_toml()?.as_bytes())?;
+        let (text, open) = match (&card, proposal.card()) {
+            (Ok(card), _) => (card.card.to_toml()?, Vec::new()),
+            (Err(_), Ok(_)) => (proposal.findings.to_toml(), Vec::new()),
+            (Err(e), Err(_)) if proposal.findings.open().is_empty() => {
+                return Err(Error::usage(e.to_string())).context("no card to write");
+            }
+            (Err(_), Err(_)) => (proposal.findings.to_toml(), proposal.findings.open()),
+        };
+        files::write_atomic(&side, text.as_bytes())?;
         if !globals.quiet {
-            eprintln!("card written to {}", path.display());
+            eprintln!("card written to {}", side.display());
+            if !open.is_empty() {
+                eprintln!("it leaves out what is undecided: {}; fill that in", open.join(", "));
+            }
         }
     }
     Ok(if found.unsupported.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>) -> Result<()> {
+fn to_json<T: serde::Serialize>(value: &T) -> Result<serde_json::Value> {
+    serde_json::to_value(value).map_err(|e| Error::io(e.to_string()))
+}
+
+fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposal: &Proposal) -> Result<()> {
     let opsets: Vec<_> = i.opset.iter().map(|(d, v)| format!("{d} {v}")).collect();
     println!("{}", args.model.display());
     println!("  written by  {} (IR {}, opset {})", i.producer, i.ir_version, opsets.join(", "));
@@ -83,6 +152,11 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>) -> Resu
     println!("\nparameters: {} tensors, {} elements", i.parameters.count, thousands(i.parameters.elements as u64));
     for (role, c) in &i.parameters_by_role {
         println!("  {role:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
+    }
+    if i.parameters_by_group.len() > 1 {
+        for (group, c) in &i.parameters_by_group {
+            println!("  {group:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
+        }
     }
     for p in &i.parameter_list {
         println!("    {:<14} {:<5} {:?}  {}", p.role, p.dtype, p.shape, p.name);
@@ -106,11 +180,12 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>) -> Resu
     for m in &i.near_misses {
         println!("  nearly {} at `{}`: {}", m.pattern, m.node, m.reason);
     }
-    if let Some(c) = &i.cost {
+    if let (Some(batch), Some(macs), Some(bytes)) = (i.cost.batch, i.cost.macs, i.cost.activation_bytes) {
         println!(
-            "cost of one image: {} multiply-adds forward, {:.2} MiB of activations",
-            thousands(c.macs),
-            c.activation_bytes as f64 / (1 << 20) as f64
+            "cost of {}: {} multiply-adds forward, {:.2} MiB of activations",
+            if batch == 1 { "one image".to_owned() } else { format!("a batch of {batch}") },
+            thousands(macs),
+            bytes as f64 / (1 << 20) as f64
         );
     }
     if !i.unsupported.is_empty() {
@@ -129,7 +204,36 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>) -> Resu
                 println!("  {key:<28} = {value:<22} ({origin})");
             }
         }
-        Err(e) => println!("\nno teacher card: {e}"),
+        Err(e) => println!("\n{e}"),
+    }
+    if card.is_err() {
+        println!("\nproposed card (--write-card saves it for you to check)");
+        for f in proposal.findings.iter() {
+            let value = f.value.as_ref().map_or("?".to_owned(), toml::Value::to_string);
+            println!("  {:<28} = {value:<22} ({}: {})", f.key, f.how, f.evidence);
+        }
+        let open = proposal.findings.open();
+        if !open.is_empty() {
+            println!("  undecided: {}; give them with --card key=value", open.join(", "));
+        }
+    }
+    if let Some(p) = &proposal.probe {
+        println!(
+            "\nprobe: {} readings of the network on {} samples, {:.1} s; nats of error left on the table:",
+            p.tried, p.evaluations, p.seconds
+        );
+        for r in &p.readings {
+            let schedule = r.betas.map_or(r.schedule.to_owned(), |b| format!("{} ({b})", r.schedule));
+            let (prediction, unit) = (word(&r.prediction), word(&r.time_unit));
+            println!("  {:>8.3}  {prediction:<9} {unit:<11} {schedule}", r.score);
+        }
+        for key in &p.contradicted {
+            let given = proposal.findings.iter().find(|f| f.key == *key && f.how == How::Given);
+            let given = given.and_then(|f| f.value.as_ref()).map(toml::Value::to_string).unwrap_or_default();
+            println!("  warning: the card says {key} = {given}, the numbers say {}", p.measured[key]);
+        }
+    } else if let Some(e) = &proposal.failed {
+        println!("\nprobe: {e}");
     }
     Ok(())
 }

@@ -9,6 +9,8 @@ mod degrade;
 mod distill;
 pub mod doctor;
 mod engine;
+#[cfg(feature = "train")]
+mod estimate;
 pub mod evaluate;
 pub mod export;
 #[cfg(feature = "train")]
@@ -62,6 +64,8 @@ enum Command {
     #[cfg(feature = "train")]
     Backtrack(Box<backtrack::BacktrackArgs>),
     #[cfg(feature = "train")]
+    Estimate(Box<estimate::EstimateArgs>),
+    #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
     Export(Box<export::ExportArgs>),
     Verify(verify::VerifyArgs),
@@ -106,6 +110,8 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         Command::Degrade(args) => degrade::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Backtrack(args) => backtrack::run(&args, globals),
+        #[cfg(feature = "train")]
+        Command::Estimate(args) => estimate::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
         Command::Export(args) => export::run(&args, globals),

@@ -141,8 +141,27 @@ impl CardSource {
     /// Merges the sources into one validated card.
     pub fn resolve(&self) -> Result<ResolvedCard> {
         let mut extra = BTreeMap::new();
+        let merged = self.merged(&mut extra)?;
+        let missing: Vec<_> =
+            NEEDED.iter().filter(|n| !merged.contains_key(&n.split('.').map(String::from).collect::<Key>())).collect();
+        if !missing.is_empty() {
+            return Err(self.missing(merged.is_empty(), &missing));
+        }
+        let card = build(&merged)?;
+        card.validate()?;
+        let origins = merged.into_iter().map(|(key, leaf)| (key.join("."), leaf.origin)).collect();
+        Ok(ResolvedCard { card, origins, extra })
+    }
+
+    /// What the sources say, complete or not: path of each key, its value and where it came from.
+    pub fn known(&self) -> Result<BTreeMap<Vec<String>, (toml::Value, Origin)>> {
+        let merged = self.merged(&mut BTreeMap::new())?;
+        Ok(merged.into_iter().map(|(key, leaf)| (key, (leaf.value, leaf.origin))).collect())
+    }
+
+    fn merged(&self, extra: &mut BTreeMap<String, String>) -> Result<Leaves> {
         let mut layers = Vec::new();
-        let metadata = self.metadata_leaves(&mut extra)?;
+        let metadata = self.metadata_leaves(extra)?;
         let side = self.side_file_leaves()?;
         let command = self.command_line_leaves()?;
         let kind: Key = vec!["schedule".into(), "kind".into()];
@@ -154,16 +173,7 @@ impl CardSource {
             Err(_) => {}
         }
         layers.extend([metadata, side, command]);
-        let merged = merge(layers);
-        let missing: Vec<_> =
-            NEEDED.iter().filter(|n| !merged.contains_key(&n.split('.').map(String::from).collect::<Key>())).collect();
-        if !missing.is_empty() {
-            return Err(self.missing(merged.is_empty(), &missing));
-        }
-        let card = build(&merged)?;
-        card.validate()?;
-        let origins = merged.into_iter().map(|(key, leaf)| (key.join("."), leaf.origin)).collect();
-        Ok(ResolvedCard { card, origins, extra })
+        Ok(merge(layers))
     }
 
     fn missing(&self, all: bool, missing: &[&&str]) -> Error {

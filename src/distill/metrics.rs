@@ -42,6 +42,7 @@ impl Meters {
             return Ok(Means::default());
         }
         let sums = Tensor::f_stack(&self.sums.iter().map(|(_, s, _)| s).collect::<Vec<_>>(), 0)?;
+        crate::torch::training::note_host_read();
         let values = Vec::<f64>::try_from(sums.f_to_device(tch::Device::Cpu)?)?;
         let means = self.sums.drain(..).zip(values).map(|((name, _, count), sum)| (name, sum / count as f64)).collect();
         Ok(Means(means))

@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod degrade;
 pub mod draws;
+pub mod estimate;
 pub mod gan;
 pub mod metrics;
 pub mod objective;
@@ -50,6 +51,8 @@ pub enum Outcome {
 /// Runs the stages, each from its checkpoint where there is one. The final weights are saved as `student.safetensors`.
 pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outcome> {
     let hash = teacher.params().hash()?;
+    // Copies compute as the teacher does.
+    teacher.network().configure(job.config.compute());
     let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
     let dir = job.run.trajectory();
     let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };

@@ -1,9 +1,6 @@
 //! Parity: the same inputs through libtorch and through ONNX Runtime, before anyone trains.
 
 pub mod devices;
-mod stored;
-
-pub use stored::{Stored, stored};
 
 use std::collections::BTreeMap;
 
@@ -63,7 +60,7 @@ pub struct Parity {
     pub max_rel: f64,
     /// Against ONNX Runtime.
     pub outputs: Vec<OutputError>,
-    /// libtorch against outputs that the user gave, or that the framework left beside the model.
+    /// libtorch against outputs that the user gave.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<Vec<OutputError>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,18 +69,6 @@ pub struct Parity {
     /// The CPU against another device, where one was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<devices::DeviceParity>,
-}
-
-impl Parity {
-    /// Takes in a comparison of the same network with the framework's stored outputs.
-    pub fn with_stored(mut self, other: Self) -> Self {
-        self.ok &= other.ok;
-        self.max_abs = self.max_abs.max(other.max_abs);
-        self.max_rel = self.max_rel.max(other.max_rel);
-        self.expected = other.expected;
-        self.first_divergence = self.first_divergence.or(other.first_divergence);
-        self
-    }
 }
 
 /// Mean, standard deviation.

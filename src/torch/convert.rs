@@ -56,6 +56,7 @@ pub fn to_torch(t: &HostTensor) -> Result<Tensor> {
 /// Copies a libtorch tensor (from any device) to the host.
 pub fn to_host(t: &Tensor) -> Result<HostTensor> {
     let dtype = dtype(t.kind())?;
+    crate::torch::training::note_host_read();
     let host = t.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
     let mut bytes = vec![0u8; host.numel() * dtype.size()];
     if !bytes.is_empty() {

@@ -11,7 +11,10 @@ pub mod optim;
 pub mod params;
 pub mod plan;
 pub mod registry;
+mod segments;
 pub mod shim;
+pub mod training;
 
 pub use network::{Forward, ImportOptions, Network};
 pub use params::ParamSet;
+pub use training::Compute;

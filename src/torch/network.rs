@@ -1,5 +1,6 @@
 //! A network: an imported ONNX graph (shared) and one set of parameters (its own).
 
+use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -14,6 +15,7 @@ use crate::tensor::HostTensor;
 use crate::torch::kernel::Value;
 use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
+use crate::torch::training::{Autocast, Compute};
 use crate::torch::{convert, deciding};
 
 /// Tensors by the names of graph outputs.
@@ -41,6 +43,9 @@ pub trait Forward {
     fn params(&self) -> &ParamSet;
     /// Another copy: the same plan, its own parameters with equal values.
     fn copy(&self) -> Result<Box<dyn Forward>>;
+    /// Says how to compute from now on; copies made later do the same, and the memory's limit holds for earlier ones too.
+    /// Networks without a plan compute as they always do.
+    fn configure(&self, _compute: Compute) {}
 }
 
 /// How a model is imported.
@@ -77,6 +82,7 @@ pub struct Network {
     shared: Rc<Imported>,
     params: ParamSet,
     device: Device,
+    compute: Cell<Compute>,
 }
 
 impl Network {
@@ -105,7 +111,7 @@ impl Network {
         if trainable.declared.is_none() {
             trainable.declared = declared_parameters(&model)?;
         }
-        let rewired = roles::part_merged(&mut graph, trainable.declared.as_deref());
+        let rewired = roles::part_merged(&mut graph);
         let roles = roles::classify(&graph, &trainable, &rewired)?;
         let raised = if options.raise { raise::raise(&mut graph) } else { Report::default() };
         graph.remove_dead();
@@ -134,7 +140,7 @@ impl Network {
         let params = ParamSet::new(names, tensors)?;
         let shared =
             Imported { model, graph, operators, parameters: roles.parameters, buffers: roles.buffers, raised, plan };
-        Ok(Self { shared: Rc::new(shared), params, device })
+        Ok(Self { shared: Rc::new(shared), params, device, compute: Cell::default() })
     }
 
     pub fn shared(&self) -> &Imported {
@@ -177,7 +183,12 @@ impl Network {
 
     /// [`Forward::copy`] as a network.
     pub fn duplicate(&self) -> Result<Self> {
-        Ok(Self { shared: self.shared.clone(), params: self.params.deep_copy(self.device)?, device: self.device })
+        Ok(Self {
+            shared: self.shared.clone(),
+            params: self.params.deep_copy(self.device)?,
+            device: self.device,
+            compute: self.compute.clone(),
+        })
     }
 }
 
@@ -204,10 +215,14 @@ fn declared_parameters(model: &Model) -> Result<Option<Vec<String>>> {
 impl Forward for Network {
     fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let args = self.arguments()?;
+        let _bf16 = Autocast::new(self.device, self.compute.get().bf16);
         self.shared.plan.run(inputs, &args, self.device).with_context(|| self.shared.model.path.display().to_string())
     }
 
     fn forward_tapped(&self, inputs: &[(&str, &Tensor)], taps: &[String]) -> Result<(NamedTensors, Vec<Tensor>)> {
+        if taps.is_empty() {
+            return Ok((self.forward(inputs)?, Vec::new()));
+        }
         let graph = &self.shared.graph;
         let made = |name: &String| {
             let mut outputs = graph.nodes.iter().flat_map(|n| n.outputs.iter().flatten());
@@ -215,6 +230,7 @@ impl Forward for Network {
         };
         let ids = taps.iter().map(made).collect::<Result<Vec<_>>>()?;
         let args = self.arguments()?;
+        let _bf16 = Autocast::new(self.device, self.compute.get().bf16);
         let path = || self.shared.model.path.display().to_string();
         let (outputs, tapped) = self.shared.plan.run_tapped(inputs, &args, self.device, &ids).with_context(path)?;
         let named = tapped.into_iter().zip(taps).map(|(t, name)| {
@@ -234,5 +250,10 @@ impl Forward for Network {
 
     fn copy(&self) -> Result<Box<dyn Forward>> {
         Ok(Box::new(self.duplicate()?))
+    }
+
+    fn configure(&self, compute: Compute) {
+        self.compute.set(compute);
+        self.shared.plan.set_budget(compute.activation_bytes);
     }
 }

@@ -143,6 +143,7 @@ impl ParamSet {
 
 /// The tensor's elements as little-endian f32 bytes in row-major order (copied to the host).
 fn tensor_bytes(t: &Tensor) -> Result<Vec<u8>> {
+    crate::torch::training::note_host_read();
     let host = t.detach().f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
     let mut bytes = vec![0u8; host.numel() * 4];
     host.f_copy_data_u8(&mut bytes, host.numel())?;

@@ -4,7 +4,9 @@
 //! follows from shapes and constants is computed once on the host and kept, and only steps that depend on the data or on
 //! parameters remain. A forward therefore never waits for the device.
 
-use std::cell::RefCell;
+mod specialise;
+
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
@@ -15,21 +17,25 @@ use crate::graph::{Graph, Port, ValueId};
 use crate::torch::kernel::{Kernel, Value};
 use crate::torch::ops::quant::straight_through;
 use crate::torch::registry::Registry;
+use crate::torch::segments;
+use crate::torch::training;
 use crate::torch::{convert, deciding};
+
+use specialise::{Specialised, done_after};
 
 /// One operator call of a plan.
 #[derive(Debug)]
-struct Step {
+pub(super) struct Step {
     kernel: Kernel,
-    inputs: Vec<Option<ValueId>>,
-    outputs: Vec<Option<ValueId>>,
+    pub(super) inputs: Vec<Option<ValueId>>,
+    pub(super) outputs: Vec<Option<ValueId>>,
     label: String,
 }
 
 /// See the module's text.
 #[derive(Debug)]
 pub struct Plan {
-    steps: Vec<Step>,
+    steps: Rc<[Step]>,
     values: usize,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
@@ -43,9 +49,13 @@ pub struct Plan {
     host_inputs: HashSet<ValueId>,
     dynamic: bool,
     specialised: RefCell<HashMap<Signature, Rc<Specialised>>>,
+    /// Bytes that a forward may keep for its backward pass; 0: no limit.
+    budget: Cell<u64>,
+    /// Values that nobody reads after each step.
+    done_after: Vec<Vec<ValueId>>,
 }
 
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Signature {
     device: Device2,
     inputs: Vec<(Vec<i64>, i32)>,
@@ -54,7 +64,7 @@ struct Signature {
 }
 
 /// `tch::Device` has no `Hash`.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Device2(i64);
 
 impl From<Device> for Device2 {
@@ -68,18 +78,6 @@ impl From<Device> for Device2 {
     }
 }
 
-/// Specialised plans that are kept at a time: batch sizes, last batches, evaluation.
-const MOST_SIGNATURES: usize = 64;
-
-/// What is left to do for one signature.
-#[derive(Debug)]
-struct Specialised {
-    /// Host values that remaining steps (or outputs) read.
-    fixed: Vec<(ValueId, Value)>,
-    /// Remaining steps, with the values nobody reads after each.
-    steps: Vec<(usize, Vec<ValueId>)>,
-}
-
 impl Plan {
     /// Builds every operator of the graph. `parameters` are the constants that vary between copies.
     ///
@@ -89,7 +87,7 @@ impl Plan {
         let nodes = rewritten.as_ref().unwrap_or(&graph.nodes);
         let kernels = Registry::global().build_all(nodes)?;
         deciding::check(graph, nodes, &kernels, parameters)?;
-        let steps: Vec<Step> = nodes
+        let steps: Rc<[Step]> = nodes
             .iter()
             .zip(kernels)
             .map(|(n, kernel)| Step {
@@ -112,6 +110,7 @@ impl Plan {
             captures: graph.captures.iter().map(|(_, v)| *v).collect(),
             host_inputs,
             dynamic: steps.iter().any(|s| s.kernel.dynamic),
+            done_after: done_after(&steps, &graph.outputs),
             steps,
             values: graph.names.len(),
             inputs: graph.inputs.clone(),
@@ -119,6 +118,7 @@ impl Plan {
             constants,
             parameters: parameters.to_vec(),
             specialised: RefCell::default(),
+            budget: Cell::new(0),
         })
     }
 
@@ -145,7 +145,8 @@ impl Plan {
         parameters: &[Tensor],
         device: Device,
     ) -> Result<Vec<(String, Tensor)>> {
-        let values = self.run_values(inputs, parameters, device, &mut |_, _| {})?;
+        let inputs: Vec<_> = inputs.iter().map(|(n, t)| (*n, Value::device(t.shallow_clone()))).collect();
+        let values = self.execute(&inputs, parameters, device, None)?;
         self.outputs
             .iter()
             .map(|p| {
@@ -190,7 +191,7 @@ impl Plan {
         observe: &mut dyn FnMut(ValueId, &Value),
     ) -> Result<Vec<Option<Value>>> {
         let inputs: Vec<_> = inputs.iter().map(|(n, t)| (*n, Value::device(t.shallow_clone()))).collect();
-        self.execute(&inputs, parameters, device, observe)
+        self.execute(&inputs, parameters, device, Some(observe))
     }
 
     /// [`Plan::run`] for inputs and outputs of any type: sequences and optionals too.
@@ -201,7 +202,7 @@ impl Plan {
         device: Device,
         observe: &mut dyn FnMut(ValueId, &Value),
     ) -> Result<Vec<Value>> {
-        let values = self.execute(inputs, parameters, device, observe)?;
+        let values = self.execute(inputs, parameters, device, Some(observe))?;
         self.collect(&values, &self.outputs)
     }
 
@@ -248,12 +249,13 @@ impl Plan {
         self.host_inputs.contains(&port.value)
     }
 
+    /// Somebody who observes sees every value, so nothing is left to be computed again.
     fn execute(
         &self,
         inputs: &[(&str, Value)],
         parameters: &[Tensor],
         device: Device,
-        observe: &mut dyn FnMut(ValueId, &Value),
+        observe: Option<&mut dyn FnMut(ValueId, &Value)>,
     ) -> Result<Vec<Option<Value>>> {
         if parameters.len() != self.parameters.len() {
             return Err(Error::mismatch(format!(
@@ -299,38 +301,50 @@ impl Plan {
         for (&id, t) in self.parameters.iter().zip(parameters) {
             values[id] = Some(Value::device(t.shallow_clone()));
         }
-        let known = self.specialised.borrow().get(&signature).cloned();
+        let mut known = self.specialised.borrow().get(&signature).cloned();
+        let recompute = observe.is_none() && self.budget.get() > 0 && training::grad_enabled();
+        let mut nobody = |_: ValueId, _: &Value| {};
+        let observe = observe.unwrap_or(&mut nobody);
+        if known.is_none() && !dynamic && recompute {
+            // Under a budget the first run of a signature must keep to it too: a run without a graph finds the sizes.
+            let mut scratch = values.clone();
+            let made = tch::no_grad(|| self.run_all(&mut scratch, device, &mut |_, _| {}))?;
+            let found = Rc::new(self.specialise(&scratch, made));
+            self.remember(Signature::clone(&signature), found.clone());
+            known = Some(found);
+        }
         match known {
             Some(s) => {
                 for (id, v) in &s.fixed {
                     values[*id] = Some(v.clone());
                 }
-                for (index, release) in &s.steps {
-                    self.step(*index, &mut values, device, observe)?;
-                    for &v in release {
-                        values[v] = None;
+                let segments = if recompute { self.segments(&s) } else { Rc::new([]) };
+                if segments.len() > 1 {
+                    let bf16 = training::autocast_enabled(device);
+                    let (last, first) = segments.split_last().expect("two at least");
+                    for segment in first {
+                        segments::run(segment, &self.steps, &s.steps, &mut values, device, bf16)?;
                     }
+                    // The backward pass begins with the last one: nothing is won by computing it twice.
+                    self.run_range(&s, last.start..last.end, &mut values, device, observe)?;
+                } else {
+                    self.run_range(&s, 0..s.steps.len(), &mut values, device, observe)?;
                 }
             }
             None => {
-                for (id, v) in &self.constants {
-                    values[*id] = Some(v.clone());
-                }
-                for index in 0..self.steps.len() {
-                    self.step(index, &mut values, device, observe)?;
-                }
+                let made = self.run_all(&mut values, device, observe)?;
                 if !dynamic {
-                    let s = self.specialise(&values);
-                    let mut known = self.specialised.borrow_mut();
-                    // Host inputs that never repeat must not fill the memory.
-                    if known.len() >= MOST_SIGNATURES {
-                        known.clear();
-                    }
-                    known.insert(signature, Rc::new(s));
+                    self.remember(signature, Rc::new(self.specialise(&values, made)));
                 }
             }
         }
         Ok(values)
+    }
+
+    /// Lets a forward that records a graph keep at most about so many bytes for its backward pass; 0: no limit. Copies of
+    /// the network share it.
+    pub fn set_budget(&self, bytes: u64) {
+        self.budget.set(bytes);
     }
 
     fn step(
@@ -340,57 +354,35 @@ impl Plan {
         device: Device,
         observe: &mut dyn FnMut(ValueId, &Value),
     ) -> Result<()> {
-        let step = &self.steps[index];
-        let args: Vec<Option<&Value>> = step.inputs.iter().map(|v| v.and_then(|v| values[v].as_ref())).collect();
-        let out = step.kernel.call(args, device).with_context(|| step.label.clone())?;
-        let asked = step.outputs.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
-        if out.len() < asked {
-            return Err(
-                Error::unsupported("an optional output is asked for that is not implemented").context(&*step.label)
-            );
-        }
-        for (id, v) in step.outputs.iter().zip(out) {
-            if let Some(id) = id {
-                observe(*id, &v);
-                values[*id] = Some(v);
-            }
-        }
-        Ok(())
-    }
-
-    /// Separates, after a complete run, what is settled for this signature from what has to run every time.
-    fn specialise(&self, values: &[Option<Value>]) -> Specialised {
-        let is_host = |v: &ValueId| values[*v].as_ref().is_some_and(Value::is_host);
-        let remaining: Vec<usize> =
-            (0..self.steps.len()).filter(|&i| !self.steps[i].outputs.iter().flatten().all(is_host)).collect();
-        let outputs: HashSet<ValueId> = self.outputs.iter().map(|p| p.value).collect();
-        let mut last_read: HashMap<ValueId, usize> = HashMap::new();
-        for &i in &remaining {
-            for v in self.steps[i].inputs.iter().chain(&self.steps[i].outputs).flatten() {
-                last_read.insert(*v, i);
-            }
-        }
-        let mut release: HashMap<usize, Vec<ValueId>> = HashMap::new();
-        for (&v, &i) in last_read.iter().filter(|(v, _)| !outputs.contains(v)) {
-            release.entry(i).or_default().push(v);
-        }
-        let mut fixed: Vec<(ValueId, Value)> = Vec::new();
-        for v in last_read.keys().chain(&outputs).collect::<HashSet<_>>() {
-            match &values[*v] {
-                Some(value) if value.is_host() && !self.host_inputs.contains(v) => fixed.push((*v, value.clone())),
-                _ => {}
-            }
-        }
-        Specialised {
-            fixed,
-            steps: remaining.into_iter().map(|i| (i, release.remove(&i).unwrap_or_default())).collect(),
-        }
+        run_step(&self.steps[index], values, device, observe)
     }
 
     fn no_such_input(&self, name: &str) -> Error {
         let names: Vec<_> = self.inputs.iter().map(|p| format!("`{}`", p.name)).collect();
         Error::usage(format!("the graph has no input `{name}`; its inputs are {}", names.join(", ")))
     }
+}
+
+/// Calls one operator on the values so far.
+pub(super) fn run_step(
+    step: &Step,
+    values: &mut [Option<Value>],
+    device: Device,
+    observe: &mut dyn FnMut(ValueId, &Value),
+) -> Result<()> {
+    let args: Vec<Option<&Value>> = step.inputs.iter().map(|v| v.and_then(|v| values[v].as_ref())).collect();
+    let out = step.kernel.call(args, device).with_context(|| step.label.clone())?;
+    let asked = step.outputs.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
+    if out.len() < asked {
+        return Err(Error::unsupported("an optional output is asked for that is not implemented").context(&*step.label));
+    }
+    for (id, v) in step.outputs.iter().zip(out) {
+        if let Some(id) = id {
+            observe(*id, &v);
+            values[*id] = Some(v);
+        }
+    }
+    Ok(())
 }
 
 /// Values whose elements an operator reads on the host, directly or through other operators, and those behind `seeds`.

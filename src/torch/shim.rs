@@ -40,7 +40,7 @@ unsafe extern "C" {
 }
 
 /// Turns the shim's answer into ours. libtorch appends notes and a stack; the first line says what happened.
-fn check(message: *mut c_char) -> Result<()> {
+pub(super) fn check(message: *mut c_char) -> Result<()> {
     if message.is_null() {
         return Ok(());
     }

@@ -35,6 +35,7 @@ pub fn backtrack(
     let batches = Batches::new(config, teacher)?;
     let objective = objective(config);
     let mut players = Players::new(config, teacher, &batches, &*objective)?;
+    players.target.network().configure(config.target_compute());
     // Sum of the mismatch since the last look at it: f32, so that a checkpoint holds it exactly.
     let mut looked = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
 

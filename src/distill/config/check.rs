@@ -25,6 +25,12 @@ impl Config {
         if let Some((key, v)) = limited.iter().find(|(_, v)| *v > 1_000_000) {
             return Err(Error::usage(format!("{key} is {v}, expected 1000000 or less")));
         }
+        if self.memory.activations_mib > 1 << 30 {
+            return Err(Error::usage(format!(
+                "memory.activations_mib is {}: no device has that",
+                self.memory.activations_mib
+            )));
+        }
         let rates = [
             ("degrade.lr", self.degrade.lr),
             ("backtrack.lr_generator", self.backtrack.lr_generator),

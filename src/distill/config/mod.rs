@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::error::{Context, Error, Result};
+use crate::torch::Compute;
 
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, FakeDistribution,
-    LogConfig, NoiseConfig, OptimizerConfig, Spacing, StudentConfig, Switch,
+    LogConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -31,6 +32,8 @@ pub struct Config {
     pub threads: usize,
     /// TF32 for f32 matrix products and convolutions on CUDA.
     pub tf32: bool,
+    /// Of convolutions and matrix products of all networks.
+    pub precision: Precision,
     /// Images a forward pass.
     pub batch: usize,
     /// Forward passes an optimiser step; a step sees `batch * accumulate` images.
@@ -48,6 +51,7 @@ pub struct Config {
     pub optimizer: OptimizerConfig,
     pub ema: EmaConfig,
     pub log: LogConfig,
+    pub memory: MemoryConfig,
     pub sid: SidConfig,
     pub sim: SimConfig,
     pub gan: GanConfig,
@@ -61,6 +65,7 @@ impl Default for Config {
             device: "auto".into(),
             threads: 0,
             tf32: false,
+            precision: Precision::F32,
             batch: 128,
             accumulate: 1,
             objective: ObjectiveKind::Dmd,
@@ -74,6 +79,7 @@ impl Default for Config {
             optimizer: OptimizerConfig::default(),
             ema: EmaConfig::default(),
             log: LogConfig::default(),
+            memory: MemoryConfig::default(),
             sid: SidConfig::default(),
             sim: SimConfig::default(),
             gan: GanConfig::default(),
@@ -121,6 +127,17 @@ impl Config {
             .filter(|(a, b)| a.1 != b.1)
             .map(|(a, b)| (a.0, a.1.to_string(), b.1.to_string()))
             .collect())
+    }
+
+    /// How the trained networks compute.
+    pub fn compute(&self) -> Compute {
+        let activation_bytes = self.memory.activations_mib << 20;
+        Compute { bf16: self.precision == Precision::Bf16, activation_bytes }
+    }
+
+    /// How the target computes.
+    pub fn target_compute(&self) -> Compute {
+        Compute { bf16: self.precision == Precision::Bf16 || self.memory.target == Precision::Bf16, ..self.compute() }
     }
 
     /// Images of one optimiser step.

@@ -33,6 +33,26 @@ pub enum CooldownShape {
     Cosine,
 }
 
+/// What convolutions and matrix products are computed in. Weights, their averages and the optimiser's states are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    F32,
+    Bf16,
+}
+
+/// What memory is spent on.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryConfig {
+    /// MiB of inner values that the forward of one network may keep for its backward pass; what goes beyond is computed
+    /// again there. 0: everything is kept.
+    pub activations_mib: u64,
+    /// Of the target's forward, which nothing is differentiated through; `bf16` also where `precision` is `f32`.
+    pub target: Precision,
+}
+
 /// How noise levels are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -3,6 +3,7 @@
 mod adversarial;
 mod conditions;
 mod objectives;
+mod sync;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -9,6 +9,7 @@ use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
 use crate::torch::registry::Registry;
+use crate::torch::training::lowered;
 
 pub fn register(r: &mut Registry) {
     r.add("Attention", 23, (3, 7), attention);
@@ -316,7 +317,17 @@ fn causal_conv(node: &Node) -> Result<Kernel> {
             Some(past) => Tensor::f_cat(&[past, x], 2)?,
             None => x.f_pad([kept, 0], "constant", 0.0)?,
         };
-        let y = padded.f_convolution(w, a.opt(2)?, [1i64], [0i64], [1i64], false, [0i64], channels)?;
+        let bias = a.opt(2)?.map(lowered).transpose()?;
+        let y = lowered(&padded)?.f_convolution(
+            &lowered(w)?,
+            bias.as_ref(),
+            [1i64],
+            [0i64],
+            [1i64],
+            false,
+            [0i64],
+            channels,
+        )?;
         let state = padded.f_narrow(2, padded.size()[2] - kept, kept)?;
         Ok(vec![Value::device(if silu { y.f_silu()? } else { y }), Value::device(state)])
     }))

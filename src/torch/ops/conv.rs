@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::torch::kernel::{Args, Kernel, one};
 use crate::torch::registry::Registry;
+use crate::torch::training::lowered;
 
 pub fn register(r: &mut Registry) {
     r.add("Conv", 1, (2, 3), conv);
@@ -111,7 +112,7 @@ fn operands(a: &Args) -> Result<(Tensor, Tensor, usize)> {
     if x.dim() < 3 || x.dim() != w.dim() {
         return Err(Error::invalid(format!("input of shape {:?} with a weight of shape {:?}", x.size(), w.size())));
     }
-    Ok((x.shallow_clone(), w.shallow_clone(), x.dim() - 2))
+    Ok((lowered(x)?, lowered(w)?, x.dim() - 2))
 }
 
 pub fn conv(node: &Node) -> Result<Kernel> {
@@ -129,7 +130,8 @@ pub fn conv(node: &Node) -> Result<Kernel> {
         let pads = window.padding(&x.size()[2..], kernel)?;
         let (x, padding) = split_padding(&x, &pads, 0.0)?;
         let (strides, dilations) = (window.strides(rank)?, window.dilations(rank)?);
-        one(x.f_convolution(&w, a.opt(2)?, strides, padding, dilations, false, vec![0; rank], groups)?)
+        let bias = a.opt(2)?.map(lowered).transpose()?;
+        one(x.f_convolution(&w, bias.as_ref(), strides, padding, dilations, false, vec![0; rank], groups)?)
     }))
 }
 
@@ -182,7 +184,8 @@ fn conv_transpose(node: &Node) -> Result<Kernel> {
         let symmetric = pads.iter().all(|(b, e)| b == e && *b >= 0);
         let padding: Vec<i64> = if symmetric { pads.iter().map(|p| p.0).collect() } else { vec![0; rank] };
         // libtorch wants output padding below the stride; what exceeds it is zeros that we append ourselves.
-        let bias = a.opt(2)?;
+        let bias = a.opt(2)?.map(lowered).transpose()?;
+        let bias = bias.as_ref();
         let (native, late): (Vec<i64>, Vec<i64>) = (0..rank)
             .map(|i| if extra[i] < strides[i].max(dilations[i]) { (extra[i], 0) } else { (0, extra[i]) })
             .unzip();

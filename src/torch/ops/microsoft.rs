@@ -8,6 +8,7 @@ use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::attention::{join_heads, split_heads};
 use crate::torch::ops::{conv, linear, norm, util};
 use crate::torch::registry::{Build, Entry, Registry};
+use crate::torch::training::lowered;
 
 pub fn register(r: &mut Registry) {
     // ONNX Runtime writes this one without a domain.
@@ -133,11 +134,12 @@ fn nhwc_conv(node: &Node) -> Result<Kernel> {
     let window = conv::Window::parse(node)?;
     let groups = node.attributes.int_or("group", 1)?;
     Ok(Kernel::new(move |a| {
-        let (x, w) = (channels_first(a.t(0)?)?, channels_first(a.t(1)?)?);
+        let (x, w) = (lowered(&channels_first(a.t(0)?)?)?, lowered(&channels_first(a.t(1)?)?)?);
         let pads = window.padding(&x.size()[2..], &w.size()[2..])?;
         let (x, padding) = conv::split_padding(&x, &pads, 0.0)?;
         let (strides, dilations) = (window.strides(2)?, window.dilations(2)?);
-        let y = x.f_convolution(&w, a.opt(2)?, strides, padding, dilations, false, [0i64, 0], groups)?;
+        let bias = a.opt(2)?.map(lowered).transpose()?;
+        let y = x.f_convolution(&w, bias.as_ref(), strides, padding, dilations, false, [0i64, 0], groups)?;
         one(y.f_permute([0, 2, 3, 1])?)
     }))
 }

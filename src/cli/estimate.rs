@@ -1,0 +1,95 @@
+//! `disback estimate`: memory and arithmetic of a run, before it is started or bought.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Args;
+use serde_json::json;
+use tch::Device;
+
+use super::Globals;
+use super::teacher::TeacherArgs;
+use crate::diffusion::Denoiser;
+use crate::distill::Config;
+use crate::distill::estimate::{Stage, estimate};
+use crate::error::{Error, Result};
+use crate::inspect;
+use crate::torch::training::count_memory;
+use crate::torch::{Forward, device};
+
+/// Estimate memory and arithmetic of a run, for this machine or one that is not at hand.
+#[derive(Debug, Args)]
+pub struct EstimateArgs {
+    #[command(flatten)]
+    pub teacher: TeacherArgs,
+    /// Configuration file of the run.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Any key of the configuration, as in memory.activations_mib=8000.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Images a forward pass. [batch]
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// What the device computes of this network's arithmetic in a second, in 10^12 floating-point operations; gives the
+    /// time of an iteration.
+    #[arg(long, value_name = "TFLOPS")]
+    pub tflops: Option<f64>,
+}
+
+/// Runs the command.
+pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
+    if let Some(rate) = args.tflops
+        && !(rate > 0.0 && rate.is_finite())
+    {
+        return Err(Error::usage(format!("--tflops {rate}: expected a number above 0")));
+    }
+    let mut sets: Vec<String> = args.batch.iter().map(|b| format!("batch={b}")).collect();
+    sets.extend(args.sets.iter().cloned());
+    let config = Config::resolve(args.config.as_deref(), &sets)?;
+    device::set_threads(config.threads);
+    count_memory();
+    let teacher = args.teacher.load(Device::Cpu)?;
+    let card = Arc::new(teacher.card.card.clone());
+    // Multiply-adds of one image; none where a size is free.
+    let macs = inspect::cost(&teacher.network, Some(&card), 1).ok().and_then(|c| c.macs_of_one());
+    let denoiser = Denoiser::new(teacher.network.copy()?, card, &teacher.inputs())?;
+    let found = estimate(&denoiser, &config)?;
+    // Two operations a multiply-add, the classifier-free half of guidance counted in the passes.
+    let flops = |s: &Stage| macs.map(|m| 2.0 * m as f64 * s.passes * config.batch as f64);
+    let seconds = |s: &Stage| Some(flops(s)? / (args.tflops? * 1e12));
+    let stages = [("degrade", &found.degrade), ("backtrack", &found.backtrack)];
+    if globals.json {
+        let mut value = json!({ "batch": found.batch, "parameters": found.parameters });
+        for (name, s) in stages {
+            value[name] = serde_json::to_value(s).map_err(|e| Error::io(e.to_string()))?;
+            value[name]["flops"] = json!(flops(s));
+            value[name]["seconds"] = json!(seconds(s));
+        }
+        println!("{}", serde_json::to_string_pretty(&value).map_err(|e| Error::io(e.to_string()))?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mib = |b: u64| format!("{:.0} MiB", b as f64 / (1 << 20) as f64);
+    println!("{} parameters, batch {}", found.parameters, found.batch);
+    let mut table =
+        super::table(["stage", "weights", "gradients", "optimiser", "activations", "in all", "arithmetic", "time"]);
+    for (name, s) in stages {
+        table.add_row([
+            name.to_owned(),
+            mib(s.weights),
+            mib(s.gradients),
+            mib(s.optimizer),
+            mib(s.activations),
+            mib(s.total),
+            flops(s).map_or("?".into(), |f| format!("{:.4} TFLOP an iteration", f / 1e12)),
+            seconds(s).map_or("-".into(), |t| format!("{t:.4} s an iteration")),
+        ]);
+    }
+    println!("{table}");
+    if !config.gan.data.is_empty() {
+        println!("without what the discriminator takes");
+    }
+    println!("tensors alone; a CUDA context and its libraries take about another 500 MiB");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,87 @@
+//! What a forward costs: multiply-adds and activations.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use tch::{Device, Tensor};
+
+use crate::diffusion::TeacherCard;
+use crate::error::Result;
+use crate::graph::ValueId;
+use crate::parity;
+use crate::tensor::HostTensor;
+use crate::torch::{Network, convert};
+
+/// Cost of one forward.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Cost {
+    /// Images of the batch that the other numbers are for.
+    pub batch: Option<usize>,
+    /// Multiply-adds of convolutions and matrix products.
+    pub macs: Option<u64>,
+    /// Bytes of all intermediate values of the raised network: what a backward pass may keep.
+    pub activation_bytes: Option<u64>,
+}
+
+impl Cost {
+    /// Multiply-adds of one image, where they are known.
+    pub fn macs_of_one(&self) -> Option<u64> {
+        Some(self.macs? / self.batch?.max(1) as u64)
+    }
+}
+
+/// Runs one batch through the graph and adds up what its convolutions and matrix products cost. `batch` plays no part
+/// where the graph fixes its own.
+pub fn cost(net: &Network, card: Option<&TeacherCard>, batch: usize) -> Result<Cost> {
+    let inputs: Vec<(String, HostTensor)> = parity::random_inputs(net.inputs(), card, batch, &BTreeMap::new(), 0)?;
+    let rows = inputs.iter().filter(|(_, t)| t.rank() > 1).map(|(_, t)| t.shape()[0]).max().unwrap_or(1);
+    let owned: Vec<(String, Tensor)> =
+        inputs.iter().map(|(n, t)| Ok((n.clone(), convert::to_torch(t)?))).collect::<Result<_>>()?;
+    let named: Vec<(&str, &Tensor)> = owned.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let mut shapes: BTreeMap<ValueId, (Vec<i64>, u64)> = BTreeMap::new();
+    let mut activation_bytes = 0;
+    tch::no_grad(|| {
+        net.observe(&named, &mut |id, value| {
+            if let Ok(t) = value.tensor(Device::Cpu) {
+                let bytes = (t.numel() * t.kind().elt_size_in_bytes()) as u64;
+                if !value.is_host() {
+                    activation_bytes += bytes;
+                }
+                shapes.insert(id, (t.size(), bytes));
+            }
+        })
+    })?;
+    let graph = &net.shared().graph;
+    let known: BTreeMap<ValueId, Vec<i64>> = graph
+        .constants
+        .iter()
+        .map(|(v, c)| (*v, c.tensor.shape().iter().map(|&d| d as i64).collect()))
+        .chain(net.shared().parameters.iter().map(|p| (p.value, p.shape.iter().map(|&d| d as i64).collect())))
+        .chain(
+            graph
+                .inputs
+                .iter()
+                .filter_map(|p| owned.iter().find(|(n, _)| *n == p.name).map(|(_, t)| (p.value, t.size()))),
+        )
+        .chain(shapes.iter().map(|(v, (s, _))| (*v, s.clone())))
+        .collect();
+    let of = |v: Option<ValueId>| v.and_then(|v| known.get(&v)).cloned().unwrap_or_default();
+    let product = |s: &[i64]| s.iter().product::<i64>().max(0) as u64;
+    let mut macs = 0u64;
+    for n in &graph.nodes {
+        let (a, b, y) = (of(n.input(0)), of(n.input(1)), of(n.output(0)));
+        macs += match n.op.as_str() {
+            "Conv" if b.len() > 2 => product(&y) * product(&b[1..]),
+            "ConvTranspose" if b.len() > 2 => product(&a) * product(&b[1..]),
+            "MatMul" if !a.is_empty() => product(&y) * a.last().copied().unwrap_or(0).max(0) as u64,
+            "Gemm" if b.len() == 2 && y.len() == 2 => product(&b) * y[0].max(0) as u64,
+            // q [..., n, d] times k^T [..., d, m], and the result times v [..., m, e].
+            "Attention" if n.domain == "disback" && a.len() > 1 && b.len() > 1 => {
+                let m = b[b.len() - 1].max(0) as u64;
+                product(&a) * m + product(&y) * m
+            }
+            _ => 0,
+        };
+    }
+    Ok(Cost { batch: Some(rows), macs: Some(macs), activation_bytes: Some(activation_bytes) })
+}

@@ -1,0 +1,236 @@
+//! What an ONNX file holds and what would become of it: signature, parameters by role and group, operators, what is raised,
+//! what is not supported, cost, and a proposed teacher card.
+
+mod cost;
+pub mod findings;
+pub mod hypothesis;
+pub mod probe;
+mod proposal;
+pub mod score;
+mod structure;
+pub mod subject;
+
+pub use cost::{Cost, cost};
+pub use findings::{Finding, Findings, How};
+pub use probe::{Options as ProbeOptions, Report as ProbeReport};
+pub use proposal::{Proposal, propose};
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use tch::Device;
+
+use crate::error::Result;
+use crate::graph::raise::{NearMiss, Report as Raised};
+use crate::graph::roles::{Buffer, Parameter};
+use crate::graph::{Graph, Model, TrainableChoice, lower};
+use crate::torch::registry::Registry;
+use crate::torch::{ImportOptions, Network};
+
+/// A graph input or output.
+#[derive(Debug, Clone, Serialize)]
+pub struct Signature {
+    pub name: String,
+    pub dtype: Option<String>,
+    /// Numbers, symbols, or null where unknown.
+    pub shape: Option<Vec<serde_json::Value>>,
+    #[serde(skip)]
+    pub text: String,
+}
+
+/// How many tensors and elements.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Count {
+    pub count: usize,
+    pub elements: usize,
+}
+
+impl Count {
+    fn add(&mut self, shape: &[usize]) {
+        self.count += 1;
+        self.elements += shape.iter().product::<usize>();
+    }
+}
+
+/// A tensor of the file.
+#[derive(Debug, Clone, Serialize)]
+pub struct TensorRow {
+    pub name: String,
+    pub role: String,
+    pub shape: Vec<usize>,
+    pub dtype: String,
+}
+
+/// A node that cannot be imported.
+#[derive(Debug, Clone, Serialize)]
+pub struct UnsupportedNode {
+    pub operator: String,
+    pub opset: i64,
+    pub node: String,
+    pub reason: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub way_out: Option<String>,
+}
+
+/// See the module's text.
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    pub producer: String,
+    pub ir_version: i64,
+    pub opset: BTreeMap<String, i64>,
+    pub inputs: Vec<Signature>,
+    pub outputs: Vec<Signature>,
+    pub parameters: Count,
+    pub parameters_by_role: BTreeMap<String, Count>,
+    /// By the first part of their names (`down_blocks.0`).
+    pub parameters_by_group: BTreeMap<String, Count>,
+    pub buffers: Vec<TensorRow>,
+    pub operators: BTreeMap<String, usize>,
+    pub raised: BTreeMap<&'static str, usize>,
+    pub near_misses: Vec<NearMissRow>,
+    pub unsupported: Vec<UnsupportedNode>,
+    /// Null where nobody knows the sizes of the inputs.
+    #[serde(flatten)]
+    pub cost: Cost,
+    /// Every parameter (`--parameters`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parameter_list: Vec<TensorRow>,
+}
+
+/// A rewrite that nearly applied.
+#[derive(Debug, Clone, Serialize)]
+pub struct NearMissRow {
+    pub pattern: &'static str,
+    pub node: String,
+    pub reason: String,
+}
+
+impl From<&NearMiss> for NearMissRow {
+    fn from(m: &NearMiss) -> Self {
+        Self { pattern: m.pattern, node: m.node.clone(), reason: m.reason.clone() }
+    }
+}
+
+/// Looks at a model. A file whose operators are not all supported is described as far as it goes; one that breaks ONNX's
+/// rules is an error.
+///
+/// Beside the description: the network, where it can be imported, and the graph before raising.
+pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(Inspection, Option<Network>, Graph)> {
+    let graph = lower::lower(model)?;
+    let as_read = graph.clone();
+    let mut network = None;
+    let unsupported = unsupported(&graph);
+    let proto = &model.proto;
+    let mut out = Inspection {
+        producer: format!("{} {}", proto.producer_name(), proto.producer_version()).trim().to_owned(),
+        ir_version: proto.ir_version(),
+        opset: graph
+            .opsets
+            .iter()
+            .map(|(d, v)| (if d.is_empty() { "ai.onnx".into() } else { d.clone() }, *v))
+            .collect(),
+        inputs: graph.inputs.iter().map(signature).collect(),
+        outputs: graph.outputs.iter().map(signature).collect(),
+        parameters: Count::default(),
+        parameters_by_role: BTreeMap::new(),
+        parameters_by_group: BTreeMap::new(),
+        buffers: Vec::new(),
+        operators: BTreeMap::new(),
+        raised: BTreeMap::new(),
+        near_misses: Vec::new(),
+        unsupported,
+        cost: Cost::default(),
+        parameter_list: Vec::new(),
+    };
+    if out.unsupported.is_empty() {
+        let options = ImportOptions { raise, trainable: choice.clone() };
+        let net = Network::import(model.clone(), &options, Device::Cpu)?;
+        let shared = net.shared();
+        out.tensors(&shared.parameters, &shared.buffers);
+        out.operators = shared.operators.clone();
+        out.rewrites(&shared.raised);
+        network = Some(net);
+    } else {
+        let mut graph = graph;
+        let rewired = crate::graph::roles::part_merged(&mut graph);
+        let roles = crate::graph::roles::classify(&graph, choice, &rewired)?;
+        out.tensors(&roles.parameters, &roles.buffers);
+        for n in &graph.nodes {
+            *out.operators.entry(n.op.clone()).or_insert(0) += 1;
+        }
+        if raise {
+            out.rewrites(&crate::graph::raise::raise(&mut graph));
+        }
+    }
+    Ok((out, network, as_read))
+}
+
+impl Inspection {
+    fn tensors(&mut self, parameters: &[Parameter], buffers: &[Buffer]) {
+        for p in parameters {
+            self.parameters.add(&p.shape);
+            self.parameters_by_role.entry(p.role.to_string()).or_default().add(&p.shape);
+            self.parameters_by_group.entry(group(&p.name)).or_default().add(&p.shape);
+            self.parameter_list.push(TensorRow {
+                name: p.name.clone(),
+                role: p.role.to_string(),
+                shape: p.shape.clone(),
+                dtype: p.dtype.to_string(),
+            });
+        }
+        for b in buffers {
+            self.buffers.push(TensorRow {
+                name: b.name.clone(),
+                role: b.reason.to_owned(),
+                shape: b.shape.clone(),
+                dtype: b.dtype.to_string(),
+            });
+        }
+    }
+
+    fn rewrites(&mut self, report: &Raised) {
+        self.raised = report.counts();
+        self.near_misses = report.near_misses.iter().map(NearMissRow::from).collect();
+    }
+}
+
+/// The part of a network that a parameter's name places it in: its first component, and the index after it.
+fn group(name: &str) -> String {
+    let parts: Vec<&str> = name.trim_start_matches('/').split(['.', '/']).collect();
+    match parts.as_slice() {
+        [] | [_] => "(unnamed)".to_owned(),
+        [first, second, _, ..] if second.bytes().all(|b| b.is_ascii_digit()) => format!("{first}.{second}"),
+        [first, ..] => (*first).to_owned(),
+    }
+}
+
+fn signature(p: &crate::graph::Port) -> Signature {
+    let dim = |d: &Result<usize, String>| match d {
+        Ok(n) => serde_json::json!(n),
+        Err(s) if s.is_empty() => serde_json::Value::Null,
+        Err(s) => serde_json::json!(s),
+    };
+    Signature {
+        name: p.name.clone(),
+        dtype: p.dtype.map(|d| d.to_string()),
+        shape: p.shape.as_ref().map(|s| s.iter().map(dim).collect()),
+        text: p.describe(),
+    }
+}
+
+fn unsupported(graph: &Graph) -> Vec<UnsupportedNode> {
+    graph
+        .nodes
+        .iter()
+        .filter_map(|n| {
+            let e = Registry::global().build(n).err()?;
+            Some(UnsupportedNode {
+                operator: if n.domain.is_empty() { n.op.clone() } else { format!("{}.{}", n.domain, n.op) },
+                opset: n.opset,
+                node: n.name.clone(),
+                reason: e.to_string().lines().next().unwrap_or_default().to_owned(),
+                way_out: e.hint_text().map(str::to_owned),
+            })
+        })
+        .collect()
+}

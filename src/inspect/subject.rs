@@ -1,0 +1,215 @@
+//! The network under the probe: rows of samples and one time in, rows of its output out, whatever the graph's layout,
+//! element types and fixed batch.
+
+use std::time::Instant;
+
+use crate::diffusion::{Condition, InputSpec, Layout, TeacherCard};
+use crate::error::{Error, Result};
+use crate::runtime::Engine;
+use crate::tensor::HostTensor;
+use crate::torch::{Forward, Network, convert};
+
+/// Runs a graph on named inputs.
+pub trait Run {
+    /// The output of this name.
+    fn run(&mut self, inputs: &[(&str, HostTensor)], output: &str) -> Result<HostTensor>;
+}
+
+impl Run for Network {
+    fn run(&mut self, inputs: &[(&str, HostTensor)], output: &str) -> Result<HostTensor> {
+        let tensors = inputs.iter().map(|(_, t)| convert::to_torch(t)).collect::<Result<Vec<_>>>()?;
+        let named: Vec<_> = inputs.iter().zip(&tensors).map(|((n, _), t)| (*n, t)).collect();
+        let outputs = tch::no_grad(|| self.forward(&named))?;
+        let found = outputs.into_iter().find(|(n, _)| n == output);
+        convert::to_host(&found.ok_or_else(|| Error::usage(format!("the graph has no output `{output}`")))?.1)
+    }
+}
+
+impl Run for Box<dyn Engine> {
+    fn run(&mut self, inputs: &[(&str, HostTensor)], output: &str) -> Result<HostTensor> {
+        let named: Vec<_> = inputs.iter().map(|(n, t)| (*n, t)).collect();
+        let found = Engine::run(self.as_mut(), &named)?.into_iter().find(|(n, _)| n == output);
+        Ok(found.ok_or_else(|| Error::usage(format!("the graph has no output `{output}`")))?.1)
+    }
+}
+
+/// What a row of a condition is fed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Feed {
+    /// The class of this number.
+    Class(usize),
+    /// No class, as all zeros of a one-hot.
+    Zeros,
+}
+
+/// See the module's text.
+pub struct Subject<'a> {
+    run: &'a mut dyn Run,
+    output: String,
+    sample: InputSpec,
+    time: InputSpec,
+    others: Vec<(InputSpec, Other)>,
+    layout: Layout,
+    shape: [usize; 3],
+    /// Rows of one call; the graph's own batch where it is fixed.
+    rows: usize,
+    fixed: bool,
+    /// Rows seen by the network so far, and the seconds they took.
+    pub evaluated: usize,
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone)]
+enum Other {
+    Index,
+    OneHot(usize),
+    Filled(f64),
+}
+
+impl<'a> Subject<'a> {
+    /// `card`: names, shape, layout, conditions and constants of the network (the rest plays no part).
+    pub fn new(run: &'a mut dyn Run, card: &TeacherCard, inputs: &[InputSpec]) -> Result<Self> {
+        let find = |name: &str| {
+            let found = inputs.iter().find(|i| i.name == name).cloned();
+            found.ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
+        };
+        let others = inputs
+            .iter()
+            .filter(|i| i.name != card.sample && i.name != card.time)
+            .map(|i| {
+                let other = match (card.conditions.get(&i.name), card.constants.get(&i.name)) {
+                    (Some(Condition::ClassIndex { .. }), _) => Other::Index,
+                    (Some(Condition::OneHot { classes, .. }), _) => Other::OneHot(*classes),
+                    (_, Some(value)) => Other::Filled(*value),
+                    _ => Other::Filled(0.0),
+                };
+                (i.clone(), other)
+            })
+            .collect();
+        let sample = find(&card.sample)?;
+        let fixed = sample.shape.first().copied().flatten();
+        Ok(Self {
+            run,
+            output: card.output.clone(),
+            time: find(&card.time)?,
+            others,
+            layout: card.layout,
+            shape: card.shape,
+            rows: fixed.unwrap_or(64).max(1),
+            fixed: fixed.is_some(),
+            sample,
+            evaluated: 0,
+            seconds: 0.0,
+        })
+    }
+
+    /// Elements of one sample.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// `F(x_net, time)`; `x` holds rows of `[C, H, W]`, one after the other, `feeds` one entry a row.
+    pub fn forward(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
+        let len = self.len();
+        let total = feeds.len();
+        let mut out = Vec::with_capacity(x.len());
+        let piece = if self.fixed { self.rows } else { self.rows.min((1 << 21) / len.max(1)).max(1) };
+        for start in (0..total).step_by(piece) {
+            let count = piece.min(total - start);
+            let mut part = x[start * len..(start + count) * len].to_vec();
+            let mut labels = feeds[start..start + count].to_vec();
+            // A fixed batch is filled up with its last row.
+            while self.fixed && labels.len() < piece {
+                part.extend_from_within((labels.len() - 1) * len..);
+                labels.push(labels[labels.len() - 1]);
+            }
+            let y = self.call(&part, time, &labels)?;
+            out.extend_from_slice(&y[..count * len]);
+        }
+        Ok(out)
+    }
+
+    fn call(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
+        let rows = feeds.len();
+        let [c, h, w] = self.shape;
+        let sample = match self.layout {
+            Layout::Nchw => HostTensor::new(&[rows, c, h, w], x)?,
+            Layout::Nhwc => HostTensor::new(&[rows, h, w, c], &transposed(x, c, h * w))?,
+        };
+        let mut inputs = vec![(self.sample.name.as_str(), sample.cast(self.sample.dtype))];
+        let batch = self.sample.shape[0];
+        inputs.push((&self.time.name, filled(&self.time, time, rows, batch)?));
+        for (spec, other) in &self.others {
+            let class = |f: &Feed| match f {
+                Feed::Class(k) => *k,
+                Feed::Zeros => 0,
+            };
+            let tensor = match other {
+                Other::Index => {
+                    let mut shape = shape_of(spec, rows, batch);
+                    if shape.is_empty() && rows > 1 {
+                        return Err(Error::unsupported(format!("`{}` takes one class a batch", spec.name)));
+                    }
+                    if let Some(lead) = shape.first_mut() {
+                        *lead = rows;
+                    }
+                    HostTensor::new(&shape, &feeds.iter().map(|f| class(f) as i64).collect::<Vec<_>>())?
+                }
+                Other::OneHot(classes) => {
+                    let hot = feeds
+                        .iter()
+                        .flat_map(|f| (0..*classes).map(move |k| f32::from(u8::from(*f == Feed::Class(k)))));
+                    HostTensor::new(&[rows, *classes], &hot.collect::<Vec<_>>())?
+                }
+                Other::Filled(value) => filled(spec, *value, rows, batch)?,
+            };
+            inputs.push((&spec.name, tensor.cast(spec.dtype)));
+        }
+        let started = Instant::now();
+        let y = self.run.run(&inputs, &self.output)?;
+        self.seconds += started.elapsed().as_secs_f64();
+        self.evaluated += rows;
+        let y32 = y.to_f32();
+        if y32.len() != x.len() {
+            return Err(Error::mismatch(format!(
+                "output `{}` is {y:?} for samples of [{rows}, {c}, {h}, {w}]: not one value a value of the sample",
+                self.output
+            )));
+        }
+        Ok(match self.layout {
+            Layout::Nchw => y32,
+            Layout::Nhwc => transposed(&y32, h * w, c),
+        })
+    }
+}
+
+/// Free dimensions become the batch (the first) or 1.
+fn shape_of(spec: &InputSpec, rows: usize, batch: Option<usize>) -> Vec<usize> {
+    let size = |(place, dim): (usize, &Option<usize>)| match dim {
+        None if place == 0 => rows,
+        Some(d) if place == 0 && batch == Some(*d) => rows,
+        None => 1,
+        Some(d) => *d,
+    };
+    spec.shape.iter().enumerate().map(size).collect()
+}
+
+/// One number in an input's element type and shape; integers are rounded.
+fn filled(spec: &InputSpec, value: f64, rows: usize, batch: Option<usize>) -> Result<HostTensor> {
+    let value = if spec.dtype.is_float() { value } else { value.round() };
+    let shape = shape_of(spec, rows, batch);
+    let len = crate::tensor::checked_len(&shape)?;
+    if len > 1 << 28 {
+        return Err(Error::unsupported(format!("`{spec}` is too large for the probe")));
+    }
+    Ok(HostTensor::new(&shape, &vec![value; len])?.cast(spec.dtype))
+}
+
+/// `[B, a, b]` to `[B, b, a]`.
+fn transposed(values: &[f32], a: usize, b: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len());
+    for row in values.chunks_exact(a * b) {
+        (0..b).for_each(|j| out.extend((0..a).map(|i| row[i * b + j])));
+    }
+    out
+}

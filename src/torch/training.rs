@@ -1,0 +1,261 @@
+//! Memory and precision of training, through `training.cpp`: recomputation of segments, bf16 autocast, a count of the CPU's
+//! tensor memory, and a witness of host reads.
+
+use std::ffi::{CString, c_char, c_void};
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+use crate::torch::shim::{Memory, check};
+
+type Run = extern "C" fn(*mut c_void, *const *const C_tensor, usize, *mut *mut C_tensor, usize) -> *mut c_char;
+type DropSegment = extern "C" fn(*mut c_void);
+
+unsafe extern "C" {
+    fn disback_recompute(
+        segment: *mut c_void,
+        run: Run,
+        drop: DropSegment,
+        inputs: *const *const C_tensor,
+        count: usize,
+        outputs: *mut *mut C_tensor,
+        outputs_count: usize,
+    ) -> *mut c_char;
+    fn disback_text(text: *const c_char) -> *mut c_char;
+    fn disback_grad_enabled() -> bool;
+    fn disback_autocast(cuda: bool, on: bool) -> bool;
+    fn disback_autocast_enabled(cuda: bool) -> bool;
+    fn disback_count_memory();
+    fn disback_counted_memory(current: *mut i64, peak: *mut i64, reset: bool);
+    fn disback_watch_host_reads() -> u64;
+    fn disback_host_reads() -> i64;
+    fn disback_note_host_read();
+    fn disback_unwatch(handle: u64);
+}
+
+/// How networks compute while they are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Compute {
+    /// Convolutions and matrix products in bf16, the rest where their results go on in it; weights stay f32.
+    pub bf16: bool,
+    /// Bytes of inner values that a forward may keep for its backward pass; what goes beyond is computed again there.
+    /// 0: everything is kept.
+    pub activation_bytes: u64,
+}
+
+/// A piece of a network as a function of tensors.
+pub type Piece = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>>;
+
+extern "C" fn run_piece(
+    segment: *mut c_void,
+    inputs: *const *const C_tensor,
+    count: usize,
+    outputs: *mut *mut C_tensor,
+    outputs_count: usize,
+) -> *mut c_char {
+    let run = || -> Result<()> {
+        // SAFETY: `segment` is the box that `recompute` gave away, alive until `drop_piece`; the pointers are tensors that
+        // outlive this call, of which handles of our own are made.
+        let (piece, inputs) = unsafe {
+            let inputs = std::slice::from_raw_parts(inputs, count);
+            let inputs: Vec<Tensor> = inputs.iter().map(|p| Tensor::clone_from_ptr(*p as *mut C_tensor)).collect();
+            (&*(segment as *const Piece), inputs)
+        };
+        let results = piece(&inputs)?;
+        if results.len() != outputs_count {
+            return Err(Error::backend(format!("a segment gave {} values, expected {outputs_count}", results.len())));
+        }
+        for (k, mut t) in results.into_iter().enumerate() {
+            // SAFETY: `outputs` has `outputs_count` places; the handle is the caller's from here on.
+            unsafe { *outputs.add(k) = t.as_mut_ptr() };
+            std::mem::forget(t);
+        }
+        Ok(())
+    };
+    let message = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(())) => return std::ptr::null_mut(),
+        Ok(Err(e)) => e.to_string(),
+        Err(_) => "a segment panicked".to_owned(),
+    };
+    let text = CString::new(message.replace('\0', " ")).unwrap_or_default();
+    // SAFETY: a NUL-terminated string, copied.
+    unsafe { disback_text(text.as_ptr()) }
+}
+
+extern "C" fn drop_piece(segment: *mut c_void) {
+    // SAFETY: called once, with the box that `recompute` gave away.
+    drop(unsafe { Box::from_raw(segment as *mut Piece) });
+}
+
+/// Runs `piece` on `inputs`; where a graph is recorded, its inner values are not kept: the backward pass runs it again.
+/// `piece` must be a function of its inputs alone as far as gradients go, and gives `outputs` tensors.
+///
+/// On CUDA the second run happens on the engine's thread, while the thread that called `backward` waits for it: what
+/// `piece` holds is never used by two threads at a time.
+pub fn recompute(inputs: &[Tensor], outputs: usize, piece: Piece) -> Result<Vec<Tensor>> {
+    let pointers: Vec<*const C_tensor> = inputs.iter().map(Tensor::as_ptr).collect();
+    let mut out = vec![std::ptr::null_mut(); outputs];
+    let segment = Box::into_raw(Box::new(piece)).cast();
+    // SAFETY: live tensors; the shim takes the box over, also where it fails; on success each place holds a new handle.
+    check(unsafe {
+        disback_recompute(segment, run_piece, drop_piece, pointers.as_ptr(), pointers.len(), out.as_mut_ptr(), outputs)
+    })?;
+    Ok(out.into_iter().map(|p| unsafe { Tensor::from_ptr(p) }).collect())
+}
+
+/// Whether a graph is recorded on this thread.
+pub fn grad_enabled() -> bool {
+    // SAFETY: reads a flag of this thread.
+    unsafe { disback_grad_enabled() }
+}
+
+/// Whether autocast is on for this device and thread.
+pub fn autocast_enabled(device: Device) -> bool {
+    // SAFETY: reads a flag of this thread.
+    unsafe { disback_autocast_enabled(matches!(device, Device::Cuda(_))) }
+}
+
+/// The tensor as convolutions take it now: in bf16 where autocast is on for its device. libtorch's own list has the
+/// convolutions of each rank and not the general one.
+pub fn lowered(t: &Tensor) -> Result<Tensor> {
+    let lower = t.kind() == tch::Kind::Float && autocast_enabled(t.device());
+    Ok(if lower { t.f_to_kind(tch::Kind::BFloat16)? } else { t.shallow_clone() })
+}
+
+/// bf16 autocast while it lives, on this thread.
+#[derive(Debug)]
+pub struct Autocast {
+    cuda: bool,
+    before: bool,
+    /// Bound to its thread.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Autocast {
+    /// Switches autocast for a device; `on = false` changes nothing.
+    pub fn new(device: Device, on: bool) -> Option<Self> {
+        let cuda = matches!(device, Device::Cuda(_));
+        // SAFETY: sets flags of this thread.
+        on.then(|| Self { cuda, before: unsafe { disback_autocast(cuda, true) }, _thread: PhantomData })
+    }
+}
+
+impl Drop for Autocast {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { disback_autocast(self.cuda, self.before) };
+    }
+}
+
+/// From now on the memory of the CPU's tensors is counted, for the whole process. Tensors made before are not.
+pub fn count_memory() {
+    // SAFETY: exchanges libtorch's allocator once; tensors remember the one that made them.
+    unsafe { disback_count_memory() }
+}
+
+/// What [`count_memory`] has counted; `reset` sets the peak to the present first.
+pub fn counted_memory(reset: bool) -> Memory {
+    let (mut current, mut peak) = (0, 0);
+    // SAFETY: writes two integers.
+    unsafe { disback_counted_memory(&mut current, &mut peak, reset) };
+    Memory { current: current.max(0) as u64, peak: peak.max(0) as u64 }
+}
+
+/// Counts, on this thread and while it lives, what makes the host wait for values of the device: operators of libtorch
+/// that read a tensor's elements, and our own copies to the host.
+#[derive(Debug)]
+pub struct HostReads {
+    handle: u64,
+    _thread: PhantomData<*const ()>,
+}
+
+impl HostReads {
+    pub fn watch() -> Self {
+        // SAFETY: adds a callback of this thread.
+        Self { handle: unsafe { disback_watch_host_reads() }, _thread: PhantomData }
+    }
+    pub fn count(&self) -> u64 {
+        // SAFETY: reads a counter of this thread.
+        unsafe { disback_host_reads() }.max(0) as u64
+    }
+}
+
+impl Drop for HostReads {
+    fn drop(&mut self) {
+        // SAFETY: removes the callback that `watch` added.
+        unsafe { disback_unwatch(self.handle) }
+    }
+}
+
+/// Notes a copy from a device tensor to the host that no operator shows.
+pub fn note_host_read() {
+    // SAFETY: raises a counter of this thread.
+    unsafe { disback_note_host_read() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn host_reads_are_seen_and_computing_is_none() {
+        let t = Tensor::ones([4], (Kind::Float, Device::Cpu));
+        let reads = HostReads::watch();
+        let sum = (&t * 2.0).sum(Kind::Float);
+        assert_eq!(reads.count(), 0);
+        assert_eq!(sum.double_value(&[]), 8.0);
+        assert_eq!(reads.count(), 1);
+        crate::torch::convert::to_host(&t).unwrap();
+        assert_eq!(reads.count(), 2);
+    }
+
+    #[test]
+    fn a_recomputed_piece_has_the_gradients_of_the_piece() {
+        let x = Tensor::from_slice(&[0.3f32, -1.2, 2.0]).set_requires_grad(true);
+        let w = Tensor::from_slice(&[1.5f32, 0.5, -0.7]).set_requires_grad(true);
+        let f = |t: &[Tensor]| vec![(&t[0] * &t[1]).sin(), (&t[0] + &t[1]).exp()];
+        let loss = |out: Vec<Tensor>| (&out[0] * 3.0 + &out[1]).sum(Kind::Float);
+        loss(f(&[x.shallow_clone(), w.shallow_clone()])).backward();
+        let expected = (x.grad().copy(), w.grad().copy());
+        let (mut gx, mut gw) = (x.grad(), w.grad());
+        let _ = (gx.zero_(), gw.zero_());
+        let piece: Piece = Box::new(move |t| Ok(f(t)));
+        let out = recompute(&[x.shallow_clone(), w.shallow_clone()], 2, piece).unwrap();
+        loss(out).backward();
+        assert!(x.grad().equal(&expected.0) && w.grad().equal(&expected.1));
+        // One input without a gradient; and a piece that fails says why.
+        let c = Tensor::from_slice(&[1f32, 2.0, 3.0]);
+        let out = recompute(&[x.shallow_clone(), c], 2, Box::new(move |t| Ok(f(t)))).unwrap();
+        loss(out).backward();
+        let e = recompute(&[x.shallow_clone()], 1, Box::new(|_| Err(Error::backend("no such thing")))).unwrap_err();
+        assert!(e.to_string().contains("no such thing"), "{e}");
+    }
+
+    #[test]
+    fn autocast_ends_with_its_guard() {
+        let (a, b) =
+            (Tensor::ones([4, 4], (Kind::Float, Device::Cpu)), Tensor::ones([4, 4], (Kind::Float, Device::Cpu)));
+        {
+            let _on = Autocast::new(Device::Cpu, true);
+            assert_eq!(a.matmul(&b).kind(), Kind::BFloat16);
+            let _off = Autocast::new(Device::Cpu, false);
+            assert_eq!(a.matmul(&b).kind(), Kind::BFloat16);
+        }
+        assert_eq!(a.matmul(&b).kind(), Kind::Float);
+    }
+
+    #[test]
+    fn the_count_follows_tensors() {
+        count_memory();
+        let before = counted_memory(true).current;
+        let t = Tensor::zeros([1 << 20], (Kind::Float, Device::Cpu));
+        let with = counted_memory(false);
+        // Other tests run beside this one.
+        assert!(with.peak >= before.min(with.current) && with.peak >= 4 << 20);
+        drop(t);
+    }
+}

@@ -1,0 +1,135 @@
+//! How networks are trained: recomputation, bf16, and an estimate that holds.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use disback::diffusion::{Conditions, Denoiser};
+use disback::distill::config::Precision;
+use disback::distill::estimate::estimate;
+use disback::distill::trainer::denoising_loss;
+use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
+use disback::graph::TrainableChoice;
+use disback::teacher::Teacher;
+use disback::torch::training::{Compute, count_memory, counted_memory};
+use disback::torch::{Forward, shim};
+use tch::{Device, Kind, Tensor};
+
+fn teacher() -> Denoiser {
+    let path = Path::new("examples/digits/teacher.onnx");
+    let t = Teacher::load(path, &[], TrainableChoice::default(), Device::Cpu).unwrap();
+    Denoiser::new(t.network.copy().unwrap(), Arc::new(t.card.card.clone()), &t.inputs()).unwrap()
+}
+
+/// Loss, gradients of all parameters, and the bytes held between forward and backward.
+fn step(net: &Denoiser, batch: i64) -> (f64, Vec<Tensor>, u64) {
+    let x0 = shim::randn(1, &[batch, 1, 8, 8], Device::Cpu).unwrap();
+    let noise = shim::randn(2, &[batch, 1, 8, 8], Device::Cpu).unwrap();
+    let sigmas: Vec<f64> = (0..batch).map(|i| 0.1 * 1.6f64.powi(i as i32 % 8)).collect();
+    let labels = Tensor::arange(batch, (Kind::Int64, Device::Cpu)).remainder(10);
+    let conditions = Conditions::new(batch, vec![("labels".into(), labels)]).unwrap();
+    let start = counted_memory(true).current;
+    let loss = denoising_loss(net, &x0, &sigmas, &noise, &conditions).unwrap();
+    let kept = counted_memory(false).current.saturating_sub(start);
+    loss.backward();
+    let grads = net.params().tensors().iter().map(|t| t.grad().copy()).collect();
+    for t in net.params().tensors() {
+        let _ = t.grad().zero_();
+    }
+    (loss.double_value(&[]), grads, kept)
+}
+
+/// Relative L2 distance of two lists of tensors.
+fn distance(a: &[Tensor], b: &[Tensor]) -> f64 {
+    let sum = |t: Tensor| t.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
+    let apart: f64 = a.iter().zip(b).map(|(a, b)| sum(a - b)).sum();
+    (apart / b.iter().map(|t| sum(t.shallow_clone())).sum::<f64>()).sqrt()
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / (1 << 20) as f64
+}
+
+// One test: the count of memory is the process's.
+#[test]
+fn memory_and_precision_of_training() {
+    count_memory();
+    tch::set_num_threads(1);
+    let net = teacher();
+    net.params().set_requires_grad(true).unwrap();
+    step(&net, 16);
+    let (loss, grads, kept) = step(&net, 16);
+
+    // Half the memory, and as little as can be; the same gradients.
+    let mut before = kept;
+    for share in [0.5, 0.0] {
+        let budget = ((kept as f64 * share) as u64).max(1);
+        net.network().configure(Compute { activation_bytes: budget, ..Compute::default() });
+        for batch in [16, 12] {
+            // 12: a signature whose first run already has the budget.
+            let (again, found, now) = step(&net, batch);
+            if batch == 16 {
+                assert!((again - loss).abs() <= 1e-6 * loss.abs(), "{again} for {loss}");
+                let apart = distance(&found, &grads);
+                assert!(apart < 1e-6, "gradients apart by {apart}");
+                assert!((now as f64) < 0.75 * before as f64, "{} MiB kept, {} before", mib(now), mib(before));
+                println!("budget {:.2} MiB: kept {:.2} of {:.2} MiB", mib(budget), mib(now), mib(kept));
+                before = now;
+            } else {
+                assert!((now as f64) < 0.75 * kept as f64);
+            }
+        }
+    }
+
+    // bf16: near, not equal; f32 masters and gradients; with recomputation the same to the bit of bf16's rounding.
+    net.network().configure(Compute { bf16: true, ..Compute::default() });
+    let (near, half, _) = step(&net, 16);
+    assert!(near != loss && (near - loss).abs() < 0.02 * loss.abs(), "{near} for {loss}");
+    assert!(half.iter().all(|g| g.kind() == Kind::Float));
+    let apart = distance(&half, &grads);
+    println!("bf16: gradients apart by {apart:.4}, loss by {:.5}", (near - loss).abs() / loss);
+    assert!(apart > 1e-5 && apart < 0.05, "gradients apart by {apart}");
+    net.network().configure(Compute { bf16: true, activation_bytes: kept / 4 });
+    let (_, again, _) = step(&net, 16);
+    assert!(distance(&again, &half) < 1e-3);
+    net.network().configure(Compute::default());
+    drop((net, grads, half, again));
+
+    // The estimate against a run of both stages, with and without recomputation, and in bf16.
+    for (budget, precision) in [(0, Precision::F32), (6, Precision::F32), (0, Precision::Bf16)] {
+        let mut config = Config { batch: 48, precision, ..Config::default() };
+        config.memory.activations_mib = budget;
+        config.degrade.nodes = 1;
+        config.degrade.steps = 2;
+        config.backtrack.updates = 2;
+        config.log.samples = 0;
+        let start = counted_memory(true).current;
+        let teacher = teacher();
+        let told = estimate(&teacher, &config).unwrap();
+        let mut measured = Vec::new();
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::create(&dir.path().join("run"), &config).unwrap();
+        for stages in [Stages::Degrade, Stages::Backtrack] {
+            counted_memory(true);
+            let stop = AtomicBool::new(false);
+            let job = Job { config: &config, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+            distill(job, &teacher, stages).unwrap();
+            measured.push(counted_memory(false).peak - start);
+        }
+        for (name, told, found) in
+            [("degrade", told.degrade.total, measured[0]), ("backtrack", told.backtrack.total, measured[1])]
+        {
+            println!(
+                "{name}, budget {budget}, {precision:?}: told {:.1} MiB, measured {:.1} MiB",
+                mib(told),
+                mib(found)
+            );
+            assert!(
+                (told as f64 / found as f64 - 1.0).abs() < 0.10,
+                "{name}: told {}, measured {}",
+                mib(told),
+                mib(found)
+            );
+        }
+    }
+}
