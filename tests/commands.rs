@@ -78,6 +78,136 @@ fn a_student_is_at_no_distance_from_its_own_samples() {
     assert!(one["frechet"].as_f64() > other["frechet"].as_f64() && one["recall"].as_f64() < Some(1.0), "{one}");
 }
 
+fn evaluate(dir: &Path, args: &[&str]) -> serde_json::Value {
+    let mut all = vec!["evaluate"];
+    all.extend(args);
+    all.push("--json");
+    serde_json::from_str(&ok(dir, &all)).unwrap()
+}
+
+const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits");
+
+#[test]
+fn a_teacher_stands_beside_images_in_one_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, digits, net) =
+        (format!("{DIGITS}/teacher.onnx"), format!("{DIGITS}/digits.npz"), format!("{DIGITS}/classifier.onnx"));
+    let args = [&teacher, &digits, &digits, "--features", &net, "--steps", "2,9", "-n", "128", "--by-class"];
+    let out = evaluate(dir.path(), &args);
+    let rows = out["rows"].as_array().unwrap();
+    let of = |k: usize, key: &str| rows[k][key].as_f64().unwrap_or_else(|| panic!("{key} of row {k}: {out}"));
+    assert_eq!((rows.len(), of(0, "nfe"), of(1, "nfe")), (3, 3.0, 17.0));
+    assert_eq!((rows[0]["kind"].as_str(), rows[2]["kind"].as_str()), (Some("teacher"), Some("images")));
+    // More steps are better; real digits lie where real digits lie.
+    assert!(of(0, "frechet") > of(1, "frechet") && of(0, "kernel") > of(1, "kernel"), "{out}");
+    assert!(of(2, "precision") == 1.0 && of(2, "density") > 0.9 && of(2, "coverage") < 1.0, "{out}");
+    // Ten classes, told apart by a good classifier.
+    assert!((5.0..10.0).contains(&of(2, "inception_score")), "{out}");
+    assert_eq!(rows[2]["classes"].as_array().unwrap().len(), 10);
+    assert!(rows[1]["ms_per_image"].as_f64() > Some(0.0) && rows[2]["nfe"].is_null());
+    // The figure does not depend on the batch; blocks of seeds give a spread and a least.
+    let one =
+        evaluate(dir.path(), &[&teacher, &digits, "--features", &net, "--steps", "9", "-n", "128", "--batch", "37"]);
+    assert!((one["frechet"].as_f64().unwrap() / of(1, "frechet") - 1.0).abs() < 1e-5, "{one}");
+    let args = [&teacher, &digits, "--features", &net, "--steps", "2", "-n", "96", "--repeats", "2", "--sliced"];
+    let two = evaluate(dir.path(), &args);
+    assert!(two["frechet_deviation"].as_f64() > Some(0.0) && two["frechet_least"].as_f64() < two["frechet"].as_f64());
+    assert!(two["sliced"].as_f64() > Some(0.0) && two["blocks"].as_u64() == Some(2), "{two}");
+}
+
+#[test]
+fn references_come_in_every_form_and_of_one_network_only() {
+    use std::io::Write;
+    let dir = folder();
+    let dir = dir.path();
+    ok(dir, &["sample", "student.onnx", "-n", "60", "-o", "a.npy"]);
+    ok(dir, &["sample", "student.onnx", "-n", "60", "-o", "b.npz", "--seed", "1"]);
+    ok(dir, &["sample", "student.onnx", "-n", "60", "-o", "images", "--seed", "1"]);
+    let mut zip = zip::ZipWriter::new(std::fs::File::create(dir.join("images.zip")).unwrap());
+    for k in 0..60 {
+        zip.start_file(format!("{k:06}.png"), Default::default()).unwrap();
+        zip.write_all(&std::fs::read(dir.join(format!("images/{k:06}.png"))).unwrap()).unwrap();
+    }
+    zip.finish().unwrap();
+    let net = ["--features", "features.onnx", "--feature-range", "-1,1"];
+    let with = |sets: &[&'static str], more: &[&'static str]| -> Vec<&'static str> {
+        sets.iter().chain(&net).chain(more).copied().collect()
+    };
+    ok(dir, &[&["evaluate"][..], &with(&["images"], &["--save-statistics", "s.npz", "--quiet"])].concat());
+    let first = evaluate(dir, &with(&["a.npy", "images"], &["--neighbours", "near.png"]));
+    for reference in ["images.zip", "b.npz", "s.npz"] {
+        let other = evaluate(dir, &with(&["a.npy", reference], &[]));
+        let apart = other["frechet"].as_f64().unwrap() / first["frechet"].as_f64().unwrap() - 1.0;
+        assert!(apart.abs() < 1e-9, "{reference}: {other}");
+        assert_eq!(other["network_fingerprint"], first["network_fingerprint"]);
+    }
+    assert!(std::fs::read(dir.join("near.png")).unwrap().starts_with(b"\x89PNG"));
+    // Without a network.
+    let plain = evaluate(dir, &["a.npy", "b.npz"]);
+    assert!(plain["sliced"].as_f64() > Some(0.0) && plain["frechet"].is_null(), "{plain}");
+    // Another range is another feature space.
+    let args = ["evaluate", "a.npy", "s.npz", "--features", "features.onnx", "--feature-range", "0,1"];
+    let (code, error) = fails(dir, &args);
+    assert!(code == 1 && error.contains("another feature network or preprocessing"), "{error}");
+    for (args, code, want) in [
+        (&["evaluate", "a.npy"][..], 2, "one set alone"),
+        (&["evaluate", "s.npz", "a.npy", "--features", "features.onnx"], 2, "statistics: it can only be the reference"),
+        (&["evaluate", "a.npy", "s.npz"], 2, "holds statistics of features"),
+        (&["evaluate", "a.npy", "b.npz", "--features", "features.onnx", "--by-class"], 2, "this set has none"),
+        (&["evaluate", "a.npy", "b.npz", "-n", "61"], 2, "holds 60 images: too few"),
+        (&["evaluate", "features.onnx", "b.npz"], 2, "neither a student nor a teacher"),
+        (
+            &["evaluate", "a.npy", "b.npz", "--feature-card", "resize=box", "--features", "features.onnx"],
+            2,
+            "belong together",
+        ),
+    ] {
+        let (got, error) = fails(dir, args);
+        assert!(got == code && error.contains(want), "{args:?}: exit {got}, {error}");
+    }
+    let colour = tensor::HostTensor::new(&[8, 2, 2, 3], &(0..96).map(|v| v as u8).collect::<Vec<_>>()).unwrap();
+    disback::io::npy::write(&dir.join("colour.npy"), &colour).unwrap();
+    let (code, error) = fails(dir, &["evaluate", "a.npy", "colour.npy"]);
+    assert!(code == 1 && error.contains("2x2, grey") && error.contains("2x2, colour"), "{error}");
+}
+
+#[test]
+fn a_sweep_measures_each_student_once() {
+    let dir = folder();
+    let dir = dir.path();
+    ok(dir, &["sample", "student.onnx", "-n", "80", "-o", "a.npy", "--classes", "0,2"]);
+    let run = dir.join("run");
+    std::fs::create_dir_all(run.join("snapshots")).unwrap();
+    std::fs::write(run.join("config.toml"), "seed = 0\n").unwrap();
+    std::fs::copy(dir.join("student.onnx"), run.join("student.onnx")).unwrap();
+    std::fs::write(run.join("snapshots/update-00000010-average.onnx"), testing::student("n")).unwrap();
+    let args = ["a.npy", "--run", "run", "--features", "features.onnx", "--feature-range", "-1,1", "-n", "80"];
+    let first = evaluate(dir, &args);
+    assert_eq!(first["rows"].as_array().unwrap().len(), 2);
+    let book = || -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(run.join("evaluation.json")).unwrap()).unwrap()
+    };
+    assert_eq!(book()["entries"].as_array().unwrap().len(), 2);
+    assert_eq!(first["best"], book()["best"]);
+    assert_eq!(book()["neighbours"].as_array().unwrap().len(), 8);
+    // What was measured is not measured again: a changed figure stays as it is.
+    let mut changed = book();
+    changed["entries"][0]["row"]["frechet"] = serde_json::json!(1e-9);
+    std::fs::write(run.join("evaluation.json"), changed.to_string()).unwrap();
+    let second = evaluate(dir, &args);
+    assert_eq!(second["rows"][0]["frechet"].as_f64(), Some(1e-9));
+    assert_eq!(second["best"].as_str(), Some("snapshots/update-00000010-average.onnx"));
+    // Another count is another setting, and a new file is measured.
+    let other = evaluate(dir, &[&args[..7], &["-n", "70"]].concat());
+    assert!(other["rows"][0]["frechet"].as_f64() > Some(1e-6), "{other}");
+    ok(dir, &["report", "run"]);
+    let report = std::fs::read_to_string(run.join("report.html")).unwrap();
+    assert!(report.contains("(best)") && report.contains("nearest reference images"), "the sweep is in the report");
+    std::fs::write(run.join("evaluation.json"), "{").unwrap();
+    let (code, error) = fails(dir, &[&["evaluate"], &args[..]].concat());
+    assert!(code == 1 && error.contains("not the results of an evaluation"), "{error}");
+}
+
 #[test]
 fn timings_come_for_every_engine() {
     let dir = folder();

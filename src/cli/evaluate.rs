@@ -1,4 +1,4 @@
-//! `disback evaluate`: distances between two sets of images.
+//! `disback evaluate`: distances between sets of images.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,45 +8,92 @@ use serde_json::json;
 
 use super::Globals;
 use super::engine::EngineArgs;
-use crate::error::{Context, Error, Result};
+use super::evaluate_table as show;
+use crate::diffusion::Sampler;
+use crate::error::{Error, Result};
+use crate::eval::collect::{Collected, Wanted};
+use crate::eval::evaluation::{Plan, Row, measure, reference};
 use crate::eval::features::FeatureOptions;
-use crate::eval::source::sample_images;
-use crate::eval::{FeatureMatrix, FeatureNet, Scores, Source, Statistics, compare, frechet};
-use crate::io::ImageSet;
-use crate::io::images::describe;
+use crate::eval::source::Draw;
+use crate::eval::sweep::{self, Book, Entry, Neighbours};
+use crate::eval::{FeatureNet, Source, neighbours};
+use crate::io::images::Rounding;
+use crate::report::grid;
 use crate::runtime::student::Request;
+use crate::tensor::HostTensor;
 
-/// Compare two sets of images in the feature space of an ONNX network: Frechet distance, kernel distance, precision, recall.
+/// Compare generated images with a reference: Frechet and kernel distance, precision, recall, density, coverage, Inception
+/// Score in the feature space of any ONNX network, and the sliced Wasserstein distance without one.
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
-    /// The generated set: a student.onnx, a folder of PNG files, a .npy or a .npz.
-    a: PathBuf,
-    /// The reference: the same, or a .npz with `mu` and `sigma`.
-    b: PathBuf,
+    /// The generated sets and, last, the reference. Each is a student.onnx, a teacher with its card, a folder or .zip of
+    /// PNG files, a .npy, a .npz of images; the reference may also be a .npz with `mu` and `sigma`.
+    #[arg(required = true, num_args = 1..)]
+    sets: Vec<PathBuf>,
+    /// All students of a run directory (snapshots, best.onnx, student.onnx), without those measured before in the same way;
+    /// names the best and keeps the figures in evaluation.json for the report.
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
     /// ONNX network whose output is the feature space.
     #[arg(long)]
-    features: PathBuf,
+    features: Option<PathBuf>,
     /// Its output to use, where it has several.
     #[arg(long)]
     feature_output: Option<String>,
     /// Value range of its input, as in -1,1 or 0,255.
     #[arg(long, value_name = "LOW,HIGH", allow_hyphen_values = true)]
     feature_range: Option<String>,
+    /// An entry of its card: size=[299,299], resize=bicubic-antialias, mean=[...], std=[...], logits=NAME, channels=3.
+    #[arg(long, value_name = "KEY=VALUE")]
+    feature_card: Vec<String>,
     /// Value range of float arrays.
     #[arg(long, value_name = "LOW,HIGH", default_value = "-1,1", allow_hyphen_values = true)]
     range: String,
-    /// Images to use of each set (the first ones) and to sample from a student; as many as the other set has, else 5000.
+    /// How floats become 8 bits.
+    #[arg(long, value_enum, default_value = "edm")]
+    rounding: Rounding,
+    /// Images of each generated set (the first ones of a folder); as many as the reference has, else 5000.
     #[arg(short = 'n', long = "number")]
     number: Option<usize>,
-    /// Seed of a student's samples.
+    /// Blocks of that many images, each with its own seeds: means, their deviation and the least.
+    #[arg(long, default_value_t = 1)]
+    repeats: usize,
+    /// Seed of what is sampled.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Classes of the samples in turn, as in 0-9; drawn from the seed where absent.
+    #[arg(long)]
+    classes: Option<String>,
+    /// Rows for a condition that is not a class, as in text=embeddings.npy.
+    #[arg(long = "condition", value_name = "INPUT=FILE.npy")]
+    conditions: Vec<String>,
+    /// Sampler of teachers.
+    #[arg(long, value_enum, default_value = "heun")]
+    sampler: Sampler,
+    /// Its steps; a list gives a row for each, as in 5,9,18.
+    #[arg(long, value_name = "N,...", default_value = "18", value_delimiter = ',')]
+    steps: Vec<usize>,
+    /// Classifier-free guidance of teachers.
+    #[arg(long, default_value_t = 1.0)]
+    guidance: f64,
+    /// A value of a teacher's card, as in prediction=epsilon.
+    #[arg(long = "card", value_name = "KEY=VALUE")]
+    card: Vec<String>,
+    /// Also measure each class by itself. Holds the features of all images in memory.
+    #[arg(long)]
+    by_class: bool,
+    /// Also the sliced Wasserstein distance; always without --features.
+    #[arg(long)]
+    sliced: bool,
     /// Images a call of the networks.
     #[arg(long, default_value_t = 128)]
     batch: usize,
-    /// Keep the mean and covariance of the second set as a .npz (`mu`, `sigma`), to serve as reference later.
+    /// Keep the reference's mean and covariance as a .npz (`mu`, `sigma`), to serve as reference later.
     #[arg(long, value_name = "FILE.npz")]
     save_statistics: Option<PathBuf>,
+    /// Write a sheet of the first set's first images, each with the nearest reference images beside it.
+    #[arg(long, value_name = "FILE.png")]
+    neighbours: Option<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -59,113 +106,225 @@ fn pair(name: &str, text: &str) -> Result<[f64; 2]> {
     }
 }
 
-/// One side after its features are known.
-struct Side {
-    path: PathBuf,
-    features: Option<FeatureMatrix>,
-    statistics: Statistics,
-    shape: Option<[usize; 3]>,
+/// Generated images shown with their neighbours, and neighbours of each.
+const QUERIES: usize = 8;
+const NEAREST: usize = 7;
+
+/// What is the same for all sets.
+struct Judge<'a> {
+    args: &'a EvaluateArgs,
+    globals: Globals,
+    net: Option<FeatureNet>,
+    range: [f64; 2],
+    draw: Draw,
+    wanted: Wanted,
+    reference: Collected,
+    reference_source: Source,
 }
 
-fn side(
-    args: &EvaluateArgs,
-    path: &Path,
-    source: Source,
-    other: Option<usize>,
-    net: &mut FeatureNet,
-    globals: Globals,
-) -> Result<Side> {
-    let images = match source {
-        Source::Statistics(statistics) => {
-            return Ok(Side { path: path.to_path_buf(), features: None, statistics, shape: None });
+impl Judge<'_> {
+    fn open(&self, path: &Path) -> Result<Source> {
+        let source = Source::open_with(path, self.range, &self.args.card, &self.args.engine.options()?)?;
+        Ok(match source {
+            Source::Images(set) => Source::Images(set.with_rounding(self.args.rounding)),
+            Source::Statistics(_) => {
+                return Err(Error::usage(format!(
+                    "{} is a file of statistics: it can only be the reference, the last one",
+                    path.display()
+                )));
+            }
+            other => other,
+        })
+    }
+
+    /// Images a block for a source.
+    fn images(&self, source: &Source) -> usize {
+        let own = source.len().map(|n| n / self.args.repeats.max(1));
+        let reference = Some(self.reference.count).filter(|n| *n > 0);
+        match (self.args.number, own) {
+            (Some(n), _) => n,
+            (None, Some(own)) => own,
+            (None, None) => reference.unwrap_or(5000),
         }
-        Source::Images(set) => match args.number {
-            Some(n) if n < set.len() => ImageSet::from_samples(set.batch_u8(0, n)?, [0.0, 255.0])?,
-            _ => set,
-        },
-        Source::Student(mut student) => {
-            let count = args.number.or(other).unwrap_or(5000);
-            let request = Request { seed: args.seed, batch: args.batch, ..Request::default() };
-            let bar = super::progress(globals, count as u64, "samples");
-            sample_images(&mut student, &request, count, |n| bar.inc(n as u64))
-                .with_context(|| path.display().to_string())?
+    }
+
+    fn measure(&mut self, name: &str, source: &mut Source, steps: usize) -> Result<(Row, Collected)> {
+        let draw = Draw { steps, ..self.draw.clone() };
+        let plan = Plan { images: self.images(source), blocks: self.args.repeats.max(1), wanted: self.wanted };
+        let bar = super::progress(self.globals, (plan.images * plan.blocks) as u64, name);
+        let seen = |n: usize| bar.inc(n as u64);
+        let out = measure(name, source, &draw, self.net.as_mut(), &self.reference, &plan, seen)?;
+        bar.finish_and_clear();
+        Ok(out)
+    }
+
+    /// Rows of one path: a teacher has one for each number of steps.
+    fn rows(&mut self, path: &Path) -> Result<Vec<(Row, Collected)>> {
+        let mut source = self.open(path)?;
+        let name = path.display().to_string();
+        let Source::Teacher(_) = &source else { return Ok(vec![self.measure(&name, &mut source, 0)?]) };
+        let sampler = format!("{:?}", self.args.sampler).to_lowercase();
+        let steps = self.args.steps.clone();
+        let row = |s: &usize| self.measure(&format!("{name}, {sampler} {s}"), &mut source, *s);
+        steps.iter().map(row).collect()
+    }
+
+    /// What decides a figure beside the set itself.
+    fn setting(&self) -> Result<String> {
+        let statistics = self.reference.statistics.as_ref().map(|s| {
+            let trace: f64 = (0..s.dims()).map(|k| s.covariance[(k, k)]).sum();
+            format!("{:?} {trace:?} {}", s.mean, self.reference.count)
+        });
+        let args = self.args;
+        Ok(sweep::setting(&json!({
+            "network": self.net.as_ref().map(FeatureNet::fingerprint), "reference": statistics,
+            "number": args.number.unwrap_or(self.reference.count), "repeats": args.repeats, "seed": args.seed,
+            "classes": args.classes, "conditions": args.conditions, "rounding": args.rounding.formula(),
+            "by_class": args.by_class, "sliced": self.wanted.patches,
+        })))
+    }
+
+    /// The sheet of neighbours and what it shows.
+    fn neighbours(&mut self, path: &Path, source: &mut Source, set: &Collected) -> Result<Vec<Neighbours>> {
+        let (Some(a), Some(b)) = (&set.rows, &self.reference.rows) else {
+            return Err(Error::usage("neighbours need a feature network and reference images, not only statistics"));
+        };
+        let found = neighbours::nearest(a, b, QUERIES, NEAREST)?;
+        let (mut tiles, mut out) = (Vec::new(), Vec::new());
+        for (query, nearest) in found.iter().enumerate() {
+            let image = set.chosen[query];
+            tiles.push(source.draw(&self.draw, image, 1)?.images);
+            let places: Vec<(usize, f64)> = nearest.iter().map(|(j, d)| (self.reference.chosen[*j], *d)).collect();
+            for (place, _) in &places {
+                tiles.push(self.reference_source.draw(&self.draw, *place, 1)?.images);
+            }
+            out.push(Neighbours { image, nearest: places });
         }
+        let sheet = HostTensor::concat_rows(&tiles)?.cast(crate::tensor::DType::F32);
+        grid::write(path, &sheet, Some([0.0, 255.0]), Some(NEAREST.min(self.reference.chosen.len()) + 1))?;
+        Ok(out)
+    }
+}
+
+fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) -> Result<Judge<'a>> {
+    let options = args.engine.options()?;
+    let range = pair("--range", &args.range)?;
+    if args.repeats == 0 || args.number == Some(0) || args.batch == 0 {
+        return Err(Error::usage("--repeats, --number and --batch start at 1"));
+    }
+    let feature_range = args.feature_range.as_deref().map(|t| pair("--feature-range", t)).transpose()?;
+    let card = args.feature_card.clone();
+    let wanted = FeatureOptions { output: args.feature_output.clone(), range: feature_range, card };
+    let mut net = args.features.as_deref().map(|f| FeatureNet::open(f, &wanted, &options)).transpose()?;
+    let classes = args.classes.as_deref().map(super::sample::parse_classes).transpose()?.unwrap_or_default();
+    let embeddings = super::sample::read_conditions(&args.conditions)?;
+    let draw = Draw {
+        request: Request { seed: args.seed, classes, embeddings, batch: args.batch },
+        rounding: args.rounding,
+        sampler: args.sampler,
+        steps: args.steps.first().copied().unwrap_or(18),
+        guidance: args.guidance,
     };
-    let bar = super::progress(globals, images.len() as u64, "features");
-    let features =
-        net.features(&images, args.batch, |n| bar.inc(n as u64)).with_context(|| path.display().to_string())?;
+    let wanted = Wanted { rows: net.is_some(), classes: args.by_class, patches: args.sliced || net.is_none() };
+    let mut source = Source::open_with(reference_path, range, &args.card, &options)?;
+    if let Source::Images(set) = source {
+        source = Source::Images(set.with_rounding(args.rounding));
+    }
+    if args.by_class && (net.is_none() || matches!(source, Source::Statistics(_))) {
+        return Err(Error::usage("--by-class needs --features and reference images with classes"));
+    }
+    let count = source.len().or(args.number).unwrap_or(5000);
+    let bar = super::progress(globals, count as u64, "reference images");
+    let seen = |n: usize| bar.inc(n as u64);
+    let reference = reference(&mut source, &draw, net.as_mut(), count, wanted, seen)
+        .map_err(|e| e.context(reference_path.display().to_string()))?;
     bar.finish_and_clear();
-    let statistics = Statistics::of(&features);
-    Ok(Side { path: path.to_path_buf(), features: Some(features), statistics, shape: Some(images.shape()) })
+    if let Some(path) = &args.save_statistics {
+        match &reference.statistics {
+            Some(s) => s.write(path)?,
+            None => return Err(Error::usage("--save-statistics needs --features")),
+        }
+    }
+    Ok(Judge { args, globals, net, range, draw, wanted, reference, reference_source: source })
+}
+
+/// Measures the students of a run, each setting once.
+fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[Row]) -> Result<(Vec<Row>, Book)> {
+    let students = sweep::students(run)?;
+    let setting = judge.setting()?;
+    let mut book = Book::read(run)?;
+    book.turn_to(&setting);
+    book.others = others.to_vec();
+    book.command = Some(super::command_line());
+    book.reference = judge.args.sets.last().map(|p| p.display().to_string());
+    let mut rows = Vec::new();
+    for path in &students {
+        let file = path.strip_prefix(run).unwrap_or(path).display().to_string().replace('\\', "/");
+        let hash = sweep::hash_file(path)?;
+        let known = book.find(&hash, &setting).cloned();
+        let row = match known {
+            Some(row) => Row { name: file.clone(), ..row },
+            None => {
+                let mut source = judge.open(path)?;
+                judge.measure(&file, &mut source, 0)?.0
+            }
+        };
+        book.insert(Entry { file, hash, setting: setting.clone(), row: row.clone() });
+        // After each: what was measured stays measured.
+        book.write(run)?;
+        rows.push(row);
+    }
+    if let (Some(best), Some(_), true) = (book.best.clone(), &judge.reference.rows, judge.wanted.rows) {
+        let mut source = judge.open(&run.join(best))?;
+        let plan = Plan { images: QUERIES.max(2), blocks: 1, wanted: Wanted { rows: true, ..Wanted::default() } };
+        let span = (0, plan.images);
+        let set = crate::eval::collect::collect(
+            &mut source,
+            &judge.draw.clone(),
+            judge.net.as_mut(),
+            span,
+            plan.wanted,
+            |_| {},
+        )?;
+        std::fs::create_dir_all(run.join("samples"))?;
+        book.neighbours = judge.neighbours(&run.join("samples/neighbours.png"), &mut source, &set)?;
+    }
+    book.write(run)?;
+    Ok((rows, book))
 }
 
 pub fn run(args: &EvaluateArgs, globals: Globals) -> Result<ExitCode> {
-    let options = args.engine.options()?;
-    let range = pair("--range", &args.range)?;
-    let feature_range = args.feature_range.as_deref().map(|t| pair("--feature-range", t)).transpose()?;
-    let wanted = FeatureOptions { output: args.feature_output.clone(), range: feature_range };
-    let mut net = FeatureNet::open(&args.features, &wanted, &options)?;
-    let (a, b) = (Source::open(&args.a, range, &options)?, Source::open(&args.b, range, &options)?);
-    if let Source::Statistics(_) = a {
-        return Err(Error::usage("the first set is a file of statistics: give the generated images there"));
+    let (reference, generated) = args.sets.split_last().ok_or_else(|| Error::usage("no sets"))?;
+    if generated.is_empty() && args.run.is_none() && args.save_statistics.is_none() {
+        return Err(Error::usage("one set alone: give the generated set, then the reference").hint(
+            "--save-statistics FILE.npz keeps the statistics of one set; --run DIR measures the students of a run",
+        ));
     }
-    let (len_a, len_b) = (a.len(), b.len());
-    let a = side(args, &args.a, a, len_b, &mut net, globals)?;
-    let b = side(args, &args.b, b, len_a, &mut net, globals)?;
-    if let (Some(x), Some(y)) = (a.shape, b.shape)
-        && x != y
-    {
-        return Err(Error::mismatch(format!(
-            "{} holds images of {}, {} of {}",
-            a.path.display(),
-            describe(x),
-            b.path.display(),
-            describe(y)
-        )));
+    let mut judge = judge(args, reference, globals)?;
+    let mut rows = Vec::new();
+    for (k, path) in generated.iter().enumerate() {
+        let found = judge.rows(path)?;
+        if let (0, Some(sheet), Some((_, set))) = (k, &args.neighbours, found.first()) {
+            let mut source = judge.open(path)?;
+            let set = set.clone();
+            judge.neighbours(sheet, &mut source, &set)?;
+        }
+        rows.extend(found.into_iter().map(|(row, _)| row));
     }
-    if let Some(path) = &args.save_statistics {
-        b.statistics.write(path)?;
+    let mut best = None;
+    if let Some(run) = &args.run {
+        let (students, book) = sweep_run(&mut judge, run, &rows)?;
+        rows.splice(0..0, students);
+        best = book.best;
     }
-    let mut out = json!({ "ok": true, "a": args.a, "b": args.b, "network": args.features, "output": net.output(),
-        "input_range": net.range() });
-    let mut warnings: Vec<String> = net.assumed().map(str::to_string).into_iter().collect();
-    let scores = match (&a.features, &b.features) {
-        (Some(x), Some(y)) => Some(compare(x, y)?),
-        _ => None,
-    };
-    let distance = match &scores {
-        Some(s) => s.frechet,
-        None => frechet::distance(&a.statistics, &b.statistics)?,
-    };
-    if let Some(Scores { warnings: more, .. }) = &scores {
-        warnings.extend(more.iter().cloned());
-    }
-    out["frechet"] = json!(distance);
-    if let Some(s) = &scores {
-        out["kernel"] = json!(s.kernel);
-        out["kernel_standard_error"] = json!(s.kernel_standard_error);
-        out["precision"] = json!(s.precision);
-        out["recall"] = json!(s.recall);
-        out["images"] = json!(s.images);
-        out["features"] = json!(s.features);
-    }
-    out["warnings"] = json!(warnings);
-    if globals.json {
-        println!("{out}");
-        return Ok(ExitCode::SUCCESS);
-    }
-    if !globals.quiet {
-        warnings.iter().for_each(|w| eprintln!("warning: {w}"));
-    }
-    let mut table = super::table(["measure", "value"]);
-    table.add_row(["Frechet distance", &format!("{distance:.4}")]);
-    if let Some(s) = &scores {
-        table.add_row(["kernel distance", &format!("{:.5} +- {:.5}", s.kernel, s.kernel_standard_error)]);
-        table.add_row(["precision (quality)", &format!("{:.4}", s.precision)]);
-        table.add_row(["recall (diversity)", &format!("{:.4}", s.recall)]);
-        table.add_row(["images", &format!("{} against {}", s.images[0], s.images[1])]);
-        table.add_row(["features", &format!("{} of {}", s.features, net.output())]);
-    }
-    println!("{table}");
+    show::print(&show::Shown {
+        rows: &rows,
+        best: best.as_deref(),
+        reference,
+        net: judge.net.as_ref().zip(args.features.as_deref()),
+        rounding: args.rounding,
+        saved: args.save_statistics.as_deref(),
+        globals,
+    });
     Ok(ExitCode::SUCCESS)
 }

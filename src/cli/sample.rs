@@ -46,7 +46,7 @@ pub struct SampleArgs {
 }
 
 /// `0-9`, `3,1,4`, `0-4,9`.
-fn parse_classes(text: &str) -> Result<Vec<usize>> {
+pub(super) fn parse_classes(text: &str) -> Result<Vec<usize>> {
     let bad = || Error::usage(format!("--classes {text}: expected numbers and ranges, as in 0-9 or 3,1,4"));
     let mut classes = Vec::new();
     for part in text.split(',') {
@@ -63,6 +63,17 @@ fn parse_classes(text: &str) -> Result<Vec<usize>> {
         }
     }
     Ok(classes)
+}
+
+/// `INPUT=FILE.npy` entries with their arrays.
+pub(super) fn read_conditions(entries: &[String]) -> Result<Vec<(String, HostTensor)>> {
+    let read = |entry: &String| {
+        let (name, file) = entry
+            .split_once('=')
+            .ok_or_else(|| Error::usage(format!("--condition {entry}: expected INPUT=FILE.npy")))?;
+        Ok((name.to_string(), npy::read(Path::new(file))?))
+    };
+    entries.iter().map(read).collect()
 }
 
 fn write(args: &SampleArgs, student: &Student, samples: &HostTensor, classes: Option<&[usize]>) -> Result<()> {
@@ -99,13 +110,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
         return Err(Error::usage("--number 0: nothing to sample"));
     }
     let mut student = Student::open(&args.student, &args.engine.options()?)?;
-    let mut embeddings = Vec::new();
-    for entry in &args.conditions {
-        let (name, file) = entry
-            .split_once('=')
-            .ok_or_else(|| Error::usage(format!("--condition {entry}: expected INPUT=FILE.npy")))?;
-        embeddings.push((name.to_string(), npy::read(Path::new(file))?));
-    }
+    let embeddings = read_conditions(&args.conditions)?;
     let classes = args.classes.as_deref().map(parse_classes).transpose()?.unwrap_or_default();
     let request = Request { seed: args.seed, classes, embeddings, batch: args.batch };
     let labels = student.classes(&request, 0, args.number)?;

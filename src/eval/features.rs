@@ -1,11 +1,12 @@
-//! Features of images through an ONNX network.
-//!
-//! What the network says about itself in `metadata_props`: `disback.features.output` (which output), `.range` (value range
-//! of its input, `[-1, 1]`, `[0, 1]` or `[0, 255]`). The command line overrides both.
+//! Features of images through an ONNX network, with the preprocessing of its [`FeatureCard`].
 
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
+
 use super::FeatureMatrix;
+use super::card::FeatureCard;
+use super::resize::Resizer;
 use crate::error::{Context, Error, Result};
 use crate::io::ImageSet;
 use crate::io::images::describe;
@@ -18,6 +19,17 @@ use crate::tensor::{DType, HostTensor};
 pub struct FeatureOptions {
     pub output: Option<String>,
     pub range: Option<[f64; 2]>,
+    /// Entries of the feature card, `key=value`.
+    pub card: Vec<String>,
+}
+
+/// What a network makes of a batch.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// f32 [N, D].
+    pub features: HostTensor,
+    /// Class scores before the softmax, f32 [N, K], where the network gives them.
+    pub logits: Option<HostTensor>,
 }
 
 /// A network that turns images into rows of features.
@@ -25,7 +37,10 @@ pub struct FeatureNet {
     engine: Box<dyn Engine>,
     input: ValueInfo,
     output: String,
+    logits: Option<String>,
     range: [f64; 2],
+    card: FeatureCard,
+    file_hash: String,
     assumed: Option<String>,
 }
 
@@ -40,19 +55,32 @@ enum Layout {
 impl FeatureNet {
     /// Opens a feature network.
     pub fn open(path: &Path, features: &FeatureOptions, options: &EngineOptions) -> Result<Self> {
-        let read = || student::decode(&std::fs::read(path)?);
-        let model = read().with_context(|| path.display().to_string())?;
-        Self::from_engine(&model, features, open(path, options)?).with_context(|| path.display().to_string())
+        let run = || {
+            let bytes = std::fs::read(path)?;
+            let model = student::decode(&bytes)?;
+            let hash = file_hash(&bytes, &model, path.parent())?;
+            Self::from_engine(&model, hash, Some(path), features, open(path, options)?)
+        };
+        run().map_err(|e| {
+            if e.to_string().contains(&path.display().to_string()) { e } else { e.context(path.display().to_string()) }
+        })
     }
 
     /// A serialised feature network without external data.
     pub fn from_bytes(bytes: &[u8], features: &FeatureOptions, options: &EngineOptions) -> Result<Self> {
-        Self::from_engine(&student::decode(bytes)?, features, open_bytes(bytes, None, options)?)
+        let model = student::decode(bytes)?;
+        let hash = file_hash(bytes, &model, None)?;
+        Self::from_engine(&model, hash, None, features, open_bytes(bytes, None, options)?)
     }
 
-    fn from_engine(model: &ModelProto, features: &FeatureOptions, engine: Box<dyn Engine>) -> Result<Self> {
-        let metadata = student::metadata(model);
-        let entry = |key: &str| metadata.get(&format!("features.{key}")).map(|t| student::parse_value(t));
+    fn from_engine(
+        model: &ModelProto,
+        file_hash: String,
+        path: Option<&Path>,
+        features: &FeatureOptions,
+        engine: Box<dyn Engine>,
+    ) -> Result<Self> {
+        let card = FeatureCard::resolve(&student::metadata(model), path, &features.card)?;
         let [input] = engine.inputs() else {
             let inputs: Vec<String> = engine.inputs().iter().map(ValueInfo::to_string).collect();
             return Err(Error::mismatch(format!(
@@ -64,30 +92,33 @@ impl FeatureNet {
             return Err(Error::mismatch(format!("the input {input} takes no images")));
         }
         let names: Vec<&str> = engine.outputs().iter().map(|o| o.name.as_str()).collect();
-        let wanted = features.output.clone().or_else(|| entry("output").and_then(|v| v.as_str().map(str::to_string)));
-        let output = match wanted {
-            Some(name) if names.contains(&name.as_str()) => name,
-            Some(name) => {
-                return Err(Error::usage(format!("no output `{name}`; there are: {}", names.join(", "))));
-            }
-            None if names.len() == 1 => names[0].to_string(),
-            None => {
-                return Err(Error::usage(format!("which output holds the features? {}", names.join(", ")))
-                    .hint("--feature-output NAME"));
-            }
+        let check = |name: String| match names.contains(&name.as_str()) {
+            true => Ok(name),
+            false => Err(Error::usage(format!("no output `{name}`; there are: {}", names.join(", ")))),
         };
-        let stored = entry("range").and_then(|v| {
-            let pair = v.as_array()?.iter().map(|x| x.as_float().or_else(|| x.as_integer().map(|i| i as f64)));
-            <[f64; 2]>::try_from(pair.collect::<Option<Vec<_>>>()?).ok()
-        });
-        let assumed = (features.range.is_none() && stored.is_none() && input.dtype != DType::U8)
+        // A network's logits go by that name; anything else has to be said.
+        let logits = card.logits.clone().map(&check).transpose()?;
+        let logits = logits.or_else(|| names.contains(&"logits").then(|| "logits".to_string()));
+        let rest: Vec<&&str> = names.iter().filter(|n| Some(**n) != logits.as_deref()).collect();
+        let output = match features.output.clone().or_else(|| card.output.clone()) {
+            Some(name) => check(name)?,
+            None => match (names.as_slice(), rest.as_slice()) {
+                ([only], _) => only.to_string(),
+                (_, [only]) => only.to_string(),
+                _ => {
+                    return Err(Error::usage(format!("which output holds the features? {}", names.join(", ")))
+                        .hint("--feature-output NAME"));
+                }
+            },
+        };
+        let stored = features.range.or(card.range);
+        let assumed = (stored.is_none() && input.dtype != DType::U8)
             .then(|| "the feature network does not say which value range it wants: [-1, 1] is assumed".to_string());
-        let range =
-            features.range.or(stored).unwrap_or(if input.dtype == DType::U8 { [0.0, 255.0] } else { [-1.0, 1.0] });
-        Ok(Self { input: input.clone(), output, range, assumed, engine })
+        let range = stored.unwrap_or(if input.dtype == DType::U8 { [0.0, 255.0] } else { [-1.0, 1.0] });
+        Ok(Self { input: input.clone(), output, logits, range, card, file_hash, assumed, engine })
     }
 
-    /// Value range of the network's input.
+    /// Value range of the network's input, before mean and std.
     pub fn range(&self) -> [f64; 2] {
         self.range
     }
@@ -95,9 +126,39 @@ impl FeatureNet {
     pub fn output(&self) -> &str {
         &self.output
     }
+    /// The output with class scores, where there is one.
+    pub fn logits(&self) -> Option<&str> {
+        self.logits.as_deref()
+    }
+    pub fn card(&self) -> &FeatureCard {
+        &self.card
+    }
     /// What was assumed because neither the file nor the caller said it.
     pub fn assumed(&self) -> Option<&str> {
         self.assumed.as_deref()
+    }
+
+    /// Hash of the network's file, its output and its preprocessing: features of equal fingerprints can be compared.
+    pub fn fingerprint(&self) -> String {
+        let c = &self.card;
+        let text = format!(
+            "{} output={} range={:?} size={:?} resize={:?} mean={:?} std={:?} channels={:?}",
+            self.file_hash, self.output, self.range, c.size, c.resize, c.mean, c.std, c.channels
+        );
+        hex(&Sha256::digest(text.as_bytes()))
+    }
+
+    /// The preprocessing in words.
+    pub fn preprocessing(&self) -> String {
+        let mut text = match (self.card.size, self.card.resize) {
+            (Some([h, w]), Some(filter)) => format!("{} to {w}x{h}, ", filter.name()),
+            _ => "no resizing, ".to_string(),
+        };
+        text += &format!("range [{}, {}]", self.range[0], self.range[1]);
+        if self.card.mean.is_some() {
+            text += ", then mean and std";
+        }
+        text
     }
 
     fn layout(&self, [c, h, w]: [usize; 3]) -> Result<Layout> {
@@ -117,51 +178,133 @@ impl FeatureNet {
             Ok(Layout::Flat)
         } else {
             let images = describe([c, h, w]);
+            let hint = match (c, self.card.channels) {
+                (1, None) if fits([3, h, w]) || fits([h, w, 3]) => {
+                    "the network takes colour: --feature-card channels=3 gives grey images three equal channels"
+                }
+                _ => "say how to resize: --feature-card size=[299,299] --feature-card resize=bicubic-antialias",
+            };
             Err(Error::mismatch(format!("the feature network wants {}, the images are {images}", self.input))
-                .hint("use a feature network for this size, or put a Resize into it"))
+                .hint(hint))
         }
     }
 
-    /// Features of all images, `batch` a call. `seen` is told how many more images are done.
-    pub fn features(&mut self, images: &ImageSet, batch: usize, mut seen: impl FnMut(usize)) -> Result<FeatureMatrix> {
-        let layout = self.layout(images.shape())?;
-        let [c, h, w] = images.shape();
-        let batch = batch.max(1);
+    /// The network's input for 8-bit images [N,C,H,W].
+    fn prepare(&self, images: &HostTensor) -> Result<HostTensor> {
+        let [n, c, h, w] = *images.shape() else {
+            return Err(Error::mismatch(format!("images of shape {:?}", images.shape())));
+        };
+        let [oh, ow] = self.card.size.unwrap_or([h, w]);
+        let copies = match self.card.channels {
+            Some(wanted) if wanted != c && c == 1 => wanted,
+            Some(wanted) if wanted != c => {
+                return Err(Error::mismatch(format!("the images have {c} channels, the feature card says {wanted}"))
+                    .hint("colour is not made grey: use grey images, or a network for colour"));
+            }
+            _ => 1,
+        };
+        let channels = c * copies;
+        if let Some(mean) = self.card.mean.as_ref().filter(|m| m.len() != channels && m.len() != 1) {
+            return Err(Error::mismatch(format!("{} means for {channels} channels", mean.len())));
+        }
+        let resizer =
+            self.card.resize.filter(|_| [oh, ow] != [h, w]).map(|filter| Resizer::new(filter, [h, w], [oh, ow]));
         let (low, high) = (self.range[0] as f32, self.range[1] as f32);
+        let mut values: Vec<f32> = Vec::with_capacity(n * channels * oh * ow);
+        for image in images.bytes().chunks_exact(c * h * w) {
+            for (channel, plane) in image.chunks_exact(h * w).enumerate() {
+                let mut plane: Vec<f32> = plane.iter().map(|&v| f32::from(v)).collect();
+                if let Some(resizer) = &resizer {
+                    plane = resizer.plane(&plane);
+                    // A cubic filter overshoots; the references cut that off.
+                    plane.iter_mut().for_each(|v| *v = v.clamp(0.0, 255.0));
+                }
+                for copy in 0..copies {
+                    let at = |list: &Option<Vec<f64>>, none: f64| {
+                        list.as_ref().and_then(|l| l.get(channel + copy).or(l.last()).copied()).unwrap_or(none) as f32
+                    };
+                    let (mean, std) = (at(&self.card.mean, 0.0), at(&self.card.std, 1.0));
+                    values.extend(plane.iter().map(|v| (low + (high - low) * (v / 255.0) - mean) / std));
+                }
+            }
+        }
+        let shape = match self.layout([channels, oh, ow])? {
+            Layout::ChannelsFirst => vec![n, channels, oh, ow],
+            Layout::Flat => vec![n, channels * oh * ow],
+            Layout::ChannelsLast => {
+                values = channels_last(&values, n, [channels, oh, ow]);
+                vec![n, oh, ow, channels]
+            }
+        };
+        let tensor = HostTensor::new(&shape, &values)?;
+        if self.input.dtype == DType::U8 {
+            // Resized values are no whole numbers: to the nearest.
+            let rounded: Vec<f32> = values.iter().map(|v| v.round().clamp(0.0, 255.0)).collect();
+            return Ok(HostTensor::new(&shape, &rounded)?.cast(DType::U8));
+        }
+        Ok(tensor.cast(self.input.dtype))
+    }
+
+    /// Features of 8-bit images [N,C,H,W], `batch` a call.
+    pub fn see(&mut self, images: &HostTensor, batch: usize) -> Result<Seen> {
+        let n = images.shape().first().copied().unwrap_or(0);
+        let tensor = self.prepare(images)?;
+        let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), &tensor)], batch.max(1))?;
+        let mut rows = |wanted: &str| -> Result<HostTensor> {
+            let at = outputs.iter().position(|(name, _)| name == wanted);
+            let (_, values) = outputs.swap_remove(at.ok_or_else(|| Error::backend(format!("no output `{wanted}`")))?);
+            let dims = values.len().checked_div(n).unwrap_or(0);
+            if values.shape().first() != Some(&n) || dims == 0 {
+                let shape = values.shape();
+                return Err(Error::mismatch(format!("output `{wanted}` has shape {shape:?} for {n} images")));
+            }
+            // Pooled features often come as [N, D, 1, 1].
+            Ok(values.reshaped(&[n, dims])?.cast(DType::F32))
+        };
+        let same = self.logits.as_deref() == Some(self.output.as_str());
+        let features = rows(&self.output)?;
+        let logits = match &self.logits {
+            Some(_) if same => Some(features.clone()),
+            Some(name) => Some(rows(name)?),
+            None => None,
+        };
+        Ok(Seen { features, logits })
+    }
+
+    /// Features of all images held at once, `batch` a call. `seen` is told how many more images are done.
+    pub fn features(&mut self, images: &ImageSet, batch: usize, mut seen: impl FnMut(usize)) -> Result<FeatureMatrix> {
+        let batch = batch.max(1);
         let mut parts = Vec::new();
         for start in (0..images.len()).step_by(batch) {
             let count = batch.min(images.len() - start);
-            let bytes = images.batch_u8(start, count)?;
-            let mut values: Vec<f32> =
-                bytes.bytes().iter().map(|&v| low + (high - low) * (f32::from(v) / 255.0)).collect();
-            let shape: Vec<usize> = match layout {
-                Layout::ChannelsFirst => vec![count, c, h, w],
-                Layout::Flat => vec![count, c * h * w],
-                Layout::ChannelsLast => {
-                    values = channels_last(&values, count, [c, h, w]);
-                    vec![count, h, w, c]
-                }
-            };
-            let tensor = HostTensor::new(&shape, &values)?.cast(self.input.dtype);
-            let outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), &tensor)], batch)?;
-            let (_, features) = outputs
-                .into_iter()
-                .find(|(name, _)| *name == self.output)
-                .ok_or_else(|| Error::backend(format!("no output `{}`", self.output)))?;
-            // Pooled features often come as [N, D, 1, 1].
-            let dims = features.len() / count;
-            if features.shape().first() != Some(&count) || dims == 0 {
-                let shape = features.shape();
-                return Err(Error::mismatch(format!(
-                    "output `{}` has shape {shape:?} for {count} images",
-                    self.output
-                )));
-            }
-            parts.push(features.reshaped(&[count, dims])?.cast(DType::F32));
+            parts.push(self.see(&images.batch_u8(start, count)?, batch)?.features);
             seen(count);
         }
         FeatureMatrix::new(&HostTensor::concat_rows(&parts)?)
     }
+}
+
+/// SHA-256 of a model file and of the external data its initializers lie in.
+fn file_hash(bytes: &[u8], model: &ModelProto, folder: Option<&Path>) -> Result<String> {
+    let mut hash = Sha256::new_with_prefix(bytes);
+    let initializers = model.graph.iter().flat_map(|g| &g.initializer);
+    let places = initializers.flat_map(|t| &t.external_data).filter(|e| e.key() == "location");
+    let mut files: Vec<&str> = places.map(|e| e.value()).collect();
+    files.sort_unstable();
+    files.dedup();
+    for name in files {
+        // Only names beside the model: the loader refuses anything else.
+        if let Some(folder) = folder.filter(|_| Path::new(name).components().count() == 1) {
+            let path = folder.join(name);
+            let mut file = std::fs::File::open(&path).with_context(|| path.display().to_string())?;
+            std::io::copy(&mut file, &mut hash)?;
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn channels_last(values: &[f32], count: usize, [c, h, w]: [usize; 3]) -> Vec<f32> {

@@ -1,85 +1,82 @@
 //! Frechet distance between Gaussians fitted to two sets of features.
 
-use std::path::Path;
-
 use faer::{Mat, Side};
 
-use super::{FeatureMatrix, same_dims};
-use crate::error::{Context, Error, Result};
-use crate::tensor::HostTensor;
+use super::{FeatureMatrix, Moments, same_dims};
+use crate::error::{Error, Result};
 
 /// Mean and covariance (divided by N-1) of a set's features.
 #[derive(Debug, Clone)]
 pub struct Statistics {
     pub mean: Vec<f64>,
     pub covariance: Mat<f64>,
+    /// Images behind them, where known.
+    pub count: Option<usize>,
+    /// Fingerprint of the feature network and its preprocessing, where known.
+    pub network: Option<String>,
 }
 
 impl Statistics {
     /// Fits a Gaussian to a set.
-    pub fn of(features: &FeatureMatrix) -> Self {
-        let (n, d) = (features.len(), features.dims());
+    pub fn of(features: &FeatureMatrix) -> Result<Self> {
         let x = features.mat();
-        let mean: Vec<f64> = (0..d).map(|j| (0..n).map(|i| x[(i, j)]).sum::<f64>() / n as f64).collect();
-        let centred = Mat::from_fn(n, d, |i, j| x[(i, j)] - mean[j]);
-        let covariance = centred.transpose() * &centred;
-        Self { mean, covariance: Mat::from_fn(d, d, |i, j| covariance[(i, j)] / (n as f64 - 1.0)) }
+        let mut moments = Moments::new(features.dims());
+        for i in 0..features.len() {
+            moments.push((0..features.dims()).map(|j| x[(i, j)]))?;
+        }
+        Self::from_moments(moments)
     }
 
-    /// Reference statistics as other tools keep them: a `.npz` with `mu` [D] and `sigma` [D,D].
-    pub fn read(path: &Path) -> Result<Self> {
-        let arrays = crate::io::npy::read_npz(path)?;
-        let find = |name: &str| {
-            let found = arrays.iter().find(|(n, _)| n == name).map(|(_, t)| t);
-            found.ok_or_else(|| Error::io(format!("no array `{name}`"))).with_context(|| path.display().to_string())
-        };
-        let (mu, sigma) = (find("mu")?, find("sigma")?);
-        let d = mu.len();
-        if d == 0 || mu.rank() != 1 || sigma.shape() != [d, d] {
-            let shapes = format!("mu {:?} and sigma {:?}, expected [D] and [D, D]", mu.shape(), sigma.shape());
-            return Err(Error::mismatch(shapes).context(path.display().to_string()));
-        }
-        let (mean, sigma) = (mu.to_f64(), sigma.to_f64());
-        if mean.iter().chain(&sigma).any(|v| !v.is_finite()) {
-            return Err(Error::mismatch("the statistics hold NaN").context(path.display().to_string()));
-        }
-        Ok(Self { mean, covariance: Mat::from_fn(d, d, |i, j| sigma[i * d + j]) })
+    /// From what has streamed by.
+    pub fn from_moments(moments: Moments) -> Result<Self> {
+        let count = Some(moments.count());
+        let (mean, covariance) = moments.finish()?;
+        Ok(Self { mean, covariance, count, network: None })
     }
 
-    /// Writes what [`Statistics::read`] reads.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let d = self.mean.len();
-        let sigma: Vec<f64> = (0..d * d).map(|k| self.covariance[(k / d, k % d)]).collect();
-        let (mu, sigma) = (HostTensor::vec(&self.mean), HostTensor::new(&[d, d], &sigma)?);
-        crate::io::npy::write_npz(path, &[("mu", &mu), ("sigma", &sigma)])
+    /// Number of features.
+    pub fn dims(&self) -> usize {
+        self.mean.len()
     }
 }
 
 /// Eigenvalues below this share of the largest are rounding noise: their square roots would add up.
-fn floor(values: &[f64]) -> f64 {
-    let largest = values.iter().copied().fold(0.0, f64::max);
-    largest * values.len() as f64 * f64::EPSILON
+fn floor(largest: f64, dims: usize) -> f64 {
+    largest * dims as f64 * f64::EPSILON
 }
 
-/// `|mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2)` (Dowson & Landau 1982). Both roots are taken of symmetric
-/// matrices by eigendecomposition, which stays real and stable where `sqrtm(A B)` does not.
-pub fn distance(a: &Statistics, b: &Statistics) -> Result<f64> {
-    same_dims(a.mean.len(), b.mean.len())?;
-    let d = a.mean.len();
+/// `L` with `c = L L^T`: Cholesky where `c` is safely positive definite, else eigenvectors scaled by the roots of the
+/// eigenvalues that are above rounding noise.
+fn factor(c: &Mat<f64>) -> Result<Mat<f64>> {
+    let d = c.nrows();
+    let largest = (0..d).map(|k| c[(k, k)]).fold(0.0, f64::max);
+    if let Ok(llt) = c.llt(Side::Lower) {
+        let l = llt.L();
+        if (0..d).all(|k| l[(k, k)] * l[(k, k)] > floor(largest, d)) {
+            return Ok(Mat::from_fn(d, d, |i, j| if i >= j { l[(i, j)] } else { 0.0 }));
+        }
+    }
     let failed = |_| Error::backend("the eigendecomposition of a covariance did not converge");
-    let eigen = a.covariance.self_adjoint_eigen(Side::Lower).map_err(failed)?;
+    let eigen = c.self_adjoint_eigen(Side::Lower).map_err(failed)?;
     let values: Vec<f64> = (0..d).map(|k| eigen.S()[k]).collect();
-    let cut = floor(&values);
-    let roots: Vec<f64> = values.iter().map(|&v| if v > cut { v.sqrt() } else { 0.0 }).collect();
+    let cut = floor(values.iter().copied().fold(0.0, f64::max), d);
+    let kept: Vec<usize> = (0..d).filter(|&k| values[k] > cut).collect();
     let u = eigen.U();
-    let scaled = Mat::from_fn(d, d, |i, j| u[(i, j)] * roots[j]);
-    let root = &scaled * u.transpose();
-    let middle = &root * &b.covariance * &root;
-    let symmetric = Mat::from_fn(d, d, |i, j| 0.5 * (middle[(i, j)] + middle[(j, i)]));
-    let values = symmetric.self_adjoint_eigenvalues(Side::Lower).map_err(failed)?;
-    let cut = floor(&values);
-    let cross: f64 = values.iter().filter(|&&v| v > cut).map(|v| v.sqrt()).sum();
+    Ok(Mat::from_fn(d, kept.len(), |i, j| u[(i, kept[j])] * values[kept[j]].sqrt()))
+}
+
+/// `|mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A B)^1/2)` (Dowson & Landau 1982). With `A = L L^T` and `B = M M^T` the last trace
+/// is the sum of the singular values of `L^T M`: nothing is squared on the way, so that it stays real and exact to rounding
+/// where a square root of the product `A B` does neither.
+pub fn distance(a: &Statistics, b: &Statistics) -> Result<f64> {
+    same_dims(a.dims(), b.dims())?;
+    let trace = |m: &Mat<f64>| (0..m.nrows()).map(|k| m[(k, k)]).sum::<f64>();
     let shift: f64 = a.mean.iter().zip(&b.mean).map(|(x, y)| (x - y) * (x - y)).sum();
-    let trace = |m: &Mat<f64>| (0..d).map(|k| m[(k, k)]).sum::<f64>();
-    Ok((shift + trace(&a.covariance) + trace(&b.covariance) - 2.0 * cross).max(0.0))
+    let (l, m) = (factor(&a.covariance)?, factor(&b.covariance)?);
+    let between = l.transpose() * &m;
+    drop((l, m));
+    let values = between.singular_values();
+    let values =
+        values.map_err(|_| Error::backend("the singular values of the covariances' product did not converge"))?;
+    Ok((shift + trace(&a.covariance) + trace(&b.covariance) - 2.0 * values.iter().sum::<f64>()).max(0.0))
 }

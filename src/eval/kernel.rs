@@ -10,7 +10,7 @@ use crate::error::Result;
 const BLOCK: usize = 1000;
 
 /// Mean over blocks and the standard error of that mean.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct KernelDistance {
     pub mean: f64,
     pub standard_error: f64,

@@ -3,11 +3,22 @@
 //! None of these numbers can be compared across feature networks, image sizes or sample counts; within one set-up they say
 //! which of two generators is nearer to the reference.
 
+pub mod card;
+pub mod collect;
+pub mod evaluation;
 pub mod features;
 pub mod frechet;
+pub mod in_loop;
+pub mod inception_score;
 pub mod kernel;
-pub mod precision_recall;
+pub mod manifold;
+pub mod moments;
+pub mod neighbours;
+mod reference;
+pub mod resize;
+pub mod sliced;
 pub mod source;
+pub mod sweep;
 
 use faer::Mat;
 use serde::Serialize;
@@ -15,8 +26,10 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::tensor::HostTensor;
 
+pub use card::FeatureCard;
 pub use features::FeatureNet;
 pub use frechet::Statistics;
+pub use moments::Moments;
 pub use source::Source;
 
 /// Features of a set: one row an image.
@@ -39,8 +52,7 @@ impl FeatureMatrix {
             return Err(Error::mismatch(format!("{n} images with {d} features: at least two images are needed")));
         }
         if values.chunks_exact(d).all(|row| row == &values[..d]) {
-            return Err(Error::mismatch("all images of the set have the same features")
-                .hint("the images are all equal, or the network does not look at its input"));
+            return Err(moments::constant());
         }
         Ok(Self { rows: Mat::from_fn(n, d, |i, j| values[i * d + j]) })
     }
@@ -77,6 +89,8 @@ pub struct Scores {
     pub precision: f64,
     /// Share of `b` that `a` covers: diversity.
     pub recall: f64,
+    pub density: f64,
+    pub coverage: f64,
     pub images: [usize; 2],
     pub features: usize,
     /// What weakens the numbers.
@@ -85,30 +99,35 @@ pub struct Scores {
 
 /// All measures between a generated set and a reference.
 pub fn compare(a: &FeatureMatrix, b: &FeatureMatrix) -> Result<Scores> {
-    let mut warnings = Vec::new();
-    for (set, n) in [("first", a.len()), ("second", b.len())] {
-        if n < a.dims() {
-            warnings.push(format!(
-                "the {set} set has {n} images for {} features: the Frechet distance is biased upwards",
-                a.dims()
-            ));
-        }
-    }
-    let frechet = frechet::distance(&Statistics::of(a), &Statistics::of(b))?;
+    let mut warnings: Vec<String> =
+        [("first", a.len()), ("second", b.len())].iter().filter_map(|(s, n)| few(s, *n, a.dims())).collect();
+    let frechet = frechet::distance(&Statistics::of(a)?, &Statistics::of(b)?)?;
     let kernel = kernel::distance(a, b)?;
-    let pr = precision_recall::measure(a, b, precision_recall::NEIGHBOUR)?;
-    if pr.used[0] < a.len() || pr.used[1] < b.len() {
-        warnings.push(format!("precision and recall use {} and {} images", pr.used[0], pr.used[1]));
+    let cover = manifold::measure(a, b)?;
+    if cover.used[0] < a.len() || cover.used[1] < b.len() {
+        warnings.push(format!("precision and recall use {} and {} images", cover.used[0], cover.used[1]));
     }
     Ok(Scores {
         frechet,
         kernel: kernel.mean,
         kernel_standard_error: kernel.standard_error,
-        precision: pr.precision,
-        recall: pr.recall,
+        precision: cover.precision,
+        recall: cover.recall,
+        density: cover.density,
+        coverage: cover.coverage,
         images: [a.len(), b.len()],
         features: a.dims(),
         warnings,
+    })
+}
+
+/// What it means that a set has fewer images than features.
+pub(crate) fn few(set: &str, images: usize, features: usize) -> Option<String> {
+    (images <= features).then(|| {
+        format!(
+            "the {set} set has {images} images for {features} features: its covariance is singular and the Frechet \
+             distance is biased upwards; compare it only with distances of as many images, or look at the kernel distance"
+        )
     })
 }
 
@@ -131,5 +150,7 @@ pub(crate) fn shuffled(n: usize, salt: u64) -> Vec<usize> {
     order
 }
 
+#[cfg(test)]
+mod numpy_tests;
 #[cfg(test)]
 mod tests;

@@ -1,47 +1,171 @@
-//! What can be compared: a folder, an array, a student, or reference statistics.
+//! What can be compared: images, a student, a teacher with its sampler, or reference statistics.
 
 use std::path::Path;
 
 use super::Statistics;
-use crate::error::{Error, Result};
-use crate::io::ImageSet;
+use crate::diffusion::Sampler;
+use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest};
+use crate::error::{Context, Error, Result};
+use crate::io::images::Rounding;
+use crate::io::{ImageSet, npy};
 use crate::runtime::EngineOptions;
-use crate::runtime::student::{Request, Student};
+use crate::runtime::student::{self, Request, Student};
 use crate::tensor::HostTensor;
 
 /// One side of a comparison.
 pub enum Source {
     Images(ImageSet),
     Student(Box<Student>),
+    Teacher(Box<TeacherOnEngine>),
     /// Mean and covariance only: good for the Frechet distance alone.
     Statistics(Statistics),
 }
 
+/// How images are drawn from a source. Image `k` of a seed is the same whatever the batch size, engine or device.
+#[derive(Debug, Clone)]
+pub struct Draw {
+    /// Seed, classes, embeddings and images a call.
+    pub request: Request,
+    pub rounding: Rounding,
+    /// A teacher's sampler, its steps and guidance.
+    pub sampler: Sampler,
+    pub steps: usize,
+    pub guidance: f64,
+}
+
+impl Default for Draw {
+    fn default() -> Self {
+        let request = Request { batch: 64, ..Request::default() };
+        Self { request, rounding: Rounding::default(), sampler: Sampler::Heun, steps: 18, guidance: 1.0 }
+    }
+}
+
+/// Images of a source, one after the other.
+#[derive(Debug, Clone)]
+pub struct Drawn {
+    /// 8-bit [N,C,H,W].
+    pub images: HostTensor,
+    /// Their classes, where the source has any.
+    pub labels: Option<Vec<usize>>,
+    /// Network calls an image; none for images that were there already.
+    pub nfe: Option<usize>,
+}
+
+fn latents(what: &str) -> Error {
+    Error::mismatch(format!("the {what} makes latents, which are no images"))
+        .hint("decode its samples and compare the decoded images")
+}
+
 impl Source {
-    /// `student.onnx`, a folder of PNG files, a `.npy`, a `.npz` of images, or a `.npz` with `mu` and `sigma`.
+    /// `student.onnx`, a teacher with its card, a folder or zip of PNG files, a `.npy`, a `.npz` of images, or a `.npz` with
+    /// `mu` and `sigma`. Where a `.npz` holds both images and statistics (ADM's), the images are taken.
     pub fn open(path: &Path, range: [f64; 2], options: &EngineOptions) -> Result<Self> {
+        Self::open_with(path, range, &[], options)
+    }
+
+    /// [`Source::open`], with entries of a teacher's card (`key=value`).
+    pub fn open_with(path: &Path, range: [f64; 2], card: &[String], options: &EngineOptions) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         if extension == "onnx" {
-            return Ok(Self::Student(Box::new(Student::open(path, options)?)));
+            return Self::model(path, card, options);
+        }
+        if extension == "pkl" {
+            return Err(Error::usage(format!(
+                "{}: pickled statistics are Python programs and are not read",
+                path.display()
+            ))
+            .hint("np.savez('reference.npz', mu=ref['fid']['mu'], sigma=ref['fid']['sigma'])"));
         }
         if extension == "npz" && path.is_file() {
-            let names: Vec<String> = crate::io::npy::read_npz(path)?.into_iter().map(|(n, _)| n).collect();
-            if ["mu", "sigma"].iter().all(|k| names.iter().any(|n| n == k)) {
-                return Ok(Self::Statistics(Statistics::read(path)?));
+            let arrays = npy::read_npz(path)?;
+            let has = |name: &str| arrays.iter().any(|(n, _)| n == name);
+            let images = ["images", "samples", "x", "arr_0"].iter().any(|n| has(n));
+            if has("mu") && has("sigma") && !images {
+                return Ok(Self::Statistics(
+                    Statistics::from_arrays(&arrays).with_context(|| path.display().to_string())?,
+                ));
             }
         }
         Ok(Self::Images(ImageSet::open(path, range)?))
+    }
+
+    fn model(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {
+        let decoded = std::fs::read(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
+        let metadata = student::metadata(&decoded.with_context(|| path.display().to_string())?);
+        if metadata.contains_key("student.method") {
+            return Ok(Self::Student(Box::new(Student::open(path, options)?)));
+        }
+        let teacher = TeacherOnEngine::open(path, card, options).map_err(|e| {
+            let hint = "students come from `disback distill` or `disback export`; a teacher needs its card \
+                        (`disback inspect` shows it, --card KEY=VALUE says it)";
+            Error::new(e.kind(), format!("neither a student nor a teacher with a card: {e}")).hint(hint)
+        })?;
+        Ok(Self::Teacher(Box::new(teacher)))
     }
 
     /// Number of images, where the source has a number of its own.
     pub fn len(&self) -> Option<usize> {
         match self {
             Self::Images(set) => Some(set.len()),
-            Self::Student(_) | Self::Statistics(_) => None,
+            _ => None,
         }
     }
     pub fn is_empty(&self) -> bool {
         self.len() == Some(0)
+    }
+
+    /// What it is, for a table.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Images(_) => "images",
+            Self::Student(_) => "student",
+            Self::Teacher(_) => "teacher",
+            Self::Statistics(_) => "statistics",
+        }
+    }
+
+    /// Channels, height and width of its images.
+    pub fn shape(&self) -> Option<[usize; 3]> {
+        match self {
+            Self::Images(set) => Some(set.shape()),
+            Self::Student(student) => Some(student.info().shape),
+            Self::Teacher(teacher) => Some(teacher.card().shape),
+            Self::Statistics(_) => None,
+        }
+    }
+
+    /// Images `start..start+count`.
+    pub fn draw(&mut self, draw: &Draw, start: usize, count: usize) -> Result<Drawn> {
+        match self {
+            Self::Images(set) => {
+                let labels = set.labels().map(|l| l[start..(start + count).min(l.len())].to_vec());
+                Ok(Drawn { images: set.batch_u8(start, count)?, labels, nfe: None })
+            }
+            Self::Student(student) => {
+                let range = student.info().range.ok_or_else(|| latents("student"))?;
+                let samples = student.sample(&draw.request, start as u64, count)?;
+                let labels = student.classes(&draw.request, start as u64, count)?;
+                let set = ImageSet::from_samples(samples, range)?.with_rounding(draw.rounding);
+                Ok(Drawn { images: set.batch_u8(0, count)?, labels, nfe: Some(1) })
+            }
+            Self::Teacher(teacher) => {
+                let range = teacher.card().range.ok_or_else(|| latents("teacher"))?;
+                let (sampler, steps, guidance) = (draw.sampler, draw.steps, draw.guidance);
+                let request = TeacherRequest { images: draw.request.clone(), sampler, steps, guidance };
+                let samples = teacher.sample(&request, start as u64, count)?;
+                let labels = teacher.card().classes().map(|classes| {
+                    let given = &draw.request.classes;
+                    let class = |k: usize| match given.len() {
+                        0 => crate::noise::image_class(draw.request.seed, k as u64, classes),
+                        n => given[k % n],
+                    };
+                    (start..start + count).map(class).collect()
+                });
+                let set = ImageSet::from_samples(samples.images, range)?.with_rounding(draw.rounding);
+                Ok(Drawn { images: set.batch_u8(0, count)?, labels, nfe: Some(samples.nfe) })
+            }
+            Self::Statistics(_) => Err(Error::usage("statistics hold no images")),
+        }
     }
 }
 
@@ -52,10 +176,7 @@ pub fn sample_images(
     count: usize,
     mut seen: impl FnMut(usize),
 ) -> Result<ImageSet> {
-    let range = student.info().range.ok_or_else(|| {
-        Error::mismatch("the student makes latents, which are no images")
-            .hint("decode its samples and compare the decoded images")
-    })?;
+    let range = student.info().range.ok_or_else(|| latents("student"))?;
     let batch = request.batch.max(1);
     let mut parts = Vec::new();
     for start in (0..count).step_by(batch) {

@@ -1,16 +1,13 @@
-use std::path::PathBuf;
-
 use super::*;
 use crate::io::ImageSet;
-use crate::io::npy;
 use crate::runtime::{EngineOptions, testing};
 
-fn matrix(n: usize, d: usize, f: impl FnMut((usize, usize)) -> f64) -> FeatureMatrix {
+pub(super) fn matrix(n: usize, d: usize, f: impl FnMut((usize, usize)) -> f64) -> FeatureMatrix {
     let values: Vec<f64> = (0..n).flat_map(|i| (0..d).map(move |j| (i, j))).map(f).collect();
     FeatureMatrix::new(&HostTensor::new(&[n, d], &values).unwrap()).unwrap()
 }
 
-fn gaussian(n: usize, d: usize, seed: u64, scale: f64, shift: f64) -> FeatureMatrix {
+pub(super) fn gaussian(n: usize, d: usize, seed: u64, scale: f64, shift: f64) -> FeatureMatrix {
     matrix(n, d, |(i, j)| {
         let x = crate::noise::image_noise(seed, i as u64, d);
         // Correlated columns, so that covariances do not commute.
@@ -18,7 +15,7 @@ fn gaussian(n: usize, d: usize, seed: u64, scale: f64, shift: f64) -> FeatureMat
     })
 }
 
-fn close(got: f64, want: f64, tolerance: f64) {
+pub(super) fn close(got: f64, want: f64, tolerance: f64) {
     assert!((got - want).abs() <= tolerance * want.abs().max(1e-12), "{got} {want}");
 }
 
@@ -28,6 +25,8 @@ fn frechet_of_known_gaussians() {
     let diagonal = |mean: [f64; 3], sd: [f64; 3]| Statistics {
         mean: mean.to_vec(),
         covariance: Mat::from_fn(3, 3, |i, j| if i == j { sd[i] * sd[i] } else { 0.0 }),
+        count: None,
+        network: None,
     };
     let a = diagonal([0.0, 1.0, 2.0], [1.0, 2.0, 0.5]);
     let b = diagonal([0.5, 1.0, 0.0], [3.0, 1.0, 0.0]);
@@ -35,14 +34,14 @@ fn frechet_of_known_gaussians() {
     assert!(frechet::distance(&a, &a).unwrap() < 1e-12);
     // Fewer images than features: singular covariances, still 0 against itself.
     let few = gaussian(5, 40, 3, 1.0, 0.0);
-    assert!(frechet::distance(&Statistics::of(&few), &Statistics::of(&few)).unwrap() < 1e-9);
+    assert!(frechet::distance(&Statistics::of(&few).unwrap(), &Statistics::of(&few).unwrap()).unwrap() < 1e-9);
 }
 
 #[test]
 fn statistics_survive_the_disk() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s.npz");
-    let stats = Statistics::of(&gaussian(20, 3, 1, 2.0, 0.1));
+    let stats = Statistics::of(&gaussian(20, 3, 1, 2.0, 0.1)).unwrap();
     stats.write(&path).unwrap();
     assert_eq!(
         frechet::distance(&Statistics::read(&path).unwrap(), &stats).unwrap(),
@@ -72,13 +71,13 @@ fn precision_and_recall_of_a_collapsed_set() {
     let reference = gaussian(200, 4, 1, 1.0, 0.0);
     // Copies of few reference images: all of good quality, little covered.
     let collapsed = matrix(200, 4, |(i, j)| reference.mat()[(i % 8, j)] + 1e-9 * i as f64);
-    let pr = precision_recall::measure(&collapsed, &reference, 3).unwrap();
+    let pr = manifold::measure(&collapsed, &reference).unwrap();
     assert_eq!(pr.precision, 1.0);
     assert!(pr.recall <= 0.1, "{pr:?}");
-    let same = precision_recall::measure(&reference, &reference, 3).unwrap();
+    let same = manifold::measure(&reference, &reference).unwrap();
     assert_eq!((same.precision, same.recall), (1.0, 1.0));
     let far = gaussian(200, 4, 2, 1.0, 100.0);
-    let pr = precision_recall::measure(&far, &reference, 3).unwrap();
+    let pr = manifold::measure(&far, &reference).unwrap();
     assert_eq!((pr.precision, pr.recall), (0.0, 0.0));
 }
 
@@ -117,42 +116,174 @@ fn features_are_the_networks() {
     assert!(error.to_string().contains("no output `none`; there are: features"));
 }
 
-/// numpy and scipy on the same features: Frechet distance by `sqrtm`, MMD by the definition, balls by brute force.
 #[test]
-fn numpy_and_scipy_agree() {
-    let python = std::env::var_os("DISBACK_PYTHON")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python")));
-    let dir = tempfile::tempdir().unwrap();
-    let (a, b) = (gaussian(300, 12, 11, 1.0, 0.0), gaussian(250, 12, 12, 1.3, 0.4));
-    for (name, set) in [("a", &a), ("b", &b)] {
-        let values: Vec<f64> = (0..set.len()).flat_map(|i| (0..12).map(move |j| set.mat()[(i, j)])).collect();
-        npy::write(&dir.path().join(format!("{name}.npy")), &HostTensor::new(&[set.len(), 12], &values).unwrap())
-            .unwrap();
+fn moments_do_not_depend_on_how_rows_arrive_nor_on_a_large_mean() {
+    let set = gaussian(1300, 7, 5, 1.0, 0.0);
+    let far = matrix(1300, 7, |(i, j)| set.mat()[(i, j)] + 1e6);
+    let (near, away) = (Statistics::of(&set).unwrap(), Statistics::of(&far).unwrap());
+    assert_eq!(near.count, Some(1300));
+    for i in 0..7 {
+        close(away.mean[i] - 1e6, near.mean[i], 1e-6);
+        for j in 0..7 {
+            let direct: f64 =
+                (0..1300).map(|k| (set.mat()[(k, i)] - near.mean[i]) * (set.mat()[(k, j)] - near.mean[j])).sum::<f64>()
+                    / 1299.0;
+            assert!((near.covariance[(i, j)] - direct).abs() < 1e-12, "{i} {j}");
+            assert!((away.covariance[(i, j)] - direct).abs() < 1e-8, "{i} {j}");
+        }
     }
-    let script = r#"
-import numpy as np, scipy.linalg, scipy.spatial, json
-a, b = np.load("a.npy"), np.load("b.npy")
-sa, sb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-frechet = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sa + sb - 2 * scipy.linalg.sqrtm(sa @ sb).real)
-k = lambda p, q: (p @ q.T / p.shape[1] + 1) ** 3
-x, y = a[:100], b[:100]
-kxx, kyy, kxy = k(x, x), k(y, y), k(x, y)
-mmd2 = (kxx.sum() - np.trace(kxx)) / 9900 + (kyy.sum() - np.trace(kyy)) / 9900 - 2 * kxy.mean()
-d = scipy.spatial.distance.cdist
-ra, rb = np.sort(d(a, a), 1)[:, 3], np.sort(d(b, b), 1)[:, 3]
-dab = d(a, b)
-print(json.dumps([frechet, mmd2, (dab <= rb[None]).any(1).mean(), (dab <= ra[:, None]).any(0).mean()]))
-"#;
-    let out = std::process::Command::new(&python).arg("-c").arg(script).current_dir(dir.path()).output();
-    let out = out.unwrap_or_else(|e| panic!("{}: {e} (make test sets it up)", python.display()));
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let want: Vec<f64> = serde_json::from_slice(&out.stdout).unwrap();
-    close(frechet::distance(&Statistics::of(&a), &Statistics::of(&b)).unwrap(), want[0], 1e-6);
-    let first: Vec<usize> = (0..100).collect();
-    close(kernel::mmd2(&a.select(&first), &b.select(&first)), want[1], 1e-6);
-    let pr = precision_recall::measure(&a, &b, 3).unwrap();
-    close(pr.precision, want[2], 1e-12);
-    close(pr.recall, want[3], 1e-12);
-    assert!(pr.precision > 0.3 && pr.precision < 1.0 && pr.recall > 0.3 && pr.recall < 1.0, "{pr:?}");
+    let mut moments = Moments::new(2);
+    assert!(moments.push([1.0].into_iter()).is_err());
+    let error = moments.push([0.0, f64::NAN].into_iter()).unwrap_err().to_string();
+    assert!(error.contains("feature 1 of image 0 is NaN"), "{error}");
+    let mut moments = Moments::new(2);
+    (0..3).for_each(|_| moments.push([1.0, 2.0].into_iter()).unwrap());
+    assert!(moments.finish().unwrap_err().to_string().contains("same features"));
+}
+
+#[test]
+fn statistics_of_another_network_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.npz");
+    let own = Statistics { network: Some("abc".into()), ..Statistics::of(&gaussian(20, 3, 1, 2.0, 0.1)).unwrap() };
+    own.write(&path).unwrap();
+    let read = Statistics::read(&path).unwrap();
+    assert_eq!((read.network.as_deref(), read.count), (Some("abc"), Some(20)));
+    read.check_network("abc", 3).unwrap();
+    assert!(read.check_network("abd", 3).unwrap_err().to_string().contains("another feature network"));
+    let plain = Statistics { network: None, ..read };
+    plain.check_network("anything", 3).unwrap();
+    let error = plain.check_network("anything", 4).unwrap_err().to_string();
+    assert!(error.contains("3 features, the network gives 4"), "{error}");
+    // What is no covariance.
+    let write = |sigma: [f64; 4]| {
+        let (mu, sigma) = (HostTensor::vec(&[0.0f64, 1.0]), HostTensor::new(&[2, 2], &sigma).unwrap());
+        crate::io::npy::write_npz(&path, &[("mu", &mu), ("sigma", &sigma)]).unwrap();
+        Statistics::read(&path).map(|_| ()).unwrap_err().to_string()
+    };
+    assert!(write([1.0, 0.5, 0.1, 1.0]).contains("[1, 0] differs from [0, 1]"));
+    assert!(write([1.0, 0.0, 0.0, -1.0]).contains("variance 1 is -1"));
+    assert!(write([f64::NAN, 0.0, 0.0, 1.0]).contains("NaN"));
+    assert!(write([0.0; 4]).contains("same features"));
+}
+
+#[test]
+fn inception_score_of_known_classifiers() {
+    // Certain and balanced over k classes: k. Indifferent: 1.
+    let score = |rows: Vec<Vec<f32>>| {
+        let mut gather = inception_score::Gather::new(rows.len());
+        rows.iter().for_each(|r| gather.push(r).unwrap());
+        gather.finish().unwrap()
+    };
+    let certain = score((0..40).map(|i| (0..4).map(|k| if i % 4 == k { 200.0 } else { 0.0 }).collect()).collect());
+    close(certain.mean, 4.0, 1e-12);
+    assert_eq!((certain.blocks, certain.deviation), (10, 0.0));
+    close(score(vec![vec![0.3; 5]; 11]).mean, 1.0, 1e-12);
+    let mut gather = inception_score::Gather::new(2);
+    assert!(gather.push(&[1.0, f32::NAN]).unwrap_err().to_string().contains("class score 1 of image 0"));
+    assert!(gather.push(&[1.0]).is_err());
+}
+
+#[test]
+fn sliced_distance_of_equal_and_of_shifted_sets() {
+    let patches = |shift: u64, size: usize| {
+        let mut set = sliced::Patches::new([1, size, size]);
+        for k in 0..64u64 {
+            let noise = crate::noise::image_noise(7, k + shift, size * size);
+            let pixels: Vec<u8> = (0..size * size)
+                .map(|p| {
+                    // Smooth images: what one set has in its columns, the other has in its rows.
+                    let at = if shift >= 1000 { p / size } else { p % size };
+                    (128.0 + 8.0 * noise[p] + 60.0 * (at as f32 / 3.0).sin()).clamp(0.0, 255.0) as u8
+                })
+                .collect();
+            set.push(&pixels, k);
+        }
+        set
+    };
+    let (a, b, c) = (patches(0, 32), patches(500, 32), patches(1000, 32));
+    let same = sliced::distance(&a, &a).unwrap();
+    assert_eq!((same.mean, same.levels.len(), same.images), (0.0, 2, 64));
+    let (near, far) = (sliced::distance(&a, &b).unwrap(), sliced::distance(&a, &c).unwrap());
+    assert!(far.mean > 3.0 * near.mean && near.mean > 0.0 && near.standard_error < near.mean, "{near:?} {far:?}");
+    assert!(sliced::distance(&a, &patches(0, 16)).is_err());
+    let mut flat = sliced::Patches::new([1, 8, 8]);
+    (0..4).for_each(|k| flat.push(&[9; 64], k));
+    assert!(sliced::distance(&flat, &flat).unwrap_err().to_string().contains("all pixels of a channel are equal"));
+}
+
+#[test]
+fn neighbours_are_the_nearest() {
+    let reference = gaussian(50, 4, 1, 1.0, 0.0);
+    let queries = matrix(3, 4, |(i, j)| reference.mat()[(10 * i, j)] + if j == 0 { 1e-3 } else { 0.0 });
+    let found = neighbours::nearest(&queries, &reference, 2, 3).unwrap();
+    assert_eq!((found.len(), found[0].len(), found[1][0].0), (2, 3, 10));
+    close(found[0][0].1, 1e-3, 1e-9);
+    assert!(found[0][1].1 <= found[0][2].1);
+}
+
+#[test]
+fn feature_cards_are_checked() {
+    let resolve = |entries: &[&str]| {
+        let entries: Vec<String> = entries.iter().map(|e| e.to_string()).collect();
+        FeatureCard::resolve(&Default::default(), None, &entries)
+    };
+    let card =
+        resolve(&["size=[224,224]", "resize=bicubic-antialias", "mean=[0.5]", "std=[0.25]", "range=[0,1]"]).unwrap();
+    assert_eq!((card.size, card.range), (Some([224, 224]), Some([0.0, 1.0])));
+    for (entries, want) in [
+        (&["size=[224,224]"][..], "belong together"),
+        (&["size=[0,2]", "resize=box"], "expected [height, width]"),
+        (&["resize=nearest", "size=[1,1]"], "expected one of bilinear"),
+        (&["mean=[0.5]"], "mean and std"),
+        (&["std=[0]", "mean=[0]"], "above 0"),
+        (&["range=[1,0]"], "[low, high]"),
+        (&["filter=box"], "unknown key `filter`"),
+        (&["output"], "KEY=VALUE"),
+    ] {
+        let error = resolve(entries).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains(want), "{entries:?}: {error}");
+    }
+    // Beside the model, over its metadata.
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("net.onnx");
+    std::fs::write(dir.path().join("net.features.toml"), "range = [0, 255]\noutput = \"pool\"\n").unwrap();
+    let metadata = [("features.range", "[0, 1]"), ("features.logits", "fc"), ("features.shape", "[1, 2, 2]")];
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    let card = FeatureCard::resolve(&metadata, Some(&model), &["output=mixed".into()]).unwrap();
+    assert_eq!(card.range, Some([0.0, 255.0]));
+    assert_eq!((card.output.as_deref(), card.logits.as_deref()), (Some("mixed"), Some("fc")));
+}
+
+#[test]
+fn the_card_decides_what_the_network_sees() {
+    let weight: Vec<f32> = (0..16).map(|k| if k % 5 == 0 { 1.0 } else { 0.0 }).collect();
+    let see = |card: &[&str], images: &HostTensor| {
+        let card = card.iter().map(|c| c.to_string()).collect();
+        let options = features::FeatureOptions { card, ..Default::default() };
+        let net = FeatureNet::from_bytes(&testing::features(&weight), &options, &EngineOptions::default());
+        let mut net = net.unwrap();
+        net.see(images, 8).map(|s| (s.features.to_f32(), net.fingerprint()))
+    };
+    // 4x4 images, box filter: each output pixel is the mean of four.
+    let pixels: Vec<u8> = (0..32).map(|v| v * 8).collect();
+    let images = HostTensor::new(&[2, 1, 4, 4], &pixels).unwrap();
+    let (got, first) = see(&["size=[2,2]", "resize=box", "range=[0,255]"], &images).unwrap();
+    let block = |k: usize, y: usize, x: usize| -> f32 {
+        let at = |dy: usize, dx: usize| f32::from(pixels[k * 16 + (2 * y + dy) * 4 + 2 * x + dx]);
+        (at(0, 0) + at(0, 1) + at(1, 0) + at(1, 1)) / 4.0
+    };
+    for k in 0..2 {
+        for p in 0..4 {
+            assert!((got[k * 4 + p] - block(k, p / 2, p % 2)).abs() < 1e-4, "{got:?}");
+        }
+    }
+    let card = ["size=[2,2]", "resize=box", "range=[0,255]", "mean=[10]", "std=[2]"];
+    let (scaled, second) = see(&card, &images).unwrap();
+    assert!(got.iter().zip(&scaled).all(|(a, b)| ((a - 10.0) / 2.0 - b).abs() < 1e-4));
+    assert_ne!(first, second, "another preprocessing is another feature space");
+    let error = see(&["range=[0,1]"], &images).unwrap_err().to_string();
+    assert!(error.contains("the images are 4x4, grey") && error.contains("resize="), "{error}");
+    let colour = HostTensor::new(&[1, 3, 2, 2], &[0u8; 12]).unwrap();
+    assert!(see(&["channels=1", "range=[0,1]"], &colour).unwrap_err().to_string().contains("colour is not made grey"));
 }

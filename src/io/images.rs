@@ -1,13 +1,53 @@
-//! Sets of 8-bit images from a folder of PNG files, a `.npy` or a `.npz`.
+//! Sets of 8-bit images from a folder or zip of PNG files, a `.npy` or a `.npz`. Only what is asked for is held in memory.
 //!
-//! Values are rounded as the reference implementations do before they compute features: a float `x` in [-1, 1] becomes
-//! `clip(x * 127.5 + 128, 0, 255)` truncated to 8 bits (EDM, `generate.py`). Float arrays are quantised on the way in, so
-//! that a set scores the same whether it is read as floats or from the PNG files made of it.
+//! Values are rounded as the reference implementations do before they compute features, see [`Rounding`]. Float arrays are
+//! quantised on the way in, so that a set scores the same whether it is read as floats or from the PNG files made of it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use bytes::Bytes;
+
+use super::labels;
+use super::npy;
 use crate::error::{Context, Error, Result};
 use crate::tensor::{DType, HostTensor};
+
+/// How a float `x` of [-1, 1] becomes 8 bits, always in f32 arithmetic, cut off at 0 and 255. The choice moves a figure in its
+/// second or third digit, so every tool must say which it uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Rounding {
+    /// `x * 127.5 + 128`, truncated: EDM, StyleGAN.
+    #[default]
+    Edm,
+    /// `(x + 1) * 127.5`, truncated: ADM (guided-diffusion).
+    Adm,
+    /// `(x + 1) / 2 * 255 + 0.5`, truncated: torchvision's `save_image`.
+    Torchvision,
+}
+
+impl Rounding {
+    /// The formula.
+    pub fn formula(self) -> &'static str {
+        match self {
+            Self::Edm => "trunc(x * 127.5 + 128)",
+            Self::Adm => "trunc((x + 1) * 127.5)",
+            Self::Torchvision => "trunc((x + 1) / 2 * 255 + 0.5)",
+        }
+    }
+
+    /// Value `x` of `range` -> 8 bits.
+    pub fn apply(self, x: f64, range: [f64; 2]) -> u8 {
+        let unit = ((x - range[0]) / (range[1] - range[0]) * 2.0 - 1.0) as f32;
+        let value = match self {
+            Self::Edm => unit * 127.5 + 128.0,
+            Self::Adm => (unit + 1.0) * 127.5,
+            Self::Torchvision => (unit + 1.0) / 2.0 * 255.0 + 0.5,
+        };
+        // `as` truncates and saturates.
+        value.clamp(0.0, 255.0) as u8
+    }
+}
 
 /// A set of images of one size, read as they are asked for.
 #[derive(Debug, Clone)]
@@ -16,11 +56,18 @@ pub struct ImageSet {
     /// Channels, height, width.
     shape: [usize; 3],
     len: usize,
+    labels: Option<Arc<Vec<usize>>>,
+    rounding: Rounding,
 }
 
 #[derive(Debug, Clone)]
 enum Source {
     Files(Vec<PathBuf>),
+    /// Names in a zip archive that lies in mapped memory.
+    Zip {
+        bytes: Bytes,
+        names: Vec<String>,
+    },
     /// Rows of images, converted as they are read. `last`: channels come last.
     Array {
         tensor: HostTensor,
@@ -31,13 +78,12 @@ enum Source {
 
 /// Value `x` of `range` -> 8 bits, as EDM does for [-1, 1].
 pub fn quantise(x: f64, range: [f64; 2]) -> u8 {
-    let unit = (x - range[0]) / (range[1] - range[0]) * 2.0 - 1.0;
-    // f32 arithmetic like the references; `as` truncates and saturates.
-    (unit as f32 * 127.5 + 128.0).clamp(0.0, 255.0) as u8
+    Rounding::Edm.apply(x, range)
 }
 
 impl ImageSet {
-    /// Opens a folder of PNG files (sorted by name), a `.npy` or a `.npz`. Float arrays hold values in `range`.
+    /// Opens a folder (with its sub-folders) or `.zip` of PNG files sorted by name, a `.npy` or a `.npz`. Float arrays hold
+    /// values in `range`.
     pub fn open(path: &Path, range: [f64; 2]) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         let run = || {
@@ -46,11 +92,13 @@ impl ImageSet {
             } else if !path.is_file() {
                 Err(Error::io("no such file or folder"))
             } else if extension == "npy" {
-                Self::from_tensor(crate::io::npy::read(path)?, range)
+                Self::from_tensor(npy::read(path)?, range)
             } else if extension == "npz" {
-                Self::from_tensor(pick(crate::io::npy::read_npz(path)?)?, range)
+                Self::from_arrays(npy::read_npz(path)?, range)
+            } else if extension == "zip" {
+                Self::from_zip(path)
             } else {
-                Err(Error::usage("images are read from a folder of PNG files, a .npy or a .npz"))
+                Err(Error::usage("images are read from a folder or .zip of PNG files, a .npy or a .npz"))
             }
         };
         run().map_err(|e| {
@@ -58,18 +106,55 @@ impl ImageSet {
         })
     }
 
+    fn new(source: Source, shape: [usize; 3], len: usize) -> Self {
+        Self { source, shape, len, labels: None, rounding: Rounding::default() }
+    }
+
     fn from_folder(path: &Path) -> Result<Self> {
-        let mut files = Vec::new();
-        for entry in std::fs::read_dir(path)? {
-            let file = entry?.path();
-            if file.extension().and_then(|e| e.to_str()).is_some_and(|e| e.eq_ignore_ascii_case("png")) {
-                files.push(file);
-            }
-        }
+        let (mut files, mut others) = (Vec::new(), 0);
+        walk(path, 0, &mut |file| match is_png(&file.to_string_lossy()) {
+            true => files.push(file),
+            false => others += usize::from(is_lossy(&file.to_string_lossy())),
+        })?;
         files.sort();
-        let first = files.first().ok_or_else(|| Error::io("the folder holds no .png files"))?;
+        let first = files.first().ok_or_else(|| none("the folder", others))?;
         let (shape, _) = read_png(first)?;
-        Ok(Self { shape, len: files.len(), source: Source::Files(files) })
+        let names: Vec<String> =
+            files.iter().map(|f| f.strip_prefix(path).unwrap_or(f).to_string_lossy().replace('\\', "/")).collect();
+        let list = path.join("dataset.json");
+        let list = if list.is_file() { Some(std::fs::read(list)?) } else { None };
+        let len = files.len();
+        let mut set = Self::new(Source::Files(files), shape, len);
+        set.labels = labels::of_names(&names, list.as_deref())?.map(Arc::new);
+        Ok(set)
+    }
+
+    fn from_zip(path: &Path) -> Result<Self> {
+        let bytes = npy::map(&std::fs::File::open(path)?)?;
+        let mut zip = npy::archive(&bytes)?;
+        let mut names: Vec<String> = zip.file_names().filter(|n| is_png(n)).map(str::to_string).collect();
+        names.sort();
+        let others = zip.file_names().filter(|n| is_lossy(n)).count();
+        let first = names.first().ok_or_else(|| none("the archive", others))?;
+        let (shape, _) = read_zipped(&mut zip, first)?;
+        let list = match zip.by_name("dataset.json") {
+            Ok(mut file) => {
+                let mut text = Vec::new();
+                std::io::Read::read_to_end(&mut file, &mut text)?;
+                Some(text)
+            }
+            Err(_) => None,
+        };
+        let labels = labels::of_names(&names, list.as_deref())?.map(Arc::new);
+        let len = names.len();
+        Ok(Self { labels, ..Self::new(Source::Zip { bytes, names }, shape, len) })
+    }
+
+    /// The arrays of a `.npz`: the images, and their classes where one of them holds as many integers.
+    pub fn from_arrays(arrays: Vec<(String, HostTensor)>, range: [f64; 2]) -> Result<Self> {
+        let images = pick(&arrays)?;
+        let labels = labels::of_arrays(&arrays, images.shape().first().copied().unwrap_or(0)).map(Arc::new);
+        Ok(Self { labels, ..Self::from_tensor(images, range)? })
     }
 
     /// A tensor of images: [N,H,W], [N,C,H,W] or [N,H,W,C] with 1 or 3 channels, 8-bit unsigned or float in `range`. Where
@@ -100,7 +185,7 @@ impl ImageSet {
         if len == 0 || shape.contains(&0) {
             return Err(Error::io(format!("an array of shape {:?} holds no images", tensor.shape())));
         }
-        Ok(Self { shape, len, source: Source::Array { tensor, last, range } })
+        Ok(Self::new(Source::Array { tensor, last, range }, shape, len))
     }
 
     /// Samples [N,C,H,W] of a model, values in `range`: the layout is known, nothing is taken from the sizes.
@@ -111,7 +196,19 @@ impl ImageSet {
         if !(c == 1 || c == 3) || samples.is_empty() {
             return Err(Error::mismatch(format!("samples of shape {:?} are no images", samples.shape())));
         }
-        Ok(Self { shape: [c, h, w], len, source: Source::Array { tensor: samples, last: false, range } })
+        Ok(Self::new(Source::Array { tensor: samples, last: false, range }, [c, h, w], len))
+    }
+
+    /// The same set, floats rounded in another way.
+    #[must_use]
+    pub fn with_rounding(mut self, rounding: Rounding) -> Self {
+        self.rounding = rounding;
+        self
+    }
+
+    /// Classes of all images, where the set has any: `dataset.json`, one sub-folder a class, or an array of integers.
+    pub fn labels(&self) -> Option<&[usize]> {
+        self.labels.as_ref().map(|l| l.as_slice())
     }
 
     /// Number of images.
@@ -137,14 +234,15 @@ impl ImageSet {
             Source::Files(files) => {
                 for file in &files[start..start + count] {
                     let (shape, pixels) = read_png(file)?;
-                    if shape != self.shape {
-                        return Err(Error::mismatch(format!(
-                            "{}: {} where the first image of the folder is {}",
-                            file.display(),
-                            describe(shape),
-                            describe(self.shape)
-                        )));
-                    }
+                    self.same(&file.display().to_string(), shape)?;
+                    push_channels_first(&mut out, &pixels, shape);
+                }
+            }
+            Source::Zip { bytes, names } => {
+                let mut zip = npy::archive(bytes)?;
+                for name in &names[start..start + count] {
+                    let (shape, pixels) = read_zipped(&mut zip, name)?;
+                    self.same(name, shape)?;
                     push_channels_first(&mut out, &pixels, shape);
                 }
             }
@@ -158,7 +256,7 @@ impl ImageSet {
                         let image = start + at / (c * h * w);
                         return Err(Error::mismatch(format!("image {image} holds {}", floats[at])));
                     }
-                    floats.into_iter().map(|x| quantise(x, *range)).collect()
+                    floats.into_iter().map(|x| self.rounding.apply(x, *range)).collect()
                 };
                 if *last {
                     values.chunks_exact(c * h * w).for_each(|image| push_channels_first(&mut out, image, self.shape));
@@ -176,6 +274,17 @@ impl ImageSet {
         HostTensor::concat_rows(&parts)
     }
 
+    fn same(&self, name: &str, shape: [usize; 3]) -> Result<()> {
+        match shape == self.shape {
+            true => Ok(()),
+            false => Err(Error::mismatch(format!(
+                "{name}: {} where the first image of the set is {}",
+                describe(shape),
+                describe(self.shape)
+            ))),
+        }
+    }
+
     /// Images `start..start+count` as floats in [-1, 1], [count,C,H,W]: 8-bit `v` becomes `v / 127.5 - 1`.
     pub fn batch(&self, start: usize, count: usize) -> Result<HostTensor> {
         let bytes = self.batch_u8(start, count)?;
@@ -189,15 +298,49 @@ pub fn describe([c, h, w]: [usize; 3]) -> String {
     format!("{w}x{h}, {}", if c == 1 { "grey" } else { "colour" })
 }
 
-/// The array of a `.npz` that holds the images: `images`, `samples`, `x`, `arr_0`, or the only one.
-fn pick(arrays: Vec<(String, HostTensor)>) -> Result<HostTensor> {
-    let names: Vec<String> = arrays.iter().map(|(n, _)| n.clone()).collect();
+/// The array of a `.npz` that holds the images: `images`, `samples`, `x`, `arr_0` (ADM's batches), or the only one.
+fn pick(arrays: &[(String, HostTensor)]) -> Result<HostTensor> {
+    let names: Vec<&str> = arrays.iter().map(|(n, _)| n.as_str()).collect();
     let known = ["images", "samples", "x", "arr_0"].iter().find_map(|k| names.iter().position(|n| n == k));
     match known.or((names.len() == 1).then_some(0)) {
-        Some(k) => Ok(arrays.into_iter().nth(k).map(|(_, t)| t).unwrap_or_else(|| HostTensor::vec::<u8>(&[]))),
+        Some(k) => Ok(arrays[k].1.clone()),
         None => Err(Error::io(format!("which of these arrays are the images? {}", names.join(", ")))
             .hint("call the array `images`, or save it alone as .npy")),
     }
+}
+
+fn ends_with(name: &str, extensions: &[&str]) -> bool {
+    let extension = Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or("");
+    extensions.iter().any(|e| extension.eq_ignore_ascii_case(e))
+}
+fn is_png(name: &str) -> bool {
+    ends_with(name, &["png"])
+}
+fn is_lossy(name: &str) -> bool {
+    ends_with(name, &["jpg", "jpeg", "webp"])
+}
+
+fn none(place: &str, lossy: usize) -> Error {
+    let error = Error::io(format!("{place} holds no .png files"));
+    match lossy {
+        0 => error,
+        n => error.hint(format!(
+            "it holds {n} JPEG or WebP files: decoders differ in the last bit, and so do scores; convert them to PNG once"
+        )),
+    }
+}
+
+/// Every file below `folder`, links to folders not followed, at most 16 folders deep.
+fn walk(folder: &Path, depth: usize, found: &mut impl FnMut(PathBuf)) -> Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_type()? {
+            t if t.is_dir() && depth < 16 => walk(&entry.path(), depth + 1, found)?,
+            t if t.is_dir() => {}
+            _ => found(entry.path()),
+        }
+    }
+    Ok(())
 }
 
 fn push_channels_first(out: &mut Vec<u8>, pixels: &[u8], [c, h, w]: [usize; 3]) {
@@ -206,25 +349,29 @@ fn push_channels_first(out: &mut Vec<u8>, pixels: &[u8], [c, h, w]: [usize; 3]) 
     }
 }
 
-/// Shape (channels, height, width) and pixels with the channels last. An opaque alpha channel is dropped, another refused.
 fn read_png(path: &Path) -> Result<([usize; 3], Vec<u8>)> {
-    let run = || -> Result<([usize; 3], Vec<u8>)> {
-        let reader = std::io::BufReader::new(std::fs::File::open(path)?);
-        let image = image::ImageReader::with_format(reader, image::ImageFormat::Png)
-            .decode()
-            .map_err(|e| Error::io(format!("not a PNG file: {e}")))?;
-        let size = |c| [c, image.height() as usize, image.width() as usize];
-        let color = image.color();
-        if color.has_alpha() && image.to_rgba8().pixels().any(|p| p[3] != 255) {
-            return Err(Error::io("the image is partly transparent"));
-        }
-        Ok(if color.has_color() {
-            (size(3), image.to_rgb8().into_raw())
-        } else {
-            (size(1), image.to_luma8().into_raw())
-        })
-    };
+    let run = || decode_png(std::io::BufReader::new(std::fs::File::open(path)?));
     run().with_context(|| path.display().to_string())
+}
+
+fn read_zipped(zip: &mut zip::ZipArchive<std::io::Cursor<Bytes>>, name: &str) -> Result<([usize; 3], Vec<u8>)> {
+    let mut file = zip.by_name(name).map_err(|e| Error::io(format!("{name}: {e}")))?;
+    let mut bytes = Vec::new();
+    std::io::Read::read_to_end(&mut file, &mut bytes).with_context(|| name.to_string())?;
+    decode_png(std::io::Cursor::new(bytes)).with_context(|| name.to_string())
+}
+
+/// Shape (channels, height, width) and pixels with the channels last. An opaque alpha channel is dropped, another refused.
+fn decode_png(reader: impl std::io::BufRead + std::io::Seek) -> Result<([usize; 3], Vec<u8>)> {
+    let image = image::ImageReader::with_format(reader, image::ImageFormat::Png)
+        .decode()
+        .map_err(|e| Error::io(format!("not a PNG file: {e}")))?;
+    let size = |c| [c, image.height() as usize, image.width() as usize];
+    let color = image.color();
+    if color.has_alpha() && image.to_rgba8().pixels().any(|p| p[3] != 255) {
+        return Err(Error::io("the image is partly transparent"));
+    }
+    Ok(if color.has_color() { (size(3), image.to_rgb8().into_raw()) } else { (size(1), image.to_luma8().into_raw()) })
 }
 
 /// Writes one image, [C,H,W] 8-bit with 1 or 3 channels, as PNG bytes.
@@ -270,6 +417,62 @@ mod tests {
     }
 
     #[test]
+    fn every_rounding_is_its_references() {
+        // numpy f32: (x * 127.5 + 128), ((x + 1) * 127.5), ((x + 1) / 2 * 255 + 0.5), clipped, astype(uint8)
+        let cases: [(f64, [u8; 3]); 6] = [
+            (-1.0, [0, 0, 0]),
+            (-0.5, [64, 63, 64]),
+            (0.0, [128, 127, 128]),
+            (0.003, [128, 127, 128]),
+            (0.996, [254, 254, 254]),
+            (1.0, [255, 255, 255]),
+        ];
+        for (x, want) in cases {
+            let got = [Rounding::Edm, Rounding::Adm, Rounding::Torchvision].map(|r| r.apply(x, [-1.0, 1.0]));
+            assert_eq!(got, want, "{x}");
+        }
+    }
+
+    #[test]
+    fn zips_and_sub_folders_hold_labelled_images() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().unwrap();
+        let image = |v: u8| encode_png(&[v; 4], [1, 2, 2]).unwrap();
+        let folder = dir.path().join("folder");
+        for (class, k) in [("cat", 0), ("cat", 1), ("dog", 2)] {
+            std::fs::create_dir_all(folder.join(class)).unwrap();
+            std::fs::write(folder.join(format!("{class}/{k}.png")), image(k)).unwrap();
+        }
+        let set = ImageSet::open(&folder, [-1.0, 1.0]).unwrap();
+        assert_eq!((set.len(), set.labels()), (3, Some(&[0, 0, 1][..])));
+        // EDM's dataset format.
+        let path = dir.path().join("edm.zip");
+        let mut zip = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+        for k in 0..3u8 {
+            zip.start_file(format!("00000/img{k}.png"), Default::default()).unwrap();
+            zip.write_all(&image(k)).unwrap();
+        }
+        zip.start_file("dataset.json", Default::default()).unwrap();
+        zip.write_all(br#"{"labels": [["00000/img2.png", 7], ["00000/img0.png", 3], ["00000/img1.png", 0]]}"#).unwrap();
+        zip.finish().unwrap();
+        let zipped = ImageSet::open(&path, [-1.0, 1.0]).unwrap();
+        assert_eq!(zipped.labels(), Some(&[3, 0, 7][..]));
+        assert_eq!(zipped.batch_u8(1, 2).unwrap(), set.batch_u8(1, 2).unwrap());
+        // ADM's batches: arr_0 and arr_1, the second integers.
+        let path = dir.path().join("adm.npz");
+        let images = HostTensor::new(&[2, 2, 2, 3], &[9u8; 24]).unwrap();
+        npy::write_npz(&path, &[("arr_0", &images), ("arr_1", &HostTensor::vec(&[5i64, 6]))]).unwrap();
+        let set = ImageSet::open(&path, [-1.0, 1.0]).unwrap();
+        assert_eq!((set.shape(), set.labels()), ([3, 2, 2], Some(&[5, 6][..])));
+        std::fs::write(&path, b"no zip").unwrap();
+        assert!(ImageSet::open(&path, [-1.0, 1.0]).unwrap_err().to_string().contains("adm.npz: not a"));
+        std::fs::create_dir_all(dir.path().join("jpeg")).unwrap();
+        std::fs::write(dir.path().join("jpeg/a.JPG"), b"x").unwrap();
+        let error = ImageSet::open(&dir.path().join("jpeg"), [-1.0, 1.0]).unwrap_err().to_string();
+        assert!(error.contains("convert them to PNG once"), "{error}");
+    }
+
+    #[test]
     fn folder_and_arrays_hold_the_same_images() {
         let dir = tempfile::tempdir().unwrap();
         let pixels: Vec<u8> = (0..2 * 3 * 4 * 5).map(|v| v as u8).collect();
@@ -309,7 +512,7 @@ mod tests {
         std::fs::write(dir.path().join("b.png"), encode_png(&[0; 4], [1, 2, 2]).unwrap()).unwrap();
         let set = ImageSet::open(dir.path(), [-1.0, 1.0]).unwrap();
         let mixed = set.batch_u8(0, 2).unwrap_err().to_string();
-        assert!(mixed.contains("b.png: 2x2, grey where the first image of the folder is 2x2, colour"), "{mixed}");
+        assert!(mixed.contains("b.png: 2x2, grey where the first image of the set is 2x2, colour"), "{mixed}");
         let nan = HostTensor::new(&[2, 1, 1], &[0.0, f32::NAN]).unwrap();
         let set = ImageSet::from_tensor(nan, [-1.0, 1.0]).unwrap();
         assert!(set.batch(0, 2).unwrap_err().to_string().contains("image 1 holds NaN"));

@@ -1,8 +1,11 @@
 //! NumPy's `.npy` and `.npz`. Headers are read by a parser of our own that neither recurses nor allocates by what a header
 //! claims; memory grows only with data that is really there.
 
-use std::io::{BufReader, Read, Write};
+use std::fs::File;
+use std::io::{Cursor, Read, Write};
 use std::path::Path;
+
+use bytes::Bytes;
 
 use crate::error::{Context, Error, Result};
 use crate::tensor::{DType, HostTensor, checked_len};
@@ -118,6 +121,10 @@ pub fn plain_layout(bytes: &[u8]) -> Result<Option<(DType, Vec<usize>, usize)>> 
     Ok((!header.big_endian && !header.fortran).then_some((header.dtype, header.shape, start)))
 }
 
+fn too_little(got: usize, shape: &[usize], expected: usize) -> Error {
+    bad(format!("{got} bytes of data where the shape {shape:?} needs {expected}"))
+}
+
 /// Reads one array.
 pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
     let (header, _) = read_header(&mut reader)?;
@@ -126,7 +133,7 @@ pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
     let mut data = Vec::new();
     reader.take(expected as u64).read_to_end(&mut data)?;
     if data.len() != expected {
-        return Err(bad(format!("{} bytes of data where the shape {:?} needs {expected}", data.len(), header.shape)));
+        return Err(too_little(data.len(), &header.shape, expected));
     }
     if header.big_endian {
         data.chunks_exact_mut(size).for_each(<[u8]>::reverse);
@@ -135,6 +142,28 @@ pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
         data = from_fortran(&data, &header.shape, size);
     }
     HostTensor::from_bytes(header.dtype, header.shape, data.into())
+}
+
+/// An array that lies in (mapped) memory: nothing is copied where its order is ours.
+fn view(bytes: &Bytes) -> Result<HostTensor> {
+    let (header, start) = read_header(&bytes[..])?;
+    if header.fortran || (header.big_endian && header.dtype.size() > 1) {
+        return read_from(&bytes[..]);
+    }
+    let expected = checked_len(&header.shape)? * header.dtype.size();
+    let end = start.checked_add(expected).filter(|end| *end <= bytes.len());
+    let end = end.ok_or_else(|| too_little(bytes.len() - start, &header.shape, expected))?;
+    HostTensor::from_bytes(header.dtype, header.shape, bytes.slice(start..end))
+}
+
+/// A file as memory that the system fills as it is looked at.
+pub(crate) fn map(file: &File) -> Result<Bytes> {
+    if file.metadata()?.len() == 0 {
+        return Ok(Bytes::new());
+    }
+    // SAFETY: read-only and private; a file that another process cuts short meanwhile ends this one with a bus error.
+    let map = unsafe { memmap2::Mmap::map(file) }?;
+    Ok(Bytes::from_owner(map))
 }
 
 /// Column-major to row-major.
@@ -161,39 +190,51 @@ fn from_fortran(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
     out
 }
 
-/// Reads a `.npy` file.
+/// Reads a `.npy` file: mapped, so that only what is looked at takes memory.
 pub fn read(path: &Path) -> Result<HostTensor> {
-    let open = || read_from(BufReader::new(std::fs::File::open(path)?));
+    let open = || view(&map(&File::open(path)?)?);
     open().with_context(|| path.display().to_string())
+}
+
+fn write_header(out: &mut impl Write, header: &Header) -> std::io::Result<()> {
+    let order = match (header.dtype.size(), header.big_endian) {
+        (1, _) => '|',
+        (_, true) => '>',
+        (_, false) => '<',
+    };
+    let code = match header.dtype {
+        DType::F32 | DType::BF16 => "f4",
+        DType::F64 => "f8",
+        DType::F16 => "f2",
+        DType::I8 => "i1",
+        DType::I16 => "i2",
+        DType::I32 => "i4",
+        DType::I64 => "i8",
+        DType::U8 => "u1",
+        DType::U16 => "u2",
+        DType::U32 => "u4",
+        DType::U64 => "u8",
+        DType::Bool => "b1",
+    };
+    let fortran = if header.fortran { "True" } else { "False" };
+    let dims: String = header.shape.iter().map(|d| format!("{d}, ")).collect();
+    let mut text =
+        format!("{{'descr': '{order}{code}', 'fortran_order': {fortran}, 'shape': ({}), }}", dims.trim_end());
+    // Data starts at a multiple of 64 bytes, as NumPy writes it: 10 bytes before the text and a newline at its end.
+    let padded = (10 + text.len() + 1).next_multiple_of(64) - 10;
+    text.extend(std::iter::repeat_n(' ', padded - text.len() - 1));
+    text.push('\n');
+    out.write_all(MAGIC)?;
+    out.write_all(&[1, 0])?;
+    out.write_all(&(text.len() as u16).to_le_bytes())?;
+    out.write_all(text.as_bytes())
 }
 
 /// Writes one array, version 1.0, C order. NumPy has no bf16: such tensors are written as f32, which loses nothing.
 pub fn write_to(mut out: impl Write, tensor: &HostTensor) -> std::io::Result<()> {
     let tensor = if tensor.dtype() == DType::BF16 { &tensor.cast(DType::F32) } else { tensor };
-    let descr = match tensor.dtype() {
-        DType::F32 | DType::BF16 => "<f4",
-        DType::F64 => "<f8",
-        DType::F16 => "<f2",
-        DType::I8 => "|i1",
-        DType::I16 => "<i2",
-        DType::I32 => "<i4",
-        DType::I64 => "<i8",
-        DType::U8 => "|u1",
-        DType::U16 => "<u2",
-        DType::U32 => "<u4",
-        DType::U64 => "<u8",
-        DType::Bool => "|b1",
-    };
-    let dims: String = tensor.shape().iter().map(|d| format!("{d}, ")).collect();
-    let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", dims.trim_end());
-    // Data starts at a multiple of 64 bytes, as NumPy writes it: 10 bytes before the text and a newline at its end.
-    let padded = (10 + header.len() + 1).next_multiple_of(64) - 10;
-    header.extend(std::iter::repeat_n(' ', padded - header.len() - 1));
-    header.push('\n');
-    out.write_all(MAGIC)?;
-    out.write_all(&[1, 0])?;
-    out.write_all(&(header.len() as u16).to_le_bytes())?;
-    out.write_all(header.as_bytes())?;
+    let shape = tensor.shape().to_vec();
+    write_header(&mut out, &Header { dtype: tensor.dtype(), big_endian: false, fortran: false, shape })?;
     out.write_all(tensor.bytes())
 }
 
@@ -202,20 +243,60 @@ pub fn write(path: &Path, tensor: &HostTensor) -> Result<()> {
     crate::files::write_atomic_with(path, |out| write_to(out, tensor))
 }
 
-/// Reads every array of a `.npz` file, in the file's order.
+/// Names of the arrays of a `.npz` file, in the file's order.
+pub fn npz_names(path: &Path) -> Result<Vec<String>> {
+    let run = || -> Result<Vec<String>> {
+        let zip = archive(&map(&File::open(path)?)?)?;
+        Ok(zip.file_names().filter_map(npyz::npz::array_name_from_file_name).map(str::to_string).collect())
+    };
+    run().with_context(|| path.display().to_string())
+}
+
+pub(crate) fn archive(bytes: &Bytes) -> Result<zip::ZipArchive<Cursor<Bytes>>> {
+    zip::ZipArchive::new(Cursor::new(bytes.clone())).map_err(|e| bad(format!("not a zip archive: {e}")))
+}
+
+/// Reads every array of a `.npz` file, in the file's order. Arrays that are stored as they are (`np.savez`) are mapped;
+/// compressed ones beyond 64 MB are unpacked into a temporary file that is mapped: a set of any size takes little memory.
 pub fn read_npz(path: &Path) -> Result<Vec<(String, HostTensor)>> {
+    const LARGE: u64 = 64 << 20;
     let run = || -> Result<Vec<(String, HostTensor)>> {
-        let mut archive = npyz::npz::NpzArchive::open(path).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
-        let zip = archive.zip_archive();
+        let bytes = map(&File::open(path)?)?;
+        let mut zip = archive(&bytes).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
         let mut arrays = Vec::new();
         for k in 0..zip.len() {
-            let file = zip.by_index(k).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
+            let mut file = zip.by_index(k).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
             let Some(name) = npyz::npz::array_name_from_file_name(file.name()).map(str::to_string) else { continue };
-            arrays.push((name.clone(), read_from(file).context(format!("array `{name}`"))?));
+            let array = if file.compression() == zip::CompressionMethod::Stored {
+                let start = file.data_start() as usize;
+                let end = start.checked_add(file.compressed_size() as usize).filter(|e| *e <= bytes.len());
+                end.ok_or_else(|| bad("cut short")).and_then(|end| view(&bytes.slice(start..end)))
+            } else if file.size() > LARGE {
+                unpack(&mut file)
+            } else {
+                read_from(file)
+            };
+            arrays.push((name.clone(), array.context(format!("array `{name}`"))?));
         }
         Ok(arrays)
     };
     run().with_context(|| path.display().to_string())
+}
+
+/// Unpacks an array into a nameless temporary file and maps that.
+fn unpack(file: &mut impl Read) -> Result<HostTensor> {
+    let (header, _) = read_header(&mut *file)?;
+    let expected = checked_len(&header.shape)? * header.dtype.size();
+    let mut out = tempfile::tempfile()?;
+    let mut head = Vec::new();
+    // The header again, in our own words, so that the file is an array by itself.
+    write_header(&mut head, &header)?;
+    out.write_all(&head)?;
+    let copied = std::io::copy(&mut file.take(expected as u64), &mut out)?;
+    if copied != expected as u64 {
+        return Err(too_little(copied as usize, &header.shape, expected));
+    }
+    view(&map(&out)?)
 }
 
 /// Writes named arrays as a `.npz` file, whole or not at all.
@@ -226,7 +307,10 @@ pub fn write_npz(path: &Path, arrays: &[(&str, &HostTensor)]) -> Result<()> {
         let zip = archive.zip_writer();
         for (name, tensor) in arrays {
             let file = npyz::npz::file_name_from_array_name(name);
-            zip.start_file(file, Default::default()).map_err(|e| bad(e.to_string()))?;
+            let options = zip::write::FileOptions::default()
+                .compression_method(zip::CompressionMethod::Stored)
+                .large_file(tensor.bytes().len() > 1 << 31);
+            zip.start_file(file, options).map_err(|e| bad(e.to_string()))?;
             write_to(&mut *zip, tensor)?;
         }
         zip.finish().map_err(|e| bad(e.to_string()))?;

@@ -1,0 +1,179 @@
+//! One pass over a set: everything the measures need, in memory that does not grow with the number of images.
+
+use std::time::Instant;
+
+use super::inception_score::{Gather, InceptionScore};
+use super::manifold::MOST;
+use super::sliced::Patches;
+use super::source::{Draw, Source};
+use super::{FeatureMatrix, FeatureNet, Moments, Statistics, shuffled};
+use crate::error::{Error, Result};
+use crate::tensor::HostTensor;
+
+/// What to gather beside the moments.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// Features of at most [`MOST`] images, for kernel distance, precision, recall, density and coverage.
+    pub rows: bool,
+    /// Features of all images by class: the one thing whose memory grows with their number (4 bytes a feature).
+    pub classes: bool,
+    /// Patches for the sliced Wasserstein distance.
+    pub patches: bool,
+}
+
+/// Features of all images with their classes.
+#[derive(Debug, Clone)]
+pub struct ByClass {
+    dims: usize,
+    values: Vec<f32>,
+    labels: Vec<usize>,
+}
+
+/// What a pass over a set leaves.
+#[derive(Debug, Clone)]
+pub struct Collected {
+    /// Absent without a feature network.
+    pub statistics: Option<Statistics>,
+    /// Features of a fixed choice of images, and which images these are.
+    pub rows: Option<FeatureMatrix>,
+    pub chosen: Vec<usize>,
+    pub classes: Option<ByClass>,
+    pub inception: Option<InceptionScore>,
+    pub patches: Option<Patches>,
+    pub shape: Option<[usize; 3]>,
+    pub count: usize,
+    /// Network calls an image, and milliseconds an image of making them, where they were made.
+    pub nfe: Option<usize>,
+    pub ms_per_image: Option<f64>,
+}
+
+impl Collected {
+    /// Reference statistics: no images.
+    pub fn of_statistics(statistics: Statistics) -> Self {
+        Self {
+            count: statistics.count.unwrap_or(0),
+            statistics: Some(statistics),
+            rows: None,
+            chosen: Vec::new(),
+            classes: None,
+            inception: None,
+            patches: None,
+            shape: None,
+            nfe: None,
+            ms_per_image: None,
+        }
+    }
+}
+
+impl ByClass {
+    /// Classes present, ascending.
+    pub fn present(&self) -> Vec<usize> {
+        let mut all = self.labels.clone();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Number of images of a class.
+    pub fn count(&self, class: usize) -> usize {
+        self.labels.iter().filter(|&&l| l == class).count()
+    }
+
+    /// Features of a class.
+    pub fn matrix(&self, class: usize) -> Result<FeatureMatrix> {
+        let rows = self.labels.iter().enumerate().filter(|(_, l)| **l == class);
+        let values: Vec<f32> =
+            rows.flat_map(|(i, _)| self.values[i * self.dims..(i + 1) * self.dims].iter().copied()).collect();
+        FeatureMatrix::new(&HostTensor::new(&[values.len() / self.dims.max(1), self.dims], &values)?)
+    }
+}
+
+/// Looks at images `start..start+count` of a source. `seen` is told how many more are done.
+pub fn collect(
+    source: &mut Source,
+    draw: &Draw,
+    mut net: Option<&mut FeatureNet>,
+    (start, count): (usize, usize),
+    wanted: Wanted,
+    mut seen: impl FnMut(usize),
+) -> Result<Collected> {
+    let shape = source.shape().ok_or_else(|| Error::usage("statistics hold no images"))?;
+    if count == 0 {
+        return Err(Error::usage("no images to look at"));
+    }
+    let mut keep = vec![false; count];
+    if wanted.rows && net.is_some() {
+        shuffled(count, 3).into_iter().take(MOST).for_each(|k| keep[k] = true);
+    }
+    let batch = draw.request.batch.max(1);
+    let mut moments: Option<Moments> = None;
+    let (mut kept, mut all, mut labels) = (Vec::<f32>::new(), Vec::<f32>::new(), Vec::new());
+    let mut scores: Option<Gather> = None;
+    let mut patches = wanted.patches.then(|| Patches::new(shape));
+    let (mut nfe, mut seconds) = (None, 0.0);
+    for first in (0..count).step_by(batch) {
+        let n = batch.min(count - first);
+        let began = Instant::now();
+        let drawn = source.draw(draw, start + first, n)?;
+        seconds += began.elapsed().as_secs_f64();
+        nfe = drawn.nfe;
+        if let Some(patches) = &mut patches {
+            let size: usize = shape.iter().product();
+            for (k, image) in drawn.images.bytes().chunks_exact(size).enumerate() {
+                patches.push(image, (first + k) as u64);
+            }
+        }
+        if wanted.classes {
+            let given = drawn.labels.as_deref().ok_or_else(|| {
+                Error::usage("class-wise measures need classes, and this set has none").hint(
+                    "a folder with one sub-folder a class, a dataset.json, or an array `labels` beside the images",
+                )
+            })?;
+            labels.extend_from_slice(given);
+        }
+        if let Some(net) = net.as_deref_mut() {
+            let out = net.see(&drawn.images, batch)?;
+            let dims = out.features.shape()[1];
+            let values = out.features.to_f32();
+            let moments = moments.get_or_insert_with(|| Moments::new(dims));
+            for (k, row) in values.chunks_exact(dims).enumerate() {
+                moments.push(row.iter().map(|&v| f64::from(v)))?;
+                if keep[first + k] {
+                    kept.extend_from_slice(row);
+                }
+            }
+            if wanted.classes {
+                all.extend_from_slice(&values);
+            }
+            if let Some(logits) = out.logits {
+                let gather = scores.get_or_insert_with(|| Gather::new(count));
+                let width = logits.shape()[1];
+                logits.to_f32().chunks_exact(width).try_for_each(|row| gather.push(row))?;
+            }
+        }
+        seen(n);
+    }
+    let dims = moments.as_ref().map_or(0, Moments::dims);
+    let statistics = match (moments, &net) {
+        (Some(moments), Some(net)) => {
+            Some(Statistics { network: Some(net.fingerprint()), ..Statistics::from_moments(moments)? })
+        }
+        _ => None,
+    };
+    let rows = match statistics.is_some() && wanted.rows {
+        true => Some(FeatureMatrix::new(&HostTensor::new(&[kept.len() / dims, dims], &kept)?)?),
+        false => None,
+    };
+    Ok(Collected {
+        statistics,
+        rows,
+        chosen: (0..count).filter(|&k| keep[k]).collect(),
+        classes: (wanted.classes && dims > 0).then_some(ByClass { dims, values: all, labels }),
+        inception: scores.map(|s| s.finish()).transpose()?,
+        patches,
+        shape: Some(shape),
+        count,
+        nfe,
+        ms_per_image: nfe.map(|_| seconds * 1e3 / count as f64),
+    })
+}

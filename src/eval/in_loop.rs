@@ -1,0 +1,245 @@
+//! Measures while a run goes on: few images, always of the same noise, so that a curve shows the run and not the draw.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::FeatureNet;
+use super::collect::{Collected, Wanted};
+use super::evaluation::{Plan, measure, reference};
+use super::features::FeatureOptions;
+use super::source::{Draw, Source};
+use crate::error::{Context, Error, Result};
+use crate::io::ImageSet;
+use crate::runtime::EngineOptions;
+use crate::tensor::HostTensor;
+
+/// The curve's file in the run directory: one JSON object a line.
+pub const FILE: &str = "evaluations.jsonl";
+
+/// Where a run stands when it is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct At {
+    /// Generator updates.
+    pub update: u64,
+    /// Images of stage 2.
+    pub images: u64,
+    /// Forward passes of networks, counted in images, stage 1 included.
+    pub passes: u64,
+    /// Seconds, stage 1 included.
+    pub seconds: f64,
+    /// Node that the generator is drawn to.
+    pub node: usize,
+}
+
+/// A point of the curve.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    #[serde(flatten)]
+    pub at: At,
+    /// Frechet distance; without a feature network the sliced Wasserstein distance takes its place in what is best.
+    pub frechet: Option<f64>,
+    pub kernel: Option<f64>,
+    pub kernel_standard_error: Option<f64>,
+    pub precision: Option<f64>,
+    pub recall: Option<f64>,
+    pub sliced: Option<f64>,
+    /// Images measured.
+    pub samples: usize,
+    /// Least so far.
+    pub best: bool,
+}
+
+impl Point {
+    /// What is to become small.
+    pub fn figure(&self) -> f64 {
+        self.frechet.or(self.sliced).filter(|v| v.is_finite()).unwrap_or(f64::INFINITY)
+    }
+}
+
+/// What to measure with.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Feature network; none: the sliced Wasserstein distance alone.
+    pub features: Option<PathBuf>,
+    pub reference: PathBuf,
+    /// Looks without a new least after which the run may end; 0: it never does.
+    pub patience: u64,
+    pub batch: usize,
+    /// Range of float arrays in the reference.
+    pub range: [f64; 2],
+}
+
+/// Measures a run as it goes on.
+pub struct InLoop {
+    net: Option<FeatureNet>,
+    reference: Collected,
+    draw: Draw,
+    patience: u64,
+    path: PathBuf,
+    points: Vec<Point>,
+}
+
+/// Reads a curve; lines that are no points are passed over.
+pub fn read(path: &Path) -> Vec<Point> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+}
+
+impl InLoop {
+    /// Opens network and reference, and the run's curve so far.
+    pub fn open(settings: &Settings, run: &Path, options: &EngineOptions) -> Result<Self> {
+        let mut net = settings
+            .features
+            .as_deref()
+            .map(|path| FeatureNet::open(path, &FeatureOptions::default(), options))
+            .transpose()
+            .context("evaluate.features")?;
+        let mut source = Source::open(&settings.reference, settings.range, options).context("evaluate.reference")?;
+        let mut draw = Draw::default();
+        draw.request.batch = settings.batch.max(1);
+        let count = match &source {
+            Source::Images(set) => set.len(),
+            Source::Statistics(_) => 0,
+            _ => {
+                return Err(Error::usage(format!("{} is a network", settings.reference.display()))
+                    .hint("give reference images, or statistics as a .npz"));
+            }
+        };
+        let wanted = Wanted { rows: net.is_some(), classes: false, patches: net.is_none() };
+        let reference = reference(&mut source, &draw, net.as_mut(), count, wanted, |_| {})
+            .with_context(|| settings.reference.display().to_string())?;
+        let path = run.join(FILE);
+        let points = read(&path);
+        Ok(Self { net, reference, draw, patience: settings.patience, path, points })
+    }
+
+    /// Forgets what was measured after generator update `upto`: a run that goes on from there measures it again.
+    pub fn forget_after(&mut self, upto: u64) -> Result<()> {
+        let before = self.points.len();
+        self.points.retain(|p| p.at.update <= upto);
+        if self.points.len() < before {
+            let lines = self.points.iter().map(line).collect::<Result<String>>()?;
+            crate::files::write_atomic(&self.path, lines.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Refuses samples that cannot be measured against the reference, before a run begins.
+    pub fn check(&self, shape: [usize; 3], range: Option<[f64; 2]>) -> Result<()> {
+        if range.is_none() {
+            return Err(Error::usage("the student makes latents: they cannot be measured while it is trained")
+                .hint("leave evaluate.reference out"));
+        }
+        match self.reference.shape {
+            Some(other) if other != shape => Err(Error::mismatch(format!(
+                "the reference holds images of {}, the student makes {}",
+                crate::io::images::describe(other),
+                crate::io::images::describe(shape)
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// The curve so far.
+    pub fn points(&self) -> &[Point] {
+        &self.points
+    }
+
+    /// Measures samples [N,C,H,W] with values in `range`, and adds a point to the curve.
+    pub fn look(&mut self, samples: HostTensor, range: [f64; 2], at: At) -> Result<Point> {
+        let set = ImageSet::from_samples(samples, range)?;
+        let count = set.len();
+        let mut source = Source::Images(set);
+        let wanted = Wanted { rows: self.net.is_some(), classes: false, patches: self.reference.patches.is_some() };
+        let plan = Plan { images: count, blocks: 1, wanted };
+        let (row, _) =
+            measure("the student", &mut source, &self.draw, self.net.as_mut(), &self.reference, &plan, |_| {})?;
+        let mut point = Point {
+            at,
+            frechet: row.frechet,
+            kernel: row.kernel,
+            kernel_standard_error: row.kernel_standard_error,
+            precision: row.precision,
+            recall: row.recall,
+            sliced: row.sliced,
+            samples: count,
+            best: false,
+        };
+        let least = self.points.iter().map(Point::figure).fold(f64::INFINITY, f64::min);
+        point.best = point.figure() < least;
+        let text = line(&point)?;
+        let append = || -> std::io::Result<()> {
+            let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&self.path)?;
+            file.write_all(text.as_bytes())
+        };
+        append().with_context(|| self.path.display().to_string())?;
+        self.points.push(point.clone());
+        Ok(point)
+    }
+
+    /// Whether the last `patience` looks brought no new least.
+    pub fn exhausted(&self) -> bool {
+        let since = self.points.iter().rev().take_while(|p| !p.best).count() as u64;
+        self.patience > 0 && since >= self.patience
+    }
+}
+
+fn line(point: &Point) -> Result<String> {
+    let mut text = serde_json::to_string(point).map_err(|e| Error::io(e.to_string()))?;
+    text.push('\n');
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::noise::batch_noise;
+    use crate::runtime::testing;
+
+    fn samples(seed: u64, scale: f32) -> HostTensor {
+        let values: Vec<f32> = batch_noise(seed, 0, 40, 4).iter().map(|v| v * scale).collect();
+        HostTensor::new(&[40, 1, 2, 2], &values).unwrap()
+    }
+
+    fn at(update: u64) -> At {
+        At { update, images: update * 8, passes: update * 32, seconds: update as f64, node: 0 }
+    }
+
+    #[test]
+    fn the_curve_survives_a_resume_and_patience_runs_out() {
+        let dir = tempfile::tempdir().unwrap();
+        crate::io::npy::write(&dir.path().join("reference.npy"), &samples(1, 0.3)).unwrap();
+        let weight: Vec<f32> = (0..8).map(|k| ((k * 5) % 7) as f32 - 3.0).collect();
+        std::fs::write(dir.path().join("net.onnx"), testing::features(&weight)).unwrap();
+        let settings = Settings {
+            features: Some(dir.path().join("net.onnx")),
+            reference: dir.path().join("reference.npy"),
+            patience: 2,
+            batch: 16,
+            range: [-1.0, 1.0],
+        };
+        let open = |upto| {
+            let mut judge = InLoop::open(&settings, dir.path(), &EngineOptions::default()).unwrap();
+            judge.forget_after(upto).unwrap();
+            judge
+        };
+        let mut judge = open(0);
+        judge.check([1, 2, 2], Some([-1.0, 1.0])).unwrap();
+        assert!(judge.check([1, 2, 3], Some([-1.0, 1.0])).is_err() && judge.check([1, 2, 2], None).is_err());
+        let look =
+            |judge: &mut InLoop, update, scale| judge.look(samples(2, scale), [-1.0, 1.0], at(update)).unwrap().best;
+        assert!(look(&mut judge, 10, 0.6));
+        assert!(look(&mut judge, 20, 0.3));
+        assert!(!look(&mut judge, 30, 0.5) && !judge.exhausted());
+        assert!(!look(&mut judge, 40, 0.45) && judge.exhausted());
+        assert_eq!(read(&dir.path().join(FILE)).len(), 4);
+        // Going on from update 30 forgets what came after it, and remembers what was best.
+        let mut judge = open(30);
+        assert_eq!((judge.points().len(), judge.exhausted()), (3, false));
+        assert!(!look(&mut judge, 40, 0.45) && judge.exhausted());
+        let lines = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
+        assert!(lines.lines().count() == 4 && lines.starts_with("{\"update\":10,\"images\":80,"), "{lines}");
+    }
+}

@@ -1,0 +1,162 @@
+//! The measures beside independent ones in numpy, scipy and PyTorch on the same numbers.
+
+use std::path::{Path, PathBuf};
+
+use super::tests::{close, gaussian};
+use super::*;
+use crate::io::npy;
+
+/// Runs a script in `dir`; what it prints is JSON.
+fn python(dir: &Path, script: &str) -> Vec<f64> {
+    let python = std::env::var_os("DISBACK_PYTHON")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python")));
+    let out = std::process::Command::new(&python).arg("-c").arg(script).current_dir(dir).output();
+    let out = out.unwrap_or_else(|e| panic!("{}: {e} (make test sets it up)", python.display()));
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+fn save(dir: &Path, name: &str, shape: &[usize], values: &[f64]) {
+    npy::write(&dir.join(name), &HostTensor::new(shape, values).unwrap()).unwrap();
+}
+
+fn flat(set: &FeatureMatrix) -> Vec<f64> {
+    (0..set.len()).flat_map(|i| (0..set.dims()).map(move |j| set.mat()[(i, j)])).collect()
+}
+
+/// Frechet distance by `sqrtm` as pytorch-fid and clean-fid compute it, MMD by the definition, balls by brute force, Inception
+/// Score and sliced distance as their papers' code does.
+#[test]
+fn numpy_and_scipy_agree() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (gaussian(300, 12, 11, 1.0, 0.0), gaussian(250, 12, 12, 1.3, 0.4));
+    save(dir.path(), "a.npy", &[300, 12], &flat(&a));
+    save(dir.path(), "b.npy", &[250, 12], &flat(&b));
+    // Statistics in double precision of a set as large as its features: singular covariances.
+    let (few, many) = (gaussian(10, 24, 21, 1.0, 0.0), gaussian(60, 24, 22, 1.0, 0.3));
+    save(dir.path(), "few.npy", &[10, 24], &flat(&few));
+    save(dir.path(), "many.npy", &[60, 24], &flat(&many));
+    let logits: Vec<f32> = (0..57).flat_map(|i| crate::noise::image_noise(5, i, 6)).map(|v| 2.0 * v).collect();
+    save(dir.path(), "logits.npy", &[57, 6], &logits.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
+    let image: Vec<f32> = crate::noise::image_noise(9, 0, 2 * 33 * 36);
+    save(dir.path(), "image.npy", &[2, 33, 36], &image.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
+    let directions = sliced::directions(12, 8);
+    save(
+        dir.path(),
+        "directions.npy",
+        &[8, 12],
+        &directions.iter().flatten().map(|&v| f64::from(v)).collect::<Vec<_>>(),
+    );
+    let script = r#"
+import numpy as np, scipy.linalg, scipy.spatial, scipy.stats, scipy.ndimage, json
+load = lambda n: np.load(n + ".npy")
+a, b = load("a"), load("b")
+
+def frechet(x, y):  # pytorch-fid 0.3.0, calculate_frechet_distance
+    m1, s1, m2, s2 = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
+    diff = m1 - m2
+    root = scipy.linalg.sqrtm(s1.dot(s2))
+    if not np.isfinite(root).all():
+        offset = np.eye(len(s1)) * 1e-6
+        root = scipy.linalg.sqrtm((s1 + offset).dot(s2 + offset))
+    return diff.dot(diff) + np.trace(s1) + np.trace(s2) - 2 * np.trace(np.real(root))
+
+k = lambda p, q: (p @ q.T / p.shape[1] + 1) ** 3
+x, y = a[:100], b[:100]
+kxx, kyy, kxy = k(x, x), k(y, y), k(x, y)
+mmd2 = (kxx.sum() - np.trace(kxx)) / 9900 + (kyy.sum() - np.trace(kyy)) / 9900 - 2 * kxy.mean()
+d = scipy.spatial.distance.cdist
+ra, rb, rb5 = np.sort(d(a, a), 1)[:, 3], np.sort(d(b, b), 1)[:, 3], np.sort(d(b, b), 1)[:, 5]
+dab = d(a, b)
+precision, recall = (dab <= rb[None]).any(1).mean(), (dab <= ra[:, None]).any(0).mean()
+density, coverage = (dab <= rb5[None]).sum() / (5 * len(a)), (dab <= rb5[None]).any(0).mean()
+
+# Inception Score, inception_score_pytorch's loop over splits
+p = scipy.special.softmax(load("logits"), 1)
+scores = []
+for i in range(10):
+    part = p[i * len(p) // 10:(i + 1) * len(p) // 10]
+    scores.append(np.exp(np.mean([scipy.stats.entropy(q, part.mean(0)) for q in part])))
+
+# Laplacian pyramid of one image: 33x36 -> 17x18
+taps = np.array([1, 4, 6, 4, 1]) / 16
+f = np.outer(taps, taps)[None]
+image = load("image")
+small = scipy.ndimage.convolve(image, f, mode="mirror")[:, ::2, ::2]
+up = np.zeros_like(image)
+up[:, ::2, ::2] = small
+band = image - scipy.ndimage.convolve(up, 4 * f, mode="mirror")
+w = [scipy.stats.wasserstein_distance(a[:200] @ v, b[:200] @ v) for v in load("directions")]
+few, many = load("few"), load("many")
+# The singular case without a square root of a singular product: |X Y^T|_* of the centred sets.
+cx, cy = (few - few.mean(0)) / 3, (many - many.mean(0)) / np.sqrt(59)
+exact = ((few.mean(0) - many.mean(0)) ** 2).sum() + (cx ** 2).sum() + (cy ** 2).sum() - 2 * np.linalg.svd(cx @ cy.T)[1].sum()
+print(json.dumps([frechet(a, b), mmd2, precision, recall, density, coverage, np.mean(scores), np.std(scores),
+                  float((band ** 2).sum()), float((small ** 2).sum()), float(band[1, 7, 35]), float(np.mean(w)), exact]))
+"#;
+    let want = python(dir.path(), script);
+    let of = |x: &FeatureMatrix| Statistics::of(x).unwrap();
+    close(frechet::distance(&of(&a), &of(&b)).unwrap(), want[0], 1e-9);
+    let first: Vec<usize> = (0..100).collect();
+    close(kernel::mmd2(&a.select(&first), &b.select(&first)), want[1], 1e-9);
+    let m = manifold::measure(&a, &b).unwrap();
+    for (got, want) in [m.precision, m.recall, m.density, m.coverage].into_iter().zip(&want[2..6]) {
+        close(got, *want, 1e-12);
+    }
+    assert!(m.precision > 0.3 && m.precision < 1.0 && m.recall > 0.3 && m.recall < 1.0, "{m:?}");
+    assert!(m.coverage > 0.3 && m.coverage < 1.0, "{m:?}");
+    let mut gather = inception_score::Gather::new(57);
+    logits.chunks_exact(6).for_each(|row| gather.push(row).unwrap());
+    let score = gather.finish().unwrap();
+    close(score.mean, want[6], 1e-9);
+    close(score.deviation, want[7], 1e-9);
+    let bands = sliced::pyramid(&image, 2, &[[33, 36], [17, 18]]);
+    let energy = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+    close(energy(&bands[0]), want[8], 1e-5);
+    close(energy(&bands[1]), want[9], 1e-5);
+    assert!((f64::from(bands[0][33 * 36 + 7 * 36 + 35]) - want[10]).abs() < 1e-5);
+    let rows = |x: &FeatureMatrix| flat(x)[..200 * 12].iter().map(|&v| v as f32).collect::<Vec<_>>();
+    let values = sliced::by_direction(&rows(&a), &rows(&b), &directions);
+    close(values.iter().sum::<f64>() / 8.0, want[11], 1e-5);
+    close(frechet::distance(&of(&few), &of(&many)).unwrap(), want[12], 1e-9);
+}
+
+/// The filters beside PyTorch's, whose antialiased ones are PIL's on floats.
+#[test]
+fn pytorch_resizes_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let plane: Vec<f32> = crate::noise::image_noise(3, 0, 20 * 13);
+    save(dir.path(), "x.npy", &[1, 1, 20, 13], &plane.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
+    let script = r#"
+import json, numpy as np, torch
+torch.set_num_threads(1)
+x = torch.from_numpy(np.load("x.npy"))
+out = []
+for size in [(7, 9), (31, 40)]:
+    for mode, anti in [("bilinear", False), ("bilinear", True), ("bicubic", True)]:
+        out += torch.nn.functional.interpolate(x, size, mode=mode, align_corners=False, antialias=anti).flatten().tolist()
+print(json.dumps(out))
+"#;
+    let want = python(dir.path(), script);
+    let mut got = Vec::new();
+    for size in [[7, 9], [31, 40]] {
+        for filter in [resize::Filter::Bilinear, resize::Filter::BilinearAntialias, resize::Filter::BicubicAntialias] {
+            got.extend(resize::Resizer::new(filter, [20, 13], size).plane(&plane));
+        }
+    }
+    assert_eq!(got.len(), want.len());
+    for (k, (a, b)) in got.iter().zip(&want).enumerate() {
+        assert!((f64::from(*a) - b).abs() < 2e-6, "{k}: {a} {b}");
+    }
+    // TensorFlow 1 takes the corner as origin: doubling repeats the grid's own pixels at even places.
+    let doubled = resize::Resizer::new(resize::Filter::BilinearTf1, [20, 13], [40, 26]).plane(&plane);
+    for y in 0..20 {
+        for x in 0..13 {
+            assert_eq!(doubled[2 * y * 26 + 2 * x], plane[y * 13 + x]);
+        }
+        assert_eq!(doubled[2 * y * 26 + 1], (plane[y * 13] + plane[y * 13 + 1]) / 2.0);
+    }
+    let half = resize::Resizer::new(resize::Filter::Box, [20, 13], [10, 13]).plane(&plane);
+    assert!((half[0] - (plane[0] + plane[13]) / 2.0).abs() < 1e-6);
+}
