@@ -1,29 +1,45 @@
-//! `report.html`: one file that holds everything it shows, readable on a phone, in light and in dark.
+//! `report.html`: one file that holds everything it shows, readable on a phone and in print, in light and in dark.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use base64::Engine as _;
 use serde_json::Value;
 
-use super::plot::{Mark, Series, curves};
 use super::run::Run;
+use super::{curves, gallery, tables};
 use crate::error::Result;
+use crate::eval::in_loop::{self, Point};
 
 /// Writes `report.html` into a run directory from what lies in it, finished or not, and returns its path.
 pub fn write(run_dir: &Path) -> Result<PathBuf> {
+    write_beside(run_dir, &[])
+}
+
+/// [`write`], with the distance curves of other runs (the same without a trajectory, say) beside this one's.
+pub fn write_beside(run_dir: &Path, baselines: &[PathBuf]) -> Result<PathBuf> {
     let run = Run::read(run_dir)?;
+    let mut others = Vec::new();
+    for folder in baselines {
+        let other = Run::read(folder)?;
+        let nodes = other.nodes.len().saturating_sub(1);
+        let kind = if nodes > 0 { format!("{nodes} nodes") } else { "without trajectory".to_string() };
+        others.push((format!("{}, {kind}", name_of(folder)), in_loop::read(&folder.join(in_loop::FILE))));
+    }
     let path = run_dir.join("report.html");
-    crate::files::write_atomic(&path, page(&run).as_bytes())?;
+    crate::files::write_atomic(&path, page(&run, &others).as_bytes())?;
     Ok(path)
 }
 
-fn esc(text: &str) -> String {
+fn name_of(folder: &Path) -> String {
+    let real = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    real.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned())
+}
+
+pub(super) fn esc(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// Four significant digits, whole numbers whole.
-fn number(v: f64) -> String {
+pub(super) fn number(v: f64) -> String {
     if v == v.trunc() && v.abs() < 1e9 {
         return format!("{v:.0}");
     }
@@ -35,7 +51,7 @@ fn number(v: f64) -> String {
     format!("{v:.digits$}")
 }
 
-fn plain(value: &Value) -> String {
+pub(super) fn plain(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
         Value::String(s) => s.clone(),
@@ -44,68 +60,8 @@ fn plain(value: &Value) -> String {
     }
 }
 
-fn figure(png: Option<Vec<u8>>, caption: &str) -> String {
-    let Some(png) = png else { return String::new() };
-    let data = base64::engine::general_purpose::STANDARD.encode(png);
-    let caption = esc(caption);
-    format!(
-        "<figure><img alt=\"{caption}\" src=\"data:image/png;base64,{data}\"><figcaption>{caption}</figcaption></figure>\n"
-    )
-}
-
 fn section(title: &str, body: &str) -> String {
     if body.trim().is_empty() { String::new() } else { format!("<section><h2>{}</h2>\n{body}</section>\n", esc(title)) }
-}
-
-/// Keys by which an object of the summary is known to measure a model.
-const MEASURES: [&str; 3] = ["frechet", "nfe", "ms_per_image"];
-
-/// Objects of the summary that hold measures (`teacher`, `student`, `baseline`...) as rows of one table; the rest as pairs.
-fn summary(run: &Run) -> String {
-    let Some(Value::Object(map)) = &run.summary else { return String::new() };
-    let measured = |v: &Value| MEASURES.iter().any(|m| !v[*m].is_null());
-    let (groups, rest): (Vec<_>, Vec<_>) = map.iter().partition(|(_, v)| measured(v));
-    let mut columns: Vec<&String> = Vec::new();
-    for (_, group) in &groups {
-        for key in group.as_object().into_iter().flat_map(|g| g.keys()) {
-            if !columns.contains(&key) {
-                columns.push(key);
-            }
-        }
-    }
-    let mut out = String::new();
-    if !groups.is_empty() {
-        out.push_str("<div class=\"wide\"><table><tr><th></th>");
-        columns.iter().for_each(|c| out += &format!("<th>{}</th>", esc(&heading(c))));
-        out.push_str("</tr>\n");
-        for (name, group) in &groups {
-            let _ = write!(out, "<tr><th>{}</th>", esc(name));
-            columns.iter().for_each(|c| out += &format!("<td>{}</td>", esc(&plain(&group[c.as_str()]))));
-            out.push_str("</tr>\n");
-        }
-        out.push_str("</table></div>\n");
-    }
-    let mut pairs = String::new();
-    for (key, value) in rest {
-        match value {
-            Value::Object(inner) => inner.iter().for_each(|(k, v)| pairs += &pair(k, v)),
-            _ => pairs += &pair(key, value),
-        }
-    }
-    if pairs.is_empty() { out } else { format!("{out}<dl>{pairs}</dl>\n") }
-}
-
-fn pair(key: &str, value: &Value) -> String {
-    format!("<dt>{}</dt><dd>{}</dd>", esc(&heading(key)), esc(&plain(value)))
-}
-
-fn heading(key: &str) -> String {
-    match key {
-        "frechet" => "Fréchet distance".into(),
-        "nfe" => "network calls".into(),
-        "ms_per_image" => "ms an image".into(),
-        other => other.replace('_', " "),
-    }
 }
 
 fn state(run: &Run) -> String {
@@ -120,96 +76,6 @@ fn state(run: &Run) -> String {
         (false, Some(at)) => format!("not finished: {at}"),
         (false, None) => "started, nothing measured yet".into(),
     }
-}
-
-fn side_by_side(run: &Run) -> String {
-    let latest = || {
-        // The path leads from high nodes to the teacher: the lowest node left is the newest student.
-        let node = *run.numbered("student-node").first()?;
-        Some((run.sample(&format!("student-node-{node:03}.png"))?, format!("student so far (after node {node})")))
-    };
-    let student = run.sample("student-final.png").map(|png| (png, "student: one call of the network".to_string()));
-    let mut out = String::new();
-    if let Some((png, caption)) = student.or_else(latest) {
-        out += &figure(Some(png), &caption);
-    }
-    out += &figure(run.sample("teacher.png"), "teacher: its many-step sampler");
-    if out.is_empty() { out } else { format!("<div class=\"pair\">{out}</div>") }
-}
-
-/// Node N to node 0, the way the student takes: what the degraded teacher makes, and the student when it left that node.
-fn film(run: &Run) -> String {
-    let mut nodes = run.numbered("degraded-node");
-    nodes.extend(run.numbered("student-node"));
-    if run.sample("teacher.png").is_some() {
-        nodes.push(0);
-    }
-    nodes.sort_unstable();
-    nodes.dedup();
-    let mut out = String::new();
-    for &k in nodes.iter().rev() {
-        let recorded = run.nodes.iter().find(|n| n.index == k);
-        let mut about = vec![if k == 0 { "node 0, the teacher".to_string() } else { format!("node {k}") }];
-        about.extend(recorded.and_then(|n| n.iteration).map(|i| format!("stage-1 step {i}")));
-        about.extend(recorded.and_then(|n| n.loss).map(|l| format!("loss {}", number(l))));
-        let teacher = if k == 0 { run.sample("teacher.png") } else { None };
-        let degraded = run.sample(&format!("degraded-node-{k:03}.png")).or(teacher);
-        let last = if k == 0 { run.sample("student-final.png") } else { None };
-        let student = run.sample(&format!("student-node-{k:03}.png")).or(last);
-        let _ = writeln!(
-            out,
-            "<div class=\"frame\"><h3>{}</h3>{}{}</div>",
-            esc(&about.join(" · ")),
-            figure(degraded, "the target"),
-            figure(student, "the student after it")
-        );
-    }
-    if out.is_empty() { out } else { format!("<div class=\"strip\">{out}</div>") }
-}
-
-fn plots(run: &Run) -> String {
-    let marks: Vec<Mark> =
-        run.switches().into_iter().map(|(x, node)| Mark { x, label: format!("node {node}") }).collect();
-    let mut out = String::new();
-    let mut add = |title: &str, stage: &str, columns: &[(&str, &str)], marks: &[Mark]| {
-        let series: Vec<Series> =
-            columns.iter().map(|(c, n)| Series { name: n.to_string(), points: run.column(stage, c) }).collect();
-        if let Some(svg) = curves("iteration", &series, marks) {
-            let _ = writeln!(out, "<figure class=\"plot\">{svg}<figcaption>{}</figcaption></figure>", esc(title));
-        }
-    };
-    let losses = [("loss_fake", "fake score"), ("loss_generator", "generator")];
-    add("Stage 1, degradation: losses", "degrade", &losses, &[]);
-    add("Stage 2: loss of the fake score", "backtrack", &losses[..1], &marks);
-    add("Stage 2: loss of the generator", "backtrack", &losses[1..], &marks);
-    add("Stage 2: score mismatch to the current target", "backtrack", &[("mismatch", "mismatch")], &marks);
-    add("Stage 2: gradient norm of the fake score", "backtrack", &[("grad_norm_fake", "fake score")], &marks);
-    add("Stage 2: gradient norm of the generator", "backtrack", &[("grad_norm_generator", "generator")], &marks);
-    add("Stage 2: images a second", "backtrack", &[("images_per_s", "images/s")], &marks);
-    out
-}
-
-fn hashes(run: &Run) -> String {
-    let mut rows = String::new();
-    if let Some(hash) = &run.teacher_hash {
-        let _ = writeln!(rows, "<tr><th>teacher</th><td></td><td></td><td><code>{}</code></td></tr>", esc(hash));
-    }
-    for node in &run.nodes {
-        let _ = writeln!(
-            rows,
-            "<tr><th>node {}</th><td>{}</td><td>{}</td><td><code>{}</code></td></tr>",
-            node.index,
-            node.iteration.map_or("-".into(), |i| i.to_string()),
-            node.loss.map_or("-".into(), number),
-            esc(node.hash.as_deref().unwrap_or("-"))
-        );
-    }
-    if rows.is_empty() {
-        return rows;
-    }
-    format!(
-        "<div class=\"wide\"><table><tr><th></th><th>step</th><th>loss</th><th>SHA-256 of the weights</th></tr>\n{rows}</table></div>"
-    )
 }
 
 /// The command as the run recorded it, or one that does the same with the resolved configuration.
@@ -235,54 +101,38 @@ fn shell(text: &str) -> String {
     if safe { text.to_string() } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
-const STYLE: &str = "
-:root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --soft: #5b6570; --line: #d7dce1; --card: #f5f7f9; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171a; --ink: #e6e9ec; --soft: #9aa4ae; --line: #343b42;
-  --card: #1d2226; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-h3 { font-size: .9rem; margin: 0 0 .4rem; font-weight: 600; }
-.state, figcaption, dt { color: var(--soft); font-size: .9rem; }
-figure { margin: 0 0 .8rem; } img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 4px; }
-.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
-.pair img { width: 100%; }
-.strip { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem; }
-.frame { flex: 0 0 auto; width: 15rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; }
-.frame img { width: 100%; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
-.plot { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem; }
-.plot svg { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { overflow-wrap: normal; text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-dl { display: grid; grid-template-columns: minmax(8rem, auto) 1fr; gap: .2rem 1rem; } dd { margin: 0; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto;
-  white-space: pre-wrap; font-size: .85rem; } code { font-size: .85rem; }
-";
+const STYLE: &str = include_str!("page.css");
+const SCRIPT: &str = include_str!("page.js");
+/// Nothing may be fetched, whatever the page holds.
+const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
 
-fn page(run: &Run) -> String {
-    let real = run.folder.canonicalize().unwrap_or_else(|_| run.folder.clone());
-    let name = real.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned());
+fn page(run: &Run, others: &[(String, Vec<Point>)]) -> String {
+    let name = name_of(&run.folder);
     let mut body = String::new();
-    body += &section("Summary", &summary(run));
-    body += &section("Student beside teacher", &side_by_side(run));
-    body += &section("The way back, node by node", &film(run));
-    let plots = plots(run);
-    body += &section("Curves", &if plots.is_empty() { plots } else { format!("<div class=\"plots\">{plots}</div>") });
+    body += &section("Summary", &tables::summary(run));
+    body += &section("Distances", &tables::distances(run));
+    body += &section("Student beside teacher", &gallery::side_by_side(run));
+    body += &section("The way back, node by node", &gallery::film(run));
+    body += &section("Distance while training", &curves::distances(run, others));
+    body += &section("Mismatch per node", &curves::mismatch(run));
+    body += &section("Losses by noise level", &curves::levels(run));
+    body += &section("Curves", &curves::losses(run));
+    body += &section("Cost", &tables::cost(run));
+    body += &section("Nearest neighbours", &gallery::neighbours(run));
     if let Some(config) = &run.config {
         body += &section(
             "Configuration",
             &format!("<details><summary>config.toml</summary><pre>{}</pre></details>", esc(config)),
         );
     }
-    body += &section("Trajectory", &hashes(run));
+    body += &section("Hashes", &tables::hashes(run));
     body += &section("To repeat it", &repeat(run));
     format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
+        "<!doctype html>\n<html lang=\"en\" class=\"no-script\"><head><meta charset=\"utf-8\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>{name} · disback</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{name}</h1>\n\
-         <p class=\"state\">{state} · disback {version}</p>\n{body}</body></html>\n",
+         <title>{name} · disback</title>\n<style>\n{STYLE}</style></head>\n<body>\n<h1>{name}</h1>\n\
+         <p class=\"state\">{state} · disback {version}</p>\n{body}<script>\n{SCRIPT}</script></body></html>\n",
         name = esc(&name),
         state = esc(&state(run)),
         version = env!("CARGO_PKG_VERSION"),
@@ -336,11 +186,12 @@ mod tests {
         let dir = run_dir();
         let text = std::fs::read_to_string(write(dir.path()).unwrap()).unwrap();
         assert!(text.contains("not finished: backtrack iteration 59, node 1"));
-        // Student and teacher; nodes 3 (both sheets), 1 and 0.
-        assert_eq!(text.matches("data:image/png;base64,").count(), 2 + 4);
+        // Student and teacher, beside one another and under the slider; nodes 3 (both sheets), 1 and 0.
+        assert_eq!(text.matches("data:image/png;base64,").count(), 2 + 2 + 4);
         assert!(text.contains("student so far (after node 3)") && text.contains("hash-3"));
-        assert!(text.contains("&lt;script&gt;") && !text.contains("<script"));
-        assert_eq!(text.matches("<svg").count(), 4);
+        assert!(text.contains("&lt;script&gt;") && !text.contains("<script>\""));
+        // Three losses, the mismatch over iterations, and its bars by node.
+        assert_eq!(text.matches("<svg").count(), 5);
         assert!(text.contains("node 2") && text.contains("stage-1 step 300 · loss 3.250"));
         // Nothing is fetched from elsewhere.
         assert!(!text.contains("src=\"http") && !text.contains("href=") && !text.contains("@import"));

@@ -49,7 +49,7 @@ fn span(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
 }
 
 /// Short numbers for axes: 0.003, 12.5, 40k.
-fn tick(v: f64) -> String {
+pub(super) fn tick(v: f64) -> String {
     let a = v.abs();
     if v == 0.0 || a < 1e-12 {
         "0".into()

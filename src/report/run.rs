@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
+use crate::eval::in_loop::{self, Point};
 
 /// One recorded node of the trajectory.
 pub struct Node {
@@ -23,6 +24,19 @@ pub struct Run {
     pub nodes: Vec<Node>,
     pub teacher_hash: Option<String>,
     pub summary: Option<Value>,
+    /// What `disback evaluate --run` left.
+    pub evaluation: Option<Value>,
+    /// The curve measured while training.
+    pub points: Vec<Point>,
+    /// Rows of levels.jsonl: losses by noise level.
+    pub levels: Vec<Value>,
+    /// SHA-256 of student.onnx.
+    pub student_hash: Option<String>,
+}
+
+/// Lines that are JSON objects.
+fn objects(text: &str) -> Vec<Value> {
+    text.lines().filter_map(|l| serde_json::from_str(l).ok()).filter(Value::is_object).collect()
 }
 
 fn json(path: &Path) -> Option<Value> {
@@ -41,7 +55,7 @@ impl Run {
                 .context(folder.display().to_string());
         }
         let metrics = metrics.unwrap_or_default();
-        let rows = metrics.lines().filter_map(|l| serde_json::from_str(l).ok()).filter(Value::is_object).collect();
+        let rows = objects(&metrics);
         let trajectory = json(&folder.join("trajectory/trajectory.json"));
         let list = trajectory.as_ref().and_then(|t| t["nodes"].as_array()).cloned().unwrap_or_default();
         let nodes = list.iter().enumerate().map(|(k, n)| Node {
@@ -56,6 +70,10 @@ impl Run {
             config,
             metrics: rows,
             summary: json(&folder.join("summary.json")),
+            evaluation: json(&folder.join(crate::eval::sweep::FILE)),
+            points: in_loop::read(&folder.join(in_loop::FILE)),
+            levels: objects(&text("levels.jsonl").unwrap_or_default()),
+            student_hash: crate::eval::sweep::hash_file(&folder.join("student.onnx")).ok(),
             folder: folder.to_path_buf(),
         })
     }

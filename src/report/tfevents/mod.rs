@@ -7,49 +7,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
+mod proto;
+
 use crate::error::{Context, Result};
+use proto::{Event, Histogram, HparamsData, Image, Metadata, PluginData, SessionEnd, SessionStart, Summary, Value};
 
-/// `tensorflow.Event`, the fields that are written here.
-#[derive(Clone, PartialEq, Message)]
-struct Event {
-    #[prost(double, tag = "1")]
-    wall_time: f64,
-    #[prost(int64, tag = "2")]
-    step: i64,
-    #[prost(string, optional, tag = "3")]
-    file_version: Option<String>,
-    #[prost(message, optional, tag = "5")]
-    summary: Option<Summary>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Summary {
-    #[prost(message, repeated, tag = "1")]
-    value: Vec<Value>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Value {
-    #[prost(string, tag = "1")]
-    tag: String,
-    #[prost(float, optional, tag = "2")]
-    simple_value: Option<f32>,
-    #[prost(message, optional, tag = "4")]
-    image: Option<Image>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Image {
-    #[prost(int32, tag = "1")]
-    height: i32,
-    #[prost(int32, tag = "2")]
-    width: i32,
-    /// Number of channels.
-    #[prost(int32, tag = "3")]
-    colorspace: i32,
-    #[prost(bytes = "vec", tag = "4")]
-    encoded: Vec<u8>,
-}
+pub use proto::Hparam;
 
 /// CRC-32C (Castagnoli, reflected), as iSCSI and TFRecord use it.
 fn crc32c(bytes: &[u8]) -> u32 {
@@ -76,7 +39,7 @@ fn masked(bytes: &[u8]) -> u32 {
     crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// Writes scalars and images for TensorBoard. Events lie on disk after [`EventWriter::flush`] or when it is dropped.
+/// Writes scalars, images, histograms and settings for TensorBoard. Events lie on disk after [`EventWriter::flush`] or when it is dropped.
 #[derive(Debug)]
 pub struct EventWriter {
     out: BufWriter<File>,
@@ -147,7 +110,41 @@ impl EventWriter {
 
     /// A number over steps.
     pub fn scalar(&mut self, tag: &str, step: i64, value: f64) -> Result<()> {
-        self.value(step, Value { tag: tag.into(), simple_value: Some(value as f32), image: None })
+        self.value(step, Value { tag: tag.into(), simple_value: Some(value as f32), ..Value::default() })
+    }
+
+    /// The distribution of numbers over steps. What is not finite is left out; nothing is written where nothing is left.
+    pub fn histogram(&mut self, tag: &str, step: i64, values: &[f32]) -> Result<()> {
+        match Histogram::of(values) {
+            Some(histo) => self.value(step, Value { tag: tag.into(), histo: Some(histo), ..Value::default() }),
+            None => Ok(()),
+        }
+    }
+
+    /// The run's settings, for TensorBoard's HPARAMS page; `metrics` are tags of scalars to set beside them.
+    pub fn hparams(&mut self, settings: &[(String, Hparam)], metrics: &[&str]) -> Result<()> {
+        self.plugin("_hparams_/experiment", HparamsData::experiment(settings, metrics))?;
+        let start = SessionStart::new(settings, now());
+        self.plugin("_hparams_/session_start_info", HparamsData { session_start: Some(start), ..HparamsData::new() })
+    }
+
+    /// The run is over, for the HPARAMS page.
+    pub fn hparams_end(&mut self, success: bool) -> Result<()> {
+        // STATUS_SUCCESS, STATUS_FAILURE
+        let end = SessionEnd { status: if success { 1 } else { 2 }, end_time_secs: now() };
+        self.plugin("_hparams_/session_end_info", HparamsData { session_end: Some(end), ..HparamsData::new() })?;
+        self.flush()
+    }
+
+    fn plugin(&mut self, tag: &str, data: HparamsData) -> Result<()> {
+        let plugin = PluginData { plugin_name: "hparams".into(), content: data.encode_to_vec() };
+        let value = Value {
+            tag: tag.into(),
+            metadata: Some(Metadata { plugin_data: Some(plugin) }),
+            tensor: Some(proto::null_tensor()),
+            ..Value::default()
+        };
+        self.value(0, value)
     }
 
     /// An image over steps: the bytes of a PNG of that height, width and number of channels.
@@ -162,7 +159,7 @@ impl EventWriter {
     ) -> Result<()> {
         let image =
             Image { height: height as i32, width: width as i32, colorspace: channels as i32, encoded: png.to_vec() };
-        self.value(step, Value { tag: tag.into(), simple_value: None, image: Some(image) })?;
+        self.value(step, Value { tag: tag.into(), image: Some(image), ..Value::default() })?;
         self.flush()
     }
 
@@ -246,5 +243,62 @@ mod tests {
         let first = EventWriter::append(dir.path()).unwrap();
         let second = EventWriter::create(dir.path()).unwrap();
         assert_ne!(first.path(), second.path());
+    }
+
+    /// What the `tensorboard` package itself reads of a file.
+    #[test]
+    fn tensorboard_opens_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = EventWriter::create(dir.path()).unwrap();
+        let settings = [
+            ("backtrack.lr".to_string(), Hparam::Number(1e-5)),
+            ("objective".to_string(), Hparam::Text("dmd".into())),
+            ("tf32".to_string(), Hparam::Flag(false)),
+        ];
+        writer.hparams(&settings, &["evaluate/frechet"]).unwrap();
+        for step in 0..3 {
+            writer.scalar("evaluate/frechet", step, 8.0 / (step + 1) as f64).unwrap();
+        }
+        let png = crate::io::images::encode_png(&[9; 12], [3, 2, 2]).unwrap();
+        writer.image_png("teacher", 1, &png, 2, 2, 3).unwrap();
+        let values: Vec<f32> = (0..1000).map(|k| k as f32 / 100.0).chain([f32::NAN]).collect();
+        writer.histogram("weights", 2, &values).unwrap();
+        writer.histogram("constant", 2, &[3.0; 4]).unwrap();
+        writer.histogram("nothing", 2, &[f32::NAN]).unwrap();
+        writer.hparams_end(true).unwrap();
+        let script = r#"
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+acc = EventAccumulator(sys.argv[1], size_guidance={"histograms": 0})
+acc.Reload()
+tags = acc.Tags()
+plugin = {t: acc.SummaryMetadata(t).plugin_data.content for t in acc.PluginTagToContent("hparams")}
+start = metadata.parse_session_start_info_plugin_data(plugin["_hparams_/session_start_info"])
+end = metadata.parse_session_end_info_plugin_data(plugin["_hparams_/session_end_info"])
+experiment = metadata.parse_experiment_plugin_data(plugin["_hparams_/experiment"])
+h = acc.Histograms("weights")[0].histogram_value
+image = acc.Images("teacher")[0]
+print(json.dumps(dict(
+    scalars=[[e.step, e.value] for e in acc.Scalars("evaluate/frechet")],
+    image=[image.step, image.width, image.height, image.encoded_image_string[1:4].decode()],
+    histograms=sorted(tags["histograms"]), num=h.num, total=sum(h.bucket), limits=[h.bucket_limit[0], h.bucket_limit[-1]],
+    lr=start.hparams["backtrack.lr"].number_value, objective=start.hparams["objective"].string_value,
+    infos=[[i.name, i.type] for i in experiment.hparam_infos], metric=experiment.metric_infos[0].name.tag, status=end.status)))
+"#;
+        let python = std::env::var_os("DISBACK_PYTHON")
+            .unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python").into());
+        let out = std::process::Command::new(python).arg("-c").arg(script).arg(dir.path()).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let text = String::from_utf8(out.stdout).unwrap();
+        let got: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        assert_eq!(got["scalars"], serde_json::json!([[0, 8.0], [1, 4.0], [2, f64::from(8f32 / 3.0)]]));
+        assert_eq!(got["image"], serde_json::json!([1, 2, 2, "PNG"]));
+        assert_eq!(got["histograms"], serde_json::json!(["constant", "weights"]));
+        assert_eq!((got["num"].as_f64(), got["total"].as_f64()), (Some(1000.0), Some(1000.0)));
+        assert!(got["limits"][0].as_f64() < Some(0.3) && got["limits"][1].as_f64() > Some(9.98), "{got}");
+        assert_eq!((got["lr"].as_f64(), got["objective"].as_str()), (Some(1e-5), Some("dmd")));
+        assert_eq!(got["infos"], serde_json::json!([["backtrack.lr", 3], ["objective", 1], ["tf32", 2]]));
+        assert_eq!((got["metric"].as_str(), got["status"].as_i64()), (Some("evaluate/frechet"), Some(1)));
     }
 }

@@ -1,0 +1,97 @@
+//! Pairs of bars by group, as inline SVG: what a figure was when a node was entered and when it was left.
+
+use std::fmt::Write as _;
+
+/// One group of bars.
+pub struct Group {
+    pub label: String,
+    pub values: Vec<Option<f64>>,
+}
+
+const WIDTH: f64 = 640.0;
+const HEIGHT: f64 = 300.0;
+const LEFT: f64 = 64.0;
+const BOTTOM: f64 = 40.0;
+const TOP: f64 = 30.0;
+const COLOURS: [&str; 2] = ["#3b82f6", "#ea8a1e"];
+
+/// Bars of every group beside one another; `names` are the bars of a group. Nothing without a finite value.
+pub fn bars(names: &[&str], groups: &[Group]) -> Option<String> {
+    let finite = |g: &Group| g.values.iter().flatten().copied().filter(|v| v.is_finite()).collect::<Vec<_>>();
+    let all: Vec<f64> = groups.iter().flat_map(finite).collect();
+    let high = all.iter().copied().reduce(f64::max)?.max(0.0);
+    let low = all.iter().copied().reduce(f64::min)?.min(0.0);
+    let span = if high > low { high - low } else { 1.0 };
+    let y = |v: f64| TOP + (HEIGHT - TOP - BOTTOM) * (high - v) / span;
+    let mut svg = format!(
+        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" font-family=\"sans-serif\" \
+         font-size=\"15\" fill=\"currentColor\">\n"
+    );
+    for k in 0..=4 {
+        let v = low + span * f64::from(k) / 4.0;
+        let at = y(v);
+        let _ = writeln!(
+            svg,
+            "<line x1=\"{LEFT}\" x2=\"{WIDTH}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"currentColor\" opacity=\"{}\"/>\
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+            if v == 0.0 { 0.5 } else { 0.12 },
+            LEFT - 8.0,
+            at + 5.0,
+            super::plot::tick(v)
+        );
+    }
+    let room = (WIDTH - LEFT) / groups.len().max(1) as f64;
+    let bar = (room * 0.7 / names.len().max(1) as f64).min(40.0);
+    for (g, group) in groups.iter().enumerate() {
+        let middle = LEFT + room * (g as f64 + 0.5);
+        for (k, value) in group.values.iter().enumerate() {
+            let Some(v) = value.filter(|v| v.is_finite()) else { continue };
+            let x = middle + bar * (k as f64 - names.len() as f64 / 2.0);
+            let (top, bottom) = (y(v.max(0.0)), y(v.min(0.0)));
+            let _ = writeln!(
+                svg,
+                "<rect x=\"{:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\" fill=\"{}\"><title>{}, {}: {v}</title></rect>",
+                x + 1.0,
+                bar - 2.0,
+                (bottom - top).max(0.5),
+                COLOURS[k % COLOURS.len()],
+                super::html::esc(&group.label),
+                super::html::esc(names[k])
+            );
+        }
+        let _ = writeln!(
+            svg,
+            "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+            HEIGHT - 14.0,
+            super::html::esc(&group.label)
+        );
+    }
+    for (k, name) in names.iter().enumerate() {
+        let x = LEFT + 150.0 * k as f64;
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{x}\" y=\"6\" width=\"14\" height=\"12\" fill=\"{}\"/><text x=\"{}\" y=\"17\">{}</text>",
+            COLOURS[k % COLOURS.len()],
+            x + 20.0,
+            super::html::esc(name)
+        );
+    }
+    svg.push_str("</svg>");
+    Some(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bars_stand_on_zero() {
+        let group = |label: &str, a, b| Group { label: label.into(), values: vec![a, b] };
+        let svg = bars(&["entered", "left"], &[group("4", Some(2.0), Some(-1.0)), group("<3>", None, Some(f64::NAN))])
+            .unwrap();
+        // 2 to -1 over 230 pixels: the first bar is two thirds of that, the second one third below it.
+        assert!(svg.contains("height=\"153.3\"") && svg.contains("height=\"76.7\""), "{svg}");
+        assert!(svg.contains("&lt;3&gt;") && svg.contains("entered") && svg.matches("<rect").count() == 4);
+        assert!(bars(&["a"], &[group("x", None, None)]).is_none());
+    }
+}

@@ -1,0 +1,121 @@
+//! The pictures of the report: student beside teacher, the trajectory as a film strip, nearest neighbours.
+
+use std::fmt::Write as _;
+
+use super::embed;
+use super::html::{esc, number};
+use super::run::Run;
+
+/// Widths in pixels at which sheets are embedded.
+const LARGE: u32 = 720;
+const FRAME: u32 = 360;
+
+pub fn figure(png: Option<&[u8]>, width: u32, caption: &str) -> String {
+    let Some(data) = png.and_then(|png| embed::data(png, width)) else { return String::new() };
+    let caption = esc(caption);
+    format!("<figure><img alt=\"{caption}\" src=\"{data}\"><figcaption>{caption}</figcaption></figure>\n")
+}
+
+/// The newest student's sheet and what it is called.
+fn newest(run: &Run) -> Option<(Vec<u8>, String)> {
+    if let Some(png) = run.sample("student-final.png") {
+        return Some((png, "student: one call of the network".to_string()));
+    }
+    // The path leads from high nodes to the teacher: the lowest node left is the newest student.
+    let node = *run.numbered("student-node").first()?;
+    Some((run.sample(&format!("student-node-{node:03}.png"))?, format!("student so far (after node {node})")))
+}
+
+/// Student and teacher from the same noise, side by side, and one over the other under a slider.
+pub fn side_by_side(run: &Run) -> String {
+    let student = newest(run);
+    let teacher = run.sample("teacher.png");
+    let mut out = String::new();
+    if let Some((png, caption)) = &student {
+        out += &figure(Some(png), LARGE, caption);
+    }
+    out += &figure(teacher.as_deref(), LARGE, "teacher: its many-step sampler, from the same noise and classes");
+    if out.is_empty() {
+        return out;
+    }
+    let mut out = format!("<div class=\"pair\">{out}</div>\n");
+    if let (Some((student, _)), Some(teacher)) = (&student, &teacher)
+        && let (Some(over), Some(under)) = (embed::data(student, LARGE), embed::data(teacher, LARGE))
+    {
+        let _ = write!(
+            out,
+            "<h3>One over the other</h3>\n<div class=\"overlay\" id=\"wipe\"><img alt=\"teacher\" src=\"{under}\">\
+             <img class=\"over\" alt=\"student\" src=\"{over}\"></div>\n<label class=\"control\"><span>student</span>\
+             <input type=\"range\" min=\"0\" max=\"100\" value=\"50\" data-wipe=\"wipe\" \
+             aria-label=\"how much of the student is shown\"><span>teacher</span></label>\n"
+        );
+    }
+    out
+}
+
+/// Node N to node 0, the way the student takes: what the degraded teacher makes, and the student when it left that node.
+pub fn film(run: &Run) -> String {
+    let mut nodes = run.numbered("degraded-node");
+    nodes.extend(run.numbered("student-node"));
+    if run.sample("teacher.png").is_some() {
+        nodes.push(0);
+    }
+    nodes.sort_unstable();
+    nodes.dedup();
+    let (mut strip, mut scenes) = (String::new(), String::new());
+    for &k in nodes.iter().rev() {
+        let recorded = run.nodes.iter().find(|n| n.index == k);
+        let mut about = vec![if k == 0 { "node 0, the teacher".to_string() } else { format!("node {k}") }];
+        about.extend(recorded.and_then(|n| n.iteration).map(|i| format!("stage-1 step {i}")));
+        about.extend(recorded.and_then(|n| n.loss).map(|l| format!("loss {}", number(l))));
+        let teacher = if k == 0 { run.sample("teacher.png") } else { None };
+        let degraded = run.sample(&format!("degraded-node-{k:03}.png")).or(teacher);
+        let last = if k == 0 { run.sample("student-final.png") } else { None };
+        let student = run.sample(&format!("student-node-{k:03}.png")).or(last);
+        let pictures: String = [(degraded, "the target"), (student, "the student after it")]
+            .into_iter()
+            .map(|(png, caption)| figure(png.and_then(|p| embed::top(&p, 0.5)).as_deref(), FRAME, caption))
+            .collect();
+        let title = esc(&about.join(" · "));
+        let _ = writeln!(strip, "<div class=\"frame\"><h3>{title}</h3>{pictures}</div>");
+        // The slider shows the strip's own pictures, not copies of them.
+        let _ = writeln!(scenes, "<option value=\"{}\" label=\"{k}\"></option>", scenes.matches("<option").count());
+    }
+    if strip.is_empty() {
+        return strip;
+    }
+    let count = nodes.len();
+    let slider = match count {
+        0 | 1 => String::new(),
+        _ => format!(
+            "<label class=\"control\"><span>from node {}</span><input type=\"range\" min=\"0\" max=\"{}\" value=\"0\" step=\"1\" \
+             list=\"nodes\" data-strip=\"strip\" aria-label=\"node of the trajectory\"><span>to the teacher</span></label>\
+             <datalist id=\"nodes\">{scenes}</datalist>\n",
+            nodes[count - 1],
+            count - 1
+        ),
+    };
+    format!("{slider}<div class=\"strip\" id=\"strip\">{strip}</div>")
+}
+
+/// Generated images with the nearest of the reference.
+pub fn neighbours(run: &Run) -> String {
+    let sheet = figure(
+        run.sample("neighbours.png").as_deref(),
+        LARGE,
+        "first in each row: a generated image; beside it the nearest reference images in feature space, nearest first",
+    );
+    let Some(rows) = run.evaluation.as_ref().and_then(|e| e["neighbours"].as_array()).filter(|_| !sheet.is_empty())
+    else {
+        return sheet;
+    };
+    let nearest: Vec<f64> = rows.iter().filter_map(|r| r["nearest"][0][1].as_f64()).collect();
+    let least = nearest.iter().copied().fold(f64::INFINITY, f64::min);
+    match nearest.is_empty() {
+        true => sheet,
+        false => format!(
+            "{sheet}<p class=\"note\">Least of these distances: {}. A copy of a reference image would stand at 0.</p>\n",
+            number(least)
+        ),
+    }
+}
