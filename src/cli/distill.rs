@@ -12,13 +12,15 @@ use tch::Device;
 use super::Globals;
 use super::run_observer::{Sheets, decoder};
 use super::teacher::TeacherArgs;
+use super::tui::{Shared, View};
+use super::watcher::Watcher;
 use crate::diffusion::Denoiser;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
 use crate::error::{Context, Error, Result};
 use crate::parity::{self, Tolerance};
 use crate::teacher::Teacher;
-use crate::torch::{Forward, device, shim};
+use crate::torch::{Forward, ParamSet, device, shim};
 
 /// Options of every command that trains.
 #[derive(Debug, Args)]
@@ -52,6 +54,9 @@ pub struct RunArgs {
     /// Forward passes an optimiser step. [accumulate]
     #[arg(long)]
     pub accumulate: Option<usize>,
+    /// A view of the run in the terminal, with keys to checkpoint, sample, pause and stop.
+    #[arg(long)]
+    pub tui: bool,
     /// Noise level of the initial student; 0: where the schedule starts. [student.sigma_init]
     #[arg(long, value_name = "SIGMA")]
     pub sigma_init: Option<f64>,
@@ -245,16 +250,22 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let decoder = decoder(&first, &teacher.card.card)?;
     let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
     watch_signals()?;
-    let mut sheets = Sheets::new(&run, &config, &teacher.card.card, decoder)?;
-    let job =
-        Job { config: &config, run: &run, observer: &mut sheets, stop: &STOP, silent: globals.quiet || globals.json };
+    let sheets = Sheets::new(&run, &config, &teacher.card.card, decoder)?;
+    let shared = args.tui.then(|| Shared::new(&STOP));
+    let mut watcher = Watcher::new(&teacher, &config, &run, sheets, shared.clone(), device)?;
+    let view = shared.map(View::start).transpose()?;
+    let silent = globals.quiet || globals.json || args.tui;
+    let job = Job { config: &config, run: &run, observer: &mut watcher, stop: &STOP, silent };
     // Without a trajectory stage 1 has nothing to do.
     let stages = if config.degrade.nodes == 0 && plan.trajectory.is_none() && plan.stages == Stages::Backtrack {
         Stages::Both
     } else {
         plan.stages
     };
-    let outcome = distill(job, &denoiser, stages).with_context(|| args.out.display().to_string())?;
+    let outcome = distill(job, &denoiser, stages).with_context(|| args.out.display().to_string());
+    // The terminal is given back before anything is printed.
+    drop(view);
+    let outcome = outcome?;
     let (code, text, mut result) = match outcome {
         Outcome::Stopped(stage) => (
             ExitCode::from(130),
@@ -267,7 +278,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
             json!({ "ok": true, "outcome": "recorded", "nodes": trajectory.last(), "trajectory": trajectory.dir() }),
         ),
         Outcome::Finished(student) => {
-            sheets.finished(&student)?;
+            watcher.finished(&student)?;
             let files = export(&teacher, &student, &config, &run, plan.same_graph)?;
             write_summary(&teacher, &config, &run, device)?;
             let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
@@ -292,23 +303,33 @@ fn export(
     run: &RunDir,
     same_graph: bool,
 ) -> Result<Vec<PathBuf>> {
-    let options = crate::export::StudentOptions {
+    let mut files = vec![run.student()];
+    write_student(teacher, student.params(), config, &files[0])?;
+    if same_graph {
+        files.push(run.path().join("student-same-graph.onnx"));
+        let (net, card) = (&teacher.network, &teacher.card.card);
+        let model = crate::export::same_graph(net, student.params(), card, &student_options(teacher, config))?;
+        crate::graph::save::write(&model, &files[1])?;
+    }
+    Ok(files)
+}
+
+fn student_options(teacher: &Teacher, config: &Config) -> crate::export::StudentOptions {
+    crate::export::StudentOptions {
         sigma_init: (config.student.sigma_init > 0.0).then_some(config.student.sigma_init),
         method: method(config).into(),
         objective: objective_name(config),
         teacher_hash: teacher.hash.clone(),
-    };
-    let (net, card) = (&teacher.network, &teacher.card.card);
-    let mut files = vec![run.student()];
-    let made = crate::export::student(net, student.params(), card, &options)?;
-    let (made, report) = crate::export::ship(made, &crate::export::ShipOptions::default())?;
-    report.warnings.iter().for_each(|w| eprintln!("warning: student.onnx: {w}"));
-    crate::graph::save::write(&made, &files[0])?;
-    if same_graph {
-        files.push(run.path().join("student-same-graph.onnx"));
-        crate::graph::save::write(&crate::export::same_graph(net, student.params(), card, &options)?, &files[1])?;
     }
-    Ok(files)
+}
+
+/// Writes weights as a one-step student.
+pub(super) fn write_student(teacher: &Teacher, params: &ParamSet, config: &Config, path: &Path) -> Result<()> {
+    let options = student_options(teacher, config);
+    let made = crate::export::student(&teacher.network, params, &teacher.card.card, &options)?;
+    let (made, report) = crate::export::ship(made, &crate::export::ShipOptions::default())?;
+    report.warnings.iter().for_each(|w| eprintln!("warning: {}: {w}", path.display()));
+    crate::graph::save::write(&made, path)
 }
 
 /// `disback`, or the base method's name where no trajectory was used.
@@ -352,14 +373,11 @@ fn ort_is_here() -> bool {
     false
 }
 
-/// The command as it was typed, quoted where a shell needs it.
-fn command_line() -> String {
-    let word = |w: String| {
-        let plain = w.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c));
-        if plain && !w.is_empty() { w } else { format!("'{}'", w.replace('\'', "'\\''")) }
-    };
-    let words: Vec<String> = std::env::args().skip(1).map(word).collect();
-    format!("disback {}", words.join(" "))
+/// Most bytes that this process has held in memory.
+fn peak_host() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
@@ -371,7 +389,7 @@ fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Devic
     let last = |stage: &str| rows.iter().rev().find(|r| r.stage.name() == stage);
     let seconds = |stage: &str| last(stage).map_or(0.0, |r| r.seconds);
     summary["run"] = json!({
-        "command": command_line(),
+        "command": super::command_line(),
         "method": method(config),
         "objective": objective_name(config),
         "guidance": config.guidance,
@@ -385,6 +403,7 @@ fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Devic
         "parameters": teacher.network.params().elements(),
         "teacher_hash": teacher.hash.clone(),
         "device": device::name(device),
+        "peak_host_bytes": peak_host(),
         "peak_device_bytes": shim::memory(device)?.map(|m| m.peak),
     });
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::io(e.to_string()))?;

@@ -12,6 +12,7 @@ mod engine;
 #[cfg(feature = "train")]
 mod estimate;
 pub mod evaluate;
+mod evaluate_table;
 pub mod export;
 #[cfg(feature = "train")]
 pub mod inspect;
@@ -24,7 +25,11 @@ pub mod sample;
 mod ship_args;
 #[cfg(feature = "train")]
 mod teacher;
+#[cfg(feature = "train")]
+mod tui;
 pub mod verify;
+#[cfg(feature = "train")]
+mod watcher;
 
 use std::process::ExitCode;
 
@@ -133,6 +138,16 @@ pub(crate) fn progress(globals: Globals, total: u64, unit: &str) -> indicatif::P
         indicatif::ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {unit} ({{per_sec}}, {{eta}})"));
     let bar = indicatif::ProgressBar::new(total);
     style.map(|s| bar.clone().with_style(s)).unwrap_or(bar)
+}
+
+/// The command as it was typed, quoted where a shell needs it.
+pub(crate) fn command_line() -> String {
+    let word = |w: String| {
+        let plain = w.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c));
+        if plain && !w.is_empty() { w } else { format!("'{}'", w.replace('\'', "'\\''")) }
+    };
+    let words: Vec<String> = std::env::args().skip(1).map(word).collect();
+    format!("disback {}", words.join(" "))
 }
 
 /// A table for people.

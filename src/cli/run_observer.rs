@@ -12,7 +12,10 @@ use crate::report::tfevents::EventWriter;
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
-use crate::torch::convert;
+use crate::torch::{ParamSet, convert};
+
+/// Tensors of weights that histograms are written of.
+const WEIGHTS: usize = 32;
 
 /// Writes `samples/*.png` (the same noise and classes in every sheet) and the event file.
 pub struct Sheets {
@@ -70,7 +73,9 @@ impl Sheets {
                 None => images,
             });
         }
-        let png = grid::png(&HostTensor::concat_rows(&parts)?, self.range, None)?;
+        let all = HostTensor::concat_rows(&parts)?;
+        self.events.histogram(&format!("{name}/values"), self.iteration, &all.to_f32())?;
+        let png = grid::png(&all, self.range, None)?;
         crate::files::write_atomic(&self.folder.join(format!("{name}.png")), &png)?;
         // The PNG's own header says how large it is: width and height, then bits and colour type.
         let number = |at: usize| png.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
@@ -83,7 +88,24 @@ impl Sheets {
         self.student("student-final", student)
     }
 
-    fn student(&mut self, name: &str, student: &Student) -> Result<()> {
+    /// The event file.
+    pub fn events(&mut self) -> &mut EventWriter {
+        &mut self.events
+    }
+
+    /// Histograms of the largest weights.
+    pub fn weights(&mut self, name: &str, params: &ParamSet) -> Result<()> {
+        let mut tensors: Vec<(&str, &tch::Tensor)> = params.iter().collect();
+        tensors.sort_by_key(|(_, t)| std::cmp::Reverse(t.numel()));
+        for (weight, tensor) in tensors.into_iter().take(WEIGHTS) {
+            let values = convert::to_host(tensor)?.to_f32();
+            self.events.histogram(&format!("{name}/{weight}"), self.iteration, &values)?;
+        }
+        self.events.flush()
+    }
+
+    /// A sheet of a student's samples.
+    pub fn student(&mut self, name: &str, student: &Student) -> Result<()> {
         let device = device_of(student.denoiser());
         self.write(name, |z, conditions| student.generate(z, conditions), device)
     }
@@ -94,6 +116,17 @@ pub fn decoder(config: &Config, card: &TeacherCard) -> Result<Option<Decoder>> {
     let path = Some(Path::new(&config.log.decoder)).filter(|p| !p.as_os_str().is_empty());
     let options = EngineOptions::default();
     path.map(|p| Decoder::open(p, card.shape, card.latent_scale, &options).context("log.decoder")).transpose()
+}
+
+/// Conditions of images `start..start+count` of the run's seed.
+pub fn conditions(
+    config: &Config,
+    card: &TeacherCard,
+    start: u64,
+    count: usize,
+    device: tch::Device,
+) -> Result<Conditions> {
+    Conditions::from_host(&trainer::conditions(config, card)?.of_images(card, config.seed, start, count)?, device)
 }
 
 fn device_of(denoiser: &Denoiser) -> tch::Device {

@@ -8,7 +8,7 @@ use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
 use crate::distill::config::{DegradeConfig, Spacing};
 use crate::distill::draws::{Phase, Use};
 use crate::distill::student;
-use crate::distill::trainer::{At, Batches, Job, Log, adamw, denoising_loss};
+use crate::distill::trainer::{At, Batches, Begin, Job, Log, Step, adamw, denoising_loss};
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
 use crate::torch::optim::AdamW;
@@ -56,6 +56,8 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let record_at = recording_plan(&config.degrade);
     let chosen_later = chooses_later(&config.degrade);
     let mut log = Log::new(job, &state, steps, config.degrade.nodes, state.iteration * images)?;
+    let (iteration, last) = (state.iteration, config.degrade.nodes);
+    job.observer.stage_begins(&Begin { stage: Stage::Degrade, iteration, total: steps, updates: 0, last })?;
 
     while state.iteration < steps {
         let lr = adam.lr(1.0);
@@ -98,11 +100,25 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
             let node = trajectory.last();
             log.row(At { iteration: done, node, lr, updates: 0, images: done * images }, job.observer)?;
         }
+        let wish = job.observer.after_step(&Step {
+            stage: Stage::Degrade,
+            iteration: done,
+            total: steps,
+            updates: 0,
+            updated: false,
+            images: done * images,
+            seconds: log.seconds(),
+            node: trajectory.last(),
+            networks: None,
+        })?;
         if ended {
             break;
         }
         let stop = job.stopped();
-        if stop || (config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every)) {
+        if stop
+            || wish.checkpoint
+            || (config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every))
+        {
             let mut tensors = named("copy/", copy.params());
             tensors.extend(adam.state("adam/"));
             log.checkpoint(job, &mut state, &tensors)?;

@@ -20,7 +20,7 @@ pub mod trajectory;
 pub use config::Config;
 pub use rundir::RunDir;
 pub use student::Student;
-pub use trainer::{Job, Observer, Unobserved};
+pub use trainer::{Job, Observer, Running, Step, Unobserved, Wish};
 pub use trajectory::Trajectory;
 
 use crate::diffusion::Denoiser;

@@ -69,6 +69,18 @@ impl RunDir {
     pub fn samples(&self) -> PathBuf {
         self.path.join("samples")
     }
+    /// Students kept on the way (`log.snapshot_every`).
+    pub fn snapshots(&self) -> PathBuf {
+        self.path.join("snapshots")
+    }
+    /// The student with the least distance measured while training, as ONNX.
+    pub fn best(&self) -> PathBuf {
+        self.path.join("best.onnx")
+    }
+    /// Losses by noise level.
+    pub fn levels(&self) -> PathBuf {
+        self.path.join("levels.jsonl")
+    }
     pub fn student(&self) -> PathBuf {
         self.path.join("student.onnx")
     }
@@ -100,11 +112,13 @@ pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {
                 "they fall over the last backtrack.cooldown of the updates; runs with cooldown = 0 can be prolonged",
             ));
     }
-    match changed.iter().find(|(key, ..)| !CHANGEABLE.contains(&key.as_str()) && !key.starts_with("log.")) {
+    match changed.iter().find(|(key, ..)| {
+        !CHANGEABLE.contains(&key.as_str()) && !["log.", "evaluate."].iter().any(|s| key.starts_with(s))
+    }) {
         None => Ok(()),
         Some((key, before, now)) => {
             Err(Error::usage(format!("the run was started with {key} = {before}, now it is {now}"))
-                .hint(format!("only {} and log.* may change on --resume", CHANGEABLE.join(", "))))
+                .hint(format!("only {}, log.* and evaluate.* may change on --resume", CHANGEABLE.join(", "))))
         }
     }
 }

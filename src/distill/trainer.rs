@@ -19,6 +19,14 @@ use crate::torch::optim::{AdamW, AdamWConfig};
 
 /// Learns of a run's landmarks: sample grids, event files, a person's interface.
 pub trait Observer {
+    /// A stage begins, or goes on from a checkpoint. True: an earlier process had already brought it to its end.
+    fn stage_begins(&mut self, _begin: &Begin) -> Result<bool> {
+        Ok(false)
+    }
+    /// An iteration is done.
+    fn after_step(&mut self, _step: &Step) -> Result<Wish> {
+        Ok(Wish::default())
+    }
     /// A row of metrics was written.
     fn metrics(&mut self, _row: &Row) -> Result<()> {
         Ok(())
@@ -35,6 +43,56 @@ pub trait Observer {
     fn target_left(&mut self, _node: usize, _student: &Student) -> Result<()> {
         Ok(())
     }
+}
+
+/// Where a stage begins or goes on.
+#[derive(Debug, Clone, Copy)]
+pub struct Begin {
+    pub stage: Stage,
+    pub iteration: u64,
+    /// Iterations of the whole stage.
+    pub total: u64,
+    pub updates: u64,
+    /// Last node of the trajectory.
+    pub last: usize,
+}
+
+/// Where a stage stands after an iteration.
+pub struct Step<'a> {
+    pub stage: Stage,
+    pub iteration: u64,
+    pub total: u64,
+    /// Generator updates done, and whether this iteration was one.
+    pub updates: u64,
+    pub updated: bool,
+    /// Images generated in the stage.
+    pub images: u64,
+    /// Seconds spent in the stage.
+    pub seconds: f64,
+    pub node: usize,
+    /// Stage 2's networks.
+    pub networks: Option<Running<'a>>,
+}
+
+/// The networks of stage 2 as they stand.
+#[derive(Clone)]
+pub struct Running<'a> {
+    pub student: &'a Student,
+    /// The average that becomes the student.
+    pub average: &'a Student,
+    /// Averages of other half-lives, in images.
+    pub others: Vec<(f64, &'a Student)>,
+    pub target: &'a Denoiser,
+    pub fake: Option<&'a Denoiser>,
+}
+
+/// What an observer asks of the loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wish {
+    /// A checkpoint now.
+    pub checkpoint: bool,
+    /// The stage ends here, as if all its iterations were done.
+    pub end: bool,
 }
 
 /// An observer that looks away.

@@ -14,7 +14,7 @@ use crate::distill::config::CooldownShape;
 use crate::distill::draws::{Phase, Use};
 use crate::distill::objective::objective;
 use crate::distill::student::Student;
-use crate::distill::trainer::{self, At, Batches, Job, Log, denoising_loss};
+use crate::distill::trainer::{self, At, Batches, Begin, Job, Log, Running, Step, denoising_loss};
 use crate::distill::trajectory::Trajectory;
 use crate::error::Result;
 
@@ -62,7 +62,9 @@ pub fn backtrack(
     let images = config.images();
     let total = settings.updates * settings.ratio;
     let mut log = Log::new(job, &state, total, last, state.iteration * images)?;
-    while state.iteration < total {
+    let (iteration, updates) = (state.iteration, state.iteration / settings.ratio);
+    let mut ended = job.observer.stage_begins(&Begin { stage: Stage::Backtrack, iteration, total, updates, last })?;
+    while state.iteration < total && !ended {
         let update = state.iteration / settings.ratio;
         let generator_steps = (state.iteration + 1).is_multiple_of(settings.ratio);
         if let Some(next) = switching::next_target(job, &mut state, update, last, &mut looked)? {
@@ -126,9 +128,28 @@ pub fn backtrack(
                 At { iteration: done, node: state.target, lr, updates: done / settings.ratio, images: done * images };
             log.row(at, job.observer)?;
         }
-        let stop = job.stopped() && done < total;
+        let wish = job.observer.after_step(&Step {
+            stage: Stage::Backtrack,
+            iteration: done,
+            total,
+            updates: done / settings.ratio,
+            updated: generator_steps,
+            images: done * images,
+            seconds: log.seconds(),
+            node: state.target,
+            networks: Some(Running {
+                student: &players.student,
+                average: players.average(),
+                others: players.averages.iter().skip(1).map(|a| (a.half_life, &a.student)).collect(),
+                target: &players.target,
+                fake: players.fake.as_ref().map(|f| &f.network),
+            }),
+        })?;
+        ended = wish.end;
+        let stop = job.stopped() && done < total && !ended;
         let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
-        if stop || due || done == total {
+        let due = due || wish.checkpoint;
+        if stop || due || ended || done == total {
             let mut tensors = players.tensors();
             tensors.push(("looked".into(), looked.shallow_clone()));
             log.checkpoint(job, &mut state, &tensors)?;

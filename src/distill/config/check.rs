@@ -17,6 +17,7 @@ impl Config {
             ("optimizer.max_skips", self.optimizer.max_skips),
             ("log.every", self.log.every),
             ("log.sample_steps", self.log.sample_steps as u64),
+            ("evaluate.every", self.evaluate.every),
         ];
         if let Some((key, _)) = at_least_one.iter().find(|(_, v)| *v == 0) {
             return Err(Error::usage(format!("{key} is 0, expected 1 or more")));
@@ -30,6 +31,12 @@ impl Config {
                 "memory.activations_mib is {}: no device has that",
                 self.memory.activations_mib
             )));
+        }
+        if !(2..=1_000_000).contains(&self.evaluate.images) {
+            return Err(Error::usage(format!("evaluate.images is {}, expected 2 to 1000000", self.evaluate.images)));
+        }
+        if self.evaluate.reference.is_empty() && (!self.evaluate.features.is_empty() || self.evaluate.patience > 0) {
+            return Err(Error::usage("evaluate.features and evaluate.patience need evaluate.reference"));
         }
         let rates = [
             ("degrade.lr", self.degrade.lr),

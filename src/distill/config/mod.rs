@@ -16,8 +16,8 @@ use crate::torch::Compute;
 
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
-    BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, FakeDistribution,
-    LogConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing, StudentConfig, Switch,
+    BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
+    FakeDistribution, LogConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -52,6 +52,7 @@ pub struct Config {
     pub ema: EmaConfig,
     pub log: LogConfig,
     pub memory: MemoryConfig,
+    pub evaluate: EvaluateConfig,
     pub sid: SidConfig,
     pub sim: SimConfig,
     pub gan: GanConfig,
@@ -80,6 +81,7 @@ impl Default for Config {
             ema: EmaConfig::default(),
             log: LogConfig::default(),
             memory: MemoryConfig::default(),
+            evaluate: EvaluateConfig::default(),
             sid: SidConfig::default(),
             sim: SimConfig::default(),
             gan: GanConfig::default(),

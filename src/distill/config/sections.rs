@@ -193,6 +193,30 @@ pub struct LogConfig {
     pub decoder: String,
     /// Iterations between two checkpoints; 0: only where the run stops.
     pub checkpoint_every: u64,
+    /// Generator updates between two students kept in `snapshots/`, averaged and not; 0: none.
+    pub snapshot_every: u64,
+}
+
+/// Measures while training, see [`crate::eval::in_loop`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EvaluateConfig {
+    /// Reference images or statistics; empty: nothing is measured.
+    pub reference: String,
+    /// ONNX feature network; empty: the sliced Wasserstein distance, which needs none.
+    pub features: String,
+    /// Images of stage 2 between two looks.
+    pub every: u64,
+    /// Images of the averaged student a look: few, always from the same noise.
+    pub images: usize,
+    /// Looks without a new least distance after which stage 2 ends; 0: it never ends early.
+    pub patience: u64,
+}
+
+impl Default for EvaluateConfig {
+    fn default() -> Self {
+        Self { reference: String::new(), features: String::new(), every: 100_000, images: 1000, patience: 0 }
+    }
 }
 
 impl Default for StudentConfig {
@@ -249,6 +273,13 @@ impl Default for EmaConfig {
 }
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { every: 10, samples: 64, sample_steps: 18, decoder: String::new(), checkpoint_every: 500 }
+        Self {
+            every: 10,
+            samples: 64,
+            sample_steps: 18,
+            decoder: String::new(),
+            checkpoint_every: 500,
+            snapshot_every: 0,
+        }
     }
 }

@@ -1,0 +1,170 @@
+//! The terminal view of a run (`--tui`): what it does, how it goes, and keys to checkpoint, sample, pause and stop it.
+
+mod screen;
+mod state;
+mod terminal;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::error::{Context, Result};
+use terminal::Terminal;
+
+pub use state::State;
+
+/// What a key asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    Checkpoint,
+    Sample,
+    Pause,
+    /// Stops after the present step, with a checkpoint; a second time ends the process at once.
+    Stop,
+}
+
+/// What is shared between the training loop and the screen.
+pub struct Shared {
+    state: Mutex<State>,
+    checkpoint: AtomicBool,
+    sample: AtomicBool,
+    pause: AtomicBool,
+    /// Raised by the stop key, as by Ctrl-C.
+    stop: &'static AtomicBool,
+    over: AtomicBool,
+}
+
+impl Shared {
+    pub fn new(stop: &'static AtomicBool) -> Arc<Self> {
+        let off = || AtomicBool::new(false);
+        let state = Mutex::new(State::default());
+        Arc::new(Self { state, checkpoint: off(), sample: off(), pause: off(), stop, over: off() })
+    }
+
+    /// Changes what is shown.
+    pub fn update(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        change(&mut state);
+    }
+
+    /// Whether a checkpoint was asked for since the last time.
+    pub fn take_checkpoint(&self) -> bool {
+        self.checkpoint.swap(false, Ordering::Relaxed)
+    }
+    /// Whether samples were asked for since the last time.
+    pub fn take_sample(&self) -> bool {
+        self.sample.swap(false, Ordering::Relaxed)
+    }
+
+    /// Waits as long as the run is paused and not stopped.
+    pub fn wait_while_paused(&self) {
+        while self.pause.load(Ordering::Relaxed) && !self.stop.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Does what a key asks for. False: the process is to end at once.
+    pub fn act(&self, action: Action) -> bool {
+        match action {
+            Action::Checkpoint => {
+                self.checkpoint.store(true, Ordering::Relaxed);
+                self.update(|s| s.note("a checkpoint follows after this step"));
+            }
+            Action::Sample => {
+                self.sample.store(true, Ordering::Relaxed);
+                self.update(|s| s.note("samples follow after this step"));
+            }
+            Action::Pause => {
+                let paused = !self.pause.fetch_xor(true, Ordering::Relaxed);
+                self.update(|s| s.paused = paused);
+            }
+            Action::Stop if self.stop.swap(true, Ordering::Relaxed) => return false,
+            Action::Stop => self.update(|s| {
+                s.stopping = true;
+                s.note("stopping after this step, with a checkpoint; again: at once");
+            }),
+        }
+        true
+    }
+}
+
+/// What a key means, if anything. Ctrl-C comes as a byte: the terminal is in raw mode.
+pub fn action(key: u8) -> Option<Action> {
+    match key {
+        b'c' => Some(Action::Checkpoint),
+        b's' => Some(Action::Sample),
+        b'p' | b' ' => Some(Action::Pause),
+        b'q' | 0x03 => Some(Action::Stop),
+        _ => None,
+    }
+}
+
+/// The screen; the terminal is given back when this is dropped.
+pub struct View {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl View {
+    /// Takes the terminal and shows `shared` until dropped.
+    pub fn start(shared: Arc<Shared>) -> Result<Self> {
+        let mut terminal = Terminal::take().context("--tui")?;
+        let seen = Arc::clone(&shared);
+        let thread = std::thread::spawn(move || {
+            while !seen.over.load(Ordering::Relaxed) {
+                let state = seen.state.lock().unwrap_or_else(|e| e.into_inner()).clone();
+                let (width, height) = terminal.size();
+                // A terminal that has gone away ends the view, not the run.
+                if terminal.show(&screen::draw(&state, width, height)).is_err() {
+                    break;
+                }
+                for key in terminal.keys(Duration::from_millis(200)) {
+                    if action(key).is_some_and(|a| !seen.act(a)) {
+                        drop(terminal);
+                        std::process::exit(130);
+                    }
+                }
+            }
+        });
+        Ok(Self { shared, thread: Some(thread) })
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_reach_the_run() {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        let shared = Shared::new(&STOP);
+        let press = |key| action(key).map(|a| shared.act(a));
+        assert_eq!(press(b'x'), None);
+        assert!(!shared.take_checkpoint() && !shared.take_sample());
+        assert_eq!(press(b'c'), Some(true));
+        assert!(shared.take_checkpoint() && !shared.take_checkpoint());
+        press(b's');
+        assert!(shared.take_sample());
+        press(b'p');
+        assert!(shared.state.lock().unwrap().paused);
+        press(b' ');
+        assert!(!shared.state.lock().unwrap().paused);
+        shared.wait_while_paused();
+        press(b'p');
+        assert_eq!(press(0x03), Some(true));
+        assert!(STOP.load(Ordering::Relaxed) && shared.state.lock().unwrap().stopping);
+        // Stopped, a pause holds nothing up any more.
+        shared.wait_while_paused();
+        assert_eq!(press(b'q'), Some(false), "the second time ends the process");
+    }
+}

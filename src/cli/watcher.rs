@@ -1,0 +1,301 @@
+//! What goes on beside a run: sheets and events, measures, the best student, snapshots, losses by noise level, the terminal view.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tch::Tensor;
+
+use super::distill::write_student;
+use super::run_observer::Sheets;
+use super::tui::Shared;
+use crate::diffusion::Denoiser;
+use crate::distill::checkpoint::Stage;
+use crate::distill::metrics::{self, Row};
+use crate::distill::trainer::{self, Begin};
+use crate::distill::{Config, Observer, RunDir, Running, Step, Student, Wish};
+use crate::error::{Context, Error, Result};
+use crate::eval::in_loop::{At, InLoop, Settings};
+use crate::noise::batch_noise;
+use crate::report::tfevents::Hparam;
+use crate::runtime::EngineOptions;
+use crate::teacher::Teacher;
+use crate::tensor::HostTensor;
+use crate::torch::{convert, shim};
+
+/// Noise levels at which losses are looked at, images of a look, and rows of metrics between two looks.
+const LEVELS: usize = 12;
+const LEVEL_IMAGES: usize = 16;
+const LEVEL_ROWS: u64 = 10;
+
+/// Watches one run.
+pub struct Watcher<'a> {
+    teacher: &'a Teacher,
+    config: &'a Config,
+    run: &'a RunDir,
+    pub sheets: Sheets,
+    judge: Option<InLoop>,
+    view: Option<Arc<Shared>>,
+    /// Images and seconds of stage 1.
+    degraded: (u64, f64),
+    device: tch::Device,
+}
+
+fn settings(config: &Config) -> Vec<(String, Hparam)> {
+    let table: toml::Table = config.to_toml().ok().and_then(|t| toml::from_str(&t).ok()).unwrap_or_default();
+    let mut out = Vec::new();
+    for (key, value) in &table {
+        match value {
+            toml::Value::Table(inner) => out.extend(inner.iter().map(|(k, v)| (format!("{key}.{k}"), v.clone()))),
+            other => out.push((key.clone(), other.clone())),
+        }
+    }
+    let value = |v: toml::Value| match v {
+        toml::Value::Float(f) => Hparam::Number(f),
+        toml::Value::Integer(i) => Hparam::Number(i as f64),
+        toml::Value::Boolean(b) => Hparam::Flag(b),
+        toml::Value::String(s) => Hparam::Text(s),
+        other => Hparam::Text(other.to_string()),
+    };
+    out.into_iter().map(|(k, v)| (k, value(v))).collect()
+}
+
+impl<'a> Watcher<'a> {
+    /// Opens everything that could be missing or unfit before the first step.
+    pub fn new(
+        teacher: &'a Teacher,
+        config: &'a Config,
+        run: &'a RunDir,
+        mut sheets: Sheets,
+        view: Option<Arc<Shared>>,
+        device: tch::Device,
+    ) -> Result<Self> {
+        let evaluate = &config.evaluate;
+        let judge = match evaluate.reference.is_empty() {
+            true => None,
+            false => {
+                let wanted = Settings {
+                    features: (!evaluate.features.is_empty()).then(|| evaluate.features.clone().into()),
+                    reference: evaluate.reference.clone().into(),
+                    patience: evaluate.patience,
+                    batch: config.batch,
+                    range: [-1.0, 1.0],
+                };
+                let judge = InLoop::open(&wanted, run.path(), &EngineOptions::default())?;
+                judge.check(teacher.card.card.shape, teacher.card.card.range)?;
+                Some(judge)
+            }
+        };
+        let before = if run.metrics().is_file() { metrics::read(&run.metrics())? } else { Vec::new() };
+        if before.is_empty() {
+            let tags = ["evaluate/frechet", "backtrack/mismatch", "backtrack/loss_fake"];
+            sheets.events().hparams(&settings(config), &tags)?;
+        }
+        let degraded =
+            before.iter().rev().find(|r| r.stage == Stage::Degrade).map_or((0, 0.0), |r| (r.images, r.seconds));
+        Ok(Self { teacher, config, run, sheets, judge, view, degraded, device })
+    }
+
+    /// The run is over; the finished student's sheet.
+    pub fn finished(&mut self, student: &Student) -> Result<()> {
+        self.sheets.finished(student)?;
+        self.sheets.weights("student", student.params())?;
+        self.sheets.events().hparams_end(true)
+    }
+
+    /// Samples of the averaged student, always the same noise and classes.
+    fn samples(&self, student: &Student, count: usize) -> Result<HostTensor> {
+        let card = &self.teacher.card.card;
+        let [c, h, w] = card.shape;
+        let (seed, batch) = (self.config.seed, self.config.batch.max(1));
+        let mut parts = Vec::new();
+        for start in (0..count).step_by(batch) {
+            let rows = batch.min(count - start);
+            let noise = HostTensor::new(&[rows, c, h, w], &batch_noise(seed, start as u64, rows, c * h * w))?;
+            let conditions = super::run_observer::conditions(self.config, card, start as u64, rows, self.device)?;
+            let z = convert::to_torch(&noise)?.f_to_device(self.device)?;
+            parts.push(convert::to_host(&tch::no_grad(|| student.generate(&z, &conditions))?)?);
+        }
+        HostTensor::concat_rows(&parts)
+    }
+
+    /// Forward passes so far, counted in images: stage 1 samples the student and runs the copy; stage 2 runs student and fake
+    /// score, and for a generator update the target (twice under guidance) and the fake score once more.
+    fn passes(&self, step: &Step, networks: &Running) -> u64 {
+        let fake = u64::from(networks.fake.is_some());
+        let guided = u64::from(self.config.guidance != 1.0);
+        2 * self.degraded.0 + step.images * (1 + fake) + step.updates * self.config.images() * (1 + guided + fake)
+    }
+
+    fn measure(&mut self, step: &Step, networks: &Running) -> Result<()> {
+        let Some(range) = self.teacher.card.card.range else { return Ok(()) };
+        let samples = self.samples(networks.average, self.config.evaluate.images)?;
+        let at = At {
+            update: step.updates,
+            images: step.images,
+            passes: self.passes(step, networks),
+            seconds: self.degraded.1 + step.seconds,
+            node: step.node,
+        };
+        let Some(judge) = &mut self.judge else { return Ok(()) };
+        let point = judge.look(samples, range, at)?;
+        let values = [
+            ("frechet", point.frechet),
+            ("kernel", point.kernel),
+            ("precision", point.precision),
+            ("recall", point.recall),
+            ("sliced", point.sliced),
+        ];
+        for (name, value) in values {
+            if let Some(v) = value {
+                self.sheets.events().scalar(&format!("evaluate/{name}"), step.updates as i64, v)?;
+            }
+        }
+        if let Some(view) = &self.view {
+            view.update(|s| s.measured(point.figure()));
+        }
+        if point.best {
+            write_student(self.teacher, networks.average.params(), self.config, &self.run.best())?;
+            let text = serde_json::to_vec_pretty(&point).map_err(|e| Error::io(e.to_string()))?;
+            crate::files::write_atomic(&self.run.path().join("best.json"), &text)?;
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self, step: &Step, networks: &Running) -> Result<()> {
+        let folder = self.run.snapshots();
+        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        let mut kept = vec![("average".to_string(), networks.average), ("student".to_string(), networks.student)];
+        kept.extend(networks.others.iter().map(|(half_life, s)| (format!("average-{half_life}"), *s)));
+        for (kind, student) in kept {
+            let path = folder.join(format!("update-{:08}-{kind}.onnx", step.updates));
+            write_student(self.teacher, student.params(), self.config, &path)?;
+        }
+        Ok(())
+    }
+
+    /// Denoising losses of target and fake score on the student's samples, by noise level, as a line of levels.jsonl.
+    fn levels(&self, step: &Step, networks: &Running) -> Result<()> {
+        let card = &self.teacher.card.card;
+        let table = card.schedule()?.training_sigmas(self.config.noise.levels);
+        let [low, high] = self.config.noise.generator;
+        let at = |k: usize| table.get(low + (high - low) * k / (LEVELS - 1)).copied();
+        let sigmas: Vec<f64> = (0..LEVELS).filter_map(at).collect();
+        let count = LEVEL_IMAGES.min(self.config.batch.max(1));
+        let x0 = convert::to_torch(&self.samples(networks.average, count)?)?.f_to_device(self.device)?;
+        let [c, h, w] = card.shape;
+        // Another seed than the samples': their noise must not come back.
+        let noise = batch_noise(!self.config.seed, 0, count, c * h * w);
+        let noise = convert::to_torch(&HostTensor::new(&[count, c, h, w], &noise)?)?.f_to_device(self.device)?;
+        let conditions = super::run_observer::conditions(self.config, card, 0, count, self.device)?;
+        let loss = |denoiser: &Denoiser| -> Result<Vec<f64>> {
+            let one = |s: &f64| trainer::denoising_loss(denoiser, &x0, &vec![*s; count], &noise, &conditions);
+            let losses = tch::no_grad(|| sigmas.iter().map(one).collect::<Result<Vec<Tensor>>>())?;
+            losses.iter().map(|l| Ok(l.f_double_value(&[])?)).collect()
+        };
+        let row = json!({
+            "stage": step.stage, "iteration": step.iteration, "node": step.node, "sigmas": sigmas,
+            "target": loss(networks.target)?, "fake": networks.fake.map(loss).transpose()?,
+        });
+        let path = self.run.levels();
+        let append = || -> std::io::Result<()> {
+            writeln!(std::fs::OpenOptions::new().create(true).append(true).open(&path)?, "{row}")
+        };
+        append().with_context(|| path.display().to_string())
+    }
+
+    /// Drops lines of levels.jsonl that the stage will write again.
+    fn forget_levels(&self, begin: &Begin) -> Result<()> {
+        let path = self.run.levels();
+        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+        let old =
+            |row: &Value| row["stage"] == json!(begin.stage) && row["iteration"].as_u64() <= Some(begin.iteration);
+        let keep = |line: &&str| serde_json::from_str(line).is_ok_and(|row: Value| old(&row));
+        let kept: String = text.lines().filter(keep).flat_map(|l| [l, "\n"]).collect();
+        if kept == text { Ok(()) } else { crate::files::write_atomic(&path, kept.as_bytes()) }
+    }
+}
+
+impl Observer for Watcher<'_> {
+    fn stage_begins(&mut self, begin: &Begin) -> Result<bool> {
+        self.forget_levels(begin)?;
+        if let Some(view) = &self.view {
+            view.update(|s| {
+                s.run = self.run.path().display().to_string();
+                (s.total, s.iteration, s.nodes) = (begin.total, begin.iteration, begin.last);
+                s.stage = begin.stage.name().to_string();
+            });
+        }
+        let Some(judge) = &mut self.judge else { return Ok(false) };
+        judge.forget_after(begin.updates)?;
+        Ok(begin.stage == Stage::Backtrack && judge.exhausted())
+    }
+
+    fn after_step(&mut self, step: &Step) -> Result<Wish> {
+        let mut wish = Wish::default();
+        if let Some(view) = self.view.clone() {
+            view.update(|s| s.iteration = step.iteration);
+            wish.checkpoint = view.take_checkpoint();
+            if view.take_sample()
+                && let Some(networks) = &step.networks
+            {
+                self.sheets.student("student-now", networks.average)?;
+                view.update(|s| s.note(format!("samples/student-now.png, update {}", step.updates)));
+            }
+            view.wait_while_paused();
+        }
+        let Some(networks) = &step.networks else { return Ok(wish) };
+        let last = step.iteration == step.total;
+        if last || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every) {
+            self.levels(step, networks)?;
+        }
+        if !step.updated {
+            return Ok(wish);
+        }
+        let every = self.config.log.snapshot_every;
+        // Averages of other half-lives are for `disback evaluate --run` to choose from.
+        if every > 0 && step.updates.is_multiple_of(every) || last && !networks.others.is_empty() {
+            self.snapshot(step, networks)?;
+        }
+        // Once for each multiple of `every` that the images pass.
+        let (every, batch) = (self.config.evaluate.every, self.config.images() * self.config.backtrack.ratio);
+        if self.judge.is_some() && (last || step.images / every > step.images.saturating_sub(batch) / every) {
+            self.measure(step, networks)?;
+            wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
+        }
+        Ok(wish)
+    }
+
+    fn metrics(&mut self, row: &Row) -> Result<()> {
+        if row.stage == Stage::Degrade {
+            self.degraded = (row.images, row.seconds);
+        }
+        if let Some(view) = &self.view {
+            let peak = shim::memory(self.device)?.map(|m| m.peak as u64);
+            view.update(|s| {
+                s.row(row);
+                s.device_memory = peak;
+            });
+        }
+        self.sheets.metrics(row)
+    }
+
+    fn node_recorded(&mut self, node: usize, denoiser: &Denoiser) -> Result<()> {
+        if let Some(view) = &self.view {
+            view.update(|s| s.note(format!("node {node} recorded")));
+        }
+        self.sheets.node_recorded(node, denoiser)
+    }
+
+    fn target_entered(&mut self, node: usize, target: &Denoiser) -> Result<()> {
+        self.sheets.target_entered(node, target)
+    }
+
+    fn target_left(&mut self, node: usize, student: &Student) -> Result<()> {
+        if let Some(view) = &self.view {
+            view.update(|s| s.note(format!("node {node} left")));
+        }
+        self.sheets.target_left(node, student)?;
+        self.sheets.weights("average", student.params())
+    }
+}
