@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up themselves; afterwards plain `cargo build` and `cargo test` work too.
-.PHONY: setup build demo test test-web check-small bench lint clean
+.PHONY: setup build demo test test-converters test-web check-small bench lint clean
 
 setup:
 	@scripts/setup
@@ -14,7 +14,12 @@ demo: build
 # One thread a test: the test runner itself runs as many tests as there are cores.
 test: setup
 	OMP_NUM_THREADS=1 cargo test --release
-	.venv/bin/python -m pytest -q converters/tests tests/python
+	.venv/bin/python -m pytest -q converters/tests tests/python --ignore=converters/tests/frameworks
+
+# The frameworks that disagree about versions, each in an environment of its own: trained networks converted live, imported,
+# distilled.
+test-converters: build
+	converters/test-frameworks
 
 # examples/web in headless Chromium, the JavaScript consumer in Node. About a minute the first time (Chromium, npm).
 test-web: setup

@@ -1,4 +1,6 @@
-"""Converters from a framework's own checkpoint to `teacher.onnx` with its teacher card. One module a framework."""
+"""Converters from a framework's own checkpoint to `teacher.onnx` with its teacher card. One route a framework."""
+
+VERSION = "0.2.0"
 
 
 class ConversionError(Exception):

@@ -5,13 +5,14 @@ as text. `check` refuses what disback itself would refuse, so that a conversion 
 """
 
 import difflib
+import os
 import tomllib
 
 from . import ConversionError
 
 PREFIX = "disback."
-PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow")
-TIME_UNITS = ("sigma", "ln-sigma-4", "step", "unit", "thousand")
+PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow", "consistency")
+TIME_UNITS = ("sigma", "ln-sigma-4", "ln-sigma-250", "step", "unit", "thousand")
 SCHEDULES = ("edm", "vp", "flow")
 CONDITIONS = ("class-index", "one-hot", "embedding")
 LAYOUTS = ("nchw", "nhwc")
@@ -100,8 +101,8 @@ def one_of(card, key, allowed):
         raise ConversionError(f"card: {key} = {card[key]!r}; it is one of {', '.join(allowed)}")
 
 
-def check(card, inputs, outputs):
-    """Refuses unknown and missing keys, bad values, and names that the graph does not have."""
+def need(card):
+    """Refuses unknown and missing keys and words that no key takes."""
     for key in card:
         if not known(key):
             raise ConversionError(f"card: unknown key {key!r}; did you mean {nearest(key)!r}?")
@@ -115,6 +116,11 @@ def check(card, inputs, outputs):
     shape = card["shape"]
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise ConversionError(f"card: shape = {shape!r}; it is [channels, height, width] of one sample")
+
+
+def check(card, inputs, outputs):
+    """Refuses unknown and missing keys, bad values, and names that the graph does not have."""
+    need(card)
     conditions = {key.split(".", 1)[1].rpartition(".")[0] for key in card if key.startswith("conditions.")}
     for name in conditions:
         if f"conditions.{name}.kind" not in card:
@@ -140,3 +146,17 @@ def check(card, inputs, outputs):
 def metadata(card):
     """{dotted key: value} -> metadata_props entries."""
     return {PREFIX + key: text_of(value) for key, value in card.items()}
+
+
+def write_whole(path, write):
+    """A file that is there complete or not at all; `write` gets a binary handle."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with open(scratch, "wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ConversionError(f"cannot write {path}: {error.strerror or error}; nothing was written") from error

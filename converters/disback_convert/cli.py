@@ -1,4 +1,5 @@
-"""disback-convert: one subcommand a framework. Exit codes: 0 written, 1 refused, 2 the command line."""
+"""Turns a native diffusion checkpoint into teacher.onnx with its teacher card, for disback. Exit codes: 0 written,
+1 refused, 2 the command line."""
 
 import argparse
 import json
@@ -6,41 +7,53 @@ import sys
 from pathlib import Path
 
 from . import ConversionError
+from .routes import ROUTES
+
+
+def common(parser):
+    """Options of every route."""
+    group = parser.add_argument_group("every route")
+    group.add_argument("--card", action="append", default=[], metavar="KEY=VALUE", help="an entry of the teacher card")
+    group.add_argument("--card-file", type=Path, help="the teacher card as TOML; --card wins over it")
+    group.add_argument("--opset", type=int, help="ONNX opset (default: 23, or the newest that the exporter writes)")
+    group.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference from the framework, in standard deviations of the output")
+    group.add_argument("--no-sample", action="store_true", help="leave out the side file of inputs and the framework's own outputs")
+    group.add_argument("-o", "--out", type=Path, default=Path("teacher.onnx"))
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    group.add_argument("--json", action="store_true", help="print the result for machines")
 
 
 def parser():
     top = argparse.ArgumentParser(prog="disback-convert", description=__doc__)
-    routes = top.add_subparsers(dest="route", required=True)
-    torch = routes.add_parser("torch", help="a PyTorch module and its state dict")
-    torch.add_argument("factory", help="module:function that returns the module, or (module, {argument: example tensor})")
-    torch.add_argument("--state-dict", type=Path, help="weights: .safetensors, or a torch file of plain tensors")
-    torch.add_argument("--card", action="append", default=[], metavar="KEY=VALUE", help="an entry of the teacher card")
-    torch.add_argument("--card-file", type=Path, help="the teacher card as TOML; --card wins over it")
-    torch.add_argument("--opset", type=int, default=20, help="ONNX opset (default 20)")
-    torch.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference, in standard deviations of the output")
-    torch.add_argument("-o", "--out", type=Path, default=Path("teacher.onnx"))
-    torch.add_argument("--json", action="store_true", help="print the result for machines")
+    routes = top.add_subparsers(dest="route", required=True, metavar="ROUTE")
+    for name, route in ROUTES.items():
+        one = routes.add_parser(name, help=route.help, description=route.help)
+        route.arguments(one)
+        common(one)
     return top
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    route = ROUTES[args.route]
+    progress = (lambda text: None) if args.quiet or args.json else (lambda text: print(f"  {text} ...", file=sys.stderr, flush=True))
     try:
-        from .torch_route import convert
-
-        result = convert(args.factory, args.out, args.card, args.card_file, args.state_dict, args.opset, args.tolerance)
+        result = route.run(args, progress)
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f"error: {error}; pip install 'disback-convert[torch]'", file=sys.stderr)
+        name = (error.name or "").partition(".")[0]
+        if name not in route.needs:
+            raise
+        print(f"error: the {args.route} route needs {name}: pip install 'disback-convert[{route.extra}]'", file=sys.stderr)
         return 1
+    from .finish import show
+
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"{result['out']}: {result['parameters']} parameters, opset {result['opset']}")
-        print(f"inputs {', '.join(result['inputs'])}; outputs {', '.join(result['outputs'])}")
-        print(f"ONNX Runtime differs from torch by {result['max_relative_difference']:.1e} of the output's standard deviation")
+        show(result)
     return 0
 
 

@@ -15,7 +15,8 @@ use crate::parity::{self, Parity, Tolerance};
 use crate::teacher;
 use crate::torch::{ImportOptions, Network};
 
-/// Run the same inputs through libtorch and ONNX Runtime; exit code 1 where they disagree.
+/// Run the same inputs through libtorch and ONNX Runtime; exit code 1 where they disagree. What a converter stored beside the
+/// model (<model>.sample.npz: inputs and the framework's own outputs) is compared too.
 #[derive(Debug, Args)]
 pub struct ParityArgs {
     /// The ONNX file.
@@ -67,6 +68,13 @@ pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     let expected = args.expected.as_ref().map(|p| npy::read_npz(p)).transpose()?;
     let tolerance = Tolerance { atol: args.atol, rtol: args.rtol };
     let mut result = parity::check(&net, &inputs, expected.as_deref(), tolerance)?;
+    let mut source = "--expected".to_owned();
+    if args.inputs.is_none()
+        && let Some(stored) = parity::stored(&args.model, net.inputs(), net.outputs())?
+    {
+        source = stored.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        result = result.with_stored(parity::check(&net, &stored.inputs, Some(&stored.outputs), tolerance)?);
+    }
     if device != Device::Cpu {
         let both = parity::devices::check(&model, &options, &inputs, device, tolerance)?;
         result.ok &= both.ok;
@@ -75,7 +83,7 @@ pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     if globals.json {
         println!("{}", serde_json::to_string_pretty(&result).map_err(|e| Error::io(e.to_string()))?);
     } else {
-        show(&result);
+        show(&result, &source);
     }
     Ok(if result.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -89,7 +97,7 @@ fn dimensions(list: &[String]) -> Result<BTreeMap<String, usize>> {
         .collect()
 }
 
-fn show(result: &Parity) {
+fn show(result: &Parity, source: &str) {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
     table.set_header(["output", "against", "max abs", "of its std", ""]);
@@ -104,13 +112,7 @@ fn show(result: &Parity) {
         ]);
     }
     for o in result.expected.iter().flatten() {
-        table.add_row([
-            &o.name,
-            "--expected",
-            &format!("{:.2e}", o.max_abs),
-            &format!("{:.2e}", o.max_rel),
-            verdict(o.ok),
-        ]);
+        table.add_row([&o.name, source, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
     }
     println!("{table}");
     if let Some(d) = &result.devices {

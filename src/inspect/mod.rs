@@ -152,7 +152,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         network = Some(net);
     } else {
         let mut graph = graph;
-        let rewired = crate::graph::roles::part_merged(&mut graph);
+        let rewired = crate::graph::roles::part_merged(&mut graph, choice.declared.as_deref());
         let roles = crate::graph::roles::classify(&graph, choice, &rewired)?;
         out.tensors(&roles.parameters, &roles.buffers);
         for n in &graph.nodes {

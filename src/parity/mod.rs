@@ -1,6 +1,9 @@
 //! Parity: the same inputs through libtorch and through ONNX Runtime, before anyone trains.
 
 pub mod devices;
+mod stored;
+
+pub use stored::{Stored, stored};
 
 use std::collections::BTreeMap;
 
@@ -60,7 +63,7 @@ pub struct Parity {
     pub max_rel: f64,
     /// Against ONNX Runtime.
     pub outputs: Vec<OutputError>,
-    /// libtorch against outputs that the user gave.
+    /// libtorch against outputs that the user gave, or that the framework left beside the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<Vec<OutputError>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -69,6 +72,18 @@ pub struct Parity {
     /// The CPU against another device, where one was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<devices::DeviceParity>,
+}
+
+impl Parity {
+    /// Takes in a comparison of the same network with the framework's stored outputs.
+    pub fn with_stored(mut self, other: Self) -> Self {
+        self.ok &= other.ok;
+        self.max_abs = self.max_abs.max(other.max_abs);
+        self.max_rel = self.max_rel.max(other.max_rel);
+        self.expected = other.expected;
+        self.first_divergence = self.first_divergence.or(other.first_divergence);
+        self
+    }
 }
 
 /// Mean, standard deviation.

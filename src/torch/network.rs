@@ -111,7 +111,7 @@ impl Network {
         if trainable.declared.is_none() {
             trainable.declared = declared_parameters(&model)?;
         }
-        let rewired = roles::part_merged(&mut graph);
+        let rewired = roles::part_merged(&mut graph, trainable.declared.as_deref());
         let roles = roles::classify(&graph, &trainable, &rewired)?;
         let raised = if options.raise { raise::raise(&mut graph) } else { Report::default() };
         graph.remove_dead();

@@ -89,8 +89,10 @@ pub struct Roles {
 
 /// Parts constants that an exporter merged because their bytes were equal: freshly initialised scales (all ones) and
 /// biases (all zeros) of different layers are different weights. Tensors with any two different elements stay shared:
-/// equal by design, not by accident. Returns, per new value, the constant it was parted from and the slot it now feeds.
-pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
+/// equal by design, not by accident. So do tensors that `declared`, the framework's own list, names: a converter that writes
+/// it has kept apart what the framework keeps apart. Returns, per new value, the constant it was parted from and the slot it
+/// now feeds.
+pub fn part_merged(graph: &mut Graph, declared: Option<&[String]>) -> HashMap<ValueId, Vec<(usize, usize)>> {
     bypass_identities(graph);
     let consumers = graph.consumers();
     let mut rewired = HashMap::new();
@@ -102,6 +104,7 @@ pub fn part_merged(graph: &mut Graph) -> HashMap<ValueId, Vec<(usize, usize)>> {
                 && c.tensor.len() > 1
                 && consumers.get(v).is_some_and(|u| u.len() > 1)
                 && uniform(&c.tensor)
+                && !declared.is_some_and(|d| d.contains(&graph.names[**v]))
         })
         .map(|(v, c)| (*v, c.clone()))
         .collect();

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import tiny_model  # noqa: E402
-from disback_convert import ConversionError, card, torch_route  # noqa: E402
+from disback_convert import ConversionError, card, torch_route
+from disback_convert.torch_route import export as torch_export  # noqa: E402
 from disback_convert.cli import main  # noqa: E402
 
 CARD = [
@@ -37,6 +38,9 @@ def test_weights_card_and_dynamic_batch_arrive(tmp_path, capsys):
     assert result["max_relative_difference"] <= 1e-4
     model = onnx.load(out)
     written = {entry.key: entry.value for entry in model.metadata_props}
+    declared = json.loads(written.pop("disback.parameters"))
+    assert sorted(declared) == sorted(name for name, _ in net.named_parameters())
+    assert written.pop("disback.converter").startswith("disback-convert")
     assert written == {"disback." + k.split("=", 1)[0]: k.split("=", 1)[1] for k in CARD}
     # other weights than the factory's own, at a batch size that was not exported
     x, sigma, labels = torch.randn(7, 1, 8, 8), torch.rand(7) + 0.1, torch.arange(7) % 4
@@ -79,16 +83,16 @@ def test_missing_and_surplus_keys_are_listed_and_nothing_is_written(tmp_path, ca
 
 
 def test_mismatch_between_the_file_and_torch_is_refused(tmp_path, monkeypatch, capsys):
-    honest = torch_route.export
+    honest = torch.onnx.export
 
-    def damaged(module, inputs, names, path, opset):
-        honest(module, inputs, names, path, opset)
+    def damaged(module, args, path, **more):
+        honest(module, args, path, **more)
         model = onnx.load(path)
         weight = next(t for t in model.graph.initializer if t.name == "conv_out.bias")
         weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + np.float32(0.01), weight.name))
         onnx.save(model, path)
 
-    monkeypatch.setattr(torch_route, "export", damaged)
+    monkeypatch.setattr(torch.onnx, "export", damaged)
     assert command(tmp_path / "teacher.onnx") == 1
     assert "differs from torch" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +104,7 @@ def test_mismatch_between_the_file_and_torch_is_refused(tmp_path, monkeypatch, c
         ([*CARD, "predicton=epsilon"], "did you mean 'prediction'"),
         ([*CARD, "conditions.labels.clases=4"], "did you mean 'conditions.labels.classes'"),
         ([e for e in CARD if not e.startswith("shape")], "shape missing"),
-        ([*CARD, "prediction=noise"], "denoised, edm-raw, epsilon, v, flow"),
+        ([*CARD, "prediction=noise"], "denoised, edm-raw, epsilon, v, flow, consistency"),
         ([*CARD, "time=t"], "the graph has no input 't'"),
         ([e for e in CARD if not e.startswith("conditions")], "nothing said about the inputs labels"),
         ([*CARD, "shape=8"], "[channels, height, width]"),

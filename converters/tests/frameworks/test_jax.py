@@ -1,0 +1,103 @@
+"""The JAX route in its own environment: the trained NNX teacher all the way, Linen, plain functions, refusals."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from proof import TEACHERS, card, prove, same_network
+
+from disback_convert.cli import main
+
+FOLDER = TEACHERS / "flax_unet"
+CARD = [
+    "sample=x", "time=t", "output=denoised", "prediction=denoised", "time_unit=sigma", "shape=[1, 8, 8]", "layout=nhwc",
+    "schedule.kind=edm", "conditions.labels.kind=class-index", "conditions.labels.classes=4",
+]  # fmt: skip
+SMALL = '''
+import jax, jax.numpy as jnp
+import flax.linen as nn
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, t, labels, train: bool = True):
+        emb = nn.Dense(8)(jnp.log(t)[:, None]) + nn.Embed(4, 8)(labels)
+        h = nn.Dropout(0.5, deterministic=not train)(nn.Conv(8, (3, 3))(x) + emb[:, None, None, :])
+        h = nn.GroupNorm(num_groups=2)(nn.BatchNorm(use_running_average=not train)(h))
+        return nn.Conv(1, (3, 3))(nn.silu(h))
+
+def linen():
+    return Net()
+
+def function():
+    params = {"w": 0.1 * jax.random.normal(jax.random.key(0), (64, 64)), "b": {"bias": jnp.zeros(64)}, "label": jnp.ones((4, 64))}
+    def run(params, x, t, labels):
+        h = x.reshape(-1, 64) @ params["w"] + params["b"]["bias"] + params["label"][labels]
+        return (jnp.tanh(h) * t[:, None]).reshape(-1, 8, 8, 1)
+    return run, params
+
+def nonsense():
+    return 3
+'''
+
+
+def convert(factory, out, *more, entries=CARD):
+    pairs = [word for entry in entries for word in ("--card", entry)]
+    return main(["jax", factory, *pairs, "-o", str(out), "--json", *map(str, more)])
+
+
+def test_the_trained_nnx_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(FOLDER)
+    out = tmp_path / "teacher.onnx"
+    assert main(["jax", "model:build", "--weights", "weights.npz", "--card-file", "../nhwc.toml", "-o", str(out), "-q"]) == 0
+    same_network(out, FOLDER / "teacher.onnx")
+    declared = json.loads(card(out)["parameters"])
+    assert set(declared) == set(np.load("weights.npz").files)
+    assert onnx.load(out).opset_import[0].version == 23
+    with capsys.disabled():
+        prove("Flax NNX", out, tmp_path)
+
+
+def test_linen_modules_and_functions(tmp_path, monkeypatch, capsys):
+    (tmp_path / "small_jax.py").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    assert convert("small_jax:linen", tmp_path / "linen.onnx") == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert "Dense_0.kernel" in json.loads(card(tmp_path / "linen.onnx").get("parameters", "[]")) or result["not_in_the_graph"]
+    assert convert("small_jax:function", tmp_path / "function.onnx") == 0, capsys.readouterr().err
+    assert set(json.loads(card(tmp_path / "function.onnx")["parameters"])) == {"w", "b.bias", "label"}
+    import small_jax
+
+    run, params = small_jax.function()
+    x, t, labels = np.random.randn(7, 8, 8, 1).astype("f4"), np.linspace(0.1, 2, 7).astype("f4"), (np.arange(7) % 4).astype("i4")
+    net = ort.InferenceSession(str(tmp_path / "function.onnx"), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(net.run(None, {"x": x, "t": t, "labels": labels})[0], run(params, x, t, labels), atol=1e-5)
+
+
+def test_bad_input_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "small_jax.py").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "w.npz", **{"w": np.zeros((64, 64)), "label": np.zeros((4, 3)), "foreign": np.zeros(2)})
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for factory, more, words in [
+        ("small_jax:function", ["--weights", "w.npz"], ["missing (1): b.bias", "surplus (1): foreign", "label [4, 3] instead of [4, 64]"]),
+        ("small_jax:function", ["--weights", "absent.npz"], ["no such file"]),
+        ("small_jax:nonsense", [], ["returned int"]),
+        ("small_jax", [], ["module:function"]),
+    ]:
+        assert convert(factory, tmp_path / "teacher.onnx", *more) == 1
+        said = capsys.readouterr().err
+        assert all(word in said for word in words), said
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == before
+
+
+def test_keras_on_jax(tmp_path, monkeypatch, capsys):
+    # the Keras teacher's own code and weights, on the other backend
+    folder = TEACHERS / "keras_unet"
+    monkeypatch.chdir(folder)
+    sys.modules.pop("model", None)
+    out = tmp_path / "teacher.onnx"
+    words = ["keras", "model:build", "--weights", "weights.npz", "--backend", "jax", "--card-file", "../nhwc.toml", "-o", str(out), "-q"]
+    assert main(words) == 0, capsys.readouterr().err
+    same_network(out, folder / "teacher.onnx")

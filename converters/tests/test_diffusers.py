@@ -1,0 +1,211 @@
+"""The diffusers route: every class against diffusers' own forward (the converter's check), cards, parts, prompts, refusals."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import diffusers  # noqa: E402
+import small_pipelines as small  # noqa: E402
+from disback_convert import ConversionError, finish  # noqa: E402
+from disback_convert.cli import main  # noqa: E402
+from disback_convert.diffusers_route import scheduler  # noqa: E402
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+def convert(folder, out, *more):
+    return main(["diffusers", str(folder), "-o", str(out), "--json", *map(str, more)])
+
+
+def card(path):
+    props = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    return {key.removeprefix("disback."): value for key, value in props.items()}
+
+
+CASES = {
+    "UNet2DModel": (small.unet, "unet", diffusers.DDPMScheduler(prediction_type="v_prediction"), ["--null", "10"]),
+    "UNet2DConditionModel": (small.conditional, "unet", diffusers.DDIMScheduler(**SD), ["--tokens", "5"]),
+    "SDXL": (lambda: small.conditional(xl=True), "unet", diffusers.EulerDiscreteScheduler(**SD), ["--tokens", "5"]),
+    "DiTTransformer2DModel": (small.dit, "transformer", diffusers.DDIMScheduler(), []),
+    "PixArtTransformer2DModel": (small.pixart, "transformer", diffusers.DPMSolverMultistepScheduler(), ["--tokens", "6"]),
+    "SD3Transformer2DModel": (small.sd3, "transformer", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), ["--tokens", "6"]),
+    "FluxTransformer2DModel": (
+        small.flux, "transformer", diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        ["--tokens", "6", "--size", "8x12"],
+    ),
+}  # fmt: skip
+WANT = {
+    "UNet2DModel": {"prediction": "v", "time_unit": "step", "shape": "[1, 8, 8]", "schedule.betas": "linear", "range": "[-1.0, 1.0]"}
+    | {"conditions.class_labels.classes": "10", "conditions.class_labels.null": "10"},
+    "UNet2DConditionModel": {"prediction": "epsilon", "schedule.betas": "scaled-linear", "schedule.beta_end": "0.012"}
+    | {"conditions.encoder_hidden_states.shape": "[5, 32]"},
+    "SDXL": {"conditions.text_embeds.shape": "[32]", "conditions.time_ids.shape": "[6]"},
+    "DiTTransformer2DModel": {"shape": "[4, 8, 8]", "conditions.class_labels.null": "10", "conditions.class_labels.classes": "10"},
+    "PixArtTransformer2DModel": {"conditions.encoder_attention_mask.shape": "[6]"},
+    "SD3Transformer2DModel": {"prediction": "flow", "time_unit": "thousand", "schedule.shift": "3.0"},
+    "FluxTransformer2DModel": {"prediction": "flow", "time_unit": "unit", "shape": "[4, 8, 12]", "constants.guidance": "3.5"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipeline_folder_becomes_a_teacher(tmp_path, capsys, name):
+    make, part, schedule, more = CASES[name]
+    net = make()
+    folder = tmp_path / "pipeline"
+    small.write(folder, net, part, "Pipeline", schedule)
+    out = tmp_path / "teacher.onnx"
+    assert convert(folder, out, *more) == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["max_relative_difference"] <= 1e-4
+    assert result["parameters"] == sum(p.numel() for p in net.parameters())
+    found = card(out)
+    assert {key: found.get(key) for key in WANT[name]} == WANT[name]
+    # framework names, and all of them that the forward uses
+    declared = json.loads(found["parameters"])
+    assert set(declared) | set(result["not_in_the_graph"]) == {n for n, _ in net.named_parameters()}
+    assert {t.name for t in onnx.load(out).graph.initializer} >= set(declared)
+    # the side file is the framework's own answer: give it to ONNX Runtime again
+    stored = np.load(tmp_path / "teacher.sample.npz")
+    runner = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    (ours,) = runner.run(["prediction"], {i.name: stored[i.name] for i in runner.get_inputs()})
+    np.testing.assert_allclose(ours, stored[found["output"]], atol=1e-4)
+
+
+def test_network_values_are_those_of_diffusers_itself(tmp_path):
+    # beside the wrapper: the class called as a user would
+    folder = small.write(tmp_path / "p", small.flux(), "transformer", "FluxPipeline", diffusers.FlowMatchEulerDiscreteScheduler())
+    assert convert(folder, tmp_path / "teacher.onnx", "--tokens", 6, "--size", "8x12") == 0
+    net = diffusers.FluxTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    torch.manual_seed(0)
+    latents, text, pooled, t = torch.randn(2, 4, 8, 12), torch.randn(2, 6, 12), torch.randn(2, 10), torch.tensor([0.3, 0.8])
+    pipe = diffusers.FluxPipeline
+    packed = pipe._pack_latents(latents, 2, 4, 8, 12)
+    ids = pipe._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
+    with torch.no_grad():
+        native = net(packed, text, pooled, t, ids, torch.zeros(6, 3), torch.full((2,), 3.5), return_dict=False)[0]
+    native = pipe._unpack_latents(native, 64, 96, 8 * 2 // 2)
+    given = {"sample": latents, "timestep": t, "encoder_hidden_states": text, "pooled_projections": pooled, "guidance": torch.full((2,), 3.5)}
+    runner = ort.InferenceSession(str(tmp_path / "teacher.onnx"), providers=["CPUExecutionProvider"])
+    (ours,) = runner.run(None, {name: value.numpy() for name, value in given.items()})
+    np.testing.assert_allclose(ours, native.numpy(), atol=1e-4)
+
+
+def test_weights_above_the_limit_go_beside_the_graph(tmp_path, monkeypatch):
+    from disback_convert.torch_route import export as torch_export
+
+    monkeypatch.setattr(finish, "PROTO_LIMIT", 10_000)
+    monkeypatch.setattr(torch_export, "PROTO_LIMIT", 10_000)
+    folder = small.write(tmp_path / "p", small.unet(), "unet", "DDPMPipeline", diffusers.DDPMScheduler())
+    (tmp_path / "out").mkdir()
+    assert convert(folder, tmp_path / "out" / "teacher.onnx") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["teacher.onnx", "teacher.onnx.data", "teacher.sample.npz"]
+    count = sum(p.numel() for p in small.unet().parameters())
+    assert (tmp_path / "out" / "teacher.onnx.data").stat().st_size > 3 * count
+    model = onnx.load(tmp_path / "out" / "teacher.onnx", load_external_data=False)
+    outside = [t for t in model.graph.initializer if t.external_data]
+    assert outside and all(e.value == "teacher.onnx.data" for t in outside for e in t.external_data if e.key == "location")
+    onnx.checker.check_model(str(tmp_path / "out" / "teacher.onnx"), full_check=True)
+
+
+def test_decoder_text_encoder_and_prompts(tmp_path, capsys):
+    encoder, tokenizer = small.text_encoder(tmp_path)
+    vae = small.autoencoder()
+    parts = [("vae", vae, "diffusers"), ("text_encoder", encoder, "transformers"), ("tokenizer", tokenizer, "transformers")]
+    folder = small.write(tmp_path / "p", small.conditional(), "unet", "StableDiffusionPipeline", diffusers.DDIMScheduler(**SD), parts)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "prompts.txt").write_text("a cat\n\nno dog\n")
+    out = tmp_path / "teacher.onnx"
+    more = ["--tokens", 12, "--vae", "--text-encoder", "--prompts", tmp_path / "prompts.txt", "--null-prompt", ""]
+    assert convert(folder, out, *more) == 0, capsys.readouterr().err
+    assert card(out)["latent_scale"] == "0.25" and "range" not in card(out)
+    latents = torch.randn(3, 4, 8, 8)
+    run = lambda name, given: ort.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, given)  # noqa: E731
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            run("teacher.vae_decoder.onnx", {"latents": latents.numpy()})[0], vae.decode(latents / 0.25).sample.numpy(), atol=1e-4
+        )
+        prompts = np.load(tmp_path / "teacher.prompts.npz")
+        assert prompts.files == ["encoder_hidden_states"]
+        ids = tokenizer(["a cat", "no dog"], padding="max_length", max_length=12, return_tensors="pt").input_ids
+        np.testing.assert_allclose(prompts["encoder_hidden_states"], encoder(ids).last_hidden_state.numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            run("teacher.text_encoder.onnx", {"input_ids": ids.numpy()})[0], prompts["encoder_hidden_states"], atol=1e-4
+        )
+    import tomllib
+
+    null = tomllib.loads((tmp_path / "teacher.card.toml").read_text())["conditions"]["encoder_hidden_states"]["null"]
+    assert len(null) == 12 * 32
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (FLOW, {"schedule.kind": "flow", "schedule.shift": 3.0, "prediction": "flow", "time_unit": "thousand"}),
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 70}, {"schedule.kind": "edm", "schedule.sigma_max": 70.0, "prediction": "edm-raw"}),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}, {"schedule.betas": "cosine", "prediction": "denoised"}),
+    ],
+)  # fmt: skip
+def test_scheduler_configurations(config, want):
+    found = scheduler.card_of(config)
+    assert {key: found[key] for key in want} == want
+
+
+def test_schedule_tables_are_those_of_diffusers():
+    for config in ({"rescale_betas_zero_snr": True, **SD}, {"trained_betas": [0.01, 0.02, 0.05]}):
+        native = diffusers.DDIMScheduler(**config)
+        table = scheduler.card_of(dict(native.config) | {"_class_name": "DDIMScheduler"})["schedule.table"]
+        np.testing.assert_allclose(table[:-1], native.alphas_cumprod.numpy()[:-1], rtol=2e-4)
+    betas = scheduler.betas_of("squaredcos_cap_v2", 0, 0, 1000)
+    np.testing.assert_allclose(betas, diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").betas.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, {"_class_name": "X", "prediction_type": "score"}])
+def test_schedulers_without_a_card_are_refused(config):
+    with pytest.raises(ConversionError, match="by --card"):
+        scheduler.card_of(config)
+
+
+def refused(folder, tmp_path, capsys, *more):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert convert(folder, tmp_path / "teacher.onnx", *more) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    return capsys.readouterr().err
+
+
+def test_bad_folders_are_refused(tmp_path, capsys):
+    assert "no such folder" in refused(tmp_path / "absent", tmp_path, capsys)
+    (tmp_path / "empty").mkdir()
+    assert "not a diffusers model" in refused(tmp_path / "empty", tmp_path, capsys)
+    folder = small.write(tmp_path / "p", small.unet(), "unet", "DDPMPipeline")
+    assert "no scheduler/scheduler_config.json" in refused(folder, tmp_path, capsys)
+    assert "no prior folder" in refused(folder, tmp_path, capsys, "--part", "prior").replace("no prior or", "no prior")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"_class_name": "UNet9000"}))
+    said = refused(folder, tmp_path, capsys)
+    assert "UNet9000 is not known" in said and "FluxTransformer2DModel" in said
+    (folder / "unet" / "config.json").write_text("{")
+    assert "not JSON" in refused(folder, tmp_path, capsys)
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = small.write(tmp_path / "p", small.unet(), "unet", "DDPMPipeline", diffusers.DDPMScheduler())
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["foreign.weight"] = torch.zeros(3)
+    del state["conv_in.bias"]
+    save_file(state, path)
+    said = refused(folder, tmp_path, capsys)
+    assert "missing (1): conv_in.bias" in said and "surplus (1): foreign.weight" in said
