@@ -163,6 +163,24 @@ fn every_objective_distils_the_digits_teacher() {
 }
 
 #[test]
+fn low_rank_runs_record_factors_and_export_merged_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let lora = with(SMALL, &["--set", "lora.rank=3", "--set", "lora.alpha=6", "--set", "backtrack.switch_every=1"]);
+    ok(dir, &with(&["distill", TEACHER, "-o", "run"], &lora));
+    let size = |name: &str| std::fs::metadata(dir.join("run").join(name)).unwrap().len();
+    assert!(4 * size("trajectory/node-002.safetensors") < size("student.safetensors"), "nodes are factors");
+    // The export checks the student's file against the network that was trained; the file is a whole one.
+    let student = std::fs::read(dir.join("run/student.onnx")).unwrap();
+    assert!(student.len() as u64 > size("student.safetensors"));
+    // The trajectory of a low-rank run fits no run of all weights.
+    let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "all", "--trajectory", "run/trajectory"]);
+    assert!(code == 2 && text.contains("another teacher"), "{text}");
+    ok(dir, &with(&["distill", TEACHER, "-o", "again"], &lora));
+    assert!(weights(&dir.join("again")) == weights(&dir.join("run")));
+}
+
+#[test]
 fn a_run_that_was_interrupted_and_resumed_ends_with_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -220,6 +238,7 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--set", "student.sigma_init=-1"], 2, "sigma_init"),
         (vec!["--set", "conditions.file=labels.npz"], 2, "`text` is no condition of the teacher, which has `labels`"),
         (vec!["--objective", "dmd2"], 2, "gan.data is empty"),
+        (vec!["--set", "lora.rank=2", "--set", "lora.include=[\"attn.*\"]"], 2, "`attn.*` matches no weight"),
         (vec!["--objective", "dmd2", "--set", "gan.data=labels.npz"], 2, "labels.npz"),
         (vec!["--objective", "sds", "--set", "gan.data=labels.npz"], 2, "no fake score"),
         (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),

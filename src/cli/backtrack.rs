@@ -27,6 +27,7 @@ pub fn run(args: &BacktrackArgs, globals: Globals) -> Result<ExitCode> {
         stages: Stages::Backtrack,
         trajectory: args.trajectory.as_deref(),
         same_graph: args.backtrack.same_graph,
+        per_step: args.backtrack.per_step,
     };
     train(&args.run, args.backtrack.sets(), plan, globals)
 }

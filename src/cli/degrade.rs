@@ -19,6 +19,6 @@ pub struct DegradeArgs {
 }
 
 pub fn run(args: &DegradeArgs, globals: Globals) -> Result<ExitCode> {
-    let plan = Plan { stages: Stages::Degrade, trajectory: None, same_graph: false };
+    let plan = Plan { stages: Stages::Degrade, trajectory: None, same_graph: false, per_step: false };
     train(&args.run, args.degrade.sets(), plan, globals)
 }

@@ -14,10 +14,11 @@ use super::run_observer::{Sheets, decoder};
 use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
 use super::watcher::Watcher;
-use crate::diffusion::Denoiser;
+use crate::diffusion::{Conversion, Denoiser, TeacherCard};
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
 use crate::error::{Context, Error, Result};
+use crate::export::{Steps, unroll};
 use crate::parity::{self, Tolerance};
 use crate::teacher::Teacher;
 use crate::torch::{Forward, ParamSet, device, shim};
@@ -91,6 +92,9 @@ pub struct BacktrackOptions {
     /// Also write student-same-graph.onnx: the teacher's graph with the student's weights.
     #[arg(long)]
     pub same_graph: bool,
+    /// Of a student of several steps, also write each step as student-step-<k>.onnx.
+    #[arg(long)]
+    pub per_step: bool,
 }
 
 /// Distil a teacher into a one-step student: degradation recording, then distribution backtracking, then export.
@@ -107,8 +111,8 @@ pub struct DistillArgs {
 pub fn run(args: &DistillArgs, globals: Globals) -> Result<ExitCode> {
     let mut sets = args.degrade.sets();
     sets.extend(args.backtrack.sets());
-    let same_graph = args.backtrack.same_graph;
-    train(&args.run, sets, Plan { stages: Stages::Both, trajectory: None, same_graph }, globals)
+    let BacktrackOptions { same_graph, per_step, .. } = args.backtrack;
+    train(&args.run, sets, Plan { stages: Stages::Both, trajectory: None, same_graph, per_step }, globals)
 }
 
 /// What a command does beside the common options.
@@ -117,6 +121,7 @@ pub struct Plan<'a> {
     /// A trajectory recorded elsewhere.
     pub trajectory: Option<&'a Path>,
     pub same_graph: bool,
+    pub per_step: bool,
 }
 
 impl Plan<'_> {
@@ -165,9 +170,9 @@ impl BacktrackOptions {
 }
 
 /// Raised by Ctrl-C or a termination signal; a second one ends the process at once.
-static STOP: AtomicBool = AtomicBool::new(false);
+pub(super) static STOP: AtomicBool = AtomicBool::new(false);
 
-fn watch_signals() -> Result<()> {
+pub(super) fn watch_signals() -> Result<()> {
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
@@ -181,7 +186,7 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
     let follows = plan.follows(&args.out);
     if !args.resume && !follows {
         let mut config = Config::resolve(args.config.as_deref(), sets)?;
-        check_stage_two(&config, plan, teacher)?;
+        check_stages(&config, plan, teacher)?;
         let hash = teacher.params().hash()?;
         let trajectory = plan.trajectory.map(|dir| crate::distill::Trajectory::open(dir, &hash)).transpose()?;
         if let Some(trajectory) = &trajectory {
@@ -215,17 +220,26 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
     } else {
         check_resumable(&saved, &wanted)?;
     }
-    check_stage_two(&wanted, plan, teacher)?;
+    check_stages(&wanted, plan, teacher)?;
     run.write_config(&wanted)?;
     Ok((run, wanted))
 }
 
 /// What can be known to fail later is refused before anything is written.
-fn check_stage_two(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
-    crate::distill::student::start(teacher, &config.student)?;
+fn check_stages(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
+    if plan.stages == Stages::Degrade {
+        crate::distill::student::levels(teacher.conversion(), &config.student)?;
+        return crate::distill::trainer::conditions(config, teacher.card()).map(drop);
+    }
+    check_stage_two(config, teacher)
+}
+
+/// [`check_stages`] for runs that come to stage 2.
+pub(super) fn check_stage_two(config: &Config, teacher: &Denoiser) -> Result<()> {
+    crate::distill::student::levels(teacher.conversion(), &config.student)?;
     let batches = crate::distill::trainer::Batches::new(config, teacher)?;
     crate::distill::gan::Gan::new(config, teacher, &batches)?;
-    if config.guidance != 1.0 && plan.stages != Stages::Degrade {
+    if config.guidance != 1.0 {
         teacher.check_guidance()?;
     }
     Ok(())
@@ -244,8 +258,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     device::set_threads(first.threads);
     shim::set_tf32(first.tf32)?;
     let teacher = args.teacher.load(device)?;
-    let card = Arc::new(teacher.card.card.clone());
-    let denoiser = Denoiser::new(Box::new(teacher.network.duplicate()?), card, &teacher.inputs())?;
+    let denoiser = denoiser(&teacher, &first)?;
     check_parity(&teacher, globals)?;
     let decoder = decoder(&first, &teacher.card.card)?;
     let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
@@ -279,7 +292,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         ),
         Outcome::Finished(student) => {
             watcher.finished(&student)?;
-            let files = export(&teacher, &student, &config, &run, plan.same_graph)?;
+            let files = export(&teacher, &student, &config, &run, &plan)?;
             write_summary(&teacher, &config, &run, device)?;
             let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
             (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
@@ -295,21 +308,31 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     Ok(code)
 }
 
+/// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so.
+pub(super) fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
+    let network = teacher.network.duplicate()?;
+    let network = match config.lora() {
+        Some(options) => network.adapt(&options)?,
+        None => network,
+    };
+    Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
+}
+
 /// Writes the student as ONNX.
-fn export(
-    teacher: &Teacher,
-    student: &Student,
-    config: &Config,
-    run: &RunDir,
-    same_graph: bool,
-) -> Result<Vec<PathBuf>> {
+fn export(teacher: &Teacher, student: &Student, config: &Config, run: &RunDir, plan: &Plan) -> Result<Vec<PathBuf>> {
+    let weights = student.weights()?;
     let mut files = vec![run.student()];
-    write_student(teacher, student.params(), config, &files[0])?;
-    if same_graph {
+    write_student(teacher, &weights, config, &files[0])?;
+    let (net, card, options) = (&teacher.network, &teacher.card.card, student_options(teacher, config));
+    if plan.per_step {
+        for (k, model) in unroll::per_step(net, &weights, card, &options, &steps(card, config)?)?.iter().enumerate() {
+            files.push(run.path().join(format!("student-step-{k}.onnx")));
+            crate::graph::save::write(model, &files[files.len() - 1])?;
+        }
+    }
+    if plan.same_graph {
         files.push(run.path().join("student-same-graph.onnx"));
-        let (net, card) = (&teacher.network, &teacher.card.card);
-        let model = crate::export::same_graph(net, student.params(), card, &student_options(teacher, config))?;
-        crate::graph::save::write(&model, &files[1])?;
+        crate::graph::save::write(&crate::export::same_graph(net, &weights, card, &options)?, &files[files.len() - 1])?;
     }
     Ok(files)
 }
@@ -323,13 +346,20 @@ fn student_options(teacher: &Teacher, config: &Config) -> crate::export::Student
     }
 }
 
-/// Writes weights as a one-step student.
+/// Writes weights as a student, all its steps in one graph.
 pub(super) fn write_student(teacher: &Teacher, params: &ParamSet, config: &Config, path: &Path) -> Result<()> {
     let options = student_options(teacher, config);
-    let made = crate::export::student(&teacher.network, params, &teacher.card.card, &options)?;
+    let card = &teacher.card.card;
+    let made = unroll::unrolled(&teacher.network, params, card, &options, &steps(card, config)?)?;
     let (made, report) = crate::export::ship(made, &crate::export::ShipOptions::default())?;
     report.warnings.iter().for_each(|w| eprintln!("warning: {}: {w}", path.display()));
     crate::graph::save::write(&made, path)
+}
+
+/// The steps of the configured student.
+pub(super) fn steps(card: &TeacherCard, config: &Config) -> Result<Steps> {
+    let levels = crate::distill::student::levels(&Conversion::new(card)?, &config.student)?;
+    Ok(Steps { levels, stochastic: config.student.stochastic })
 }
 
 /// `disback`, or the base method's name where no trajectory was used.

@@ -198,8 +198,12 @@ pub mod from_run {
             objective: run.as_ref().map(|(_, c)| objective_name(c)).unwrap_or_default(),
             teacher_hash: teacher.hash.clone(),
         };
-        let build = if args.same_graph { export::same_graph } else { export::student };
-        build(&teacher.network, &params, &teacher.card.card, &options)
+        let card = &teacher.card.card;
+        if args.same_graph {
+            return export::same_graph(&teacher.network, &params, card, &options);
+        }
+        let steps = run.as_ref().map(|(_, c)| crate::cli::distill::steps(card, c)).transpose()?.unwrap_or_default();
+        export::unroll::unrolled(&teacher.network, &params, card, &options, &steps)
     }
 
     fn existing(file: &Path) -> Result<&Path> {

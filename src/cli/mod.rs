@@ -4,6 +4,8 @@
 mod backtrack;
 pub mod bench;
 #[cfg(feature = "train")]
+mod compare;
+#[cfg(feature = "train")]
 mod degrade;
 #[cfg(feature = "train")]
 mod distill;
@@ -71,6 +73,8 @@ enum Command {
     #[cfg(feature = "train")]
     Estimate(Box<estimate::EstimateArgs>),
     #[cfg(feature = "train")]
+    Compare(compare::CompareArgs),
+    #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
     Export(Box<export::ExportArgs>),
     Verify(verify::VerifyArgs),
@@ -117,6 +121,8 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         Command::Backtrack(args) => backtrack::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Estimate(args) => estimate::run(&args, globals),
+        #[cfg(feature = "train")]
+        Command::Compare(args) => compare::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
         Command::Export(args) => export::run(&args, globals),

@@ -155,7 +155,7 @@ impl<'a> Watcher<'a> {
             view.update(|s| s.measured(point.figure()));
         }
         if point.best {
-            write_student(self.teacher, networks.average.params(), self.config, &self.run.best())?;
+            write_student(self.teacher, &networks.average.weights()?, self.config, &self.run.best())?;
             let text = serde_json::to_vec_pretty(&point).map_err(|e| Error::io(e.to_string()))?;
             crate::files::write_atomic(&self.run.path().join("best.json"), &text)?;
         }
@@ -169,7 +169,7 @@ impl<'a> Watcher<'a> {
         kept.extend(networks.others.iter().map(|(half_life, s)| (format!("average-{half_life}"), *s)));
         for (kind, student) in kept {
             let path = folder.join(format!("update-{:08}-{kind}.onnx", step.updates));
-            write_student(self.teacher, student.params(), self.config, &path)?;
+            write_student(self.teacher, &student.weights()?, self.config, &path)?;
         }
         Ok(())
     }

@@ -3,11 +3,11 @@
 
 use tch::Tensor;
 
-use crate::diffusion::{Conditions, Denoiser, StudentStart};
+use crate::diffusion::{Conditions, Denoiser};
 use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
 use crate::distill::config::{DegradeConfig, Spacing};
 use crate::distill::draws::{Phase, Use};
-use crate::distill::student;
+use crate::distill::student::Student;
 use crate::distill::trainer::{At, Batches, Begin, Job, Log, Step, adamw, denoising_loss};
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
@@ -28,11 +28,11 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
         return Ok(Some(trajectory));
     }
     let batches = Batches::new(config, teacher)?;
-    let start = student::start(teacher, &config.student)?;
+    let initial = Student::new(teacher.copy()?, &config.student)?;
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
     let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade.lr, &config.degrade.betas))?;
-    let probe = Probe::new(&batches, teacher, &start)?;
+    let probe = Probe::new(&batches, &initial)?;
 
     let (mut state, mut trajectory) = match resume {
         Some(mut checkpoint) => {
@@ -65,7 +65,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
             let draws = batches.draws(Phase::Degrade, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
             let z = batches.noise(&draws, Use::Latent)?;
-            let x0 = tch::no_grad(|| teacher.generate(&z, &conditions, &start))?;
+            let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
             let sigmas = draws.sigmas(Use::FakeSigma, &batches.degrade_levels, batches.batch);
             let noise = batches.noise(&draws, Use::FakeNoise)?;
             let loss = denoising_loss(&copy, &x0, &sigmas, &noise, &conditions)?;
@@ -153,11 +153,11 @@ struct Probe {
 }
 
 impl Probe {
-    fn new(batches: &Batches, teacher: &Denoiser, start: &StudentStart) -> Result<Self> {
+    fn new(batches: &Batches, initial: &Student) -> Result<Self> {
         let draws = batches.draws(Phase::Probe, 0, 0);
-        let conditions = batches.conditions(&draws, teacher)?;
+        let conditions = batches.conditions(&draws, initial.denoiser())?;
         let z = batches.noise(&draws, Use::Latent)?;
-        let x0 = tch::no_grad(|| teacher.generate(&z, &conditions, start))?;
+        let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
         let noise = batches.noise(&draws, Use::FakeNoise)?;
         Ok(Self { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })
     }

@@ -39,6 +39,8 @@ pub enum Use {
     DiscriminatorSigma = 10,
     DiscriminatorNoise = 11,
     RealNoise = 12,
+    Step = 13,
+    StepNoise = 14,
 }
 
 /// The draws of one micro-batch.
@@ -73,6 +75,18 @@ impl Draws {
     /// Conditions of `rows` samples.
     pub fn conditions(&self, source: &ConditionSource, card: &TeacherCard, rows: usize) -> Result<HostConditions> {
         source.draw(card, &mut self.stream(Use::Condition), rows)
+    }
+
+    /// Uniform over `0..n`; 0 without a draw where there is no choice.
+    pub fn below(&self, what: Use, n: usize) -> usize {
+        if n < 2 { 0 } else { below(&mut self.stream(what), n) }
+    }
+
+    /// Standard normal noise before step `step` of a student.
+    pub fn step_noise(&self, step: usize, shape: &[i64], device: Device) -> Result<Tensor> {
+        let mut stream = self.stream(Use::StepNoise);
+        let seed = (0..step).map(|_| stream.next_u64()).last().unwrap_or_default();
+        shim::randn(seed, shape, device)
     }
 
     /// Real images with their conditions.

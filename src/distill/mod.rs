@@ -2,6 +2,7 @@
 
 pub mod backtrack;
 pub mod checkpoint;
+pub mod compare;
 pub mod config;
 pub mod degrade;
 pub mod draws;
@@ -76,7 +77,7 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     let from = checkpoint.filter(|c| c.state.stage == Stage::Backtrack);
     match backtrack::backtrack(&mut job, teacher, &trajectory, from)? {
         Some(student) => {
-            student.params().save(&job.run.student_weights())?;
+            student.weights()?.save(&job.run.student_weights())?;
             Ok(Outcome::Finished(student))
         }
         None => Ok(Outcome::Stopped(Stage::Backtrack)),

@@ -16,7 +16,11 @@ pub mod ship;
 pub mod simplify;
 #[cfg(feature = "train")]
 pub mod student;
+#[cfg(feature = "train")]
+pub mod unroll;
 
 pub use ship::{Precision, ShipOptions, ShipReport, ship};
 #[cfg(feature = "train")]
 pub use student::{StudentOptions, same_graph, student};
+#[cfg(feature = "train")]
+pub use unroll::Steps;

@@ -270,8 +270,21 @@ impl ImageSet {
 
     /// Images `index` as 8-bit values, [index.len(),C,H,W].
     pub fn gather_u8(&self, index: &[usize]) -> Result<HostTensor> {
-        let parts = index.iter().map(|&k| self.batch_u8(k, 1)).collect::<Result<Vec<_>>>()?;
-        HostTensor::concat_rows(&parts)
+        let Source::Zip { bytes, names } = &self.source else {
+            let parts = index.iter().map(|&k| self.batch_u8(k, 1)).collect::<Result<Vec<_>>>()?;
+            return HostTensor::concat_rows(&parts);
+        };
+        // The archive's table is read once a batch, not once an image.
+        let mut zip = npy::archive(bytes)?;
+        let [c, h, w] = self.shape;
+        let mut out = Vec::with_capacity(index.len() * c * h * w);
+        for &k in index {
+            let name = names.get(k).ok_or_else(|| Error::mismatch(format!("image {k} of {}", self.len)))?;
+            let (shape, pixels) = read_zipped(&mut zip, name)?;
+            self.same(name, shape)?;
+            push_channels_first(&mut out, &pixels, shape);
+        }
+        HostTensor::from_bytes(DType::U8, vec![index.len(), c, h, w], out.into())
     }
 
     fn same(&self, name: &str, shape: [usize; 3]) -> Result<()> {
@@ -458,6 +471,7 @@ mod tests {
         let zipped = ImageSet::open(&path, [-1.0, 1.0]).unwrap();
         assert_eq!(zipped.labels(), Some(&[3, 0, 7][..]));
         assert_eq!(zipped.batch_u8(1, 2).unwrap(), set.batch_u8(1, 2).unwrap());
+        assert_eq!(zipped.gather_u8(&[2, 0]).unwrap(), set.gather_u8(&[2, 0]).unwrap());
         // ADM's batches: arr_0 and arr_1, the second integers.
         let path = dir.path().join("adm.npz");
         let images = HostTensor::new(&[2, 2, 2, 3], &[9u8; 24]).unwrap();

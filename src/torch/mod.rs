@@ -5,6 +5,7 @@ pub mod deciding;
 pub mod device;
 pub mod ema;
 pub mod kernel;
+pub mod lora;
 pub mod network;
 mod ops;
 pub mod optim;

@@ -13,6 +13,7 @@ use crate::graph::{Graph, Model, Port, TrainableChoice, lower};
 use crate::onnx::ModelProto;
 use crate::tensor::HostTensor;
 use crate::torch::kernel::Value;
+use crate::torch::lora::{Adapter, LoraOptions};
 use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
 use crate::torch::training::{Autocast, Compute};
@@ -41,6 +42,10 @@ pub trait Forward {
     }
     /// The parameters of this copy.
     fn params(&self) -> &ParamSet;
+    /// The weights of the whole network, where [`Forward::params`] are factors of a low-rank change to them.
+    fn merged(&self) -> Result<Option<ParamSet>> {
+        Ok(None)
+    }
     /// Another copy: the same plan, its own parameters with equal values.
     fn copy(&self) -> Result<Box<dyn Forward>>;
     /// Says how to compute from now on; copies made later do the same, and the memory's limit holds for earlier ones too.
@@ -81,6 +86,8 @@ pub struct Imported {
 pub struct Network {
     shared: Rc<Imported>,
     params: ParamSet,
+    /// With low-rank adaptation `params` are the factors.
+    adapter: Option<Rc<Adapter>>,
     device: Device,
     compute: Cell<Compute>,
 }
@@ -140,7 +147,7 @@ impl Network {
         let params = ParamSet::new(names, tensors)?;
         let shared =
             Imported { model, graph, operators, parameters: roles.parameters, buffers: roles.buffers, raised, plan };
-        Ok(Self { shared: Rc::new(shared), params, device, compute: Cell::default() })
+        Ok(Self { shared: Rc::new(shared), params, adapter: None, device, compute: Cell::default() })
     }
 
     pub fn shared(&self) -> &Imported {
@@ -164,10 +171,11 @@ impl Network {
 
     /// The master weights, cast where the file computes in another element type.
     fn arguments(&self) -> Result<Vec<Tensor>> {
+        let adapted = self.adapter.as_ref().map(|a| a.weights(&self.params)).transpose()?;
         self.shared
             .parameters
             .iter()
-            .zip(self.params.tensors())
+            .zip(adapted.as_deref().unwrap_or(self.params.tensors()))
             .map(|(p, t)| {
                 let kind = convert::kind(p.dtype);
                 Ok(if t.kind() == kind { t.shallow_clone() } else { t.f_to_kind(kind)? })
@@ -186,9 +194,17 @@ impl Network {
         Ok(Self {
             shared: self.shared.clone(),
             params: self.params.deep_copy(self.device)?,
+            adapter: self.adapter.clone(),
             device: self.device,
             compute: self.compute.clone(),
         })
+    }
+
+    /// The same network with low-rank adaptation: its weights are frozen, its parameters are the factors, and its copies
+    /// share the weights. It computes what it did before.
+    pub fn adapt(self, options: &LoraOptions) -> Result<Self> {
+        let (adapter, params) = Adapter::new(self.params, &self.shared.parameters, options)?;
+        Ok(Self { params, adapter: Some(adapter), ..self })
     }
 }
 
@@ -246,6 +262,10 @@ impl Forward for Network {
 
     fn params(&self) -> &ParamSet {
         &self.params
+    }
+
+    fn merged(&self) -> Result<Option<ParamSet>> {
+        self.adapter.as_ref().map(|a| a.merged(&self.params)).transpose()
     }
 
     fn copy(&self) -> Result<Box<dyn Forward>> {

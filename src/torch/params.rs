@@ -13,6 +13,8 @@ use crate::error::{Context, Error, Result};
 pub struct ParamSet {
     names: Arc<[String]>,
     tensors: Vec<Tensor>,
+    /// Hash of the weights that these are factors of; empty where they stand for themselves.
+    base: Arc<str>,
 }
 
 impl ParamSet {
@@ -25,7 +27,13 @@ impl ParamSet {
         if let Some(name) = names.iter().find(|n| !seen.insert(n.as_str())) {
             return Err(Error::invalid(format!("two parameters are named `{name}`")));
         }
-        Ok(Self { names: names.into(), tensors })
+        Ok(Self { names: names.into(), tensors, base: "".into() })
+    }
+
+    /// These are factors of the weights with this hash, which becomes part of their own.
+    #[must_use]
+    pub fn of_base(self, hash: &str) -> Self {
+        Self { base: hash.into(), ..self }
     }
 
     pub fn names(&self) -> &[String] {
@@ -55,7 +63,7 @@ impl ParamSet {
             .iter()
             .map(|t| Ok(t.detach().f_to_device_(device, t.kind(), false, true)?))
             .collect::<Result<_>>()?;
-        Ok(Self { names: self.names.clone(), tensors })
+        Ok(Self { names: self.names.clone(), tensors, base: self.base.clone() })
     }
 
     /// Switches gradient tracking of every (leaf) tensor.
@@ -104,6 +112,7 @@ impl ParamSet {
     /// SHA-256 over names, shapes and f32 bytes, in order: equal exactly when the weights are equal bit for bit.
     pub fn hash(&self) -> Result<String> {
         let mut sha = Sha256::new();
+        sha.update(self.base.as_bytes());
         for (name, t) in self.iter() {
             sha.update(name.as_bytes());
             sha.update([0]);
@@ -137,7 +146,8 @@ impl ParamSet {
             )));
         }
         let tensors = self.names.iter().map(|n| by_name.remove(n).expect("checked above")).collect();
-        self.copy_from(&Self { names: self.names.clone(), tensors }).with_context(|| path.display().to_string())
+        self.copy_from(&Self { names: self.names.clone(), tensors, base: self.base.clone() })
+            .with_context(|| path.display().to_string())
     }
 }
 

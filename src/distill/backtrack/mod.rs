@@ -85,7 +85,7 @@ pub fn backtrack(
             let share = 1.0 / config.accumulate as f64;
             // One batch of images for both updates.
             let x0 = if generator_steps {
-                let x0 = players.student.generate(&z, &conditions)?;
+                let x0 = players.student.training_images(&draws, &z, &conditions)?;
                 let batch = generator::Batch { batches: &batches, draws: &draws, x0: &x0, conditions: &conditions };
                 let made = generator::loss(&players, &*objective, &batch, guidance, state.target == 0)?;
                 log.meters.add("loss_generator", &made.loss)?;
@@ -99,7 +99,7 @@ pub fn backtrack(
                 loss.f_mul_scalar(share)?.f_backward()?;
                 x0.detach()
             } else {
-                tch::no_grad(|| players.student.generate(&z, &conditions))?
+                tch::no_grad(|| players.student.training_images(&draws, &z, &conditions))?
             };
             if let Some(fake) = &players.fake {
                 let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, batches.batch);
@@ -163,7 +163,7 @@ pub fn backtrack(
     let mut averages = players.averages.into_iter();
     let first = averages.next().map(|a| a.student);
     for average in averages {
-        average.student.params().save(&job.run.average_weights(average.half_life))?;
+        average.student.weights()?.save(&job.run.average_weights(average.half_life))?;
     }
     Ok(first)
 }

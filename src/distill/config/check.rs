@@ -58,6 +58,7 @@ impl Config {
             ("ema.half_life", self.ema.half_life),
             ("ema.ramp", self.ema.ramp),
             ("sid.alpha", self.sid.alpha),
+            ("lora.alpha", self.lora.alpha),
             ("gan.weight_generator", self.gan.weight_generator),
             ("gan.weight_discriminator", self.gan.weight_discriminator),
         ];

@@ -13,11 +13,12 @@ use toml::{Table, Value};
 
 use crate::error::{Context, Error, Result};
 use crate::torch::Compute;
+use crate::torch::lora::LoraOptions;
 
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
-    FakeDistribution, LogConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing, StudentConfig, Switch,
+    FakeDistribution, LogConfig, LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -45,6 +46,7 @@ pub struct Config {
     pub guidance_interval: [f64; 2],
     pub conditions: ConditionsConfig,
     pub student: StudentConfig,
+    pub lora: LoraConfig,
     pub degrade: DegradeConfig,
     pub backtrack: BacktrackConfig,
     pub noise: NoiseConfig,
@@ -74,6 +76,7 @@ impl Default for Config {
             guidance_interval: [0.0, f64::INFINITY],
             conditions: ConditionsConfig::default(),
             student: StudentConfig::default(),
+            lora: LoraConfig::default(),
             degrade: DegradeConfig::default(),
             backtrack: BacktrackConfig::default(),
             noise: NoiseConfig::default(),
@@ -140,6 +143,13 @@ impl Config {
     /// How the target computes.
     pub fn target_compute(&self) -> Compute {
         Compute { bf16: self.precision == Precision::Bf16 || self.memory.target == Precision::Bf16, ..self.compute() }
+    }
+
+    /// Low-rank adaptation, where it is asked for.
+    pub fn lora(&self) -> Option<LoraOptions> {
+        let LoraConfig { rank, alpha, include } = self.lora.clone();
+        let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
+        (rank > 0).then_some(LoraOptions { rank, alpha, include, seed: self.seed })
     }
 
     /// Images of one optimiser step.

@@ -89,6 +89,22 @@ pub struct StudentConfig {
     /// Noise level at which the teacher's copy becomes the generator; 0: where the schedule starts (EDM sigma_max, the
     /// last step of a VP table, t = 1 of a flow).
     pub sigma_init: f64,
+    /// Noise levels of the steps after the first, falling; empty: a one-step student.
+    pub sigmas: Vec<f64>,
+    /// Whether fresh noise is added before each of them (as in DMD2), or the noise that was found.
+    pub stochastic: bool,
+}
+
+/// Low-rank adaptation of student, degraded copy and fake score; trajectory nodes are then factors too.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoraConfig {
+    /// Rank of the change to each weight; 0: all weights are trained.
+    pub rank: usize,
+    /// The change weighs `alpha / rank`; 0: alpha is the rank.
+    pub alpha: f64,
+    /// Globs over the names of Conv, Gemm and MatMul weights.
+    pub include: Vec<String>,
 }
 
 /// Stage 1.
@@ -221,7 +237,12 @@ impl Default for EvaluateConfig {
 
 impl Default for StudentConfig {
     fn default() -> Self {
-        Self { sigma_init: 0.0 }
+        Self { sigma_init: 0.0, sigmas: Vec::new(), stochastic: true }
+    }
+}
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: 0, alpha: 0.0, include: vec!["*".into()] }
     }
 }
 impl Default for DegradeConfig {

@@ -85,7 +85,8 @@ impl RealImages {
                 card.shape
             )));
         }
-        let labels = match (class_condition(card)?, labels_of(path, &set)?) {
+        let labels = set.labels().map(|l| l.iter().map(|v| *v as i64).collect());
+        let labels = match (class_condition(card)?, labels) {
             (Some((_, classes)), Some(labels)) => Some(within(labels, classes)?),
             _ => None,
         };
@@ -185,14 +186,4 @@ fn within(labels: Vec<i64>, classes: usize) -> Result<Vec<i64>> {
             Err(Error::usage(format!("image {at} has class {}, the teacher has 0 to {}", labels[at], classes - 1)))
         }
     }
-}
-
-/// Classes of 8-bit images.
-fn labels_of(path: &Path, set: &ImageSet) -> Result<Option<Vec<i64>>> {
-    if path.extension().is_none_or(|e| e != "npz") {
-        return Ok(None);
-    }
-    let file = RowFile::open(path)?;
-    let found = LABELS.iter().find_map(|k| file.arrays().find(|(n, ..)| n == k)).map(|(n, ..)| n.to_owned());
-    found.map(|name| column(&file, &name, set.len(), usize::MAX >> 1)).transpose()
 }

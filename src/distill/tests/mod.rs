@@ -3,6 +3,7 @@
 mod adversarial;
 mod conditions;
 mod objectives;
+mod steps;
 mod sync;
 
 use std::sync::Arc;

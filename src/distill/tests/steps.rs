@@ -1,0 +1,77 @@
+//! Students of several steps in training.
+
+use super::*;
+use crate::distill::config::{ObjectiveKind, StudentConfig};
+use crate::distill::draws::{Draws, Phase, Use};
+use crate::torch::shim;
+
+fn student(stochastic: bool) -> Student {
+    let config = StudentConfig { sigma_init: 5.0, sigmas: vec![2.0, 0.5], stochastic };
+    Student::new(plain(), &config).unwrap()
+}
+
+#[test]
+fn steps_before_the_drawn_one_are_simulated_without_a_gradient() {
+    for stochastic in [true, false] {
+        let student = student(stochastic);
+        student.params().set_requires_grad(true).unwrap();
+        let teacher = plain();
+        let c = Conditions::none(4);
+        let z = shim::randn(1, &[4, 2, 1, 1], Device::Cpu).unwrap();
+        let mut seen = [false; 3];
+        for iteration in 0..20 {
+            let draws = Draws::new(9, Phase::Backtrack, iteration, 0);
+            let step = draws.below(Use::Step, 3);
+            seen[step] = true;
+            let got = student.training_images(&draws, &z, &c).unwrap();
+            // By hand.
+            let mut x_t = &z * 5.0;
+            let mut sigma = 5.0;
+            for (k, level) in [2.0, 0.5].into_iter().enumerate().take(step) {
+                let x0 = teacher.denoise(&x_t, &[sigma; 4], &c).unwrap();
+                let found = (&x_t - &x0) / sigma;
+                let fresh = draws.step_noise(k + 1, &z.size(), Device::Cpu).unwrap();
+                x_t = &x0 + if stochastic { fresh } else { found } * level;
+                sigma = level;
+            }
+            let expected = teacher.denoise(&x_t, &[sigma; 4], &c).unwrap();
+            assert!((&got - &expected).abs().max().double_value(&[]) < 1e-5, "step {step}");
+            // dD/dmean = sigma^2 / (sd^2 + sigma^2) of the last evaluation alone.
+            let gradient =
+                Tensor::run_backward(&[got.sum(Kind::Float)], &[&student.params().tensors()[0]], false, false);
+            for (channel, sd) in [0.7f64, 0.3].into_iter().enumerate() {
+                let expected = 4.0 * sigma * sigma / (sd * sd + sigma * sigma);
+                let got = gradient[0].double_value(&[0, channel as i64, 0, 0]);
+                assert!((got - expected).abs() < 1e-5, "step {step}: {got} for {expected}");
+            }
+        }
+        assert_eq!(seen, [true; 3]);
+        let [a, b] = [0, 0].map(|_| student.generate(&z, &c).unwrap());
+        assert_eq!(a, b, "images to look at do not depend on when they are made");
+    }
+}
+
+#[test]
+fn few_step_runs_resume_and_differ_from_one_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = config();
+    (c.objective, c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (ObjectiveKind::Dmd, 6, 8, 2);
+    let one = finished(run(&dir.path().join("one"), &c, &plain(), None).unwrap().0).params().hash().unwrap();
+    c.student.sigmas = vec![1.0, 0.3];
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+    let few = finished(run(&whole, &c, &plain(), None).unwrap().0).params().hash().unwrap();
+    assert_ne!(one, few);
+    let flag = AtomicBool::new(false);
+    run(&cut, &c, &plain(), Some((&flag, checkpoint::Stage::Backtrack, 5))).unwrap();
+    run(&cut, &c, &plain(), None).unwrap();
+    assert_eq!(remains(&cut), remains(&whole));
+}
+
+#[test]
+fn levels_must_fall_to_above_zero() {
+    for sigmas in [vec![5.0], vec![2.0, 2.0], vec![0.0], vec![2.0, -1.0], vec![f64::NAN]] {
+        let config = StudentConfig { sigma_init: 5.0, sigmas: sigmas.clone(), stochastic: true };
+        let e = Student::new(plain(), &config).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains("student.sigmas"), "{sigmas:?}: {e}");
+    }
+}
