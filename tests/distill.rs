@@ -172,7 +172,8 @@ fn low_rank_runs_record_factors_and_export_merged_weights() {
     assert!(4 * size("trajectory/node-002.safetensors") < size("student.safetensors"), "nodes are factors");
     // The export checks the student's file against the network that was trained; the file is a whole one.
     let student = std::fs::read(dir.join("run/student.onnx")).unwrap();
-    assert!(student.len() as u64 > size("student.safetensors"));
+    // (Less what is folded away: the time embedding.)
+    assert!(student.len() as u64 * 10 > size("student.safetensors") * 9);
     // The trajectory of a low-rank run fits no run of all weights.
     let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "all", "--trajectory", "run/trajectory"]);
     assert!(code == 2 && text.contains("another teacher"), "{text}");

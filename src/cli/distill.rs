@@ -34,6 +34,9 @@ pub struct RunArgs {
     /// Goes on with the run in the directory, from its last checkpoint.
     #[arg(long)]
     pub resume: bool,
+    /// Makes three steps of each stage in a folder of its own and prints the plan, the memory and the time; leaves nothing.
+    #[arg(long)]
+    pub dry_run: bool,
     /// Configuration file (TOML); what it leaves out has the defaults of config.toml in any run directory.
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -261,6 +264,11 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let denoiser = denoiser(&teacher, &first)?;
     check_parity(&teacher, globals)?;
     let decoder = decoder(&first, &teacher.card.card)?;
+    if args.dry_run {
+        super::dry_run::check(args.resume)?;
+        check_stages(&first, &plan, &denoiser)?;
+        return super::dry_run::run(&first, &denoiser, device, globals);
+    }
     let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
     watch_signals()?;
     let sheets = Sheets::new(&run, &config, &teacher.card.card, decoder)?;

@@ -10,6 +10,8 @@ mod degrade;
 #[cfg(feature = "train")]
 mod distill;
 pub mod doctor;
+#[cfg(feature = "train")]
+mod dry_run;
 mod engine;
 #[cfg(feature = "train")]
 mod estimate;

@@ -1,0 +1,188 @@
+//! `--dry-run`: what a run will do, what memory it takes, and how long an image takes after three steps of each stage.
+
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use serde_json::json;
+use tch::Device;
+
+use super::{Globals, table};
+use crate::diffusion::Denoiser;
+use crate::distill::checkpoint::Stage;
+use crate::distill::config::{Config, Switch};
+use crate::distill::metrics::Row;
+use crate::distill::objective::objective;
+use crate::distill::{Job, Observer, RunDir, Stages, compare, distill};
+use crate::error::{Context, Error, Result};
+use crate::torch::{device, shim};
+
+/// Steps of each stage that are really made.
+const STEPS: u64 = 3;
+
+#[derive(Default)]
+struct Clock {
+    rows: Vec<Row>,
+}
+
+impl Observer for Clock {
+    fn metrics(&mut self, row: &Row) -> Result<()> {
+        self.rows.push(row.clone());
+        Ok(())
+    }
+}
+
+impl Clock {
+    /// Seconds an image of a stage: of its last step, the first one's preparations left out.
+    fn seconds_an_image(&self, stage: Stage) -> Option<f64> {
+        let last = self.rows.iter().rev().find(|r| r.stage == stage)?;
+        (last.images_per_s > 0.0).then(|| 1.0 / last.images_per_s)
+    }
+}
+
+/// Bytes of the sets of weights that a stage holds: name, copies of the weights, of which so many with an optimiser.
+fn sets(config: &Config) -> Vec<(&'static str, u64)> {
+    // Weights, gradient, and two moments.
+    const TRAINED: u64 = 4;
+    let fake = if objective(config).needs_fake() { TRAINED } else { 0 };
+    let stage_two = 1 + TRAINED + (1 + config.ema.more.len() as u64) + fake;
+    let all = [
+        ("teacher", 1),
+        ("stage 1: degrading copy", TRAINED),
+        ("stage 2: target, student, averages, fake score", stage_two),
+    ];
+    all.into_iter().filter(|(name, _)| config.degrade.nodes > 0 || !name.starts_with("stage 1")).collect()
+}
+
+/// Prints the plan after a few steps in a folder that is removed again. Nothing of a run is left.
+pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals) -> Result<ExitCode> {
+    let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
+    let mut short = config.clone();
+    short.degrade.nodes = config.degrade.nodes.min(1);
+    (short.degrade.steps, short.degrade.patience) = (STEPS, 0);
+    short.backtrack.updates = STEPS.div_ceil(config.backtrack.ratio);
+    (short.log.every, short.log.samples, short.log.checkpoint_every) = (1, 0, 0);
+    let run = RunDir::create(&folder.path().join("run"), &short)?;
+    let mut clock = Clock::default();
+    let stop = AtomicBool::new(false);
+    let job = Job { config: &short, run: &run, observer: &mut clock, stop: &stop, silent: true };
+    distill(job, teacher, Stages::Both)?;
+
+    let parameters = teacher.params().elements() as u64;
+    let weights = 4 * parameters;
+    let images = config.images();
+    let passes = compare::passes(config);
+    let degrade_steps = if config.degrade.nodes > 0 { config.degrade.steps } else { 0 };
+    let iterations = config.backtrack.updates * config.backtrack.ratio;
+    let stages = [
+        ("degrade", Stage::Degrade, degrade_steps, degrade_steps * passes.degrade),
+        (
+            "backtrack",
+            Stage::Backtrack,
+            iterations,
+            iterations * passes.iteration + config.backtrack.updates * passes.update,
+        ),
+    ];
+    let plan: Vec<serde_json::Value> = stages
+        .iter()
+        .map(|(name, stage, steps, forwards)| {
+            let an_image = clock.seconds_an_image(*stage).filter(|_| *steps > 0);
+            json!({
+                "stage": name, "steps": steps, "images": steps * images, "forward_passes": forwards,
+                "seconds_an_image": an_image, "seconds": an_image.map(|s| s * (steps * images) as f64),
+            })
+        })
+        .collect();
+    let held: u64 = sets(config).iter().map(|(_, n)| n * weights).sum();
+    let peak = shim::memory(place)?.map(|m| m.peak).or_else(peak_of_process);
+    // Node files, the teacher's among them, and the largest checkpoint.
+    let nodes = if config.degrade.nodes > 0 { config.degrade.nodes as u64 + 1 } else { 1 };
+    let checkpoint = sets(config).last().map_or(0, |(_, n)| n.saturating_sub(3)) * weights;
+    let disk = nodes * weights + 2 * checkpoint + 2 * weights;
+    let switches = match (config.degrade.nodes, config.backtrack.switch) {
+        (0, _) => "none: the base method".to_owned(),
+        (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
+        (n, Switch::Mismatch) => {
+            format!("{n} targets, by the mismatch, at most {} updates each", config.backtrack.switch_max)
+        }
+    };
+    if globals.json {
+        let weights: serde_json::Map<_, _> =
+            sets(config).iter().map(|(k, n)| ((*k).into(), json!(n * weights))).collect();
+        println!(
+            "{}",
+            json!({
+                "ok": true, "dry_run": true, "device": device::name(place), "trained_parameters": parameters,
+                "stages": plan, "bytes_of_weights": weights, "bytes_of_all_weights": held, "peak_bytes": peak,
+                "bytes_on_disk": disk, "switches": switches,
+            })
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "objective {}, guidance {}, batch {} x {}, on {}",
+        objective(config).name(),
+        config.guidance,
+        config.batch,
+        config.accumulate,
+        device::name(place)
+    );
+    println!("trajectory: {switches}\n");
+    let mut lines = table(["stage", "steps", "images", "forward passes", "ms an image", "time"]);
+    for (row, (name, _, steps, forwards)) in plan.iter().zip(&stages) {
+        let number = |key: &str| row[key].as_f64();
+        lines.add_row([
+            (*name).to_owned(),
+            steps.to_string(),
+            (steps * images).to_string(),
+            forwards.to_string(),
+            number("seconds_an_image").map_or("-".into(), |s| format!("{:.3}", 1e3 * s)),
+            number("seconds").map_or("-".into(), |s| human(Duration::from_secs_f64(s))),
+        ]);
+    }
+    println!("{lines}\n");
+    let mut lines = table(["memory", "bytes"]);
+    for (name, copies) in sets(config) {
+        lines.add_row([format!("{name} ({copies} x {parameters} f32)"), bytes(copies * weights)]);
+    }
+    let what = if place == Device::Cpu { "peak of the process" } else { "peak of the device" };
+    lines.add_row([format!("{what} in these {STEPS} steps, activations included"), peak.map_or("-".into(), bytes)]);
+    lines.add_row(["disk, at most".into(), bytes(disk)]);
+    println!("{lines}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn peak_of_process() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+fn bytes(n: u64) -> String {
+    let (mut value, mut unit) = (n as f64, "B");
+    for next in ["KiB", "MiB", "GiB", "TiB"] {
+        if value < 1024.0 {
+            break;
+        }
+        (value, unit) = (value / 1024.0, next);
+    }
+    format!("{value:.1} {unit}")
+}
+
+fn human(time: Duration) -> String {
+    let s = time.as_secs();
+    match s {
+        0..=119 => format!("{:.0} s", time.as_secs_f64()),
+        120..=7199 => format!("{} min", s / 60),
+        7200..=172_799 => format!("{:.1} h", s as f64 / 3600.0),
+        _ => format!("{:.1} days", s as f64 / 86_400.0),
+    }
+}
+
+/// `--dry-run` writes nothing into the folder of a run, so it has no use for one that is there.
+pub fn check(resume: bool) -> Result<()> {
+    match resume {
+        true => Err(Error::usage("--dry-run and --resume: a run that goes on has been planned already")),
+        false => Ok(()),
+    }
+}
