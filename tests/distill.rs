@@ -92,6 +92,9 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
         "samples/degraded-node-002.png",
         "samples/student-node-001.png",
         "samples/student-final.png",
+        "samples/inside-node-001-update-000000.png",
+        "samples/inside-node-000-update-000004.png",
+        "levels.jsonl",
     ] {
         assert!(whole.join(file).is_file(), "{file} is missing");
     }

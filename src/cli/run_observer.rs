@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, TeacherCard};
+use crate::distill::look::Look;
 use crate::distill::metrics::Row;
 use crate::distill::trainer;
 use crate::distill::{Config, Observer, RunDir, Student};
@@ -129,6 +130,9 @@ pub fn conditions(
     Conditions::from_host(&trainer::conditions(config, card)?.of_images(card, config.seed, start, count)?, device)
 }
 
+/// Samples of a look inside.
+const LOOK_ROWS: i64 = 8;
+
 fn device_of(denoiser: &Denoiser) -> tch::Device {
     denoiser.params().tensors().first().map_or(tch::Device::Cpu, tch::Tensor::device)
 }
@@ -164,6 +168,29 @@ impl Observer for Sheets {
             Ok(denoiser.sample(z, conditions, Sampler::Heun, steps, guidance)?.value)
         };
         self.write(&name, sample, device_of(denoiser))
+    }
+
+    fn looked_into(&mut self, node: usize, updates: u64, look: &Look) -> Result<()> {
+        let rows = look.x_t.size()[0].min(LOOK_ROWS);
+        // A row a sample: x_t, x0 by the target, x0 by the fake score, the gradient; x_t and gradient each scaled to
+        // their own largest value.
+        let [low, high] = self.range.filter(|_| self.decoder.is_none()).unwrap_or([-1.0, 1.0]);
+        let (middle, half) = ((low + high) / 2.0, (high - low) / 2.0);
+        let scaled = |t: &tch::Tensor| -> Result<tch::Tensor> {
+            let dims: Vec<i64> = (1..t.dim() as i64).collect();
+            let largest = t.f_abs()?.f_amax(dims.as_slice(), true)?.f_clamp_min(1e-12)?;
+            Ok(t.f_div(&largest)?.f_mul_scalar(half)?.f_add_scalar(middle)?)
+        };
+        let mut parts = vec![scaled(&look.x_t)?, look.target.shallow_clone()];
+        parts.extend(look.fake.as_ref().map(tch::Tensor::shallow_clone));
+        parts.push(scaled(&look.gradient)?);
+        let columns = parts.len();
+        let cut = parts.iter().map(|t| Ok(t.f_narrow(0, 0, rows)?)).collect::<Result<Vec<_>>>()?;
+        let images = convert::to_host(&tch::Tensor::f_stack(&cut, 1)?.f_flatten(0, 1)?)?;
+        let range = if self.decoder.is_some() { None } else { self.range };
+        let png = grid::png(&images, range, Some(columns))?;
+        let name = format!("inside-node-{node:03}-update-{updates:06}");
+        crate::files::write_atomic(&self.folder.join(format!("{name}.png")), &png)
     }
 
     fn target_left(&mut self, node: usize, student: &Student) -> Result<()> {

@@ -13,7 +13,7 @@ use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::Stage;
 use crate::distill::metrics::{self, Row};
 use crate::distill::trainer::{self, Begin};
-use crate::distill::{Config, Observer, RunDir, Running, Step, Student, Wish};
+use crate::distill::{Config, Look, Observer, RunDir, Running, Step, Student, Wish};
 use crate::error::{Context, Error, Result};
 use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
@@ -264,6 +264,10 @@ impl Observer for Watcher<'_> {
             wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
         }
         Ok(wish)
+    }
+
+    fn looked_into(&mut self, node: usize, updates: u64, look: &Look) -> Result<()> {
+        self.sheets.looked_into(node, updates, look)
     }
 
     fn metrics(&mut self, row: &Row) -> Result<()> {

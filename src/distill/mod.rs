@@ -8,6 +8,7 @@ pub mod degrade;
 pub mod draws;
 pub mod estimate;
 pub mod gan;
+pub mod look;
 pub mod metrics;
 pub mod objective;
 pub mod progress;
@@ -19,6 +20,7 @@ pub mod trainer;
 pub mod trajectory;
 
 pub use config::Config;
+pub use look::Look;
 pub use rundir::RunDir;
 pub use student::Student;
 pub use trainer::{Job, Observer, Running, Step, Unobserved, Wish};

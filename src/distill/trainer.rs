@@ -10,6 +10,7 @@ use crate::diffusion::{ConditionSource, Conditions, Denoiser, Guidance, Predicti
 use crate::distill::checkpoint::{self, Stage, State};
 use crate::distill::config::{Config, Distribution, FakeDistribution};
 use crate::distill::draws::{Draws, Levels, Phase, Use};
+use crate::distill::look::Look;
 use crate::distill::metrics::{Means, Meters, MetricsFile, Row};
 use crate::distill::progress::Progress;
 use crate::distill::rundir::RunDir;
@@ -37,6 +38,10 @@ pub trait Observer {
     }
     /// Stage 2 is drawn to a target from now on (its weights are in `target`).
     fn target_entered(&mut self, _node: usize, _target: &Denoiser) -> Result<()> {
+        Ok(())
+    }
+    /// One batch of stage 2 to look at: of the first update towards a target, and of the last update of all.
+    fn looked_into(&mut self, _node: usize, _updates: u64, _look: &Look) -> Result<()> {
         Ok(())
     }
     /// Stage 2 leaves a target for the next one; the student has its averaged weights.

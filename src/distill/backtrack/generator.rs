@@ -27,6 +27,9 @@ pub(super) struct Made {
     /// The score mismatch to the target: the excess of the target's denoising loss over the fake score's on the student's
     /// samples (the target's alone where an objective has no fake score). Without a graph.
     pub mismatch: Tensor,
+    pub sigmas: Vec<f64>,
+    /// Noised samples, and x0 by target and fake score, without a graph.
+    pub seen: (Tensor, Tensor, Option<Tensor>),
 }
 
 /// What the generator descends. The gradient reaches the generator alone: the parameters of fake score and discriminator
@@ -83,5 +86,7 @@ pub(super) fn loss(
         }
         _ => None,
     };
-    Ok(Made { loss: objective.loss(&terms)?, gan, mismatch })
+    let loss = objective.loss(&terms)?;
+    let seen = (x_t.detach(), target.detach(), fake.as_ref().map(Tensor::detach));
+    Ok(Made { loss, gan, mismatch, sigmas, seen })
 }

@@ -12,6 +12,7 @@ use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::{Checkpoint, Stage, State};
 use crate::distill::config::CooldownShape;
 use crate::distill::draws::{Phase, Use};
+use crate::distill::look::Look;
 use crate::distill::objective::objective;
 use crate::distill::student::Student;
 use crate::distill::trainer::{self, At, Batches, Begin, Job, Log, Running, Step, denoising_loss};
@@ -95,6 +96,15 @@ pub fn backtrack(
                 if let Some(gan) = &made.gan {
                     log.meters.add("loss_gan", gan)?;
                     loss = loss.f_add(gan)?;
+                }
+                let first = update == state.target_since && micro == 0;
+                let last_of_all = update + 1 == settings.updates && micro == 0;
+                if first || last_of_all {
+                    let gradient = Tensor::f_run_backward(&[&loss], &[&x0], true, false)?;
+                    let (x_t, target, fake) = made.seen;
+                    let gradient = gradient.into_iter().next().map_or_else(|| x0.f_zeros_like(), Ok)?;
+                    let look = Look { sigmas: made.sigmas, x_t, target, fake, gradient };
+                    job.observer.looked_into(state.target, update, &look)?;
                 }
                 loss.f_mul_scalar(share)?.f_backward()?;
                 x0.detach()

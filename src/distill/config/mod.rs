@@ -18,7 +18,8 @@ use crate::torch::lora::LoraOptions;
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
-    FakeDistribution, LogConfig, LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing, StudentConfig, Switch,
+    FakeDistribution, LogConfig, LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing,
+    StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
