@@ -20,6 +20,7 @@ pub mod noise;
 pub mod parity;
 pub mod report;
 pub mod runtime;
+pub mod serve;
 #[cfg(feature = "train")]
 pub mod teacher;
 pub mod tensor;

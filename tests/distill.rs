@@ -118,6 +118,18 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
     let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "parts"]);
     assert!(code == 2 && text.contains("--resume"), "{text}");
 
+    // The student against the run's own weights, in libtorch; other weights of the same run are noticed.
+    let verify = ["verify", "whole/student.onnx", "--teacher", TEACHER, "--no-python", "--images", "3", "--json"];
+    let found: serde_json::Value = serde_json::from_str(&ok(dir, &verify)).unwrap();
+    assert_eq!((&found["ok"], &found["reference"]), (&true.into(), &"the run's weights in libtorch".into()), "{found}");
+    assert!(found["engines"].as_array().unwrap().iter().all(|e| e["max_abs"].as_f64().unwrap() < 1e-4), "{found}");
+    ok(dir, &["export", TEACHER, "--run", "whole", "--ema", "live", "--precision", "fp16", "-o", "live.onnx"]);
+    let (code, text) = fails(dir, &["export", TEACHER, "--run", "whole", "--ema", "7", "-o", "x.onnx"]);
+    assert!(code == 1 && text.contains("no average of this half-life"), "{text}");
+    std::fs::copy(whole.join("trajectory/node-002.safetensors"), whole.join("student.safetensors")).unwrap();
+    let other = disback(dir, &verify);
+    assert_eq!(other.status.code(), Some(1), "{}", String::from_utf8_lossy(&other.stdout));
+
     // The exported graph is a teacher of its own: not the one that the run began with.
     ok(
         dir,

@@ -182,7 +182,7 @@ pub mod from_run {
                 params.load(existing(&file).with_context(missing)?)?
             }
             (None, Some((run, _)), Weights::Live) => {
-                let found = Checkpoint::latest(&run.checkpoints(), &teacher.hash)?;
+                let found = Checkpoint::latest(&run.checkpoints(), &teacher.network.params().hash()?)?;
                 let mut checkpoint = found.ok_or_else(|| {
                     Error::usage(format!("{} has no checkpoint", run.path().display()))
                         .hint("the live weights are only in checkpoints; --ema average takes the result")

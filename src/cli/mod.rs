@@ -20,12 +20,16 @@ mod evaluate_table;
 pub mod export;
 #[cfg(feature = "train")]
 pub mod inspect;
+#[cfg(not(feature = "train"))]
+#[path = "inspect_light.rs"]
+pub mod inspect;
 #[cfg(feature = "train")]
 pub mod parity;
 pub mod report;
 #[cfg(feature = "train")]
 mod run_observer;
 pub mod sample;
+pub mod serve;
 mod ship_args;
 #[cfg(feature = "train")]
 mod teacher;
@@ -64,7 +68,6 @@ pub struct Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    #[cfg(feature = "train")]
     Inspect(inspect::InspectArgs),
     #[cfg(feature = "train")]
     Distill(Box<distill::DistillArgs>),
@@ -84,6 +87,7 @@ enum Command {
     Evaluate(evaluate::EvaluateArgs),
     Report(report::ReportArgs),
     Bench(bench::BenchArgs),
+    Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -113,7 +117,6 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
-        #[cfg(feature = "train")]
         Command::Inspect(args) => inspect::run(&args, globals),
         #[cfg(feature = "train")]
         Command::Distill(args) => distill::run(&args, globals),
@@ -133,6 +136,7 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         Command::Evaluate(args) => evaluate::run(&args, globals),
         Command::Report(args) => report::run(&args, globals),
         Command::Bench(args) => bench::run(&args, globals),
+        Command::Serve(args) => serve::run(&args, globals),
         Command::Doctor(args) => doctor::run(&args, globals),
     }
 }

@@ -24,7 +24,7 @@ const F16_MAX: f64 = 65504.0;
 /// Calibration sees a few images; other noise may go this much further.
 const HEADROOM: f64 = 4.0;
 /// Tries to find the nodes that break in 16 bits.
-const TRIES: usize = 8;
+const TRIES: usize = 12;
 
 /// A node that stays in f32.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -273,36 +273,29 @@ impl Plan {
         self.kept.push(Kept { node: edit::label(n), operator: n.op_type().to_owned(), reason });
     }
 
-    /// Keeps the first node that makes what is not finite, and those it reads from. `false` where none is left to keep.
+    /// Keeps the first node that makes what is not finite, and those before it, one step further back than is kept already:
+    /// what breaks there may have been rounded long before. `false` where none is left to keep.
     fn keep_broken(&mut self, model: &ModelProto, broken: &HashMap<String, Range>) -> bool {
         let Some(graph) = &model.graph else { return false };
         let bad = |v: &String| broken.get(v).is_some_and(|r| r.broken);
-        let found = graph
-            .node
-            .iter()
-            .enumerate()
-            .find(|(k, n)| self.half.contains(k) && n.output.iter().any(&bad) && !n.input.iter().any(&bad));
-        let found = found.or_else(|| {
-            graph.node.iter().enumerate().find(|(k, n)| self.half.contains(k) && n.output.iter().any(&bad))
-        });
-        let Some((k, node)) = found else { return false };
-        let sources: Vec<usize> = graph
-            .node
-            .iter()
-            .enumerate()
-            .filter(|(i, n)| self.half.contains(i) && n.output.iter().any(|o| node.input.contains(o)))
-            .map(|(i, _)| i)
-            .chain([k])
-            .collect();
-        for i in sources {
-            if self.half.remove(&i) {
-                self.keep(
-                    &graph.node[i],
-                    format!("{} is not finite in 16 bits on calibration noise", edit::label(node)),
-                );
+        let found = graph.node.iter().position(|n| n.output.iter().any(bad) && !n.input.iter().any(bad));
+        let Some(first) = found else { return false };
+        let makes: HashMap<&String, usize> =
+            graph.node.iter().enumerate().flat_map(|(i, n)| n.output.iter().map(move |o| (o, i))).collect();
+        let (mut ring, mut seen) = (vec![first], HashSet::from([first]));
+        while !ring.is_empty() {
+            let now: Vec<usize> = ring.iter().copied().filter(|i| self.half.remove(i)).collect();
+            for &i in &now {
+                let what = format!("{} is not finite in 16 bits on calibration noise", edit::label(&graph.node[first]));
+                self.keep(&graph.node[i], what);
             }
+            if !now.is_empty() {
+                return true;
+            }
+            let before = ring.iter().flat_map(|&i| &graph.node[i].input).filter_map(|v| makes.get(v).copied());
+            ring = before.filter(|i| seen.insert(*i)).collect();
         }
-        true
+        false
     }
 }
 

@@ -19,6 +19,9 @@ pub mod student;
 #[cfg(feature = "train")]
 pub mod unroll;
 
+#[cfg(all(test, feature = "ort", feature = "tract"))]
+mod tests;
+
 pub use ship::{Precision, ShipOptions, ShipReport, ship};
 #[cfg(feature = "train")]
 pub use student::{StudentOptions, same_graph, student};

@@ -1,0 +1,265 @@
+//! A student behind HTTP: `/sample`, `/health`, `/metrics`. What a team puts behind its balancer.
+
+mod batcher;
+mod metrics;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use crate::error::{Error, Kind, Result};
+use crate::io::images::{encode_png, quantise};
+use crate::io::npy;
+use crate::report::grid;
+use crate::runtime::student::{Request, Student, StudentInfo};
+use crate::tensor::HostTensor;
+
+use batcher::{Batcher, Limits, Refused};
+use metrics::Metrics;
+
+/// How to serve.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    pub address: SocketAddr,
+    /// Images a call of the network, and a request, at most.
+    pub batch: usize,
+    /// How long a request waits at most for others to share its call.
+    pub wait: Duration,
+    /// Requests that may wait; further ones get 503.
+    pub queue: usize,
+    /// Largest body, bytes.
+    pub body: usize,
+}
+
+struct Service {
+    info: StudentInfo,
+    engine: String,
+    options: ServeOptions,
+    batcher: Batcher,
+    metrics: Arc<Metrics>,
+}
+
+/// Serves until the process is told to stop (SIGINT, SIGTERM): then no connection is taken any more, and what was asked for
+/// is answered. `ready` hears the address in use.
+///
+/// Errors: an address that is taken; a student that does not run.
+pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
+    // A student that cannot run should not become healthy; the first caller should not wait for what is made once.
+    let info = student.info().clone();
+    if info.embeddings().next().is_none() {
+        student.sample(&Request { batch: 1, ..Request::default() }, 0, 1)?;
+    }
+    let engine = student.engine_name();
+    let metrics = Arc::new(Metrics::new(engine.clone()));
+    let limits = Limits { batch: options.batch, wait: options.wait, queue: options.queue };
+    let (batcher, thread) = Batcher::start(student, limits, metrics.clone())?;
+    let address = options.address;
+    let service = Arc::new(Service { info, engine, batcher, metrics, options });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async move {
+        let listener = TcpListener::bind(address).await.map_err(|e| {
+            Error::io(format!("cannot listen on {address}: {e}")).hint("choose another with --host and --port")
+        })?;
+        ready(listener.local_addr()?);
+        let app = Router::new()
+            .route("/sample", get(sample).post(sample))
+            .route("/health", get(health))
+            .route("/metrics", get(page))
+            .fallback(unknown)
+            .layer(DefaultBodyLimit::max(service.options.body))
+            .with_state(service);
+        axum::serve(listener, app).with_graceful_shutdown(stopped()).await?;
+        Ok::<_, Error>(())
+    })?;
+    drop(runtime);
+    // All senders are gone: the network's thread finishes what waits and ends.
+    thread.join().map_err(|_| Error::backend("the network's thread panicked"))
+}
+
+async fn stopped() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let (Ok(mut int), Ok(mut term)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+            tokio::select! {
+                _ = int.recv() => {}
+                _ = term.recv() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+async fn health(State(s): State<Arc<Service>>) -> Response {
+    let [c, h, w] = s.info.shape;
+    let body = json!({ "status": "ok", "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": [c, h, w],
+        "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "range": s.info.range,
+        "max_images": s.options.batch, "max_body_bytes": s.options.body });
+    answer(StatusCode::OK, "application/json", body.to_string().into_bytes())
+}
+
+async fn page(State(s): State<Arc<Service>>) -> Response {
+    answer(StatusCode::OK, "text/plain; version=0.0.4", s.metrics.text().into_bytes())
+}
+
+async fn unknown() -> Response {
+    failure(StatusCode::NOT_FOUND, "no such page: there are /sample, /health and /metrics")
+}
+
+/// What may be asked of `/sample`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    #[serde(default)]
+    seed: u64,
+    /// Number of the first image of the seed.
+    #[serde(default)]
+    index: u64,
+    /// Images.
+    n: Option<usize>,
+    /// Classes of the images in turn, by commas.
+    #[serde(default)]
+    classes: String,
+    /// `png` or `npy`; by the Accept header where absent.
+    format: Option<String>,
+}
+
+/// `GET` draws the noise from the seed; `POST` takes it from the body, a .npy of f32 `[n, C, H, W]`.
+async fn sample(
+    State(s): State<Arc<Service>>,
+    headers: HeaderMap,
+    query: std::result::Result<Query<Wanted>, QueryRejection>,
+    body: std::result::Result<Bytes, BytesRejection>,
+) -> Response {
+    let began = Instant::now();
+    let response = match wanted(&s, &headers, query, body) {
+        Err(response) => response,
+        Ok((inputs, count, npy)) => match s.batcher.sample(inputs, count).await {
+            Ok(samples) => {
+                let written = write(&samples, &s.info, npy);
+                written.unwrap_or_else(|e| failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))
+            }
+            Err(Refused::Busy) => {
+                let mut busy = failure(StatusCode::SERVICE_UNAVAILABLE, "too many requests wait; try again");
+                busy.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+                busy
+            }
+            Err(Refused::Failed(e)) => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+        },
+    };
+    s.metrics.answered(response.status().as_u16(), began.elapsed().as_secs_f64());
+    response
+}
+
+type Prepared = (Vec<(String, HostTensor)>, usize, bool);
+
+fn wanted(
+    s: &Service,
+    headers: &HeaderMap,
+    query: std::result::Result<Query<Wanted>, QueryRejection>,
+    body: std::result::Result<Bytes, BytesRejection>,
+) -> std::result::Result<Prepared, Response> {
+    let bad = |text: &str| failure(StatusCode::BAD_REQUEST, text);
+    let Query(w) = query.map_err(|e| bad(&e.body_text()))?;
+    let body = body.map_err(|e| {
+        if e.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            failure(e.status(), &format!("the body has more than {} bytes", s.options.body))
+        } else {
+            bad(&e.body_text())
+        }
+    })?;
+    let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("");
+    let npy = match w.format.as_deref() {
+        Some("npy") => true,
+        Some("png") => false,
+        Some(other) => return Err(bad(&format!("format={other}: expected png or npy"))),
+        None => accept.contains("npy") || accept.contains("octet-stream"),
+    };
+    if !npy && s.info.range.is_none() {
+        return Err(bad("the student makes latents, which are no images: ask for format=npy"));
+    }
+    let classes = w.classes.split(',').filter(|c| !c.trim().is_empty()).map(|c| c.trim().parse::<usize>());
+    let classes = classes
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(|_| bad(&format!("classes={}: expected numbers by commas", w.classes)))?;
+    let noise = if body.is_empty() { None } else { Some(given(&body, &s.info).map_err(|e| bad(&e.to_string()))?) };
+    let count = match (&noise, w.n) {
+        (Some(t), Some(n)) if n != t.shape()[0] => {
+            return Err(bad(&format!("n={n}, but the body holds noise for {} images", t.shape()[0])));
+        }
+        (Some(t), _) => t.shape()[0],
+        (None, n) => n.unwrap_or(1),
+    };
+    if count == 0 {
+        return Err(bad("n=0: expected 1 or more"));
+    }
+    if count > s.options.batch {
+        let text = format!("{count} images in one request, at most {} are made", s.options.batch);
+        return Err(failure(StatusCode::PAYLOAD_TOO_LARGE, &text));
+    }
+    if s.info.embeddings().next().is_some() {
+        return Err(failure(
+            StatusCode::NOT_IMPLEMENTED,
+            "the student wants embedding rows, which this service does not take",
+        ));
+    }
+    let request = Request { seed: w.seed, classes, embeddings: Vec::new(), batch: s.options.batch };
+    let made = Student::inputs_of(&s.info, &request, w.index, count);
+    let mut inputs = made.map_err(|e| match e.kind() {
+        Kind::Usage | Kind::Mismatch => bad(&e.to_string()),
+        _ => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+    })?;
+    if let (Some(t), Some(first)) = (noise, inputs.first_mut()) {
+        first.1 = t;
+    }
+    Ok((inputs, count, npy))
+}
+
+/// Noise from a body, checked.
+fn given(body: &Bytes, info: &StudentInfo) -> Result<HostTensor> {
+    let t = npy::read_from(body.as_ref()).map_err(|e| e.context("the body is no .npy array of noise"))?;
+    let [c, h, w] = info.noise_shape;
+    if t.rank() != 4 || t.shape()[1..] != [c, h, w] || !t.dtype().is_float() || t.is_empty() {
+        return Err(Error::mismatch(format!("noise of {}{:?}, expected f32[n, {c}, {h}, {w}]", t.dtype(), t.shape())));
+    }
+    if t.to_f32().iter().any(|v| !v.is_finite()) {
+        return Err(Error::mismatch("the noise holds NaN or infinity"));
+    }
+    Ok(t.cast(info.noise.dtype))
+}
+
+fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<Response> {
+    if as_npy {
+        let mut out = Vec::new();
+        npy::write_to(&mut out, samples)?;
+        return Ok(answer(StatusCode::OK, "application/x-npy", out));
+    }
+    let png = match (samples.shape().first(), info.range) {
+        (Some(1), Some(range)) if matches!(info.shape[0], 1 | 3) => {
+            let bytes: Vec<u8> = samples.to_f64().iter().map(|&x| quantise(x, range)).collect();
+            encode_png(&bytes, info.shape)?
+        }
+        _ => grid::png(samples, info.range, None)?,
+    };
+    Ok(answer(StatusCode::OK, "image/png", png))
+}
+
+fn answer(status: StatusCode, kind: &'static str, body: Vec<u8>) -> Response {
+    (status, [(header::CONTENT_TYPE, kind)], body).into_response()
+}
+
+fn failure(status: StatusCode, text: &str) -> Response {
+    answer(status, "application/json", json!({ "error": text }).to_string().into_bytes())
+}

@@ -1,0 +1,227 @@
+//! `disback serve` under load from a real client: same images as the command line makes, requests batched, wrong ones
+//! answered clearly while the service stays up, a stop that answers what was asked.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use disback::{HostTensor, onnx, tensor};
+
+#[path = "../src/runtime/testing.rs"]
+mod testing;
+
+struct Server {
+    process: Child,
+    address: String,
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(more: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("student.onnx"), testing::student("batch")).unwrap();
+        let mut process = command(dir.path())
+            .args(["serve", "student.onnx", "--port", "0", "--json", "--engine", "tract", "--max-batch", "16"])
+            .args(more)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let ready: serde_json::Value = serde_json::from_str(&line).unwrap();
+        Self { process, address: ready["listening"].as_str().unwrap().to_owned(), dir }
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        request(&self.address, "GET", path, &[])
+    }
+
+    /// The samples that `disback sample` makes with these options, f32.
+    fn expected(&self, args: &[&str]) -> Vec<f32> {
+        let out = command(self.dir.path())
+            .args(["sample", "student.onnx", "-o", "expected.npy", "--quiet"])
+            .args(args)
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        disback::io::npy::read(&self.dir.path().join("expected.npy")).unwrap().to_f32()
+    }
+
+    /// Tells the process to stop as a service manager would, and returns its exit code.
+    fn stop(mut self) -> Option<i32> {
+        let told = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
+        assert!(told.success());
+        self.process.wait().unwrap().code()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn command(dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_disback"));
+    command.current_dir(dir);
+    command
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn error(&self) -> String {
+        let value: serde_json::Value = serde_json::from_slice(&self.body).unwrap();
+        value["error"].as_str().unwrap().to_owned()
+    }
+    fn values(&self) -> Vec<f32> {
+        assert_eq!(self.status, 200, "{}", String::from_utf8_lossy(&self.body));
+        disback::io::npy::read_from(self.body.as_slice()).unwrap().to_f32()
+    }
+}
+
+/// One HTTP/1.1 request on a connection of its own.
+fn request(address: &str, method: &str, path: &str, body: &[u8]) -> Answer {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    // A server that refuses a large body may close before all of it is sent.
+    let _ = stream.write_all(body);
+    let mut all = Vec::new();
+    let _ = stream.read_to_end(&mut all);
+    let end = all.windows(4).position(|w| w == b"\r\n\r\n").expect("a head");
+    let head = String::from_utf8_lossy(&all[..end]).into_owned();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    Answer { status, head, body: all[end + 4..].to_vec() }
+}
+
+fn close(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-6)
+}
+
+#[test]
+fn many_callers_get_the_images_of_the_command_line() {
+    let server = Server::start(&["--max-wait", "30"]);
+    let expected = server.expected(&["-n", "48", "--seed", "7"]);
+    std::thread::scope(|scope| {
+        for caller in 0..8usize {
+            let (server, expected) = (&server, &expected);
+            scope.spawn(move || {
+                for round in 0..6usize {
+                    let index = caller * 6 + round;
+                    let got = server.get(&format!("/sample?seed=7&index={index}&n=1&format=npy")).values();
+                    assert!(close(&got, &expected[index * 4..index * 4 + 4]), "image {index}");
+                }
+            });
+        }
+    });
+    let text = String::from_utf8(server.get("/metrics").body).unwrap();
+    let number = |name: &str| -> f64 {
+        let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{name}\n{text}"));
+        line.rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    assert_eq!((number("disback_requests_total{code=\"200\"}"), number("disback_images_total")), (48.0, 48.0));
+    // Eight callers at once and a wait of 30 ms: calls of the network were shared.
+    assert!(number("disback_batch_images_count") < 48.0, "{text}");
+    assert_eq!(number("disback_waiting_requests"), 0.0);
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn every_form_is_answered() {
+    let server = Server::start(&[]);
+    let health: serde_json::Value = serde_json::from_slice(&server.get("/health").body).unwrap();
+    assert_eq!((health["status"].as_str(), health["classes"].as_u64()), (Some("ok"), Some(3)), "{health}");
+    let one = server.get("/sample?seed=3&classes=2");
+    assert!(one.status == 200 && one.head.contains("image/png") && one.body.starts_with(b"\x89PNG"), "{one:?}");
+    assert!(server.get("/sample?n=9").body.starts_with(b"\x89PNG"));
+    let got = server.get("/sample?seed=3&n=5&classes=2,0&format=npy").values();
+    assert!(close(&got, &server.expected(&["-n", "5", "--seed", "3", "--classes", "2,0"])));
+    // Noise of the caller's own: the same as that of the seed, sent.
+    let noise = HostTensor::new(&[3, 1, 2, 2], &disback::noise::batch_noise(9, 0, 3, 4)).unwrap();
+    let mut body = Vec::new();
+    disback::io::npy::write_to(&mut body, &noise).unwrap();
+    let got = request(&server.address, "POST", "/sample?classes=1&format=npy", &body).values();
+    assert!(close(&got, &server.expected(&["-n", "3", "--seed", "9", "--classes", "1"])));
+}
+
+#[test]
+fn wrong_requests_are_answered_and_the_service_stays_up() {
+    let server = Server::start(&["--max-body", "1"]);
+    let npy = |shape: &[usize]| {
+        let mut body = Vec::new();
+        let values = vec![0f32; shape.iter().product()];
+        disback::io::npy::write_to(&mut body, &HostTensor::new(shape, &values).unwrap()).unwrap();
+        body
+    };
+    let nan = {
+        let mut body = Vec::new();
+        disback::io::npy::write_to(&mut body, &HostTensor::new(&[1, 1, 2, 2], &[f32::NAN; 4]).unwrap()).unwrap();
+        body
+    };
+    let cases: Vec<(&str, &str, Vec<u8>, u16, &str)> = vec![
+        ("GET", "/sample?classes=3", vec![], 400, "class 3: the student has classes 0 to 2"),
+        ("GET", "/sample?classes=a", vec![], 400, "expected numbers by commas"),
+        ("GET", "/sample?n=0", vec![], 400, "n=0"),
+        ("GET", "/sample?n=17", vec![], 413, "at most 16"),
+        ("GET", "/sample?n=-1", vec![], 400, "n: invalid digit"),
+        ("GET", "/sample?steps=4", vec![], 400, "unknown field `steps`"),
+        ("GET", "/sample?format=jpg", vec![], 400, "expected png or npy"),
+        ("POST", "/sample", b"hello".to_vec(), 400, "no .npy array of noise"),
+        ("POST", "/sample", npy(&[2, 1, 3, 2]), 400, "f32[2, 1, 3, 2], expected f32[n, 1, 2, 2]"),
+        ("POST", "/sample?n=3", npy(&[2, 1, 2, 2]), 400, "holds noise for 2 images"),
+        ("POST", "/sample", nan, 400, "NaN or infinity"),
+        ("POST", "/sample", npy(&[400, 1, 2, 2]), 413, "more than 1024 bytes"),
+        ("GET", "/other", vec![], 404, "no such page"),
+    ];
+    for (method, path, body, status, want) in cases {
+        let got = request(&server.address, method, path, &body);
+        assert!(got.status == status && got.error().contains(want), "{method} {path}: {} {}", got.status, got.error());
+    }
+    assert_eq!(server.get("/sample").status, 200);
+    // Not HTTP at all.
+    let mut stream = TcpStream::connect(&server.address).unwrap();
+    stream.write_all(b"\x00\x01\x02 nonsense\r\n\r\n").unwrap();
+    drop(stream);
+    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn a_stop_answers_what_was_asked() {
+    // A long wait for company: the request is in the queue when the signal comes.
+    let server = Server::start(&["--max-wait", "1500"]);
+    let address = server.address.clone();
+    let asked = std::thread::spawn(move || request(&address, "GET", "/sample?seed=1&format=npy", &[]));
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(server.stop(), Some(0));
+    assert_eq!(asked.join().unwrap().values().len(), 4);
+}
+
+#[test]
+fn a_start_that_cannot_be_is_one_clear_error() {
+    let server = Server::start(&[]);
+    let port = server.address.rsplit_once(':').unwrap().1;
+    let fails = |args: &[&str]| {
+        let out = command(server.dir.path()).args(args).output().unwrap();
+        (out.status.code().unwrap(), String::from_utf8_lossy(&out.stderr).lines().next().unwrap().to_owned())
+    };
+    let (code, text) = fails(&["serve", "student.onnx", "--port", port]);
+    assert!(code == 1 && text.contains("cannot listen on 127.0.0.1"), "{text}");
+    let (code, text) = fails(&["serve", "none.onnx"]);
+    assert!(code == 1 && text.contains("none.onnx"), "{text}");
+    let (code, text) = fails(&["serve", "student.onnx", "--max-batch", "0"]);
+    assert!(code == 2 && text.contains("--max-batch 0"), "{text}");
+}
