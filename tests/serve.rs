@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use disback::{HostTensor, onnx, tensor};
 
+#[allow(dead_code, reason = "each test target uses its own part")]
 #[path = "../src/runtime/testing.rs"]
 mod testing;
 
