@@ -36,6 +36,7 @@ class Network:
     dtypes: dict = field(default_factory=dict)  # of inputs that are not f32 (classes: not i64)
     examples: dict | None = None  # inputs that the user's factory brought
     special: dict = field(default_factory=dict)  # {input: function of an array's shape} where noise makes no sense (masks)
+    as_saved: bool = False  # the exporter reads the user's file: its weights are what they are
     opset: int = 23
     opset_why: str = ""  # why not newer, where the exporter cannot
 
@@ -170,7 +171,7 @@ def export(network, path, opset, progress):
     tensor), the graph is written again with the weights as they are."""
     wanted = opset or network.opset
     examples = feed(network, 3)
-    with names.told_apart(network.weights) as changed:
+    with names.told_apart([] if network.as_saved else network.weights) as changed:
         network.export(path, examples, wanted)
     progress("naming the weights")
     model = onnx.load(path, load_external_data=False)

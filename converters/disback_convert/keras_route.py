@@ -4,6 +4,7 @@ On TensorFlow the model goes through Keras's own export or tf2onnx directly, on 
 `KERAS_BACKEND` (or --backend) chooses. Keras is NHWC by default; the card then says `layout=nhwc`.
 """
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -40,8 +41,9 @@ def start(backend):
         import tf2onnx  # noqa: F401  its absence is told before anything runs
 
         threads = int(os.environ.get("OMP_NUM_THREADS", 0))
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        with contextlib.suppress(RuntimeError):  # TensorFlow has started already
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
     else:
         import jax2onnx  # noqa: F401
     return keras
@@ -155,12 +157,12 @@ def prepare(source, weights=None, imports=(), backend=None, exporter=None, pairs
     function = Callable(model, card)
     card = card if set(function.names) - {None} else card
     cards.check(card, function.names, [card["output"]])
-    broken = [name_of(v) for v in model.variables if v.dtype.startswith("float") and not np.isfinite(np.asarray(v)).all()]
+    broken = [name_of(v) for v in model.variables if v.dtype.startswith("float") and not np.isfinite(keras.ops.convert_to_numpy(v.value)).all()]
     if broken:
         raise ConversionError(f"{weights or source}: NaN or infinite values in {', '.join(broken)}")
     trained = {id(v) for v in model.trainable_variables} | {id(v) for v in model.weights if v.trainable}
     tensors = [
-        Weight(name_of(v), lambda v=v: np.asarray(v), lambda array, v=v: v.assign(array), id(v) in trained)
+        Weight(name_of(v), lambda v=v: keras.ops.convert_to_numpy(v.value), lambda array, v=v: v.assign(array), id(v) in trained)
         for v in model.weights
         if v.dtype.startswith("float")
     ]

@@ -6,6 +6,7 @@ both, and the comparison after the export refuses what is wrong.
 
 import contextlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -78,11 +79,24 @@ def load_weights(layer, path):
     layer.set_state_dict({name: paddle.to_tensor(value) for name, value in given.items()})
 
 
-def inputs_of(layer, card):
+def inputs_of(source, layer, card):
     """Names of the forward's inputs, in order."""
     if isinstance(layer, paddle.jit.TranslatedLayer):
+        if Path(source).suffix == ".json":
+            return data_names(json.loads(Path(source).read_text()))
         return [spec.name for spec in layer._input_spec("forward")]
     return [name for name in inspect.signature(layer.forward).parameters if names_input(card, name)]
+
+
+def data_names(program):
+    """The inputs that a saved program declares, in its order."""
+    if isinstance(program, list):
+        return [name for item in program for name in data_names(item)]
+    if not isinstance(program, dict):
+        return []
+    if program.get("#") == "1.data":
+        return [item["AT"]["D"] for item in program.get("A", []) if item.get("N") == "name"]
+    return [name for item in program.values() for name in data_names(item)]
 
 
 def prepare(source, weights=None, pairs=(), card_file=None):
@@ -96,7 +110,7 @@ def prepare(source, weights=None, pairs=(), card_file=None):
     if weights is not None:
         load_weights(layer, weights)
     layer.eval()
-    names = inputs_of(layer, card)
+    names = inputs_of(source, layer, card)
     cards.check(card, names, [card["output"]])
     state = layer.state_dict()
     broken = [name for name, value in state.items() if not np.isfinite(value.numpy()).all()]
@@ -115,6 +129,7 @@ def prepare(source, weights=None, pairs=(), card_file=None):
             for name, value in state.items()
             if value.dtype in (paddle.float32, paddle.float16, paddle.float64)
         ],
+        as_saved=isinstance(layer, paddle.jit.TranslatedLayer),
         opset=OPSET,
         opset_why=f"paddle2onnx {version('paddle2onnx')} writes up to opset {OPSET}",
     )
@@ -130,10 +145,10 @@ def prepare(source, weights=None, pairs=(), card_file=None):
         prefix = path.parent / "inference"
         specs = [paddle.static.InputSpec([None, *value.shape[1:]], str(value.dtype), name) for name, value in values.items()]
         try:
-            with off_stdout():
-                if isinstance(layer, paddle.jit.TranslatedLayer):
-                    paddle.jit.save(layer, str(prefix))
-                else:
+            if made.as_saved:
+                by_paddle2onnx(source, Path(source).with_suffix(".pdiparams"), path, opset)
+            else:
+                with off_stdout():
                     paddle.jit.save(layer, str(prefix), input_spec=specs)
                 graph = prefix.with_suffix(".json") if prefix.with_suffix(".json").exists() else prefix.with_suffix(".pdmodel")
                 by_paddle2onnx(graph, prefix.with_suffix(".pdiparams"), path, opset)

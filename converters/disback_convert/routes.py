@@ -42,6 +42,7 @@ def edm_arguments(parser):
     parser.add_argument("network", help="network pickle (its code runs: open only what you trust), or module:Class of the checkout")
     parser.add_argument("--code", type=Path, help="your checkout of the code that the pickle or class comes from")
     parser.add_argument("--raw", action="store_true", help="the raw network F, preconditioning outside the graph")
+    parser.add_argument("--arguments", default="{}", metavar="JSON", help="arguments of module:Class")
     parser.add_argument("--state-dict", type=Path, help="weights for module:Class")
 
 
@@ -49,7 +50,7 @@ def edm_prepare(args, progress):
     from .torch_route.edm import prepare
 
     progress(f"reading {args.network}")
-    return prepare(args.network, args.code, args.raw, args.state_dict, args.card, args.card_file)
+    return prepare(args.network, args.code, args.raw, args.state_dict, args.card, args.card_file, args.arguments)
 
 
 def diffusers_arguments(parser):

@@ -43,7 +43,7 @@ def test_a_pickle_goes_all_the_way(tmp_path, trained, capsys):
 
 
 def test_preconditioning_outside_is_the_same_denoiser(tmp_path, trained):
-    assert convert("networks:EDMPrecond", tmp_path / "raw.onnx", "--raw", "--state-dict", CODE / "weights.safetensors") == 0
+    assert convert("networks:EDMPrecond", tmp_path / "raw.onnx", "--raw", "--state-dict", CODE / "weights.safetensors", "--arguments", '{"img_resolution": 8}') == 0
     about = card(tmp_path / "raw.onnx")
     assert (about["prediction"], about["time_unit"], about["conditions.class_labels.null"]) == ("edm-raw", "ln-sigma-4", "zeros")
     net = ort.InferenceSession(str(tmp_path / "raw.onnx"), providers=["CPUExecutionProvider"])
@@ -73,5 +73,8 @@ def test_bad_pickles_are_refused(tmp_path, trained, capsys):
         ("absent.pkl", "no such file"),
     ]:
         assert convert(tmp_path / source, tmp_path / "teacher.onnx") == 1
+        assert words in capsys.readouterr().err
+    for arguments, words in [("{", "not JSON"), ("[]", "JSON object"), ('{"depth": 3}', "depth")]:
+        assert convert("networks:EDMPrecond", tmp_path / "teacher.onnx", "--arguments", arguments) == 1
         assert words in capsys.readouterr().err
     assert not (tmp_path / "teacher.onnx").exists()

@@ -4,6 +4,7 @@ The code is the user's own checkout (`--code`): the pickle names its classes. Pr
 denoiser of sigma), or outside (`--raw`: the network F of ln(sigma) / 4). Labels are one-hot; augment labels are zero.
 """
 
+import json
 import pickle
 from pathlib import Path
 
@@ -47,12 +48,13 @@ def augment_dim(net):
     return next((p.shape[1] for p in given.parameters()), 0) if isinstance(given, torch.nn.Module) else 0
 
 
-def read(source, code):
+def read(source, code, arguments):
     """A pickle (`ema`, `net` or `model` in it, or the network itself), or `module:Class` of the checkout."""
     path = Path(source)
     if not path.is_file():
         if ":" in source:
-            return factory.call(source, factory.attribute(source, "class", code), code)
+            made = factory.attribute(source, "class", code)
+            return factory.call(source, lambda: made(**arguments), code)
         raise ConversionError(f"{source}: no such file; give a network pickle, or module:Class from the checkout")
     with factory.importable(*([code] if code else [])), open(path, "rb") as handle:
         try:
@@ -81,9 +83,20 @@ def check(source, net):
         )
 
 
-def prepare(source, code=None, raw=False, state=None, pairs=(), card_file=None):
+def arguments_of(text):
+    """--arguments as a table."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConversionError(f"--arguments: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConversionError("--arguments: write them as a JSON object, for instance '{\"img_resolution\": 64}'")
+    return found
+
+
+def prepare(source, code=None, raw=False, state=None, pairs=(), card_file=None, arguments="{}"):
     """The network of an EDM pickle or class, with its card."""
-    net = read(str(source), code)
+    net = read(str(source), code, arguments_of(arguments))
     check(source, net)
     if state is not None:
         load_state(net, state)

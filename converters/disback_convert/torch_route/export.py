@@ -80,7 +80,9 @@ def network(module, card, inputs, examples=None, exporter="dynamo exporter"):
         except Exception as error:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from error
-            raise ConversionError(f"the dynamo exporter refuses this module: {str(error).strip().splitlines()[0]}\n{advice(error)}") from error
+            cause = error.__cause__ or error
+            said = " ".join(line.strip() for line in str(cause).strip().splitlines()[:3])
+            raise ConversionError(f"the dynamo exporter refuses this module: {type(cause).__name__}: {said}\n{advice(cause)}") from error
         finally:
             log.setLevel(level)
 
@@ -95,4 +97,4 @@ def advice(error):
         return "the forward ties the batch to a number: write -1 for the batch in reshapes, and no loop over it"
     if "data-dependent" in text or "GuardOnDataDependent" in text:
         return "the forward branches on values of a tensor: take the branch outside the module, or use torch.where"
-    return "the full report: python -X dev -m disback_convert ... ; a wrapper module with a plainer forward often helps"
+    return "a wrapper module with a plainer forward often helps: fixed sizes, no caches, no inference on types"

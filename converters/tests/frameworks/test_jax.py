@@ -75,6 +75,26 @@ def test_linen_modules_and_functions(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(net.run(None, {"x": x, "t": t, "labels": labels})[0], run(params, x, t, labels), atol=1e-5)
 
 
+def test_checkpoint_formats_hold_the_same_arrays(tmp_path):
+    import flax.serialization
+    import orbax.checkpoint
+    from safetensors.numpy import save_file
+
+    from disback_convert import trees
+
+    tree = {"params": {"conv": {"kernel": np.arange(6, dtype="f4").reshape(2, 3)}, "bias": np.ones(2, "f4")}}
+    flat = trees.flatten(tree)
+    assert sorted(flat) == ["params.bias", "params.conv.kernel"]
+    np.savez(tmp_path / "w.npz", **flat)
+    save_file(flat, tmp_path / "w.safetensors")
+    (tmp_path / "w.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    orbax.checkpoint.PyTreeCheckpointer().save(tmp_path / "orbax", tree)
+    for name in ("w.npz", "w.safetensors", "w.msgpack", "orbax"):
+        found = trees.read(tmp_path / name)
+        assert sorted(found) == sorted(flat), name
+        assert all(np.array_equal(found[key], flat[key]) for key in flat), name
+
+
 def test_bad_input_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "small_jax.py").write_text(SMALL)
     monkeypatch.chdir(tmp_path)

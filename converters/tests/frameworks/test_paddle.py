@@ -27,6 +27,7 @@ def test_the_trained_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys):
 
 def test_a_saved_inference_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(FOLDER)
+    monkeypatch.syspath_prepend(str(FOLDER))
     import model
 
     net = model.build()
