@@ -87,7 +87,9 @@ def load_weights(model, path):
     """Keras's own .weights.h5, or arrays under the variables' dotted paths; all of them and no others."""
     path = Path(path)
     if path.suffix != ".h5":
-        own, given = {name_of(v): v for v in model.variables}, trees.read(path)
+        # states of random generators (dropout) are no weights
+        own = {name_of(v): v for v in model.weights if v.dtype.startswith("float")}
+        given = {name: value for name, value in trees.read(path).items() if not name.endswith("seed_generator_state")}
         factory.fit(path, {name: v.shape for name, v in own.items()}, {name: a.shape for name, a in given.items()})
         for name, variable in own.items():
             variable.assign(given[name])

@@ -81,9 +81,9 @@ def load_weights(layer, path):
 
 def inputs_of(source, layer, card):
     """Names of the forward's inputs, in order."""
-    if isinstance(layer, paddle.jit.TranslatedLayer):
-        if Path(source).suffix == ".json":
-            return data_names(json.loads(Path(source).read_text()))
+    if Path(source).suffix == ".json":
+        return data_names(json.loads(Path(source).read_text()))
+    if Path(source).suffix == ".pdmodel":
         return [spec.name for spec in layer._input_spec("forward")]
     return [name for name in inspect.signature(layer.forward).parameters if names_input(card, name)]
 
@@ -129,7 +129,7 @@ def prepare(source, weights=None, pairs=(), card_file=None):
             for name, value in state.items()
             if value.dtype in (paddle.float32, paddle.float16, paddle.float64)
         ],
-        as_saved=isinstance(layer, paddle.jit.TranslatedLayer),
+        as_saved=Path(source).suffix in (".json", ".pdmodel"),
         opset=OPSET,
         opset_why=f"paddle2onnx {version('paddle2onnx')} writes up to opset {OPSET}",
     )

@@ -82,21 +82,24 @@ def student_distance(path, about, count=SAMPLES):
     return common.frechet(ours, real)
 
 
-def prove(name, teacher, folder):
-    """Import, parity with ONNX Runtime and with the framework's stored outputs, both stages, distance. Returns the numbers."""
+def prove(name, teacher, folder, limit=3.0, updates=800):
+    """Import, parity with ONNX Runtime and with the framework's stored outputs, both stages, distance. Returns the numbers.
+
+    The student must come within `limit` times its teacher's distance; it starts from about a hundred times it.
+    """
     parity = disback("parity", teacher)
     assert parity["ok"] and parity["expected"], parity
     about = card(teacher)
     before, _ = recipe.distance(denoiser(teacher), SAMPLES)
     run = folder / "run"
-    result = disback("distill", teacher, "-o", run, "--config", TEACHERS / "recipe.toml")
+    result = disback("distill", teacher, "-o", run, "--config", TEACHERS / "recipe.toml", "--updates", updates)
     assert result["outcome"] == "finished", result
     stages = {json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     assert stages == {"degrade", "backtrack"}
     onnx.checker.check_model(str(run / "student.onnx"), full_check=True)
     after = student_distance(run / "student.onnx", about)
     print(f"{name}: parity {parity['max_abs']:.1e}, teacher {before:.2f} in 35 calls, student {after:.2f} in one ({SAMPLES} images)")
-    assert after <= 3 * before, f"{name}: the student's distance is {after:.2f}, its teacher's {before:.2f}"
+    assert after <= limit * before, f"{name}: the student's distance is {after:.2f}, its teacher's {before:.2f}"
     return {"parity": parity["max_abs"], "teacher": before, "student": after}
 
 

@@ -14,6 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import diffusers  # noqa: E402
 import small_pipelines as small  # noqa: E402
+from proof import TEACHERS, prove, same_network  # noqa: E402
 from disback_convert import ConversionError, finish  # noqa: E402
 from disback_convert.cli import main  # noqa: E402
 from disback_convert.diffusers_route import scheduler  # noqa: E402
@@ -78,6 +79,14 @@ def test_a_pipeline_folder_becomes_a_teacher(tmp_path, capsys, name):
     runner = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (ours,) = runner.run(["prediction"], {i.name: stored[i.name] for i in runner.get_inputs()})
     np.testing.assert_allclose(ours, stored[found["output"]], atol=1e-4)
+
+
+def test_the_trained_teacher_goes_all_the_way(tmp_path, capsys):
+    folder, out = TEACHERS / "diffusers_unet", tmp_path / "teacher.onnx"
+    assert convert(folder, out, "--null", 10, "--card", "dataset=digits") == 0, capsys.readouterr().err
+    same_network(out, folder / "teacher.onnx")
+    with capsys.disabled():
+        prove("diffusers UNet2DModel", out, tmp_path, limit=6.0, updates=1600)
 
 
 def test_network_values_are_those_of_diffusers_itself(tmp_path):
