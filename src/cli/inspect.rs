@@ -175,7 +175,7 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
     println!("\noperators: {}", operators.join(", "));
     if !i.raised.is_empty() {
         let raised: Vec<_> = i.raised.iter().map(|(o, n)| format!("{o} {n}")).collect();
-        println!("raised to native calls: {}", raised.join(", "));
+        println!("raised: {}", raised.join(", "));
     }
     for m in &i.near_misses {
         println!("  nearly {} at `{}`: {}", m.pattern, m.node, m.reason);

@@ -75,10 +75,13 @@ pub fn cost(net: &Network, card: Option<&TeacherCard>, batch: usize) -> Result<C
             "ConvTranspose" if b.len() > 2 => product(&a) * product(&b[1..]),
             "MatMul" if !a.is_empty() => product(&y) * a.last().copied().unwrap_or(0).max(0) as u64,
             "Gemm" if b.len() == 2 && y.len() == 2 => product(&b) * y[0].max(0) as u64,
-            // q [..., n, d] times k^T [..., d, m], and the result times v [..., m, e].
+            // Every element of q, and of the result, takes part in a product with each of the keys.
             "Attention" if n.domain == "disback" && a.len() > 1 && b.len() > 1 => {
-                let m = b[b.len() - 1].max(0) as u64;
-                product(&a) * m + product(&y) * m
+                let keys = match n.attributes.ints("k_perm") {
+                    Ok(Some(perm)) if perm.len() > 1 => perm[perm.len() - 2] as usize,
+                    _ => b.len() - 1,
+                };
+                (product(&a) + product(&y)) * b.get(keys).copied().unwrap_or(0).max(0) as u64
             }
             _ => 0,
         };

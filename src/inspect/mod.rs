@@ -159,7 +159,8 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
             *out.operators.entry(n.op.clone()).or_insert(0) += 1;
         }
         if raise {
-            out.rewrites(&crate::graph::raise::raise(&mut graph));
+            let trained = roles.parameters.iter().map(|p| p.value).collect();
+            out.rewrites(&crate::graph::raise::raise(&mut graph, &trained));
         }
     }
     Ok((out, network, as_read))

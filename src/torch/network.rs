@@ -120,9 +120,10 @@ impl Network {
         }
         let rewired = roles::part_merged(&mut graph, trainable.declared.as_deref());
         let roles = roles::classify(&graph, &trainable, &rewired)?;
-        let raised = if options.raise { raise::raise(&mut graph) } else { Report::default() };
-        graph.remove_dead();
         let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
+        let trained = values.iter().copied().collect();
+        let raised = if options.raise { raise::raise(&mut graph, &trained) } else { Report::default() };
+        graph.remove_dead();
         deciding::check_branches(&graph)?;
         let plan = Plan::new(&graph, &values)?;
         let mut tensors = Vec::with_capacity(values.len());

@@ -1,0 +1,86 @@
+//! Raising: chains of small operators that exporters make of norms, activations and attention become single calls of the
+//! `disback` domain again. Faster, and they save less for the backward pass. Beside that, what exporters write twice is
+//! computed once, casts that change nothing go, and transposes that undo each other meet and vanish.
+//!
+//! Raising changes the plan only: the file that the weights are written back into keeps its nodes. A rewrite never swallows
+//! a value that something outside the pattern reads (views and host arithmetic, which cost nothing, stay behind for their
+//! other readers), and a raised kernel computes what the chain computed, whatever the shapes turn out to be at run time:
+//! where they are not those of the native call, it computes the chain.
+
+mod activation;
+mod attention;
+mod casts;
+mod layout;
+mod norm;
+mod pattern;
+mod repeats;
+mod rule;
+mod view;
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::graph::ir::{Graph, ValueId};
+use rule::Rule;
+
+/// One rewrite that was done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rewrite {
+    /// What was made (`GroupNorm`, `SiLU`, `Attention`...) or taken away (`Transpose pair`, `Repeat`...).
+    pub pattern: &'static str,
+    /// The node at which the pattern ends.
+    pub node: String,
+}
+
+/// A pattern that fitted but for one thing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NearMiss {
+    pub pattern: &'static str,
+    pub node: String,
+    pub reason: String,
+}
+
+/// What [`raise`] did.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    pub raised: Vec<Rewrite>,
+    pub near_misses: Vec<NearMiss>,
+}
+
+impl Report {
+    /// Number of rewrites by pattern.
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut map = BTreeMap::new();
+        for r in &self.raised {
+            *map.entry(r.pattern).or_default() += 1;
+        }
+        map
+    }
+}
+
+/// Rewrites the graph in place. `trained` are the constants that training changes: their numbers decide nothing here.
+pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
+    let mut report = Report::default();
+    casts::simplify(graph, &mut report);
+    repeats::merge(graph, trained, &mut report);
+    let rules: Vec<Rule> = [activation::rules(), norm::rules(), attention::rules()].into_iter().flatten().collect();
+    for rule in &rules {
+        rule::exhaust(graph, trained, rule, &mut report);
+    }
+    layout::cancel(graph, &mut report);
+    // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
+    for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
+        node.op = norm::final_name(node).to_owned();
+        if let Some(pattern) = RAISED.iter().find(|p| **p == node.op) {
+            report.raised.push(Rewrite { pattern, node: node.name.clone() });
+        }
+    }
+    // A node may have become something else than what it nearly was.
+    let missed = |m: &NearMiss| graph.nodes.iter().any(|n| n.name == m.node && !m.pattern.contains(n.op.as_str()));
+    report.near_misses.retain(missed);
+    report.near_misses.sort_by(|a, b| (&a.node, a.pattern).cmp(&(&b.node, b.pattern)));
+    report.near_misses.dedup_by(|a, b| a.node == b.node && a.pattern == b.pattern);
+    report
+}
+
+/// Operators of the `disback` domain that stand for a chain of the file.
+const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "Attention"];

@@ -1,0 +1,208 @@
+//! Attention as raised from its products. See `graph::raise::attention` for the attributes.
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::graph::Node;
+use crate::tensor::DType;
+use crate::torch::convert;
+use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::ops::util;
+use crate::torch::plan::is_float;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mask {
+    /// Added to the scores.
+    Add,
+    /// Scores where it is true keep their value.
+    Seen,
+    /// Scores where it is true are replaced.
+    Hidden,
+}
+
+struct Attention {
+    q_perm: Option<Vec<i64>>,
+    k_perm: Option<Vec<i64>>,
+    v_perm: Option<Vec<i64>>,
+    out_perm: Option<Vec<i64>>,
+    /// Of each factor: 0 where it meets q, 1 k, 2 the scores; and whether it divides.
+    factors: Vec<(i64, bool)>,
+    mask: Option<Mask>,
+    fill: f64,
+    axis: i64,
+    cast: Option<Kind>,
+    guarded: bool,
+}
+
+pub(super) fn build(node: &Node) -> Result<Kernel> {
+    let a = &node.attributes;
+    let places = a.ints("places")?.unwrap_or_default();
+    let divides = a.ints("divides")?.unwrap_or_default();
+    let spec = Attention {
+        q_perm: a.ints("q_perm")?,
+        k_perm: a.ints("k_perm")?,
+        v_perm: a.ints("v_perm")?,
+        out_perm: a.ints("out_perm")?,
+        factors: places.into_iter().zip(divides).map(|(p, d)| (p, d != 0)).collect(),
+        mask: match a.string("mask")?.as_deref() {
+            None => None,
+            Some("add") => Some(Mask::Add),
+            Some("seen") => Some(Mask::Seen),
+            Some("hidden") => Some(Mask::Hidden),
+            Some(other) => return Err(Error::invalid(format!("attribute `mask` is `{other}`"))),
+        },
+        fill: a.tensor("fill")?.and_then(|t| t.to_f64().first().copied()).unwrap_or(f64::NEG_INFINITY),
+        axis: a.int_or("axis", -1)?,
+        cast: a.int("cast")?.map(|c| DType::from_onnx(c as i32).map(convert::kind)).transpose()?,
+        guarded: a.flag("guarded", false)?,
+    };
+    let slots: Vec<usize> = (0..spec.factors.len()).map(|i| 4 + i).collect();
+    Ok(Kernel::new(move |a| spec.run(a)).host(&slots))
+}
+
+fn permuted(t: &Tensor, perm: Option<&Vec<i64>>) -> Result<Tensor> {
+    match perm {
+        Some(p) if p.len() != t.dim() => {
+            Err(Error::invalid(format!("operand of shape {:?}, expected rank {}", t.size(), p.len())))
+        }
+        Some(p) => Ok(t.f_permute(&p[..])?),
+        None => Ok(t.shallow_clone()),
+    }
+}
+
+impl Attention {
+    fn run(&self, a: &Args) -> Result<Vec<Value>> {
+        let y = match self.fused(a)? {
+            Some(y) => y,
+            None => self.chain(a)?,
+        };
+        one(permuted(&y, self.out_perm.as_ref())?)
+    }
+
+    /// The product of all factors, where each is one number.
+    fn scale(&self, a: &Args) -> Result<Option<f64>> {
+        let mut scale = 1.0;
+        for (i, (_, divides)) in self.factors.iter().enumerate() {
+            match a.floats(4 + i)?.as_slice() {
+                [f] => scale *= if *divides { 1.0 / f } else { *f },
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some(scale).filter(|s| s.is_finite()))
+    }
+
+    /// As scaled_dot_product_attention; `None` where that would mean something else.
+    fn fused(&self, a: &Args) -> Result<Option<Tensor>> {
+        let Some(scale) = self.scale(a)? else { return Ok(None) };
+        let (k_raw, rank) = (a.t(1)?, a.t(0)?.dim());
+        // Types differ only under autocast, which casts for this kernel.
+        let alike = [k_raw, a.t(2)?].iter().all(|t| is_float(t.kind()) && t.dim() == rank);
+        if !alike || rank < 2 || self.cast.is_some_and(|c| c != k_raw.kind()) {
+            return Ok(None);
+        }
+        if util::axis(self.axis, rank)? != rank as i64 - 1 {
+            return Ok(None);
+        }
+        let q = permuted(a.t(0)?, self.q_perm.as_ref())?;
+        let k = match &self.k_perm {
+            Some(_) => permuted(k_raw, self.k_perm.as_ref())?,
+            None => k_raw.f_transpose(-2, -1)?,
+        };
+        let v = permuted(a.t(2)?, self.v_perm.as_ref())?;
+        let (qs, ks, vs) = (q.size(), k.size(), v.size());
+        let batch = &qs[..rank - 2];
+        if ks[..rank - 2] != *batch || vs[..rank - 2] != *batch {
+            return Ok(None);
+        }
+        let (rows, keys) = (qs[rank - 2], ks[rank - 2]);
+        let mask = match self.mask(a)? {
+            // libtorch does not let a mask enlarge the scores.
+            Some(m) if !broadcasts(&m.size(), &[batch, &[rows, keys]].concat()) || !is_float(m.kind()) => {
+                return Ok(None);
+            }
+            other => other,
+        };
+        // The fused kernels want [batch, heads, rows, channels] and channels side by side.
+        let masked = mask.is_some();
+        let four = |t: &Tensor| -> Result<Tensor> {
+            let t = match rank {
+                2 => t.f_unsqueeze(0)?.f_unsqueeze(0)?,
+                3 => t.f_unsqueeze(1)?,
+                4 => t.shallow_clone(),
+                _ if !masked => t.f_flatten(0, rank as i64 - 4)?,
+                _ => t.shallow_clone(),
+            };
+            Ok(if t.stride().last() == Some(&1) { t } else { t.f_contiguous()? })
+        };
+        // The mask likewise: [batch, heads, rows, keys] or a part of it.
+        let mask = match mask {
+            Some(m) => {
+                let own = m.size();
+                let mut full = vec![1; rank.saturating_sub(own.len())];
+                full.extend(own);
+                match rank {
+                    2 => full.splice(0..0, [1, 1]).for_each(drop),
+                    3 => full.insert(1, 1),
+                    _ => {}
+                }
+                Some(m.f_reshape(&full[..])?)
+            }
+            None => None,
+        };
+        let mut shape = qs.clone();
+        shape[rank - 1] = vs[rank - 1];
+        let (q, k, v) = (four(&q)?, four(&k)?, four(&v)?);
+        let y = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, scale, false)?;
+        Ok(Some(if y.size() == shape { y } else { y.f_reshape(&shape[..])? }))
+    }
+
+    /// What is added to the scores: 0 where they are seen, the fill where not.
+    fn mask(&self, a: &Args) -> Result<Option<Tensor>> {
+        let Some(kind) = self.mask else { return Ok(None) };
+        let m = a.t(3)?;
+        if kind == Mask::Add {
+            return Ok(Some(m.shallow_clone()));
+        }
+        let hidden = if kind == Mask::Seen { m.f_logical_not()? } else { m.shallow_clone() };
+        Ok(Some(Tensor::f_zeros(&m.size()[..], (a.kind(0)?, m.device()))?.f_masked_fill(&hidden, self.fill)?))
+    }
+
+    /// The chain as it was written.
+    fn chain(&self, a: &Args) -> Result<Tensor> {
+        let apply = |t: &Tensor, place: i64| -> Result<Tensor> {
+            let mut t = t.shallow_clone();
+            for (i, (_, divides)) in self.factors.iter().enumerate().filter(|(_, (p, _))| *p == place) {
+                let f = a.t(4 + i)?;
+                t = if *divides { t.f_div(f)? } else { t.f_mul(f)? };
+            }
+            Ok(t)
+        };
+        let q = permuted(&apply(a.t(0)?, 0)?, self.q_perm.as_ref())?;
+        let k = permuted(&apply(a.t(1)?, 1)?, self.k_perm.as_ref())?;
+        let k = if self.k_perm.is_some() { k.f_transpose(-2, -1)? } else { k };
+        let mut scores = apply(&q.f_matmul(&k)?, 2)?;
+        scores = match self.mask {
+            None => scores,
+            Some(Mask::Add) => scores.f_add(a.t(3)?)?,
+            Some(kind) => {
+                let fill = Tensor::f_full([0i64; 0], self.fill, (scores.kind(), scores.device()))?;
+                let (yes, no) = if kind == Mask::Seen { (&scores, &fill) } else { (&fill, &scores) };
+                yes.f_where_self(a.t(3)?, no)?
+            }
+        };
+        let up = self.cast.map(|_| if scores.kind() == Kind::Double { Kind::Double } else { Kind::Float });
+        let mut weights = scores.f_softmax(util::axis(self.axis, scores.dim())?, up)?;
+        if let Some(c) = self.cast {
+            weights = weights.f_to_kind(c)?;
+        }
+        if self.guarded {
+            weights = weights.f_masked_fill(&weights.f_isnan()?, 0.0)?;
+        }
+        Ok(weights.f_matmul(&permuted(a.t(2)?, self.v_perm.as_ref())?)?)
+    }
+}
+
+/// Whether a tensor of this size broadcasts to `to` without enlarging it.
+fn broadcasts(size: &[i64], to: &[i64]) -> bool {
+    size.len() <= to.len() && size.iter().rev().zip(to.iter().rev()).all(|(&a, &b)| a == 1 || a == b)
+}

@@ -1,0 +1,10 @@
+//! Every rewrite of `graph::raise` alone: values and gradients of inputs and weights against the unraised plan, in f32 and
+//! f64, and the reasons of what is left as it was.
+
+mod activations;
+mod attention;
+mod frameworks;
+mod graphs;
+mod layout;
+mod norms;
+mod repeats;
