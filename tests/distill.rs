@@ -275,3 +275,58 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
     let (code, _) = fails(dir, &["distill", "c.toml", "-o", "out2"]);
     assert!(code == 1 && !dir.join("out2").exists());
 }
+
+#[test]
+fn a_run_is_measured_as_it_goes_and_ends_when_nothing_improves() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let digits = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits");
+    let (reference, features) =
+        (format!("evaluate.reference={digits}/digits.npz"), format!("evaluate.features={digits}/classifier.onnx"));
+    // A generator that stands still: the first look is the best, two more bring nothing.
+    let sets = [
+        "backtrack.updates=9",
+        "backtrack.lr_generator=1e-12",
+        "ema.half_life=0",
+        "evaluate.every=4",
+        "evaluate.images=8",
+        "evaluate.patience=2",
+        "log.snapshot_every=2",
+        &reference,
+        &features,
+    ];
+    let sets: Vec<&str> = sets.iter().flat_map(|s| ["--set", s]).collect();
+    let args = with(&["distill", TEACHER, "-o", "run"], &with(SMALL, &sets));
+    ok(dir, &args);
+    let run = dir.join("run");
+    let text = std::fs::read_to_string(run.join("evaluations.jsonl")).unwrap();
+    let points: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let of = |key: &str| points.iter().map(|p| p[key].clone()).collect::<Vec<_>>();
+    assert_eq!(of("update"), [1, 2, 3], "{text}");
+    assert_eq!(of("best"), [true, false, false]);
+    // Stage 1: 4 steps of 4 images, two passes each. Stage 2: student, fake score, and for the generator target and fake score.
+    assert_eq!(of("passes"), [32 + 16, 32 + 32, 32 + 48]);
+    assert!(points[0]["frechet"].as_f64() > Some(0.0) && points[0]["samples"] == 8);
+    assert_eq!(rows(&run).last().unwrap()["iteration"], 3);
+    assert!(run.join("best.onnx").is_file() && run.join("best.json").is_file());
+    let snapshots = ["update-00000002-average.onnx", "update-00000002-student.onnx"];
+    snapshots.iter().for_each(|s| assert!(run.join("snapshots").join(s).is_file(), "{s}"));
+    let levels = std::fs::read_to_string(run.join("levels.jsonl")).unwrap();
+    let level: serde_json::Value = serde_json::from_str(levels.lines().last().unwrap()).unwrap();
+    assert_eq!((level["iteration"].as_u64(), level["target"].as_array().unwrap().len()), (Some(3), 12));
+    // The same end after a resume, and every student in one table.
+    let before = weights(&run);
+    ok(dir, &with(&args, &["--resume"]));
+    assert_eq!((weights(&run), rows(&run).len()), (before, 7));
+    let (reference, features) = (&reference["evaluate.reference=".len()..], &features["evaluate.features=".len()..]);
+    let out = ok(dir, &["evaluate", reference, "--run", "run", "--features", features, "-n", "32", "--json"]);
+    let out: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(out["rows"].as_array().unwrap().len(), 4);
+    assert!(std::fs::read_to_string(run.join("report.html")).unwrap().contains("Distance while training"));
+    let (code, error) = fails(dir, &with(&["distill", TEACHER, "-o", "none", "--tui"], SMALL));
+    assert!(code == 2 && error.contains("there is no terminal"), "{error}");
+    let wrong = with(&["distill", TEACHER, "-o", "other", "--set", "evaluate.reference=none.npz"], SMALL);
+    let (code, error) = fails(dir, &wrong);
+    assert!(code == 1 && error.contains("none.npz"), "{error}");
+    assert!(!dir.join("none").exists() && !dir.join("other").exists());
+}

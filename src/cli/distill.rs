@@ -257,6 +257,10 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let saved = args.out.join("config.toml");
     let config_file = args.config.clone().or_else(|| Some(saved).filter(|p| goes_on && p.is_file()));
     let first = Config::resolve(config_file.as_deref(), &sets)?;
+    super::watcher::check(&first)?;
+    if args.tui {
+        super::tui::check()?;
+    }
     let device = device::parse(&first.device)?;
     device::set_threads(first.threads);
     shim::set_tf32(first.tf32)?;

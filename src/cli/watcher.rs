@@ -60,6 +60,18 @@ fn settings(config: &Config) -> Vec<(String, Hparam)> {
     out.into_iter().map(|(k, v)| (k, value(v))).collect()
 }
 
+/// Refuses a configuration whose files are not there, before anything is written.
+pub fn check(config: &Config) -> Result<()> {
+    for (key, file) in
+        [("evaluate.reference", &config.evaluate.reference), ("evaluate.features", &config.evaluate.features)]
+    {
+        if !file.is_empty() && !std::path::Path::new(file).exists() {
+            return Err(Error::io(format!("{key}: {file}: no such file or folder")));
+        }
+    }
+    Ok(())
+}
+
 impl<'a> Watcher<'a> {
     /// Opens everything that could be missing or unfit before the first step.
     pub fn new(
@@ -246,22 +258,22 @@ impl Observer for Watcher<'_> {
         }
         let Some(networks) = &step.networks else { return Ok(wish) };
         let last = step.iteration == step.total;
-        if last || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every) {
+        if step.updated {
+            // Once for each multiple of `every` that the images pass.
+            let (every, batch) = (self.config.evaluate.every, self.config.images() * self.config.backtrack.ratio);
+            if self.judge.is_some() && (last || step.images / every > step.images.saturating_sub(batch) / every) {
+                self.measure(step, networks)?;
+                wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
+            }
+            let every = self.config.log.snapshot_every;
+            // Averages of other half-lives are for `disback evaluate --run` to choose from.
+            let others = (last || wish.end) && !networks.others.is_empty();
+            if every > 0 && step.updates.is_multiple_of(every) || others {
+                self.snapshot(step, networks)?;
+            }
+        }
+        if last || wish.end || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every) {
             self.levels(step, networks)?;
-        }
-        if !step.updated {
-            return Ok(wish);
-        }
-        let every = self.config.log.snapshot_every;
-        // Averages of other half-lives are for `disback evaluate --run` to choose from.
-        if every > 0 && step.updates.is_multiple_of(every) || last && !networks.others.is_empty() {
-            self.snapshot(step, networks)?;
-        }
-        // Once for each multiple of `every` that the images pass.
-        let (every, batch) = (self.config.evaluate.every, self.config.images() * self.config.backtrack.ratio);
-        if self.judge.is_some() && (last || step.images / every > step.images.saturating_sub(batch) / every) {
-            self.measure(step, networks)?;
-            wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
         }
         Ok(wish)
     }

@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::FeatureNet;
 use super::collect::{Collected, Wanted};
-use super::evaluation::{Plan, measure, reference};
+use super::evaluation::{Plan, Row, measure, reference};
 use super::features::FeatureOptions;
 use super::source::{Draw, Source};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::io::ImageSet;
 use crate::runtime::EngineOptions;
 use crate::tensor::HostTensor;
@@ -49,6 +49,9 @@ pub struct Point {
     pub samples: usize,
     /// Least so far.
     pub best: bool,
+    /// Why nothing could be measured: a student that has collapsed or gives NaN does not end the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 impl Point {
@@ -154,8 +157,13 @@ impl InLoop {
         let mut source = Source::Images(set);
         let wanted = Wanted { rows: self.net.is_some(), classes: false, patches: self.reference.patches.is_some() };
         let plan = Plan { images: count, blocks: 1, wanted };
-        let (row, _) =
-            measure("the student", &mut source, &self.draw, self.net.as_mut(), &self.reference, &plan, |_| {})?;
+        let measured =
+            measure("the student", &mut source, &self.draw, self.net.as_mut(), &self.reference, &plan, |_| {});
+        let (row, problem) = match measured {
+            Ok((row, _)) => (row, None),
+            Err(e) if e.kind() == Kind::Mismatch => (Row::default(), Some(e.to_string())),
+            Err(e) => return Err(e),
+        };
         let mut point = Point {
             at,
             frechet: row.frechet,
@@ -166,6 +174,7 @@ impl InLoop {
             sliced: row.sliced,
             samples: count,
             best: false,
+            problem,
         };
         let least = self.points.iter().map(Point::figure).fold(f64::INFINITY, f64::min);
         point.best = point.figure() < least;
@@ -239,6 +248,14 @@ mod tests {
         let mut judge = open(30);
         assert_eq!((judge.points().len(), judge.exhausted()), (3, false));
         assert!(!look(&mut judge, 40, 0.45) && judge.exhausted());
+        // A student that gives NaN, or always the same image, is no reason to end.
+        let broken = HostTensor::new(&[4, 1, 2, 2], &[f32::NAN; 16]).unwrap();
+        let point = judge.look(broken, [-1.0, 1.0], at(50)).unwrap();
+        assert!(!point.best && point.frechet.is_none() && point.problem.unwrap().contains("image 0 holds NaN"));
+        let equal = HostTensor::new(&[4, 1, 2, 2], &[0f32; 16]).unwrap();
+        let point = judge.look(equal, [-1.0, 1.0], at(60)).unwrap();
+        assert!(point.problem.unwrap().contains("same features"));
+        judge.forget_after(40).unwrap();
         let lines = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
         assert!(lines.lines().count() == 4 && lines.starts_with("{\"update\":10,\"images\":80,"), "{lines}");
     }

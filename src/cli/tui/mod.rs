@@ -14,6 +14,11 @@ use terminal::Terminal;
 
 pub use state::State;
 
+/// Refuses `--tui` where there is no terminal, before anything is written.
+pub fn check() -> Result<()> {
+    terminal::check().context("--tui")
+}
+
 /// What a key asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {

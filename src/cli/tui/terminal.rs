@@ -16,13 +16,19 @@ pub struct Terminal {
     before: libc::termios,
 }
 
+/// Refuses to take what is not there.
+pub fn check() -> Result<()> {
+    match std::io::stderr().is_terminal() && std::io::stdin().is_terminal() {
+        true => Ok(()),
+        false => Err(Error::usage("there is no terminal")
+            .hint("leave --tui out: progress is then written line by line, and metrics.jsonl has every number")),
+    }
+}
+
 impl Terminal {
     /// Takes the terminal of standard input and standard error.
     pub fn take() -> Result<Self> {
-        if !std::io::stderr().is_terminal() || !std::io::stdin().is_terminal() {
-            return Err(Error::usage("there is no terminal")
-                .hint("leave --tui out: progress is then written line by line, and metrics.jsonl has every number"));
-        }
+        check()?;
         // SAFETY: termios is plain data that tcgetattr fills; the descriptors are open.
         let before = unsafe {
             let mut settings: libc::termios = std::mem::zeroed();
