@@ -27,7 +27,7 @@ test-web: setup
 
 # The build for production hosts, without libtorch.
 check-small:
-	cargo check --release --no-default-features --features ort,tract --all-targets
+	cargo check --release --no-default-features --features ort,tract
 
 # Step times and peak memory beside native PyTorch, alternating in one run.
 bench: setup
