@@ -1,0 +1,69 @@
+//! `disback compare` on the digits teacher: curves, files, a verdict, and that finished runs are not repeated.
+#![cfg(all(feature = "train", any(feature = "ort", feature = "tract")))]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits");
+
+fn compare(dir: &Path, more: &[&str]) -> Output {
+    let file = |name: &str| format!("{DIGITS}/{name}");
+    let mut args: Vec<String> = vec!["compare".into(), file("teacher.onnx"), "--json".into()];
+    args.extend(["--reference".into(), file("digits.npz"), "--features".into(), file("classifier.onnx")]);
+    for set in ["device=cpu", "threads=1", "batch=4", "degrade.steps=3", "backtrack.updates=4", "log.samples=0"] {
+        args.extend(["--set".into(), set.into()]);
+    }
+    let small = "-o out --seeds 0,1 --every 2 --samples 24 --set degrade.nodes=2 --set backtrack.switch_every=1";
+    args.extend(small.split(' ').map(String::from));
+    args.extend(more.iter().map(|s| (*s).to_owned()));
+    Command::new(env!("CARGO_BIN_EXE_disback")).args(args).current_dir(dir).output().unwrap()
+}
+
+#[test]
+fn both_arms_are_run_judged_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = compare(dir.path(), &[]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let result: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    for (arm, nodes) in [("base", 0), ("trajectory", 2)] {
+        let curves = result[arm].as_array().unwrap();
+        assert_eq!(curves.len(), 2);
+        for curve in curves {
+            assert_eq!(curve["nodes"], nodes);
+            let points = curve["points"].as_array().unwrap();
+            // Looks after updates 2 and 4. Images: stage 1 has 3 steps of 2 passes; an update student, fake score in training,
+            // target and fake score.
+            let forwards: Vec<u64> = points.iter().map(|p| p["forwards"].as_u64().unwrap()).collect();
+            let before = if nodes > 0 { 3 * 2 * 4 } else { 0 };
+            assert_eq!(forwards, [before + 2 * 4 * 4, before + 4 * 4 * 4]);
+            assert!(points.iter().all(|p| p["distance"].as_f64().unwrap() > 0.0));
+        }
+    }
+    assert!(result["comparison"]["final_ratio"]["low"].is_number(), "two seeds have an interval");
+    let path = |name: &str| dir.path().join("out").join(name);
+    let text = std::fs::read_to_string(path("compare.md")).unwrap();
+    assert!(
+        text.contains("share of forward passes") && text.contains(result["comparison"]["verdict"].as_str().unwrap())
+    );
+    assert!(std::fs::read_to_string(path("compare.svg")).unwrap().contains("<polygon"));
+
+    // Again: read back, not run again; with other settings refused.
+    let curve = path("base-seed-0/curve.json");
+    let before = std::fs::metadata(&curve).unwrap().modified().unwrap();
+    let again = compare(dir.path(), &[]);
+    let second: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!(second["base"], result["base"]);
+    assert_eq!(std::fs::metadata(&curve).unwrap().modified().unwrap(), before);
+    let other = compare(dir.path(), &["--set", "backtrack.lr_fake=1e-3"]);
+    let text = String::from_utf8_lossy(&other.stderr);
+    assert!(other.status.code() == Some(2) && text.contains("another configuration"), "{text}");
+}
+
+#[test]
+fn without_nodes_there_is_nothing_to_compare() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = compare(dir.path(), &["--set", "degrade.nodes=0"]);
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(2) && text.contains("no trajectory"), "{text}");
+    assert!(!dir.path().join("out").exists());
+}
