@@ -85,7 +85,10 @@ impl Draws {
     /// Standard normal noise before step `step` of a student.
     pub fn step_noise(&self, step: usize, shape: &[i64], device: Device) -> Result<Tensor> {
         let mut stream = self.stream(Use::StepNoise);
-        let seed = (0..step).map(|_| stream.next_u64()).last().unwrap_or_default();
+        let mut seed = 0;
+        for _ in 0..step {
+            seed = stream.next_u64();
+        }
         shim::randn(seed, shape, device)
     }
 

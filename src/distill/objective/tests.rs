@@ -86,6 +86,7 @@ fn a_sample_equal_to_its_target_gives_no_nan() {
 
 /// SiD and SIM on many pixels, each with its own `z` and `e`, so that the means over pixels are expectations: the
 /// derivative of the loss in the generator's mean `theta`.
+#[allow(clippy::too_many_arguments)]
 fn fisher(kind: ObjectiveKind, alpha: f64, theta: f64, s: f64, m: f64, v: f64, phi: f64, u: f64, sigma: f64) -> f64 {
     let (n, options) = (1_000_000, (Kind::Double, Device::Cpu));
     let normal = |seed| crate::torch::shim::randn(seed, &[1, 1, 1, n], Device::Cpu).unwrap().to_kind(Kind::Double);
