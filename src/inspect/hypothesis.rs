@@ -69,6 +69,8 @@ pub struct Settled {
     pub time_unit: Option<TimeUnit>,
     pub schedule: Option<ScheduleSpec>,
     pub sigma_data: Option<f64>,
+    /// The time input's name says sigma.
+    pub named_sigma: bool,
     /// The time input holds integers: steps of a table.
     pub integer_time: bool,
     /// Entries of a VP table, where the graph shows them.

@@ -99,7 +99,10 @@ pub fn probe(
             continue;
         }
         tried += 1;
-        if let Some(s) = score(net, &h, effort, &feeds) {
+        // What is beaten by far need not be known more closely.
+        let best = scored.iter().map(|(_, s): &(Hypothesis, Score)| s.total).fold(FITS, f64::min);
+        let bound = (2.0 * (BEATEN * best + CLEAR)).max(FITS);
+        if let Some(s) = score(net, &h, effort, &feeds, bound) {
             scored.push((h, s));
         }
     }
@@ -154,6 +157,7 @@ fn settled(base: &TeacherCard, steps: Option<usize>, findings: &Findings, verify
         time_unit: given(&["time_unit"]).then(|| read("time_unit")?.try_into().ok()).flatten(),
         schedule: given(&["schedule", "kind"]).then(|| read("schedule")?.try_into::<ScheduleSpec>().ok()).flatten(),
         sigma_data: findings.given(&["sigma_data"]).then_some(base.sigma_data),
+        named_sigma: base.time.to_lowercase().contains("sigma"),
         integer_time: base.time_unit == TimeUnit::Step,
         steps,
     }
@@ -210,10 +214,11 @@ fn conclude(
         keys[..3].iter().for_each(|(path, _)| findings.undecided(path, why.clone()));
         return;
     };
-    let mut decided = |path: &[&str], value: String, evidence: String, findings: &mut Findings| {
+    let decided = |path: &[&str], value: String, evidence: String, findings: &mut Findings, report: &mut Report| {
         report.measured.insert(path.join("."), value.clone().into());
         findings.value(path, value, How::Measured, evidence);
     };
+    let limit = BEATEN * lead.total + CLEAR;
     for (path, key) in keys {
         let Some(value) = key(best) else { continue };
         if best.family == Family::Given && path[0] == "schedule" {
@@ -240,17 +245,26 @@ fn conclude(
             );
             continue;
         }
+        // A name speaks where the numbers leave a choice and it is for the best of them.
+        let near = || scored.iter().filter(|(h, s)| key(h).is_some_and(|k| k != value) && s.total < limit);
+        let told = settled.named_sigma && best.time_unit == TimeUnit::Sigma;
+        if told && near().next().is_some() && near().all(|(h, _)| h.time_unit != TimeUnit::Sigma) {
+            let why = format!("the time input's name, and the best score: {:.3}", lead.total);
+            report.measured.insert(path.join("."), value.clone().into());
+            findings.value(path, value, How::Read, why);
+            continue;
+        }
         match rival {
-            Some((h, s)) if s.total < BEATEN * lead.total + CLEAR => {
+            Some((h, s)) if s.total < limit => {
                 findings.undecided(path, format!("too near: {}; {}", shown(best, lead.total), shown(h, s.total)))
             }
             Some((h, s)) => {
                 let evidence = format!("score {:.3}; the next is {}", lead.total, shown(h, s.total));
-                decided(path, value, evidence, findings);
+                decided(path, value, evidence, findings, report);
             }
             None => {
                 let evidence = format!("score {:.3}; every other reading blows up or falls to a point", lead.total);
-                decided(path, value, evidence, findings);
+                decided(path, value, evidence, findings, report);
             }
         }
     }

@@ -38,8 +38,6 @@ const START: f64 = 30.0;
 const END: f64 = 0.05;
 /// Samples of a larger standard deviation are none of normalised data.
 const WILD: f64 = 5.0;
-/// A score that nothing can make good: no more levels are tried.
-pub const HOPELESS: f64 = 1.5;
 /// Factors by which the time and the input's scale are shifted.
 const OTHER_TIME: f64 = 1.6;
 const OTHER_SCALE: f64 = 1.15;
@@ -48,7 +46,7 @@ const OTHER_SCALE: f64 = 1.15;
 #[derive(Debug, Clone)]
 pub struct Score {
     /// Nats of squared error that the reading leaves on the table; lower is better. At least so many where it is above
-    /// [`HOPELESS`].
+    /// the bound that [`score`] was given.
     pub total: f64,
     /// Its samples, `[rows, C, H, W]`.
     pub samples: Vec<f32>,
@@ -72,8 +70,8 @@ pub fn denoise(
     Ok(x.iter().zip(&f).map(|(x, f)| k.skip * k.c_in * x + k.out * f64::from(*f)).collect())
 }
 
-/// Scores a reading; `None` where its samples blow up or fall to a point, or the network fails on its inputs.
-pub fn score(net: &mut Subject, h: &Hypothesis, effort: Effort, feeds: &[Feed]) -> Option<Score> {
+/// Scores a reading, no further than until it is worse than `bound`; `None` where its samples blow up or fall to a point, or the network fails on its inputs.
+pub fn score(net: &mut Subject, h: &Hypothesis, effort: Effort, feeds: &[Feed], bound: f64) -> Option<Score> {
     let len = net.len();
     let noise =
         |k: u64| -> Vec<f64> { batch_noise(1000 + k, 0, effort.rows, len).into_iter().map(f64::from).collect() };
@@ -110,7 +108,7 @@ pub fn score(net: &mut Subject, h: &Hypothesis, effort: Effort, feeds: &[Feed]) 
             + gain(early.min(late))
             + gain(small.min(large));
         lowest = lowest.min(ratio);
-        if total > HOPELESS * effort.levels.len() as f64 {
+        if total > bound * effort.levels.len() as f64 {
             response = 1.0;
             break;
         }
