@@ -13,8 +13,8 @@ use libfuzzer_sys::{fuzz_crossover, fuzz_mutator, fuzz_target};
 fuzz_target!(|data: &[u8]| {
     let _ = load(data);
 });
-fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| mutate::mutate(data, size, max_size, seed));
-fuzz_crossover!(|a: &[u8], b: &[u8], out: &mut [u8], seed: u32| mutate::cross(a, b, out, seed));
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| { mutate::mutate(data, size, max_size, seed) });
+fuzz_crossover!(|a: &[u8], b: &[u8], out: &mut [u8], seed: u32| { mutate::cross(a, b, out, seed) });
 
 fn load(data: &[u8]) -> disback::Result<()> {
     let model = Model::from_bytes(Bytes::copy_from_slice(data))?;

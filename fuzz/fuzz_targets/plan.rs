@@ -31,8 +31,8 @@ fuzz_target!(
         let _ = train(data);
     }
 );
-fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| mutate::mutate(data, size, max_size, seed));
-fuzz_crossover!(|a: &[u8], b: &[u8], out: &mut [u8], seed: u32| mutate::cross(a, b, out, seed));
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| { mutate::mutate(data, size, max_size, seed) });
+fuzz_crossover!(|a: &[u8], b: &[u8], out: &mut [u8], seed: u32| { mutate::cross(a, b, out, seed) });
 
 /// Whether the file itself is small: nested functions may still make it large.
 fn small(proto: &ModelProto) -> bool {

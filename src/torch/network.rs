@@ -132,13 +132,12 @@ impl Network {
                 .constants
                 .get(&p.value)
                 .ok_or_else(|| Error::invalid(format!("parameter `{}` is not read", p.name)))?;
-            let t = convert::to_torch(&constant.tensor)?.f_to_kind(tch::Kind::Float)?;
-            // The sum is finite exactly when no element is NaN or infinite (f64: f32 weights cannot overflow it).
-            if !t.f_sum(tch::Kind::Double)?.f_double_value(&[])?.is_finite() {
+            if !constant.tensor.is_finite() {
                 return Err(Error::invalid(format!("tensor `{}` holds NaN or infinity", p.name))
                     .hint("the checkpoint is damaged, or overflowed when it was converted to half precision"));
             }
-            tensors.push(t.f_to_device(device)?);
+            let t = convert::to_torch(&constant.tensor)?;
+            tensors.push(t.f_to_kind(tch::Kind::Float)?.f_to_device(device)?);
         }
         // The weights live in the parameter sets from here on.
         for v in &values {
