@@ -1,4 +1,4 @@
-"""large_export.py OUT: a network of about 300 M random parameters (24 transformer blocks of 1024 channels between two
+"""large_export.py OUT: a network of about 300 M random parameters (36 transformer blocks of 1024 channels between two
 convolutions) as PyTorch's dynamo exporter writes it, with external data: OUT/model.onnx, OUT/model.onnx.data."""
 
 import sys
@@ -12,7 +12,7 @@ from native_unet import Transformer  # noqa: E402
 
 
 class Large(nn.Module):
-    def __init__(self, channels=1024, layers=24):
+    def __init__(self, channels=1024, layers=36):
         super().__init__()
         self.conv_in = nn.Conv2d(4, channels, 3, padding=1)
         self.time = nn.Linear(1, channels)
