@@ -241,9 +241,9 @@ impl HostTensor {
         // All bits of the exponent set: NaN or infinity. Without a branch for each element, so that it runs in vectors.
         fn any<const N: usize>(bytes: &[u8], mask: u16) -> bool {
             let elements = bytes.as_chunks::<N>().0;
-            elements
-                .chunks(4096)
-                .any(|c| c.iter().fold(false, |found, e| found | (u16::from_le_bytes([e[N - 2], e[N - 1]]) & mask == mask)))
+            elements.chunks(4096).any(|c| {
+                c.iter().fold(false, |found, e| found | (u16::from_le_bytes([e[N - 2], e[N - 1]]) & mask == mask))
+            })
         }
         !match self.dtype {
             DType::F32 => any::<4>(&self.data, 0x7f80),

@@ -33,6 +33,18 @@ pub struct Window {
     pub pads: Option<Vec<i64>>,
 }
 
+/// Sizes whose products and sums stay within 64 bits: a damaged file may say 2^60.
+fn bounded(name: &str, v: Option<Vec<i64>>) -> Result<Option<Vec<i64>>> {
+    const MOST: u64 = 1 << 24;
+    match v {
+        Some(v) if v.iter().any(|n| n.unsigned_abs() > MOST) => {
+            Err(Error::invalid(format!("attribute `{name}` is {v:?}, expected at most {MOST}"))
+                .hint("no layer is that large: the file is damaged, export again"))
+        }
+        v => Ok(v),
+    }
+}
+
 impl Window {
     pub fn parse(node: &Node) -> Result<Self> {
         let a = &node.attributes;
@@ -47,14 +59,14 @@ impl Window {
             Some(v) if v.iter().any(|&n| n < 1) => {
                 Err(Error::invalid(format!("attribute `{name}` is {v:?}, expected positive numbers")))
             }
-            v => Ok(v),
+            v => bounded(name, v),
         };
         Ok(Self {
             auto_pad,
             kernel: positive("kernel_shape", a.ints("kernel_shape")?)?,
             strides: positive("strides", a.ints("strides")?)?,
             dilations: positive("dilations", a.ints("dilations")?)?,
-            pads: a.ints("pads")?,
+            pads: bounded("pads", a.ints("pads")?)?,
         })
     }
 
@@ -138,8 +150,8 @@ pub fn conv(node: &Node) -> Result<Kernel> {
 fn conv_transpose(node: &Node) -> Result<Kernel> {
     let window = Window::parse(node)?;
     let groups = node.attributes.int_or("group", 1)?;
-    let output_padding = node.attributes.ints("output_padding")?;
-    let output_shape = node.attributes.ints("output_shape")?;
+    let output_padding = bounded("output_padding", node.attributes.ints("output_padding")?)?;
+    let output_shape = bounded("output_shape", node.attributes.ints("output_shape")?)?;
     Ok(Kernel::new(move |a| {
         let (x, w, rank) = operands(a)?;
         let kernel = w.size()[2..].to_vec();

@@ -17,7 +17,7 @@ pub fn register(r: &mut Registry) {
 
 fn block_size(node: &Node) -> Result<i64> {
     match node.attributes.int("blocksize")? {
-        Some(b) if b >= 1 => Ok(b),
+        Some(b @ 1..=65536) => Ok(b),
         b => Err(Error::invalid(format!("attribute `blocksize` is {b:?}"))),
     }
 }
@@ -86,6 +86,9 @@ fn col_to_im(node: &Node) -> Result<Kernel> {
         }
         let [n, columns, positions]: [i64; 3] =
             x.size().try_into().map_err(|s| Error::invalid(format!("input of shape {s:?}, expected rank 3")))?;
+        if image.iter().chain(&block).any(|&d| d < 1) || dilations.iter().chain(&pads).any(|&d| d < 0) {
+            return Err(Error::invalid(format!("blocks {block:?} of an image {image:?} with pads {pads:?}")));
+        }
         let elements: i64 = block.iter().fold(1, |n, &d| d.saturating_mul(n));
         let steps: Vec<i64> = (0..rank)
             .map(|i| {

@@ -292,6 +292,13 @@ fn pad(node: &Node) -> Result<Kernel> {
         if pads.len() != 2 * axes.len() {
             return Err(Error::invalid(format!("{} pads for {} axes", pads.len(), axes.len())));
         }
+        // Far from where sums overflow; what is left over is too large, or crops more than there is.
+        if pads.iter().any(|p| p.unsigned_abs() > 1 << 40) {
+            return Err(Error::invalid(format!(
+                "pads {pads:?}: the result is larger than memory, or less than nothing"
+            ))
+            .hint("the amounts are damaged, or computed from inputs of other sizes than the network is made for"));
+        }
         let mut padded = x.size();
         for (i, &axis) in axes.iter().enumerate() {
             let d = &mut padded[axis as usize];

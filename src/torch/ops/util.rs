@@ -45,7 +45,8 @@ pub fn alike(x: &Tensor, y: &Tensor) -> Result<()> {
 /// Refuses results that no memory holds: a hostile or damaged file may ask for 2^60 elements.
 pub fn affordable(shape: &[i64]) -> Result<()> {
     const MOST: i64 = 1 << 33;
-    match shape.iter().try_fold(1i64, |n, &d| n.checked_mul(d)) {
+    // An empty tensor counts by its other dimensions: their products must not overflow either.
+    match shape.iter().try_fold(1i64, |n, &d| n.checked_mul(d.max(1))) {
         Some(n) if n <= MOST => Ok(()),
         _ => Err(Error::invalid(format!("a result of shape {shape:?} is larger than memory"))
             .hint("the shape is damaged, or computed from inputs of other sizes than the network is made for")),
