@@ -290,6 +290,22 @@ impl HostTensor {
         }
     }
 
+    /// A matrix with rows and columns exchanged.
+    pub fn transposed(&self) -> Result<Self> {
+        let &[rows, columns] = self.shape() else {
+            return Err(Error::mismatch(format!("cannot transpose {:?}, expected a matrix", self.shape())));
+        };
+        let size = self.dtype().size();
+        let mut bytes = Vec::with_capacity(self.bytes().len());
+        for j in 0..columns {
+            for i in 0..rows {
+                let at = (i * columns + j) * size;
+                bytes.extend_from_slice(&self.bytes()[at..at + size]);
+            }
+        }
+        Self::from_bytes(self.dtype(), vec![columns, rows], bytes.into())
+    }
+
     /// The same elements under another shape of the same size.
     pub fn reshaped(&self, shape: &[usize]) -> Result<Self> {
         Self::from_bytes(self.dtype, shape.to_vec(), self.data.clone())

@@ -205,11 +205,8 @@ impl Lowering<'_> {
             "" => format!("{}_{index}", proto.op_type()),
             name => name.to_owned(),
         };
-        let module = proto
-            .metadata_props
-            .iter()
-            .find(|p| p.key() == "pkg.torch.onnx.name_scopes" || p.key() == "namespace")
-            .map(|p| p.value().to_owned());
+        let metadata = |key: &str| proto.metadata_props.iter().find(|p| p.key() == key).map(|p| p.value().to_owned());
+        let module = metadata("pkg.torch.onnx.name_scopes").or_else(|| metadata("namespace"));
         self.graph.nodes.push(Node {
             op: proto.op_type().to_owned(),
             domain,

@@ -9,6 +9,7 @@ pub mod raise;
 pub mod roles;
 pub mod save;
 pub mod tensors;
+pub mod widen;
 
 pub use attributes::{Attribute, Attributes};
 pub use ir::{Graph, Node, Port, ValueId};

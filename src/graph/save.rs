@@ -10,7 +10,7 @@ use crate::files;
 use crate::graph::ir::Origin;
 use crate::graph::roles::Parameter;
 use crate::onnx::tensor_proto::DataLocation;
-use crate::onnx::{ModelProto, StringStringEntryProto, TensorProto};
+use crate::onnx::{GraphProto, ModelProto, StringStringEntryProto, TensorProto};
 use crate::tensor::HostTensor;
 
 /// Models with more bytes of weights than this get them in a file of their own: protobuf ends at 2 GiB.
@@ -44,20 +44,25 @@ pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: 
             }
             continue;
         }
-        let target = match p.origin {
-            Origin::Initializer(i) => graph.initializer.get_mut(i),
-            Origin::ConstantNode(i) => {
-                graph.node.get_mut(i).and_then(|n| n.attribute.iter_mut().find_map(|a| a.t.as_mut()))
-            }
-            Origin::Made => None,
-        };
-        let target = target.ok_or_else(|| {
-            Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name))
-        })?;
-        set_raw(target, bytes);
+        let lost = || Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name));
+        for twin in &p.twins {
+            let bytes = value.transposed()?.cast(p.dtype).bytes().clone();
+            set_raw(tensor_at(graph, &twin.origin).ok_or_else(lost)?, bytes);
+        }
+        set_raw(tensor_at(graph, &p.origin).ok_or_else(lost)?, bytes);
     }
     internalise(&mut model);
     Ok(model)
+}
+
+fn tensor_at<'a>(graph: &'a mut GraphProto, origin: &Origin) -> Option<&'a mut TensorProto> {
+    match *origin {
+        Origin::Initializer(i) => graph.initializer.get_mut(i),
+        Origin::ConstantNode(i) => {
+            graph.node.get_mut(i).and_then(|n| n.attribute.iter_mut().find_map(|a| a.t.as_mut()))
+        }
+        Origin::Made => None,
+    }
 }
 
 fn set_raw(t: &mut TensorProto, bytes: Bytes) {
@@ -140,7 +145,7 @@ pub fn write_with_limit(model: &ModelProto, path: &Path, limit: usize) -> Result
 mod tests {
     use super::*;
     use crate::graph::{Model, tensors};
-    use crate::onnx::{GraphProto, OperatorSetIdProto};
+    use crate::onnx::OperatorSetIdProto;
 
     #[test]
     fn large_weights_leave_for_a_file_of_their_own_and_come_back() {

@@ -143,7 +143,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         parameter_list: Vec::new(),
     };
     if out.unsupported.is_empty() {
-        let options = ImportOptions { raise, trainable: choice.clone() };
+        let options = ImportOptions { raise, trainable: choice.clone(), ..ImportOptions::default() };
         let net = Network::import(model.clone(), &options, Device::Cpu)?;
         let shared = net.shared();
         out.tensors(&shared.parameters, &shared.buffers);
@@ -152,8 +152,8 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         network = Some(net);
     } else {
         let mut graph = graph;
-        let rewired = crate::graph::roles::part_merged(&mut graph, choice.declared.as_deref());
-        let roles = crate::graph::roles::classify(&graph, choice, &rewired)?;
+        let provenance = crate::graph::roles::untangle(&mut graph, choice.declared.as_deref());
+        let roles = crate::graph::roles::classify(&graph, choice, &provenance)?;
         out.tensors(&roles.parameters, &roles.buffers);
         for n in &graph.nodes {
             *out.operators.entry(n.op.clone()).or_insert(0) += 1;

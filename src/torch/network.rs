@@ -4,14 +4,14 @@ use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::graph::raise::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
-use crate::graph::{Graph, Model, Port, TrainableChoice, lower};
+use crate::graph::{Graph, Model, Port, TrainableChoice, lower, widen};
 use crate::onnx::ModelProto;
-use crate::tensor::HostTensor;
+use crate::tensor::{DType, HostTensor};
 use crate::torch::kernel::Value;
 use crate::torch::lora::{Adapter, LoraOptions};
 use crate::torch::params::ParamSet;
@@ -58,12 +58,14 @@ pub trait Forward {
 pub struct ImportOptions {
     /// Whether decomposed operators are raised (`--no-raise` turns it off).
     pub raise: bool,
+    /// Whether the layers of a file in half precision are computed in f32 (see `graph::widen`); otherwise as it is written.
+    pub widen: bool,
     pub trainable: TrainableChoice,
 }
 
 impl Default for ImportOptions {
     fn default() -> Self {
-        Self { raise: true, trainable: TrainableChoice::default() }
+        Self { raise: true, widen: true, trainable: TrainableChoice::default() }
     }
 }
 
@@ -78,6 +80,8 @@ pub struct Imported {
     pub parameters: Vec<Parameter>,
     pub buffers: Vec<Buffer>,
     pub raised: Report,
+    /// Whether the file computes in half precision, and its layers in f32 here.
+    pub widened: bool,
     pub plan: Plan,
 }
 
@@ -118,8 +122,9 @@ impl Network {
         if trainable.declared.is_none() {
             trainable.declared = declared_parameters(&model)?;
         }
-        let rewired = roles::part_merged(&mut graph, trainable.declared.as_deref());
-        let roles = roles::classify(&graph, &trainable, &rewired)?;
+        let provenance = roles::untangle(&mut graph, trainable.declared.as_deref());
+        let roles = roles::classify(&graph, &trainable, &provenance)?;
+        let widened = options.widen && widen::widen(&mut graph);
         let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
         let trained = values.iter().copied().collect();
         let raised = if options.raise { raise::raise(&mut graph, &trained) } else { Report::default() };
@@ -145,8 +150,16 @@ impl Network {
         }
         let names = roles.parameters.iter().map(|p| p.name.clone()).collect();
         let params = ParamSet::new(names, tensors)?;
-        let shared =
-            Imported { model, graph, operators, parameters: roles.parameters, buffers: roles.buffers, raised, plan };
+        let shared = Imported {
+            model,
+            graph,
+            operators,
+            parameters: roles.parameters,
+            buffers: roles.buffers,
+            raised,
+            widened,
+            plan,
+        };
         Ok(Self { shared: Rc::new(shared), params, adapter: None, device, compute: Cell::default() })
     }
 
@@ -169,7 +182,7 @@ impl Network {
         crate::graph::save::with_parameters(&self.shared.model.proto, &self.shared.parameters, &values)
     }
 
-    /// The master weights, cast where the file computes in another element type.
+    /// The master weights, cast where the graph computes in another element type.
     fn arguments(&self) -> Result<Vec<Tensor>> {
         let adapted = self.adapter.as_ref().map(|a| a.weights(&self.params)).transpose()?;
         self.shared
@@ -177,7 +190,8 @@ impl Network {
             .iter()
             .zip(adapted.as_deref().unwrap_or(self.params.tensors()))
             .map(|(p, t)| {
-                let kind = convert::kind(p.dtype);
+                let kind =
+                    if self.shared.widened && p.dtype != DType::F64 { Kind::Float } else { convert::kind(p.dtype) };
                 Ok(if t.kind() == kind { t.shallow_clone() } else { t.f_to_kind(kind)? })
             })
             .collect()

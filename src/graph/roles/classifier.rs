@@ -2,94 +2,91 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Role, uniform};
-use crate::graph::ir::{Graph, Node, ValueId};
+use super::Role;
+use super::layers::{Flow, MOVING, leads_to, makes_waves};
+use super::tables;
+use crate::graph::ir::{Graph, Node, Origin, ValueId};
 use crate::tensor::HostTensor;
 
-/// Layers whose output is a feature of the network (as opposed to a function of time or shape alone).
-const LAYERS: &[&str] = &[
-    "Conv",
-    "ConvTranspose",
-    "Gemm",
-    "MatMul",
-    "Einsum",
+/// Functions of one weight that a layer may read instead of the weight itself: a gate's tanh, a positive scale, the norm of
+/// weight normalisation.
+const FUNCTIONS: &[&str] = &[
+    "Neg",
+    "Abs",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Reciprocal",
+    "Sigmoid",
+    "Tanh",
+    "Softplus",
+    "Relu",
+    "Softmax",
+    "Clip",
+    "Pow",
     "Gather",
-    "InstanceNormalization",
-    "GroupNormalization",
-    "LayerNormalization",
-    "RMSNormalization",
-    "BatchNormalization",
-    "LSTM",
-    "GRU",
-    "RNN",
-    "DeformConv",
-    "CausalConvWithState",
-    "FusedConv",
-    "NhwcConv",
-    "FusedGemm",
-    "FusedMatMul",
-    "Attention",
-    "MultiHeadAttention",
-    "GroupNorm",
-    "SkipGroupNorm",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-    "SimplifiedLayerNormalization",
+    "Pad",
+    "ReduceSum",
+    "ReduceMean",
+    "ReduceL2",
+    "ReduceSumSquare",
+    "Erf",
+    "Split",
 ];
-
-/// Operators that only move or rescale a weight on its way to the layer.
-const PASSING: &[&str] =
-    &["Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Slice"];
 
 /// Goes through the nodes once and gives each constant the role of the slot that reads it.
 pub(super) struct Classifier<'a> {
     graph: &'a Graph,
     producers: HashMap<ValueId, usize>,
     consumers: HashMap<ValueId, Vec<(usize, usize)>>,
-    /// Depends on a graph input's elements (not merely on its shape).
-    data: HashSet<ValueId>,
-    /// Depends on the output of a layer.
-    feature: HashSet<ValueId>,
+    flow: Flow,
     roles: HashMap<ValueId, (Role, &'static str)>,
     /// Values that were given a role already: a second time changes nothing, and chains that fork and join again would be
     /// gone through once for each path.
     assigned: HashSet<(ValueId, Role)>,
+    /// Scales of ones and biases of zeros that may be the exporter's.
+    neutral: Vec<ValueId>,
+    /// Weights are initializers here, so that Constant nodes hold what the framework has as numbers in its code.
+    weights_are_initializers: bool,
 }
 
 impl<'a> Classifier<'a> {
     pub(super) fn new(graph: &'a Graph) -> Self {
-        let mut c = Self {
+        let of_rank_two = |from: fn(&Origin) -> bool| {
+            graph.constants.values().any(|c| c.tensor.rank() >= 2 && c.tensor.dtype().is_float() && from(&c.origin))
+        };
+        Self {
             graph,
             producers: graph.producers(),
             consumers: graph.consumers(),
-            data: graph.inputs.iter().map(|p| p.value).chain(graph.captures.iter().map(|(_, v)| *v)).collect(),
-            feature: HashSet::new(),
+            flow: Flow::new(graph),
             roles: HashMap::new(),
             assigned: HashSet::new(),
-        };
-        for node in &graph.nodes {
-            let reads = || node.inputs.iter().flatten().chain(node.captures.iter().map(|(_, v)| v));
-            let from_shape = matches!(node.op.as_str(), "Shape" | "Size");
-            if !from_shape && reads().any(|v| c.data.contains(v)) {
-                c.data.extend(node.outputs.iter().flatten());
-                let layer = LAYERS.contains(&node.op.as_str());
-                if layer || reads().any(|v| c.feature.contains(v)) {
-                    c.feature.extend(node.outputs.iter().flatten());
-                }
-            }
+            neutral: Vec::new(),
+            weights_are_initializers: of_rank_two(|o| matches!(o, Origin::Initializer(_))),
         }
-        c
     }
 
     pub(super) fn run(mut self) -> HashMap<ValueId, (Role, &'static str)> {
         for node in &self.graph.nodes {
             self.node(node);
         }
+        self.rotary_tables();
+        // In a network that was trained no scale is all ones; in a fresh one all are.
+        let trained = |(v, r): (&ValueId, &(Role, _))| {
+            let t = &self.graph.constants[v].tensor;
+            r.0 == Role::Scale && t.len() > 1 && !tables::uniform(t)
+        };
+        if self.roles.iter().any(trained) {
+            for v in std::mem::take(&mut self.neutral) {
+                self.roles.insert(v, (Role::Buffer, "ones or zeros of a norm without them"));
+            }
+        }
         self.roles
     }
 
     fn is_data(&self, v: Option<ValueId>) -> bool {
-        v.is_some_and(|v| self.data.contains(&v))
+        v.is_some_and(|v| self.flow.data.contains(&v))
     }
 
     fn constant(&self, v: Option<ValueId>) -> Option<&'a HostTensor> {
@@ -102,11 +99,12 @@ impl<'a> Classifier<'a> {
         let mut stack: Vec<(Option<ValueId>, Role, &'static str)> = vec![(value, role, reason)];
         while let Some((value, role, reason)) = stack.pop() {
             let Some(value) = value else { continue };
-            if self.data.contains(&value) || !self.assigned.insert((value, role)) {
+            if self.flow.data.contains(&value) || !self.assigned.insert((value, role)) {
                 continue;
             }
             if let Some(c) = self.graph.constants.get(&value) {
                 if c.tensor.dtype().is_float() {
+                    let (role, reason) = self.by_numbers(value, &c.tensor, role, reason);
                     let entry = self.roles.entry(value).or_insert((role, reason));
                     // A tensor that any layer trains is a parameter, whoever else reads it.
                     if entry.0 == Role::Buffer {
@@ -118,8 +116,18 @@ impl<'a> Classifier<'a> {
             let Some(&p) = self.producers.get(&value) else { continue };
             let node = &self.graph.nodes[p];
             match node.op.as_str() {
-                op if PASSING.contains(&op) => stack.push((node.input(0), role, reason)),
-                "Mul" | "Div" | "Add" | "Sub" | "Concat" => {
+                "Expand" if role == Role::ConvWeight => {
+                    stack.push((node.input(0), Role::Buffer, "resampling filter, expanded in the graph"));
+                }
+                // A number that fills a shape: the bias of a layer that has none.
+                "Expand" if self.behind(Some(value)).is_some_and(|t| t.len() == 1) => {
+                    let named =
+                        self.source(Some(value)).is_some_and(|v| tables::named_like_a_weight(&self.graph.names[v]));
+                    let role = if named { (role, reason) } else { (Role::Buffer, "plain number") };
+                    stack.push((node.input(0), role.0, role.1));
+                }
+                op if MOVING.contains(&op) || FUNCTIONS.contains(&op) => stack.push((node.input(0), role, reason)),
+                "Mul" | "Div" | "Add" | "Sub" | "Concat" | "MatMul" | "Gemm" | "Einsum" | "Where" => {
                     let weights = node.inputs.iter().rev().filter(|&&v| self.constant(v).is_none_or(|t| t.len() > 1));
                     stack.extend(weights.map(|&v| (v, role, reason)));
                 }
@@ -127,6 +135,23 @@ impl<'a> Classifier<'a> {
                 "Tile" => stack.push((node.input(0), Role::Buffer, "resampling filter, tiled in the graph")),
                 _ => {}
             }
+        }
+    }
+
+    /// The role of a constant whose slot says `role`, after a look at its numbers and its name.
+    fn by_numbers(&self, value: ValueId, t: &HostTensor, role: Role, reason: &'static str) -> (Role, &'static str) {
+        match role {
+            Role::Bias | Role::Scale if tables::named_like_a_buffer(&self.graph.names[value]) => {
+                (Role::Buffer, "named like a buffer")
+            }
+            Role::Bias | Role::Scale | Role::Embedding if tables::sinusoidal(t) => {
+                (Role::Buffer, "table of sines and cosines")
+            }
+            Role::Bias | Role::Scale if t.rank() == 0 && !tables::named_like_a_weight(&self.graph.names[value]) => {
+                (Role::Buffer, "plain number")
+            }
+            Role::ConvWeight if t.rank() < 2 => (Role::Buffer, "filter that the graph builds"),
+            _ => (role, reason),
         }
     }
 
@@ -138,7 +163,7 @@ impl<'a> Classifier<'a> {
                 self.assign(i(3), Role::Bias, "");
             }
             "Conv" | "ConvTranspose" | "FusedConv" | "NhwcConv" | "CausalConvWithState" => {
-                let filter = self.constant(i(1)).is_some_and(resampling_filter);
+                let filter = self.constant(i(1)).is_some_and(tables::resampling_filter);
                 if filter {
                     self.assign(i(1), Role::Buffer, "resampling filter: every channel has the same");
                 } else {
@@ -150,6 +175,14 @@ impl<'a> Classifier<'a> {
                 self.assign(i(0), Role::LinearWeight, "");
                 self.assign(i(1), Role::LinearWeight, "");
                 self.assign(i(2), Role::Bias, "");
+            }
+            "MatMul" | "Einsum"
+                if makes_waves(self.graph, &self.producers, &self.consumers, node)
+                    && !node.inputs.iter().flatten().any(|v| self.flow.features.contains(v)) =>
+            {
+                for v in &node.inputs {
+                    self.assign(*v, Role::Buffer, "frequencies");
+                }
             }
             "MatMul" | "Einsum" | "FusedMatMul" if node.inputs.iter().any(|v| self.is_data(*v)) => {
                 for v in &node.inputs {
@@ -176,8 +209,13 @@ impl<'a> Classifier<'a> {
             | "BatchNormalization"
             | "GroupNorm"
             | "SimplifiedLayerNormalization" => {
-                self.assign(i(1), Role::Scale, "");
-                self.assign(i(2), Role::Bias, "");
+                if self.without_affine(node) {
+                    self.assign(i(1), Role::Buffer, "ones of a norm without a scale");
+                    self.assign(i(2), Role::Buffer, "zeros of a norm without a bias");
+                } else {
+                    self.assign(i(1), Role::Scale, "");
+                    self.assign(i(2), Role::Bias, "");
+                }
                 self.assign(i(3), Role::Buffer, "running statistics");
                 self.assign(i(4), Role::Buffer, "running statistics");
             }
@@ -204,10 +242,29 @@ impl<'a> Classifier<'a> {
             "PRelu" => self.assign(i(1), Role::Scale, ""),
             "Gather" => {
                 let table = self.constant(i(0)).is_some_and(|t| t.rank() >= 2);
-                if table && self.is_data(i(1)) {
+                if table && self.is_data(i(1)) && !self.is_data(i(0)) {
                     self.assign(i(0), Role::Embedding, "");
                 }
             }
+            // The learned bias of the scores, where it is none of a mask.
+            "Attention" if node.domain.is_empty() => {
+                if self.constant(i(3)).is_some_and(tables::mask) {
+                    self.assign(i(3), Role::Buffer, "attention mask");
+                } else {
+                    self.assign(i(3), Role::Bias, "");
+                }
+            }
+            // Learned tokens beside those of the data, learned stand-ins for what is masked.
+            "Concat" if self.has_features(node) => {
+                for v in &node.inputs {
+                    self.token(*v);
+                }
+            }
+            "Where" if self.is_data(i(1)) || self.is_data(i(2)) || self.is_data(i(0)) => {
+                self.token(i(1));
+                self.token(i(2));
+            }
+            "Sum" if node.inputs.len() == 2 => self.elementwise(node, Role::Bias),
             "Add" | "Sub" => self.elementwise(node, Role::Bias),
             "Mul" | "Div" => self.elementwise(node, Role::Scale),
             _ => {}
@@ -222,76 +279,162 @@ impl<'a> Classifier<'a> {
             if self.is_data(mine) || !self.is_data(other) {
                 continue;
             }
-            if !other.is_some_and(|v| self.feature.contains(&v)) {
+            if !other.is_some_and(|v| self.flow.features.contains(&v)) {
                 self.assign(mine, Role::Buffer, "meets an input before any layer (frequencies, scaling)");
-            } else if role == Role::Bias && self.leads_to_softmax(node) && self.constant(mine).is_none_or(is_mask) {
+            } else if role == Role::Bias && self.leads_to_softmax(node) && self.behind(mine).is_none_or(tables::mask) {
                 self.assign(mine, Role::Buffer, "attention mask");
-            } else if self
-                .constant(mine)
-                .is_some_and(|t| t.len() == 1 && !named_like_a_weight(&self.graph.names[mine.unwrap_or(0)]))
-            {
+            } else if self.behind(mine).is_some_and(|t| t.len() == 1) && !self.single_weight(mine, other, role) {
                 self.assign(mine, Role::Buffer, "plain number");
             } else {
+                if self.neutral_affine(mine, other, role) {
+                    self.neutral.extend(self.source(mine));
+                }
                 self.assign(mine, role, "");
             }
         }
     }
 
-    fn leads_to_softmax(&self, node: &Node) -> bool {
-        let mut at = node.output(0);
-        for _ in 0..4 {
-            let Some(uses) = at.and_then(|v| self.consumers.get(&v)) else { return false };
-            let Some(next) = uses.iter().find_map(|&(n, _)| self.graph.nodes.get(n)) else { return false };
-            match next.op.as_str() {
-                "Softmax" => return true,
-                "Cast" | "Reshape" | "Identity" | "Add" => at = next.output(0),
+    /// Whether a single number is a weight: by its name, or because a layer with one channel was made just before, whose
+    /// bias it is.
+    fn single_weight(&self, mine: Option<ValueId>, other: Option<ValueId>, role: Role) -> bool {
+        let Some(source) = self.source(mine) else { return false };
+        let constant = &self.graph.constants[&source];
+        let mut v = other;
+        let maker = loop {
+            let Some(node) = v.and_then(|v| self.producers.get(&v)).map(|&p| &self.graph.nodes[p]) else { break "" };
+            if !MOVING.contains(&node.op.as_str()) {
+                break node.op.as_str();
+            }
+            v = node.input(0);
+        };
+        tables::named_like_a_weight(&self.graph.names[source])
+            || role == Role::Bias
+                && constant.tensor.rank() >= 1
+                && matches!(constant.origin, Origin::Initializer(_))
+                && matches!(maker, "Conv" | "ConvTranspose" | "MatMul" | "Einsum")
+    }
+
+    /// Ones that multiply, or zeros that are added to, what an instance norm makes, made up by the exporter: the rest of a
+    /// decomposed GroupNorm that has no scale and bias.
+    fn neutral_affine(&self, mine: Option<ValueId>, other: Option<ValueId>, role: Role) -> bool {
+        let neutral = if role == Role::Scale { 1.0 } else { 0.0 };
+        let made_up = self.source(mine).is_some_and(|v| {
+            let in_code =
+                matches!(self.graph.constants[&v].origin, Origin::ConstantNode(_)) && self.weights_are_initializers;
+            in_code || tables::made_up(&self.graph.names[v])
+        });
+        if !made_up || !self.behind(mine).is_some_and(|t| tables::all(t, neutral)) {
+            return false;
+        }
+        let mut v = other;
+        loop {
+            let Some(node) = v.and_then(|v| self.producers.get(&v)).map(|&p| &self.graph.nodes[p]) else {
+                return false;
+            };
+            v = match node.op.as_str() {
+                "InstanceNormalization" => return true,
+                op if MOVING.contains(&op) => node.input(0),
+                "Mul" if role == Role::Bias => node.inputs.iter().flatten().copied().find(|&v| self.is_data(Some(v))),
                 _ => return false,
+            };
+        }
+    }
+
+    /// The constant behind operators that only move it.
+    fn behind(&self, v: Option<ValueId>) -> Option<&'a HostTensor> {
+        super::layers::behind_moves(self.graph, &self.producers, v?)
+    }
+
+    fn has_features(&self, node: &Node) -> bool {
+        node.inputs.iter().flatten().any(|v| self.flow.features.contains(v))
+    }
+
+    /// A constant among features is a learned token unless it is a plain number, padding, coordinates or a mask.
+    fn token(&mut self, v: Option<ValueId>) {
+        let named = |v: ValueId| tables::given_name(&self.graph.names[v]).is_some();
+        let learned = match self.behind(v) {
+            // What another weight makes.
+            None => v.is_some_and(|v| self.producers.contains_key(&v)),
+            Some(t) if t.len() < 2 || tables::mask(t) || tables::ramp(t) => false,
+            Some(t) => !tables::uniform(t) || self.source(v).is_some_and(named),
+        };
+        if learned {
+            self.assign(v, Role::Embedding, "");
+        } else if self.constant(v).is_some_and(|t| t.len() > 1) {
+            self.assign(v, Role::Buffer, "padding, mask or coordinates");
+        }
+    }
+
+    /// The constant's value behind operators that only move it.
+    fn source(&self, v: Option<ValueId>) -> Option<ValueId> {
+        let mut v = v?;
+        while !self.graph.constants.contains_key(&v) {
+            let node = &self.graph.nodes[*self.producers.get(&v)?];
+            v = MOVING.contains(&node.op.as_str()).then(|| node.input(0))??;
+        }
+        Some(v)
+    }
+
+    /// Cosines and sines of the same angles, in two tensors that multiply features.
+    fn rotary_tables(&mut self) {
+        let scales: Vec<ValueId> = {
+            let mut all: Vec<_> = self.roles.iter().filter(|(_, r)| r.0 == Role::Scale).map(|(v, _)| *v).collect();
+            all.retain(|v| self.graph.constants[v].tensor.rank() >= 2);
+            all.sort_unstable();
+            all
+        };
+        for (k, a) in scales.iter().enumerate() {
+            for b in &scales[k + 1..] {
+                let tensor = |v: &ValueId| &self.graph.constants[v].tensor;
+                if tables::cosines_and_sines(tensor(a), tensor(b)) {
+                    for v in [a, b] {
+                        self.roles.insert(*v, (Role::Buffer, "rotary table"));
+                    }
+                }
             }
         }
-        false
+    }
+
+    fn leads_to_softmax(&self, node: &Node) -> bool {
+        leads_to(self.graph, &self.consumers, node, &["Softmax"], &["Add", "Where", "Max"], 5)
+    }
+
+    /// A norm's scale of ones (and bias of zeros) that the exporter made up because the operator wants them: the framework's
+    /// norm has none. Nothing but a fresh initialisation looks the same, and its tensors have names.
+    fn without_affine(&self, node: &Node) -> bool {
+        let (scale, bias) = (node.input(1), node.input(2));
+        let is = |v: Option<ValueId>, n: f64| self.behind(v).is_some_and(|t| tables::all(t, n));
+        if !is(scale, 1.0) || bias.is_some() && !is(bias, 0.0) {
+            return false;
+        }
+        let made_up = |v: ValueId| {
+            let Some(v) = self.source(Some(v)) else { return false };
+            let in_code =
+                matches!(self.graph.constants[&v].origin, Origin::ConstantNode(_)) && self.weights_are_initializers;
+            in_code || tables::made_up(&self.graph.names[v])
+        };
+        // A merged tensor has the name of one of its readers; what has no bias beside it is not that one.
+        let others = || {
+            let name = scale.map_or("", |v| self.graph.names[v].as_str());
+            let path = name.rsplit_once('.').map_or("", |(path, _)| path);
+            node.is("LayerNormalization")
+                && bias.is_none()
+                && node
+                    .module
+                    .as_ref()
+                    .is_some_and(|m| tables::given_name(name).is_some() && !m.contains(&format!("'{path}'")))
+        };
+        scale.is_some_and(made_up) || others()
     }
 
     /// Instance norm with scale 1 and bias 0 whose result is reshaped: the middle of a decomposed GroupNorm, whose real
     /// scale and bias come after.
     fn plain_statistics(&self, node: &Node) -> bool {
-        let all = |v: Option<ValueId>, n: f64| self.constant(v).is_some_and(|t| uniform(t) && t.to_f64()[0] == n);
+        let is = |v: Option<ValueId>, n: f64| self.behind(v).is_some_and(|t| tables::all(t, n));
         let reshaped = node
             .output(0)
             .and_then(|v| self.consumers.get(&v))
             .is_some_and(|u| u.iter().all(|&(n, _)| self.graph.nodes.get(n).is_some_and(|n| n.is("Reshape"))));
-        all(node.input(1), 1.0) && all(node.input(2), 0.0) && reshaped
-    }
-}
-
-/// A depthwise kernel that is the same for every channel and not constant zero.
-fn resampling_filter(t: &HostTensor) -> bool {
-    let [channels, 1, ref window @ ..] = *t.shape() else { return false };
-    if channels < 2 || window.iter().product::<usize>() < 2 || !t.dtype().is_float() {
-        return false;
-    }
-    let bytes = t.bytes();
-    let slice = bytes.len() / channels;
-    bytes.chunks_exact(slice).all(|c| c == &bytes[..slice]) && bytes.iter().any(|&b| b != 0)
-}
-
-fn is_mask(t: &HostTensor) -> bool {
-    t.to_f32().iter().any(|v| !v.is_finite() || *v <= -1e4)
-}
-
-fn named_like_a_weight(name: &str) -> bool {
-    const ENDS: &[&str] = &["weight", "bias", "scale", "gamma", "beta", "alpha", "gate"];
-    name.contains('.') && ENDS.iter().any(|e| name.ends_with(e))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_depthwise_kernel_is_a_filter_only_when_all_channels_agree() {
-        let same = HostTensor::new(&[2, 1, 1, 2], &[0.25f32, 0.75, 0.25, 0.75]).unwrap();
-        let different = HostTensor::new(&[2, 1, 1, 2], &[0.25f32, 0.75, 0.25, 0.5]).unwrap();
-        assert!(resampling_filter(&same));
-        assert!(!resampling_filter(&different));
+        is(node.input(1), 1.0) && is(node.input(2), 0.0) && reshaped
     }
 }

@@ -2,16 +2,20 @@
 //! are all initializers or Constant nodes. The role follows from who reads a tensor and in which slot.
 
 mod classifier;
+pub mod layers;
+mod merged;
+mod tables;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 
 use classifier::Classifier;
 use globset::Glob;
+pub use merged::{Provenance, Twin, untangle};
 
 use crate::error::{Error, Result};
-use crate::graph::ir::{Constant, Graph, Origin, ValueId};
-use crate::tensor::{DType, HostTensor};
+use crate::graph::ir::{Graph, Origin, ValueId};
+use crate::tensor::DType;
 
 /// What a floating constant is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,6 +61,8 @@ pub struct Parameter {
     pub origin: Origin,
     /// Node (index in the file) and slot that must be rewired to this parameter, for parted copies.
     pub rewire: Vec<(usize, usize)>,
+    /// Other tensors of the file that hold the same weight.
+    pub twins: Vec<Twin>,
 }
 
 /// A floating constant with more than one element that is not trained.
@@ -87,88 +93,10 @@ pub struct Roles {
     pub buffers: Vec<Buffer>,
 }
 
-/// Parts constants that an exporter merged because their bytes were equal: freshly initialised scales (all ones) and
-/// biases (all zeros) of different layers are different weights. Tensors with any two different elements stay shared:
-/// equal by design, not by accident. So do tensors that `declared`, the framework's own list, names: a converter that writes
-/// it has kept apart what the framework keeps apart. Returns, per new value, the constant it was parted from and the slot it
-/// now feeds.
-pub fn part_merged(graph: &mut Graph, declared: Option<&[String]>) -> HashMap<ValueId, Vec<(usize, usize)>> {
-    bypass_identities(graph);
-    let consumers = graph.consumers();
-    let mut rewired = HashMap::new();
-    let shared: Vec<(ValueId, Constant)> = graph
-        .constants
-        .iter()
-        .filter(|(v, c)| {
-            c.tensor.dtype().is_float()
-                && c.tensor.len() > 1
-                && consumers.get(v).is_some_and(|u| u.len() > 1)
-                && uniform(&c.tensor)
-                && !declared.is_some_and(|d| d.contains(&graph.names[**v]))
-        })
-        .map(|(v, c)| (*v, c.clone()))
-        .collect();
-    let mut taken: HashSet<String> = graph.names.iter().cloned().collect();
-    for (value, constant) in shared {
-        let mut copies = 1;
-        // The first reader keeps the original.
-        for &(node, slot) in consumers[&value].iter().skip(1) {
-            if node == usize::MAX || slot == usize::MAX {
-                continue;
-            }
-            let Some(origin) = graph.nodes[node].origin else { continue };
-            let copy = graph.names.len();
-            let name = loop {
-                copies += 1;
-                let name = format!("{}#{copies}", graph.names[value]);
-                if taken.insert(name.clone()) {
-                    break name;
-                }
-            };
-            graph.names.push(name);
-            graph.constants.insert(copy, constant.clone());
-            graph.nodes[node].inputs[slot] = Some(copy);
-            rewired.insert(copy, vec![(origin, slot)]);
-        }
-    }
-    rewired
-}
-
-/// Reads constants directly instead of through Identity: the legacy exporter writes one for each layer that shares a
-/// merged tensor.
-fn bypass_identities(graph: &mut Graph) {
-    let outputs: HashSet<ValueId> = graph.outputs.iter().map(|p| p.value).collect();
-    let mut alias: HashMap<ValueId, ValueId> = HashMap::new();
-    graph.nodes.retain(|n| match (n.is("Identity"), n.input(0), n.output(0)) {
-        (true, Some(from), Some(to)) if graph.constants.contains_key(&from) && !outputs.contains(&to) => {
-            alias.insert(to, from);
-            false
-        }
-        _ => true,
-    });
-    for node in &mut graph.nodes {
-        for v in node.inputs.iter_mut().flatten().chain(node.captures.iter_mut().map(|(_, v)| v)) {
-            if let Some(from) = alias.get(v) {
-                *v = *from;
-            }
-        }
-    }
-}
-
-fn uniform(t: &HostTensor) -> bool {
-    let size = t.dtype().size();
-    let bytes = t.bytes();
-    bytes.len() >= size && bytes.chunks_exact(size).all(|c| c == &bytes[..size])
-}
-
 /// Sorts every floating constant into parameters and buffers.
 ///
 /// Errors: a `--train`/`--freeze` glob that is not one or matches nothing; a declared parameter that the graph lacks.
-pub fn classify(
-    graph: &Graph,
-    choice: &TrainableChoice,
-    rewired: &HashMap<ValueId, Vec<(usize, usize)>>,
-) -> Result<Roles> {
+pub fn classify(graph: &Graph, choice: &TrainableChoice, provenance: &Provenance) -> Result<Roles> {
     let roles = Classifier::new(graph).run();
     let names = |v: &ValueId| graph.names[*v].clone();
     let floats: Vec<ValueId> =
@@ -212,7 +140,8 @@ pub fn classify(
                 shape: constant.tensor.shape().to_vec(),
                 dtype: constant.tensor.dtype(),
                 origin: constant.origin.clone(),
-                rewire: rewired.get(v).cloned().unwrap_or_default(),
+                rewire: provenance.rewired.get(v).cloned().unwrap_or_default(),
+                twins: provenance.twins.get(v).cloned().unwrap_or_default(),
                 name,
             });
         } else if constant.tensor.len() > 1 {
@@ -262,16 +191,5 @@ impl Globs {
             Some((_, p, _)) => Err(Error::usage(format!("{} `{p}` matches no tensor of the graph", self.option))
                 .hint("`disback inspect --parameters` lists the names")),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn uniform_tensors_are_recognised_by_their_bytes() {
-        assert!(uniform(&HostTensor::vec(&[1f32; 5])));
-        assert!(!uniform(&HostTensor::vec(&[1f32, 1.0, 1.5])));
     }
 }

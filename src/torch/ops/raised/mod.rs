@@ -4,8 +4,10 @@
 mod attention;
 mod normalize;
 
+use tch::Kind;
+
 use crate::error::Error;
-use crate::torch::kernel::{Kernel, one};
+use crate::torch::kernel::{Kernel, Value, one};
 use crate::torch::registry::{Entry, MANY, Registry};
 
 pub fn register(r: &mut Registry) {
@@ -13,6 +15,15 @@ pub fn register(r: &mut Registry) {
         |op, inputs, build| r.add_entry(Entry { domain: "disback", op, since: 1, until: i64::MAX, inputs, build });
     // x * sigmoid(x)
     add("SiLU", (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_silu()?))));
+    // f32 of f16 and bf16; everything else as it is
+    add("Widen", (1, 1), |_| {
+        Ok(Kernel::new(|a| match a.value(0)? {
+            Value::Host(_) | Value::Device(_) if matches!(a.kind(0)?, Kind::Half | Kind::BFloat16) => {
+                one(a.t(0)?.f_to_kind(Kind::Float)?)
+            }
+            other => Ok(vec![other.clone()]),
+        }))
+    });
     // x * tanh(softplus(x))
     add("Mish", (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_mish()?))));
     // x * Phi(x)

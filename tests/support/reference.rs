@@ -1,0 +1,148 @@
+//! What a native module computed, beside what the imported network computes: folders written by the Python scripts.
+#![allow(dead_code, reason = "each test target uses its own part")]
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use disback::io::npy::read_npz;
+use disback::tensor::HostTensor;
+use disback::torch::{Forward, Network, convert, params::load_tensors};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+/// Arrays of an `.npz` file.
+pub fn arrays(path: &Path) -> Vec<(String, HostTensor)> {
+    read_npz(path).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The same as tensors.
+pub fn tensors(path: &Path) -> Vec<(String, Tensor)> {
+    arrays(path).into_iter().map(|(n, t)| (n, convert::to_torch(&t).unwrap())).collect()
+}
+
+/// The network's named outputs.
+pub fn forward(net: &Network, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, String> {
+    let named: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    net.forward(&named).map_err(|e| e.to_string())
+}
+
+fn norm(t: &Tensor) -> f64 {
+    t.norm().double_value(&[])
+}
+
+fn flat(t: &Tensor) -> Tensor {
+    t.to_kind(Kind::Double).flatten(0, -1)
+}
+
+/// How far our gradients are from the native module's.
+pub struct Agreement {
+    /// Largest relative L2 error of one parameter's gradient.
+    pub worst: f64,
+    /// Relative L2 error of all gradients together.
+    pub together: f64,
+}
+
+/// Back-propagates the sum over outputs of `output * R.<output>` and compares each gradient with the native one in
+/// `grads.safetensors`, found through `map.json`. Every native parameter must be found once, in a parameter of its own, and
+/// all trained elements must be native parameters.
+///
+/// `tolerance`: of each gradient's relative L2 error; what is below 1e-6 of the largest gradient counts as rounding.
+pub fn gradients(
+    net: &Network,
+    outputs: &[(String, Tensor)],
+    folder: &Path,
+    tolerance: f64,
+) -> Result<Agreement, String> {
+    let all = load_tensors(&folder.join("grads.safetensors")).map_err(|e| e.to_string())?;
+    let (factors, natives): (Vec<_>, Vec<_>) = all.into_iter().partition(|(n, _)| n.starts_with("R."));
+    let factors: HashMap<String, Tensor> = factors.into_iter().collect();
+    let mut loss = Tensor::from(0f32);
+    for (name, out) in outputs {
+        let factor = factors.get(&format!("R.{name}")).ok_or(format!("no factor for the output `{name}`"))?;
+        loss = loss + (out.to_kind(Kind::Float) * factor).sum(Kind::Float);
+    }
+    loss.backward();
+
+    let expected: usize = natives.iter().map(|(_, t)| t.numel()).sum();
+    if net.params().elements() != expected {
+        return Err(format!(
+            "{} elements are trained, the module has {expected}\n{}",
+            net.params().elements(),
+            listing(net, folder)
+        ));
+    }
+    let map: Vec<Value> = serde_json::from_slice(&std::fs::read(folder.join("map.json")).unwrap()).unwrap();
+    // Which tensors of the file may hold a native parameter: several where the exporter merged equal ones.
+    let mut holders: HashMap<&str, Vec<(&str, Vec<i64>)>> = HashMap::new();
+    for entry in &map {
+        let axes = entry["permutation"].as_array().unwrap().iter().map(|a| a.as_i64().unwrap()).collect::<Vec<_>>();
+        for native in entry["natives"].as_array().unwrap() {
+            holders.entry(native.as_str().unwrap()).or_default().push((entry["onnx"].as_str().unwrap(), axes.clone()));
+        }
+    }
+    let mut natives: Vec<(String, Tensor, f64)> = natives.into_iter().map(|(n, t)| (n, flat(&t), norm(&t))).collect();
+    // Those that vanish (a bias before a norm) last: anything small would fit them.
+    natives.sort_by(|a, b| b.2.total_cmp(&a.2));
+    let largest = natives.first().map_or(0.0, |n| n.2);
+    let mut free: Vec<(&str, Tensor)> = net.params().iter().map(|(n, t)| (n, t.grad())).collect();
+    let (mut worst, mut squares) = (0f64, 0f64);
+    for (native, theirs, size) in &natives {
+        let held = holders.get(native.as_str()).ok_or(format!("no tensor of the file holds `{native}`"))?;
+        let best = free
+            .iter()
+            .enumerate()
+            .filter_map(|(i, (name, grad))| {
+                let base = name.split('#').next();
+                let (_, axes) = held.iter().find(|(n, _)| Some(*n) == base)?;
+                let ours = match (grad.defined(), grad.dim() == axes.len()) {
+                    (false, _) => theirs.zeros_like(),
+                    (true, true) => flat(&grad.permute(&axes[..])),
+                    (true, false) => flat(grad),
+                };
+                (ours.size() == theirs.size()).then(|| (i, norm(&(ours - theirs))))
+            })
+            .min_by(|a, b| a.1.total_cmp(&b.1));
+        let (at, error) = best.ok_or(format!("no parameter is left for `{native}`\n{}", listing(net, folder)))?;
+        squares += error * error;
+        if !(error <= tolerance * size + 1e-6 * largest) {
+            return Err(format!(
+                "gradient of `{native}` (in `{}`) differs by {:.1e}, of size {size:.1e}",
+                free[at].0,
+                error / size
+            ));
+        }
+        if *size > 1e-3 * largest {
+            worst = worst.max(error / size);
+        }
+        drop(free.swap_remove(at));
+    }
+    let total: f64 = natives.iter().map(|n| n.2 * n.2).sum();
+    Ok(Agreement { worst, together: (squares / total).sqrt() })
+}
+
+/// What is trained and what is not, with shapes: for messages.
+fn listing(net: &Network, folder: &Path) -> String {
+    let map = std::fs::read_to_string(folder.join("map.json")).unwrap_or_default();
+    let known: Vec<Value> = serde_json::from_str(&map).unwrap_or_default();
+    let is_known = |name: &str| known.iter().any(|e| e["onnx"].as_str() == name.split('#').next());
+    let mut lines = Vec::new();
+    for p in &net.shared().parameters {
+        if !is_known(&p.name) {
+            lines.push(format!("    trained, but native to nothing: {} {:?} {}", p.name, p.shape, p.role));
+        }
+    }
+    for b in &net.shared().buffers {
+        if is_known(&b.name) {
+            lines.push(format!("    native, but not trained: {} {:?} {}", b.name, b.shape, b.reason));
+        }
+    }
+    for entry in &known {
+        let name = entry["onnx"].as_str().unwrap_or_default();
+        let natives = entry["natives"].as_array().map_or(0, Vec::len);
+        let parted = net.params().names().iter().filter(|n| n.split('#').next() == Some(name)).count();
+        if natives != parted {
+            lines.push(format!("    {name}: {natives} native parameters, {parted} trained"));
+        }
+    }
+    lines.join("\n")
+}
