@@ -68,7 +68,7 @@ pub struct Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Inspect(inspect::InspectArgs),
+    Inspect(Box<inspect::InspectArgs>),
     #[cfg(feature = "train")]
     Distill(Box<distill::DistillArgs>),
     #[cfg(feature = "train")]

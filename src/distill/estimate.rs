@@ -118,7 +118,8 @@ pub fn estimate(teacher: &Denoiser, config: &Config) -> Result<Estimate> {
     Ok(Estimate {
         batch: config.batch,
         parameters: teacher.params().elements(),
-        degrade: stage(2, 1, measured.training.max(measured.forward), 4.0 * accumulate),
+        // Teacher, the initial student and the copy that degrades.
+        degrade: stage(3, 1, measured.training.max(measured.forward), 4.0 * accumulate),
         // Teacher, target, student, its averages and the fake score.
         backtrack: stage(
             4 + config.ema.more.len() as u64 + fake,

@@ -83,7 +83,7 @@ pub fn probe(
     readings.sort_by_key(|h| unlikely(h, &name));
     let classes = base.conditions.values().filter_map(Condition::classes).min().unwrap_or(1).max(1);
     // One row, to learn whether it runs at all.
-    let len = net.len();
+    let len = net.elements();
     let trial: Vec<f32> = batch_noise(1, 0, 1, len);
     let time = readings.first().map_or(1.0, |h| h.conversion.time(1.0));
     net.forward(&trial, time, &[Feed::Class(0)])
@@ -117,13 +117,10 @@ pub fn probe(
         contradicted: Vec::new(),
     };
     conclude(&scored, &left, &settled, findings, &mut report);
-    if let Some((h, s)) =
-        scored.first().filter(|_| report.measured.contains_key("prediction") || settled.prediction.is_some())
-    {
-        if s.total <= FITS {
-            range_and_deviation(base, h, s, findings);
-            null_classes(net, base, h, s, classes, findings)?;
-        }
+    let told = report.measured.contains_key("prediction") || settled.prediction.is_some();
+    if let Some((h, s)) = scored.first().filter(|(_, s)| told && s.total <= FITS) {
+        range_and_deviation(base, h, s, findings);
+        null_classes(net, base, h, s, classes, findings)?;
     }
     for (key, value) in &report.measured {
         let path: Vec<&str> = key.split('.').collect();
@@ -332,7 +329,7 @@ fn null_classes(
     classes: usize,
     findings: &mut Findings,
 ) -> Result<()> {
-    let len = net.len();
+    let len = net.elements();
     // So much noise that a sample's class no longer shows in it, only the one that the network is told; the larger the
     // sample, the more that takes.
     let sigma = (0.5 * (len as f64).sqrt()).max(10.0).min(h.conversion.schedule().sigma_max());

@@ -94,9 +94,9 @@ fn guessed_shape(graph: &Graph, findings: &Findings) -> Option<[usize; 3]> {
     let sample = findings.text(&["sample"])?;
     let dims = graph.inputs.iter().find(|p| p.name == sample)?.dims()?;
     let nhwc = findings.text(&["layout"])? == "nhwc";
-    let (c, h, w) = match dims.as_slice() {
-        &[_, h, w, c] if nhwc => (c, h, w),
-        &[_, c, h, w] => (c, h, w),
+    let (c, h, w) = match *dims.as_slice() {
+        [_, h, w, c] if nhwc => (c, h, w),
+        [_, c, h, w] => (c, h, w),
         _ => return None,
     };
     (open && c.is_some()).then_some([c?, h.unwrap_or(PROBE_SIDE), w.unwrap_or(PROBE_SIDE)])

@@ -72,7 +72,7 @@ pub fn denoise(
 
 /// Scores a reading, no further than until it is worse than `bound`; `None` where its samples blow up or fall to a point, or the network fails on its inputs.
 pub fn score(net: &mut Subject, h: &Hypothesis, effort: Effort, feeds: &[Feed], bound: f64) -> Option<Score> {
-    let len = net.len();
+    let len = net.elements();
     let noise =
         |k: u64| -> Vec<f64> { batch_noise(1000 + k, 0, effort.rows, len).into_iter().map(f64::from).collect() };
     let samples = sample(net, h, effort, feeds, noise(0))?;

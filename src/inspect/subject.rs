@@ -104,13 +104,13 @@ impl<'a> Subject<'a> {
     }
 
     /// Elements of one sample.
-    pub fn len(&self) -> usize {
+    pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
     /// `F(x_net, time)`; `x` holds rows of `[C, H, W]`, one after the other, `feeds` one entry a row.
     pub fn forward(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
-        let len = self.len();
+        let len = self.elements();
         let total = feeds.len();
         let mut out = Vec::with_capacity(x.len());
         let piece = if self.fixed { self.rows } else { self.rows.min((1 << 21) / len.max(1)).max(1) };
