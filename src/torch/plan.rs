@@ -23,6 +23,9 @@ use crate::torch::{convert, deciding};
 
 use specialise::{Specialised, done_after};
 
+/// Learns of each value as it is made.
+type Observe<'a> = dyn FnMut(ValueId, &Value) + 'a;
+
 /// One operator call of a plan.
 #[derive(Debug)]
 pub(super) struct Step {
@@ -255,7 +258,7 @@ impl Plan {
         inputs: &[(&str, Value)],
         parameters: &[Tensor],
         device: Device,
-        observe: Option<&mut dyn FnMut(ValueId, &Value)>,
+        observe: Option<&mut Observe>,
     ) -> Result<Vec<Option<Value>>> {
         if parameters.len() != self.parameters.len() {
             return Err(Error::mismatch(format!(
