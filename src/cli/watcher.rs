@@ -235,7 +235,7 @@ impl Observer for Watcher<'_> {
             view.update(|s| {
                 s.run = self.run.path().display().to_string();
                 (s.total, s.iteration, s.nodes) = (begin.total, begin.iteration, begin.last);
-                s.stage = begin.stage.name().to_string();
+                s.enter(begin.stage.name());
             });
         }
         let Some(judge) = &mut self.judge else { return Ok(false) };

@@ -48,13 +48,18 @@ impl State {
         push(&mut self.notes, text.into(), NOTES);
     }
 
-    /// A new row of metrics.
-    pub fn row(&mut self, row: &Row) {
-        if self.stage != row.stage.name() {
-            self.stage = row.stage.name().to_string();
+    /// A stage begins: its curves start anew.
+    pub fn enter(&mut self, stage: &str) {
+        if self.stage != stage {
+            self.stage = stage.to_string();
             self.started = None;
             [&mut self.loss_fake, &mut self.loss_generator, &mut self.mismatch].into_iter().for_each(VecDeque::clear);
         }
+    }
+
+    /// A new row of metrics.
+    pub fn row(&mut self, row: &Row) {
+        self.enter(row.stage.name());
         for (list, value) in [
             (&mut self.loss_fake, row.loss_fake),
             (&mut self.loss_generator, row.loss_generator),
