@@ -8,7 +8,7 @@ use prost::Message;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::graph::ir::Origin;
-use crate::graph::roles::Parameter;
+use crate::graph::roles::{Buffer, Parameter};
 use crate::onnx::tensor_proto::DataLocation;
 use crate::onnx::{GraphProto, ModelProto, StringStringEntryProto, TensorProto};
 use crate::tensor::HostTensor;
@@ -17,8 +17,14 @@ use crate::tensor::HostTensor;
 pub const EXTERNAL_ABOVE: usize = 1_900_000_000;
 
 /// Returns the model with the parameters' new values (f32 masters, in the order of `parameters`), cast to the element type
-/// of the file. Parted copies become initializers of their own.
-pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: &[HostTensor]) -> Result<ModelProto> {
+/// of the file. Parted copies become initializers of their own, also those that are not trained: what they were merged with
+/// is.
+pub fn with_parameters(
+    original: &ModelProto,
+    parameters: &[Parameter],
+    buffers: &[Buffer],
+    values: &[HostTensor],
+) -> Result<ModelProto> {
     if parameters.len() != values.len() {
         return Err(Error::mismatch(format!("{} values for {} parameters", values.len(), parameters.len())));
     }
@@ -33,17 +39,11 @@ pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: 
                 p.shape
             )));
         }
-        let bytes = value.cast(p.dtype).bytes().clone();
         if !p.rewire.is_empty() {
-            let mut t = crate::graph::tensors::to_proto(&p.name, &value.cast(p.dtype));
-            t.raw_data = Some(bytes);
-            graph.initializer.push(t);
-            for &(node, slot) in &p.rewire {
-                let input = graph.node.get_mut(node).and_then(|n| n.input.get_mut(slot));
-                *input.ok_or_else(|| Error::invalid(format!("no slot for parameter `{}`", p.name)))? = p.name.clone();
-            }
+            part(graph, &p.name, &value.cast(p.dtype), &p.rewire)?;
             continue;
         }
+        let bytes = value.cast(p.dtype).bytes().clone();
         let lost = || Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name));
         for twin in &p.twins {
             let bytes = value.transposed()?.cast(p.dtype).bytes().clone();
@@ -51,8 +51,23 @@ pub fn with_parameters(original: &ModelProto, parameters: &[Parameter], values: 
         }
         set_raw(tensor_at(graph, &p.origin).ok_or_else(lost)?, bytes);
     }
+    for (name, value, slots) in buffers.iter().filter_map(|b| b.parted.as_ref().map(|(v, s)| (&b.name, v, s))) {
+        part(graph, name, value, slots)?;
+    }
     internalise(&mut model);
     Ok(model)
+}
+
+/// Adds an initializer and lets these slots (node, input) read it.
+fn part(graph: &mut GraphProto, name: &str, value: &HostTensor, slots: &[(usize, usize)]) -> Result<()> {
+    let mut t = crate::graph::tensors::to_proto(name, value);
+    t.raw_data = Some(value.bytes().clone());
+    graph.initializer.push(t);
+    for &(node, slot) in slots {
+        let input = graph.node.get_mut(node).and_then(|n| n.input.get_mut(slot));
+        *input.ok_or_else(|| Error::invalid(format!("no slot for tensor `{name}`")))? = name.to_owned();
+    }
+    Ok(())
 }
 
 fn tensor_at<'a>(graph: &'a mut GraphProto, origin: &Origin) -> Option<&'a mut TensorProto> {

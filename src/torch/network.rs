@@ -179,7 +179,8 @@ impl Network {
     /// The original file with this set's weights in the place of its own.
     pub fn to_model(&self, params: &ParamSet) -> Result<ModelProto> {
         let values = params.tensors().iter().map(convert::to_host).collect::<Result<Vec<HostTensor>>>()?;
-        crate::graph::save::with_parameters(&self.shared.model.proto, &self.shared.parameters, &values)
+        let shared = &self.shared;
+        crate::graph::save::with_parameters(&shared.model.proto, &shared.parameters, &shared.buffers, &values)
     }
 
     /// The master weights, cast where the graph computes in another element type.

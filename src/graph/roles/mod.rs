@@ -15,7 +15,7 @@ pub use merged::{Provenance, Twin, untangle};
 
 use crate::error::{Error, Result};
 use crate::graph::ir::{Graph, Origin, ValueId};
-use crate::tensor::DType;
+use crate::tensor::{DType, HostTensor};
 
 /// What a floating constant is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,6 +73,8 @@ pub struct Buffer {
     pub dtype: DType,
     /// Why it is not a parameter.
     pub reason: &'static str,
+    /// Where it was merged with other tensors: its value, and the nodes (index in the file) and slots that read it.
+    pub parted: Option<(HostTensor, Vec<(usize, usize)>)>,
 }
 
 /// What the user, or a converter through the model's metadata, says about trainable tensors.
@@ -151,6 +153,7 @@ pub fn classify(graph: &Graph, choice: &TrainableChoice, provenance: &Provenance
                 shape: constant.tensor.shape().to_vec(),
                 dtype: constant.tensor.dtype(),
                 reason,
+                parted: provenance.rewired.get(v).map(|slots| (constant.tensor.clone(), slots.clone())),
             });
         }
     }
