@@ -173,7 +173,7 @@ impl Text<'_> {
             TrainableChoice { train: self.weights.iter().map(|w| w.0.to_owned()).collect(), ..Default::default() };
         let net = Network::import(
             self.model(dtype),
-            &ImportOptions { raise, trainable, ..ImportOptions::default() },
+            &ImportOptions { raise, trainable, widen: false },
             Device::Cpu,
         )
         .unwrap();
