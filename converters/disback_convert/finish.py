@@ -258,7 +258,7 @@ def write(network, options, describe):
         progress("checking the file")
         try:
             onnx.checker.check_model(str(path), full_check=size < PROTO_LIMIT)
-        except onnx.checker.ValidationError as error:
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ConversionError(f"the exporter wrote an invalid file: {str(error).strip()}\nTry another --opset.") from error
         absolute, relative, stored = agree(path, network, options.tolerance, progress)
         files = sorted(folder.iterdir(), key=lambda file: file == path)

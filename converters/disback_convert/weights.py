@@ -79,6 +79,8 @@ def constants(model, folder):
             loaded = onnx.TensorProto()
             loaded.CopyFrom(tensor)
             external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+            loaded.data_location = onnx.TensorProto.DEFAULT
+            del loaded.external_data[:]
         yield tensor, node, numpy_helper.to_array(loaded)
 
 

@@ -108,6 +108,25 @@ def test_network_values_are_those_of_diffusers_itself(tmp_path):
     np.testing.assert_allclose(ours, native.numpy(), atol=1e-4)
 
 
+def test_pixart_masks_are_those_of_diffusers_itself(tmp_path):
+    folder = small.write(tmp_path / "p", small.pixart(), "transformer", "PixArtAlphaPipeline", diffusers.DDIMScheduler())
+    assert convert(folder, tmp_path / "teacher.onnx", "--tokens", 6) == 0
+    net = diffusers.PixArtTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    given = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3.0, 700.0]), "encoder_hidden_states": torch.randn(2, 6, 12)}
+    added = {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+    with torch.no_grad():
+        native = net(
+            given["sample"], encoder_hidden_states=given["encoder_hidden_states"], timestep=given["timestep"],
+            added_cond_kwargs=added, encoder_attention_mask=mask, return_dict=False,
+        )[0][:, :4]  # fmt: skip
+    runner = ort.InferenceSession(str(tmp_path / "teacher.onnx"), providers=["CPUExecutionProvider"])
+    given["encoder_attention_mask"] = mask
+    (ours,) = runner.run(None, {name: value.numpy() for name, value in given.items()})
+    np.testing.assert_allclose(ours, native.numpy(), atol=1e-4)
+
+
 def test_weights_above_the_limit_go_beside_the_graph(tmp_path, monkeypatch):
     from disback_convert.torch_route import export as torch_export
 

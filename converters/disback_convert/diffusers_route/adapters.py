@@ -3,6 +3,8 @@
 A wrapper's `forward` has the graph's inputs as arguments; `card()` names them. Latent sizes are in latent pixels.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -115,6 +117,24 @@ class DiT(Adapter):
         return self.first(self.net(sample, timestep, class_labels, return_dict=False))
 
 
+@contextlib.contextmanager
+def no_idle_squeeze():
+    """Within this, squeezing a dimension that is not 1, which does nothing, leaves no node: the exporter writes a Squeeze that
+    ONNX forbids."""
+    original = torch.Tensor.squeeze
+
+    def squeeze(tensor, *dims):
+        if len(dims) == 1 and isinstance(dims[0], int) and tensor.shape[dims[0]] != 1:
+            return tensor
+        return original(tensor, *dims)
+
+    torch.Tensor.squeeze = squeeze
+    try:
+        yield
+    finally:
+        torch.Tensor.squeeze = original
+
+
 class PixArt(Adapter):
     """PixArtTransformer2DModel: text embeddings with a mask; the alpha version's resolution inputs are this size's constants."""
 
@@ -133,12 +153,17 @@ class PixArt(Adapter):
                 "resolution": sample.new_tensor([[height, width]]).expand(sample.shape[0], -1),
                 "aspect_ratio": sample.new_tensor([[height / width]]).expand(sample.shape[0], -1),
             }
-        return self.first(
-            self.net(
+        # The bias that the network makes of the mask, for every head and image token: repeating it inside ties the batch to
+        # the example's, and ONNX Runtime's Attention wants it in full.
+        heads, tokens = self.config["num_attention_heads"], encoder_attention_mask.shape[1]
+        bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None].expand(-1, heads, self.image_tokens(), -1)
+        bias = bias.reshape(-1, self.image_tokens(), tokens)
+        with no_idle_squeeze():
+            made = self.net(
                 sample, encoder_hidden_states=encoder_hidden_states, timestep=timestep, added_cond_kwargs=added,
-                encoder_attention_mask=encoder_attention_mask, return_dict=False,
-            )
-        )  # fmt: skip
+                encoder_attention_mask=bias, return_dict=False,
+            )  # fmt: skip
+        return self.first(made)
 
 
 class SD3(Adapter):
