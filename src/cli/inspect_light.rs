@@ -32,8 +32,8 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     for n in &graph.nodes {
         *operators.entry(n.op.clone()).or_insert(0) += 1;
     }
-    let rewired = roles::part_merged(&mut graph, None);
-    let found = roles::classify(&graph, &TrainableChoice::default(), &rewired)?;
+    let provenance = roles::untangle(&mut graph, None);
+    let found = roles::classify(&graph, &TrainableChoice::default(), &provenance)?;
     let mut by_role: BTreeMap<String, (usize, usize)> = BTreeMap::new();
     for p in &found.parameters {
         let entry = by_role.entry(p.role.to_string()).or_default();
