@@ -100,7 +100,7 @@ def test_the_file_alone_is_enough(report):
 
 
 def compare(name, png):
-    """Coarse, fine enough for a broken layout. Other fonts wrap other lines and move everything below: only on request."""
+    """Coarse, fine enough for a broken layout. A machine's fonts may move everything below: only on request."""
     small = Image.open(io.BytesIO(png)).convert("L").resize((40, 60), Image.Resampling.BOX)
     path = SCREENS / f"{name}.png"
     if os.environ.get("DISBACK_UPDATE_SCREENS"):
