@@ -78,13 +78,13 @@ enum Command {
     #[cfg(feature = "train")]
     Estimate(Box<estimate::EstimateArgs>),
     #[cfg(feature = "train")]
-    Compare(compare::CompareArgs),
+    Compare(Box<compare::CompareArgs>),
     #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
     Export(Box<export::ExportArgs>),
     Verify(verify::VerifyArgs),
     Sample(sample::SampleArgs),
-    Evaluate(evaluate::EvaluateArgs),
+    Evaluate(Box<evaluate::EvaluateArgs>),
     Report(report::ReportArgs),
     Bench(bench::BenchArgs),
     Serve(serve::ServeArgs),

@@ -287,7 +287,7 @@ impl Observer for Watcher<'_> {
             self.degraded = (row.images, row.seconds);
         }
         if let Some(view) = &self.view {
-            let peak = shim::memory(self.device)?.map(|m| m.peak as u64);
+            let peak = shim::memory(self.device)?.map(|m| m.peak);
             view.update(|s| {
                 s.row(row);
                 s.device_memory = peak;

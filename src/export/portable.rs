@@ -266,7 +266,8 @@ struct Sequences {
 
 impl Sequences {
     fn of(nodes: &[NodeProto]) -> Self {
-        let (mut readers, mut other): (HashMap<String, Vec<(String, String)>>, HashSet<String>) = Default::default();
+        let mut readers: HashMap<String, Vec<(String, String)>> = HashMap::new();
+        let mut other: HashSet<String> = HashSet::new();
         for n in nodes {
             if edit::is(n, "SequenceAt") && n.input.len() == 2 {
                 readers.entry(n.input[0].clone()).or_default().push((n.input[1].clone(), n.output[0].clone()));

@@ -165,6 +165,7 @@ async fn sample(
 
 type Prepared = (Vec<(String, HostTensor)>, usize, bool);
 
+#[allow(clippy::result_large_err, reason = "one a request, and the error is its answer")]
 fn wanted(
     s: &Service,
     headers: &HeaderMap,

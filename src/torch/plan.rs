@@ -26,6 +26,9 @@ use specialise::{Specialised, done_after};
 /// Learns of each value as it is made.
 type Observe<'a> = dyn FnMut(ValueId, &Value) + 'a;
 
+/// Outputs by name, and the tapped values in the order asked for.
+pub type Tapped = (Vec<(String, Tensor)>, Vec<Option<Tensor>>);
+
 /// One operator call of a plan.
 #[derive(Debug)]
 pub(super) struct Step {
@@ -169,7 +172,7 @@ impl Plan {
         parameters: &[Tensor],
         device: Device,
         taps: &[ValueId],
-    ) -> Result<(Vec<(String, Tensor)>, Vec<Option<Tensor>>)> {
+    ) -> Result<Tapped> {
         let mut tapped: Vec<Option<Tensor>> = taps.iter().map(|_| None).collect();
         let mut observe = |id: ValueId, value: &Value| {
             if let Value::Device(t) = value {

@@ -100,6 +100,9 @@ pub struct Reference {
     pub original_weights: bool,
 }
 
+/// Makes images `0..n` of a request from other weights.
+pub type Reproduce<'a> = dyn Fn(&Request, usize) -> Result<Reference> + 'a;
+
 /// Runs the file in every engine and compares. `reference` computes the samples of the run's own weights; without it ONNX
 /// Runtime (else tract) is the reference.
 ///
@@ -108,7 +111,7 @@ pub fn verify(
     path: &Path,
     options: &VerifyOptions,
     targets: &[Target],
-    reference: Option<&dyn Fn(&Request, usize) -> Result<Reference>>,
+    reference: Option<&Reproduce>,
 ) -> Result<Verification> {
     let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
     let model = decode(&bytes).with_context(|| path.display().to_string())?;
@@ -164,13 +167,12 @@ pub fn verify(
     let reference = match reference {
         Some(make) => make(&request, images)?,
         None => {
-            let first = ran.iter().find(|r| r.3.is_ok());
-            let (name, version, _, samples) = first.ok_or_else(|| {
+            let first = ran.iter().find_map(|r| r.3.as_ref().ok().map(|samples| (&r.0, &r.1, samples)));
+            let (name, version, samples) = first.ok_or_else(|| {
                 let why = ran.iter().find_map(|r| r.3.as_ref().err()).map(|e| e.to_string()).unwrap_or_default();
                 Error::mismatch(format!("{}: no engine runs this student: {why}", path.display()))
             })?;
-            let samples = samples.as_ref().map(Clone::clone).unwrap_or_else(|_| HostTensor::scalar(0f32));
-            Reference { name: format!("{name} {version}"), samples, original_weights: false }
+            Reference { name: format!("{name} {version}"), samples: samples.clone(), original_weights: false }
         }
     };
     let expected = reference.samples.to_f32();

@@ -12,6 +12,9 @@ use disback::torch::{Forward, ImportOptions, Network};
 use disback::{DType, Element};
 use tch::{Device, Kind, Tensor};
 
+/// Tensors by name.
+type Named = Vec<(String, Tensor)>;
+
 /// A model in a line a node: `y = Mul(x, 0.5)`, `m = ReduceMean(x, [-1]) {keepdims=1}`.
 ///
 /// Numbers become constants of the model's float type, lists become int64 constants, `ones3` and `zeros3` vectors, `bool` inputs are made from names
@@ -178,7 +181,7 @@ impl Text<'_> {
     }
 
     /// Fixed random inputs, and the outputs they give.
-    fn outputs(&self, net: &Network, dtype: DType) -> (Vec<(String, Tensor)>, Vec<(String, Tensor)>) {
+    fn outputs(&self, net: &Network, dtype: DType) -> (Named, Named) {
         let kind = if dtype == DType::F64 { Kind::Double } else { Kind::Float };
         let inputs: Vec<(String, Tensor)> = self
             .inputs

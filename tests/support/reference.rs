@@ -59,7 +59,7 @@ pub fn gradients(
     let mut loss = Tensor::from(0f32);
     for (name, out) in outputs {
         let factor = factors.get(&format!("R.{name}")).ok_or(format!("no factor for the output `{name}`"))?;
-        loss = loss + (out.to_kind(Kind::Float) * factor).sum(Kind::Float);
+        loss += (out.to_kind(Kind::Float) * factor).sum(Kind::Float);
     }
     loss.backward();
 

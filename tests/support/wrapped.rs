@@ -152,7 +152,7 @@ impl Build {
         let c = self.number(v);
         self.op(op, &[a, &c])
     }
-    fn from_number(&mut self, op: &str, v: f64, b: &str) -> String {
+    fn number_with(&mut self, op: &str, v: f64, b: &str) -> String {
         let c = self.number(v);
         self.op(op, &[&c, b])
     }
@@ -198,7 +198,7 @@ pub fn wrapped(core: Core, d: Disguise) -> ModelProto {
             let t = if unit == "thousand" { b.with_number("Mul", &t, 1e-3) } else { t };
             let (low, high) = (b.constant(HostTensor::scalar(1e-4f32)), b.constant(HostTensor::scalar(1.0 - 1e-4f32)));
             let t = b.op("Clip", &[&t, &low, &high]);
-            let rest = b.from_number("Sub", 1.0, &t);
+            let rest = b.number_with("Sub", 1.0, &t);
             b.op("Div", &[&t, &rest])
         }
         (vp, unit) => {
@@ -251,7 +251,7 @@ pub fn wrapped(core: Core, d: Disguise) -> ModelProto {
             let scaled = b.with_number("Mul", &s, d.sigma_data);
             (
                 b.op("Reciprocal", &[&root]),
-                Some(b.from_number("Div", d.sigma_data * d.sigma_data, &root)),
+                Some(b.number_with("Div", d.sigma_data * d.sigma_data, &root)),
                 b.op("Div", &[&scaled, &root]),
             )
         }
@@ -272,7 +272,7 @@ pub fn wrapped(core: Core, d: Disguise) -> ModelProto {
         let axis = b.constant(HostTensor::vec(&[1i64]));
         let sum = b.op("ReduceSum", &["class_onehot", &axis]);
         b.attribute("keepdims", 1);
-        let none = b.from_number("Sub", 1.0, &sum);
+        let none = b.number_with("Sub", 1.0, &sum);
         let all = b.op("Concat", &["class_onehot", &none]);
         b.attribute("axis", 1);
         let labels = b.op("ArgMax", &[&all]);

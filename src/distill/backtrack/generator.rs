@@ -48,7 +48,8 @@ pub(super) fn loss(
     let x_t = x0.f_add(&noise.f_mul(&sigma)?)?;
     let gan = players.gan.as_ref().filter(|_| objective.needs_ratio() && last);
     let taps = gan.map_or(&[][..], |g| g.taps());
-    let scores = || -> Result<(Tensor, Option<(Tensor, Vec<Tensor>)>)> {
+    type Tapped = (Tensor, Vec<Tensor>);
+    let scores = || -> Result<(Tensor, Option<Tapped>)> {
         // Guidance is the target's alone.
         let target = players.target.guided(&x_t, &sigmas, conditions, guidance)?;
         let fake = players.fake.as_ref().map(|f| f.network.denoise_tapped(&x_t, &sigmas, conditions, taps));

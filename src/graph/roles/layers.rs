@@ -77,8 +77,7 @@ impl Flow {
                 // Rows of a table; picking from the data is none.
                 "Gather" => !node.input(0).is_some_and(|v| flow.data.contains(&v)),
                 "MatMul" | "Einsum" => {
-                    !(makes_waves(graph, &producers, &consumers, node)
-                        && !reads(node).any(|v| flow.features.contains(&v)))
+                    reads(node).any(|v| flow.features.contains(&v)) || !makes_waves(graph, &producers, &consumers, node)
                 }
                 op => LAYERS.contains(&op),
             };
