@@ -134,7 +134,8 @@ impl Ours {
         let config = Config::resolve(None, &sets)?;
         let run = RunDir::create(&folder.path().join("run"), &config)?;
         let stop = AtomicBool::new(false);
-        let job = Job { config: &config, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+        let job =
+            Job { config: &config, student: None, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
         distill(job, &self.denoiser, stages)?;
         let rows = metrics::read(&run.metrics())?;
         let times: Vec<f64> = rows.iter().filter(|r| r.stage.name() == stage).map(|r| r.seconds).collect();

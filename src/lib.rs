@@ -22,6 +22,8 @@ pub mod report;
 pub mod runtime;
 pub mod serve;
 #[cfg(feature = "train")]
+pub mod student_file;
+#[cfg(feature = "train")]
 pub mod teacher;
 pub mod tensor;
 #[cfg(feature = "train")]

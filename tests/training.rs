@@ -112,7 +112,8 @@ fn memory_and_precision_of_training() {
         for stages in [Stages::Degrade, Stages::Backtrack] {
             counted_memory(true);
             let stop = AtomicBool::new(false);
-            let job = Job { config: &config, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+            let job =
+                Job { config: &config, student: None, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
             distill(job, &teacher, stages).unwrap();
             measured.push(counted_memory(false).peak - start);
         }

@@ -84,7 +84,7 @@ impl Judge for FrechetJudge {
 }
 
 impl CompareArgs {
-    fn judge(&self, config: &Config, denoiser: &Denoiser) -> Result<FrechetJudge> {
+    fn judge(&self, config: &Config, denoiser: &Denoiser, student: Option<&Student>) -> Result<FrechetJudge> {
         let card = denoiser.card();
         let range =
             card.range.ok_or_else(|| Error::usage("the teacher makes latents, which have no image distance"))?;
@@ -92,7 +92,10 @@ impl CompareArgs {
         let mut network = FeatureNet::open(&self.features, &FeatureOptions::default(), &options)?;
         let images = ImageSet::open(&self.reference, range)?;
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
-        let [c, h, w] = card.shape;
+        let [c, h, w] = student.map_or(card.shape, |s| {
+            let [_, c, h, w] = s.noise_size(0);
+            [c, h, w].map(|d| d as usize)
+        });
         let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, c * h * w);
         Ok(FrechetJudge {
             network,
@@ -118,7 +121,9 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     let teacher = args.teacher.load(place)?;
     let denoiser = super::distill::denoiser(&teacher, &config)?;
     super::distill::check_stage_two(&config, &denoiser)?;
-    let mut judge = args.judge(&config, &denoiser)?;
+    let file = super::student::load(&config, &teacher, place)?;
+    let student = super::student::given(file.as_ref(), &denoiser, &config)?;
+    let mut judge = args.judge(&config, &denoiser, student.as_ref())?;
     let every = args.every.unwrap_or(config.backtrack.updates / 20).max(1);
     watch_signals()?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
@@ -133,7 +138,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
             };
             let arm = compare::arm(&config, seed, with);
             let dir = args.out.join(&name);
-            match compare::run_arm(&arm, &denoiser, &dir, every, &mut judge, &STOP, &mut note)? {
+            match compare::run_arm(&arm, &denoiser, student.as_ref(), &dir, every, &mut judge, &STOP, &mut note)? {
                 Some(curve) if with => trajectory.push(curve),
                 Some(curve) => base.push(curve),
                 None => return Ok(ExitCode::from(130)),
@@ -141,7 +146,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
         }
     }
     let found = compare::compare(&base, &trajectory)?;
-    let objective = super::distill::objective_name(&config);
+    let objective = super::student::objective_name(&config);
     let title = format!("{objective}: Frechet distance of {} images, {} seeds", args.samples, args.seeds.len());
     let file = |name: &str| args.out.join(name);
     if let Some(svg) = compare::svg(&title, &base, &trajectory) {

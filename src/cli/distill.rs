@@ -11,17 +11,17 @@ use tch::Device;
 
 use super::Globals;
 use super::run_observer::{Sheets, decoder};
+use super::student::{self, Origin, method, objective_name};
 use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
 use super::watcher::Watcher;
-use crate::diffusion::{Conversion, Denoiser, TeacherCard};
+use crate::diffusion::Denoiser;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
 use crate::error::{Context, Error, Result};
-use crate::export::{Steps, unroll};
 use crate::parity::{self, Tolerance};
 use crate::teacher::Teacher;
-use crate::torch::{Forward, ParamSet, device, shim};
+use crate::torch::{Forward, device, shim};
 
 /// Options of every command that trains.
 #[derive(Debug, Args)]
@@ -61,6 +61,9 @@ pub struct RunArgs {
     /// A view of the run in the terminal, with keys to checkpoint, sample, pause and stop.
     #[arg(long)]
     pub tui: bool,
+    /// ONNX network of the student, in the place of the teacher's copy. [student.file]
+    #[arg(long, value_name = "FILE")]
+    pub student: Option<PathBuf>,
     /// Noise level of the initial student; 0: where the schedule starts. [student.sigma_init]
     #[arg(long, value_name = "SIGMA")]
     pub sigma_init: Option<f64>,
@@ -147,6 +150,7 @@ impl RunArgs {
             pair("batch", self.batch),
             pair("accumulate", self.accumulate),
             pair("student.sigma_init", self.sigma_init),
+            self.student.as_ref().map(|f| format!("student.file={}", toml::Value::from(f.display().to_string()))),
         ];
         pairs.into_iter().flatten().collect()
     }
@@ -185,7 +189,13 @@ pub(super) fn watch_signals() -> Result<()> {
 }
 
 /// The run directory and its configuration: a new one, or the one to go on with.
-fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) -> Result<(RunDir, Config)> {
+fn open_run(
+    args: &RunArgs,
+    sets: &[String],
+    plan: &Plan,
+    teacher: &Denoiser,
+    student: Option<&Student>,
+) -> Result<(RunDir, Config)> {
     let follows = plan.follows(&args.out);
     if !args.resume && !follows {
         let mut config = Config::resolve(args.config.as_deref(), sets)?;
@@ -193,6 +203,7 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
         let hash = teacher.params().hash()?;
         let trajectory = plan.trajectory.map(|dir| crate::distill::Trajectory::open(dir, &hash)).transpose()?;
         if let Some(trajectory) = &trajectory {
+            trajectory.check_student(Student::hash_of_initial(student, teacher, &config)?.as_deref())?;
             config.degrade.nodes = trajectory.last();
             config.degrade.steps = config.degrade.steps.max(trajectory.last() as u64);
         }
@@ -231,7 +242,6 @@ fn open_run(args: &RunArgs, sets: &[String], plan: &Plan, teacher: &Denoiser) ->
 /// What can be known to fail later is refused before anything is written.
 fn check_stages(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
     if plan.stages == Stages::Degrade {
-        crate::distill::student::levels(teacher.conversion(), &config.student)?;
         return crate::distill::trainer::conditions(config, teacher.card()).map(drop);
     }
     check_stage_two(config, teacher)
@@ -239,7 +249,6 @@ fn check_stages(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> 
 
 /// [`check_stages`] for runs that come to stage 2.
 pub(super) fn check_stage_two(config: &Config, teacher: &Denoiser) -> Result<()> {
-    crate::distill::student::levels(teacher.conversion(), &config.student)?;
     let batches = crate::distill::trainer::Batches::new(config, teacher)?;
     crate::distill::gan::Gan::new(config, teacher, &batches)?;
     if config.guidance != 1.0 {
@@ -267,20 +276,28 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let teacher = args.teacher.load(device)?;
     let denoiser = denoiser(&teacher, &first)?;
     check_parity(&teacher, globals)?;
+    let file = student::load(&first, &teacher, device)?;
+    let origin = Origin { teacher: &teacher, file: file.as_ref() };
+    if plan.same_graph {
+        origin.check_same_graph()?;
+    }
+    let given = student::given(origin.file, &denoiser, &first)?;
     let decoder = decoder(&first, &teacher.card.card)?;
     if args.dry_run {
         super::dry_run::check(args.resume)?;
         check_stages(&first, &plan, &denoiser)?;
-        return super::dry_run::run(&first, &denoiser, device, globals);
+        let whole = teacher.network.params().elements() as u64;
+        return super::dry_run::run(&first, &denoiser, whole, given.as_ref(), device, globals);
     }
-    let (run, config) = open_run(args, &sets, &plan, &denoiser)?;
+    let (run, config) = open_run(args, &sets, &plan, &denoiser, given.as_ref())?;
     watch_signals()?;
-    let sheets = Sheets::new(&run, &config, &teacher.card.card, decoder)?;
+    let sheets = Sheets::new(&run, &config, &teacher.card.card, given.as_ref(), decoder)?;
     let shared = args.tui.then(|| Shared::new(&STOP));
-    let mut watcher = Watcher::new(&teacher, &config, &run, sheets, shared.clone(), device)?;
+    let mut watcher = Watcher::new(origin, &config, &run, sheets, shared.clone(), device)?;
     let view = shared.map(View::start).transpose()?;
     let silent = globals.quiet || globals.json || args.tui;
-    let job = Job { config: &config, run: &run, observer: &mut watcher, stop: &STOP, silent };
+    let student = given.as_ref();
+    let job = Job { config: &config, student, run: &run, observer: &mut watcher, stop: &STOP, silent };
     // Without a trajectory stage 1 has nothing to do.
     let stages = if config.degrade.nodes == 0 && plan.trajectory.is_none() && plan.stages == Stages::Backtrack {
         Stages::Both
@@ -304,8 +321,8 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         ),
         Outcome::Finished(student) => {
             watcher.finished(&student)?;
-            let files = export(&teacher, &student, &config, &run, &plan)?;
-            write_summary(&teacher, &config, &run, device)?;
+            let files = origin.export(&student, &config, &run, plan.per_step, plan.same_graph)?;
+            write_summary(origin, &config, &run, device)?;
             let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
             (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
         }
@@ -322,65 +339,12 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
 
 /// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so.
 pub(super) fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
-    let network = teacher.network.duplicate()?;
+    let network = teacher.network.alias();
     let network = match config.lora() {
         Some(options) => network.adapt(&options)?,
         None => network,
     };
     Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
-}
-
-/// Writes the student as ONNX.
-fn export(teacher: &Teacher, student: &Student, config: &Config, run: &RunDir, plan: &Plan) -> Result<Vec<PathBuf>> {
-    let weights = student.weights()?;
-    let mut files = vec![run.student()];
-    write_student(teacher, &weights, config, &files[0])?;
-    let (net, card, options) = (&teacher.network, &teacher.card.card, student_options(teacher, config));
-    if plan.per_step {
-        for (k, model) in unroll::per_step(net, &weights, card, &options, &steps(card, config)?)?.iter().enumerate() {
-            files.push(run.path().join(format!("student-step-{k}.onnx")));
-            crate::graph::save::write(model, &files[files.len() - 1])?;
-        }
-    }
-    if plan.same_graph {
-        files.push(run.path().join("student-same-graph.onnx"));
-        crate::graph::save::write(&crate::export::same_graph(net, &weights, card, &options)?, &files[files.len() - 1])?;
-    }
-    Ok(files)
-}
-
-fn student_options(teacher: &Teacher, config: &Config) -> crate::export::StudentOptions {
-    crate::export::StudentOptions {
-        sigma_init: (config.student.sigma_init > 0.0).then_some(config.student.sigma_init),
-        method: method(config).into(),
-        objective: objective_name(config),
-        teacher_hash: teacher.hash.clone(),
-    }
-}
-
-/// Writes weights as a student, all its steps in one graph.
-pub(super) fn write_student(teacher: &Teacher, params: &ParamSet, config: &Config, path: &Path) -> Result<()> {
-    let options = student_options(teacher, config);
-    let card = &teacher.card.card;
-    let made = unroll::unrolled(&teacher.network, params, card, &options, &steps(card, config)?)?;
-    let (made, report) = crate::export::ship(made, &crate::export::ShipOptions::default())?;
-    report.warnings.iter().for_each(|w| eprintln!("warning: {}: {w}", path.display()));
-    crate::graph::save::write(&made, path)
-}
-
-/// The steps of the configured student.
-pub(super) fn steps(card: &TeacherCard, config: &Config) -> Result<Steps> {
-    let levels = crate::distill::student::levels(&Conversion::new(card)?, &config.student)?;
-    Ok(Steps { levels, stochastic: config.student.stochastic })
-}
-
-/// `disback`, or the base method's name where no trajectory was used.
-pub(super) fn method(config: &Config) -> &'static str {
-    if config.degrade.nodes > 0 { "disback" } else { "base" }
-}
-
-pub(super) fn objective_name(config: &Config) -> String {
-    crate::distill::objective::objective(config).name().to_owned()
 }
 
 /// A wrong import must not cost a night of training: a small batch through ONNX Runtime first, where it is installed.
@@ -423,7 +387,7 @@ fn peak_host() -> Option<u64> {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
-fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Device) -> Result<()> {
+fn write_summary(origin: Origin, config: &Config, run: &RunDir, device: Device) -> Result<()> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));
@@ -442,8 +406,11 @@ fn write_summary(teacher: &Teacher, config: &Config, run: &RunDir, device: Devic
         "seconds_degrade": seconds("degrade"),
         "seconds_backtrack": seconds("backtrack"),
         "skipped_steps": rows.iter().map(|r| r.skipped).max().unwrap_or(0),
-        "parameters": teacher.network.params().elements(),
-        "teacher_hash": teacher.hash.clone(),
+        "parameters": origin.teacher.network.params().elements(),
+        "teacher_hash": origin.teacher.hash.clone(),
+        "student": student::describe(config),
+        "student_parameters": origin.file.map_or(origin.teacher.network.params(), |f| f.network.params()).elements(),
+        "student_hash": origin.file.map(|f| f.hash.clone()),
         "device": device::name(device),
         "peak_host_bytes": peak_host(),
         "peak_device_bytes": shim::memory(device)?.map(|m| m.peak),

@@ -13,7 +13,7 @@ use crate::distill::checkpoint::Stage;
 use crate::distill::config::{Config, Switch};
 use crate::distill::metrics::Row;
 use crate::distill::objective::objective;
-use crate::distill::{Job, Observer, RunDir, Stages, compare, distill};
+use crate::distill::{Job, Observer, RunDir, Stages, Student, compare, distill};
 use crate::error::{Context, Error, Result};
 use crate::torch::{device, shim};
 
@@ -40,22 +40,41 @@ impl Clock {
     }
 }
 
-/// Bytes of the sets of weights that a stage holds: name, copies of the weights, of which so many with an optimiser.
-fn sets(config: &Config) -> Vec<(&'static str, u64)> {
+/// Weights of the networks, in bytes.
+struct Sizes {
+    /// What is trained of the degrading copy and the fake score: all of the teacher's weights, or the low-rank factors.
+    trained: u64,
+    /// The teacher's weights beside these factors, frozen and shared.
+    shared: u64,
+    student: u64,
+}
+
+/// What a stage holds of weights, gradients and optimiser states: name and bytes.
+fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
     // Weights, gradient, and two moments.
     const TRAINED: u64 = 4;
-    let fake = if objective(config).needs_fake() { TRAINED } else { 0 };
-    let stage_two = 1 + TRAINED + (1 + config.ema.more.len() as u64) + fake;
-    let all = [
-        ("teacher", 1),
-        ("stage 1: degrading copy", TRAINED),
-        ("stage 2: target, student, averages, fake score", stage_two),
-    ];
-    all.into_iter().filter(|(name, _)| config.degrade.nodes > 0 || !name.starts_with("stage 1")).collect()
+    let Sizes { trained, shared, student } = *sizes;
+    let fake = if objective(config).needs_fake() { TRAINED * trained } else { 0 };
+    let averages = 1 + config.ema.more.len() as u64;
+    let mut all = vec![("teacher".to_owned(), trained + shared)];
+    if config.degrade.nodes > 0 {
+        all.push(("stage 1: initial student, degrading copy".to_owned(), student + TRAINED * trained));
+    }
+    let stage_two = trained + (TRAINED + averages) * student + fake;
+    all.push(("stage 2: target, student, averages, fake score".to_owned(), stage_two));
+    all
 }
 
 /// Prints the plan after a few steps in a folder that is removed again. Nothing of a run is left.
-pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals) -> Result<ExitCode> {
+/// `whole`: all weights of the teacher; `student`: where it is not the teacher's copy.
+pub fn run(
+    config: &Config,
+    teacher: &Denoiser,
+    whole: u64,
+    student: Option<&Student>,
+    place: Device,
+    globals: Globals,
+) -> Result<ExitCode> {
     let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
     let mut short = config.clone();
     short.degrade.nodes = config.degrade.nodes.min(1);
@@ -65,11 +84,13 @@ pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals)
     let run = RunDir::create(&folder.path().join("run"), &short)?;
     let mut clock = Clock::default();
     let stop = AtomicBool::new(false);
-    let job = Job { config: &short, run: &run, observer: &mut clock, stop: &stop, silent: true };
+    let job = Job { config: &short, student, run: &run, observer: &mut clock, stop: &stop, silent: true };
     distill(job, teacher, Stages::Both)?;
 
     let parameters = teacher.params().elements() as u64;
-    let weights = 4 * parameters;
+    let of_student = student.map_or(parameters, |s| s.params().elements() as u64);
+    let shared = if parameters < whole { whole } else { 0 };
+    let sizes = Sizes { trained: 4 * parameters, shared: 4 * shared, student: 4 * of_student };
     let images = config.images();
     let passes = compare::passes(config);
     let degrade_steps = if config.degrade.nodes > 0 { config.degrade.steps } else { 0 };
@@ -93,12 +114,14 @@ pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals)
             })
         })
         .collect();
-    let held: u64 = sets(config).iter().map(|(_, n)| n * weights).sum();
+    let held = sets(config, &sizes);
     let peak = shim::memory(place)?.map(|m| m.peak).or_else(peak_of_process);
     // Node files, the teacher's among them, and the largest checkpoint.
     let nodes = if config.degrade.nodes > 0 { config.degrade.nodes as u64 + 1 } else { 1 };
-    let checkpoint = sets(config).last().map_or(0, |(_, n)| n.saturating_sub(3)) * weights;
-    let disk = nodes * weights + 2 * checkpoint + 2 * weights;
+    // (A checkpoint holds all but gradients and the target.)
+    let fake = if objective(config).needs_fake() { 3 * sizes.trained } else { 0 };
+    let checkpoint = (4 + config.ema.more.len() as u64) * sizes.student + fake;
+    let disk = nodes * sizes.trained + 2 * checkpoint + 2 * (sizes.student + shared * 4);
     let switches = match (config.degrade.nodes, config.backtrack.switch) {
         (0, _) => "none: the base method".to_owned(),
         (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
@@ -107,13 +130,13 @@ pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals)
         }
     };
     if globals.json {
-        let weights: serde_json::Map<_, _> =
-            sets(config).iter().map(|(k, n)| ((*k).into(), json!(n * weights))).collect();
+        let weights: serde_json::Map<_, _> = held.iter().map(|(k, n)| (k.clone(), json!(n))).collect();
         println!(
             "{}",
             json!({
                 "ok": true, "dry_run": true, "device": device::name(place), "trained_parameters": parameters,
-                "stages": plan, "bytes_of_weights": weights, "bytes_of_all_weights": held, "peak_bytes": peak,
+                "student": super::student::describe(config), "student_parameters": of_student,
+                "stages": plan, "bytes_of_weights": weights, "bytes_of_all_weights": held.iter().map(|(_, n)| n).sum::<u64>(), "peak_bytes": peak,
                 "bytes_on_disk": disk, "switches": switches,
             })
         );
@@ -127,6 +150,8 @@ pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals)
         config.accumulate,
         device::name(place)
     );
+    println!("student: {}, {of_student} trained parameters", super::student::describe(config));
+    println!("fake score and degrading copy: {parameters} trained parameters of {whole}");
     println!("trajectory: {switches}\n");
     let mut lines = table(["stage", "steps", "images", "forward passes", "ms an image", "time"]);
     for (row, (name, _, steps, forwards)) in plan.iter().zip(&stages) {
@@ -142,8 +167,8 @@ pub fn run(config: &Config, teacher: &Denoiser, place: Device, globals: Globals)
     }
     println!("{lines}\n");
     let mut lines = table(["memory", "bytes"]);
-    for (name, copies) in sets(config) {
-        lines.add_row([format!("{name} ({copies} x {parameters} f32)"), bytes(copies * weights)]);
+    for (name, n) in held {
+        lines.add_row([name, bytes(n)]);
     }
     let what = if place == Device::Cpu { "peak of the process" } else { "peak of the device" };
     lines.add_row([format!("{what} in these {STEPS} steps, activations included"), peak.map_or("-".into(), bytes)]);

@@ -114,7 +114,7 @@ pub mod from_run {
     use tch::Device;
 
     use super::*;
-    use crate::cli::distill::{method, objective_name};
+    use crate::cli::student::{self, Origin, method, objective_name};
     use crate::distill::checkpoint::Checkpoint;
     use crate::distill::{Config, RunDir};
     use crate::export::StudentOptions;
@@ -172,7 +172,10 @@ pub mod from_run {
         let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
         let trainable = TrainableChoice { declared: None, freeze: args.freeze.clone(), train: args.train.clone() };
         let teacher = Teacher::load(path, &args.card, trainable, Device::Cpu)?;
-        let params = teacher.network.params().deep_copy(Device::Cpu)?;
+        let config = run.as_ref().map_or_else(Config::default, |(_, c)| c.clone());
+        let file = student::load(&config, &teacher, Device::Cpu)?;
+        let origin = Origin { teacher: &teacher, file: file.as_ref() };
+        let params = file.as_ref().map_or(&teacher.network, |f| &f.network).params().deep_copy(Device::Cpu)?;
         match (&args.weights, &run, args.ema) {
             (Some(file), ..) => params.load(existing(file)?)?,
             (None, Some((run, _)), Weights::Average) => params.load(existing(&run.student_weights())?)?,
@@ -191,19 +194,17 @@ pub mod from_run {
             }
             (None, None, _) => return Err(Error::usage("give --run or --weights")),
         }
-        let configured = run.as_ref().map(|(_, c)| c.student.sigma_init).filter(|&s| s > 0.0);
+        let configured = (config.student.sigma_init > 0.0).then_some(config.student.sigma_init);
         let options = StudentOptions {
             sigma_init: args.sigma_init.or(configured),
             method: run.as_ref().map_or_else(|| "weights".into(), |(_, c)| method(c).into()),
             objective: run.as_ref().map(|(_, c)| objective_name(c)).unwrap_or_default(),
             teacher_hash: teacher.hash.clone(),
         };
-        let card = &teacher.card.card;
-        if args.same_graph {
-            return export::same_graph(&teacher.network, &params, card, &options);
+        match args.same_graph {
+            true => origin.same_graph(&params, &options),
+            false => origin.model(&params, &config, &options),
         }
-        let steps = run.as_ref().map(|(_, c)| crate::cli::distill::steps(card, c)).transpose()?.unwrap_or_default();
-        export::unroll::unrolled(&teacher.network, &params, card, &options, &steps)
     }
 
     fn existing(file: &Path) -> Result<&Path> {

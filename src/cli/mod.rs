@@ -32,6 +32,8 @@ pub mod sample;
 pub mod serve;
 mod ship_args;
 #[cfg(feature = "train")]
+mod student;
+#[cfg(feature = "train")]
 mod teacher;
 #[cfg(feature = "train")]
 mod tui;

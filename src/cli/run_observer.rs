@@ -22,6 +22,8 @@ const WEIGHTS: usize = 32;
 pub struct Sheets {
     folder: PathBuf,
     noise: HostTensor,
+    /// The student's, where it takes another shape than a sample's.
+    student_noise: Option<HostTensor>,
     conditions: HostConditions,
     range: Option<[f64; 2]>,
     decoder: Option<Decoder>,
@@ -35,13 +37,23 @@ pub struct Sheets {
 }
 
 impl Sheets {
-    pub fn new(run: &RunDir, config: &Config, card: &TeacherCard, decoder: Option<Decoder>) -> Result<Self> {
+    /// `student`: where it is not the teacher's copy.
+    pub fn new(
+        run: &RunDir,
+        config: &Config,
+        card: &TeacherCard,
+        student: Option<&Student>,
+        decoder: Option<Decoder>,
+    ) -> Result<Self> {
         let (count, seed) = (config.log.samples, config.seed);
-        let [c, h, w] = card.shape;
-        let noise = HostTensor::new(&[count, c, h, w], &crate::noise::batch_noise(seed, 0, count, c * h * w))?;
+        let noise = |[c, h, w]: [usize; 3]| {
+            HostTensor::new(&[count, c, h, w], &crate::noise::batch_noise(seed, 0, count, c * h * w))
+        };
+        let own = student.map(|s| s.noise_size(0)).map(|[_, c, h, w]| [c, h, w].map(|d| d as usize));
         Ok(Self {
             folder: run.samples(),
-            noise,
+            noise: noise(card.shape)?,
+            student_noise: own.filter(|shape| *shape != card.shape).map(noise).transpose()?,
             conditions: trainer::conditions(config, card)?.of_images(card, seed, 0, count)?,
             range: if decoder.is_some() { Some(Decoder::RANGE) } else { card.range },
             decoder,
@@ -56,13 +68,14 @@ impl Sheets {
     fn write(
         &mut self,
         name: &str,
+        noise: &HostTensor,
         sample: impl Fn(&tch::Tensor, &Conditions) -> Result<tch::Tensor>,
         device: tch::Device,
     ) -> Result<()> {
         if self.conditions.is_empty() {
             return Ok(());
         }
-        let z = convert::to_torch(&self.noise)?.f_to_device(device)?;
+        let z = convert::to_torch(noise)?.f_to_device(device)?;
         let conditions = Conditions::from_host(&self.conditions, device)?;
         let mut parts = Vec::new();
         for start in (0..conditions.len()).step_by(self.batch) {
@@ -107,8 +120,8 @@ impl Sheets {
 
     /// A sheet of a student's samples.
     pub fn student(&mut self, name: &str, student: &Student) -> Result<()> {
-        let device = device_of(student.denoiser());
-        self.write(name, |z, conditions| student.generate(z, conditions), device)
+        let noise = self.student_noise.as_ref().unwrap_or(&self.noise).clone();
+        self.write(name, &noise, |z, conditions| student.generate(z, conditions), student.device())
     }
 }
 
@@ -167,7 +180,7 @@ impl Observer for Sheets {
         let sample = |z: &tch::Tensor, conditions: &Conditions| {
             Ok(denoiser.sample(z, conditions, Sampler::Heun, steps, guidance)?.value)
         };
-        self.write(&name, sample, device_of(denoiser))
+        self.write(&name, &self.noise.clone(), sample, device_of(denoiser))
     }
 
     fn looked_into(&mut self, node: usize, updates: u64, look: &Look) -> Result<()> {

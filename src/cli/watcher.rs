@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use super::distill::write_student;
 use super::run_observer::Sheets;
+use super::student::Origin;
 use super::tui::Shared;
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::Stage;
@@ -19,7 +19,6 @@ use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
 use crate::report::tfevents::Hparam;
 use crate::runtime::EngineOptions;
-use crate::teacher::Teacher;
 use crate::tensor::HostTensor;
 use crate::torch::{convert, shim};
 
@@ -30,7 +29,7 @@ const LEVEL_ROWS: u64 = 10;
 
 /// Watches one run.
 pub struct Watcher<'a> {
-    teacher: &'a Teacher,
+    origin: Origin<'a>,
     config: &'a Config,
     run: &'a RunDir,
     pub sheets: Sheets,
@@ -75,7 +74,7 @@ pub fn check(config: &Config) -> Result<()> {
 impl<'a> Watcher<'a> {
     /// Opens everything that could be missing or unfit before the first step.
     pub fn new(
-        teacher: &'a Teacher,
+        origin: Origin<'a>,
         config: &'a Config,
         run: &'a RunDir,
         mut sheets: Sheets,
@@ -94,7 +93,8 @@ impl<'a> Watcher<'a> {
                     range: [-1.0, 1.0],
                 };
                 let judge = InLoop::open(&wanted, run.path(), &EngineOptions::default())?;
-                judge.check(teacher.card.card.shape, teacher.card.card.range)?;
+                let card = &origin.teacher.card.card;
+                judge.check(card.shape, card.range)?;
                 Some(judge)
             }
         };
@@ -105,7 +105,7 @@ impl<'a> Watcher<'a> {
         }
         let degraded =
             before.iter().rev().find(|r| r.stage == Stage::Degrade).map_or((0, 0.0), |r| (r.images, r.seconds));
-        Ok(Self { teacher, config, run, sheets, judge, view, degraded, device })
+        Ok(Self { origin, config, run, sheets, judge, view, degraded, device })
     }
 
     /// The run is over; the finished student's sheet.
@@ -117,8 +117,8 @@ impl<'a> Watcher<'a> {
 
     /// Samples of the averaged student, always the same noise and classes.
     fn samples(&self, student: &Student, count: usize) -> Result<HostTensor> {
-        let card = &self.teacher.card.card;
-        let [c, h, w] = card.shape;
+        let card = &self.origin.teacher.card.card;
+        let [_, c, h, w] = student.noise_size(0).map(|d| d as usize);
         let (seed, batch) = (self.config.seed, self.config.batch.max(1));
         let mut parts = Vec::new();
         for start in (0..count).step_by(batch) {
@@ -140,7 +140,7 @@ impl<'a> Watcher<'a> {
     }
 
     fn measure(&mut self, step: &Step, networks: &Running) -> Result<()> {
-        let Some(range) = self.teacher.card.card.range else { return Ok(()) };
+        let Some(range) = self.origin.teacher.card.card.range else { return Ok(()) };
         let samples = self.samples(networks.average, self.config.evaluate.images)?;
         let at = At {
             update: step.updates,
@@ -167,7 +167,7 @@ impl<'a> Watcher<'a> {
             view.update(|s| s.measured(point.figure()));
         }
         if point.best {
-            write_student(self.teacher, &networks.average.weights()?, self.config, &self.run.best())?;
+            self.origin.write(&networks.average.weights()?, self.config, &self.run.best())?;
             let text = serde_json::to_vec_pretty(&point).map_err(|e| Error::io(e.to_string()))?;
             crate::files::write_atomic(&self.run.path().join("best.json"), &text)?;
         }
@@ -181,14 +181,14 @@ impl<'a> Watcher<'a> {
         kept.extend(networks.others.iter().map(|(half_life, s)| (format!("average-{half_life}"), *s)));
         for (kind, student) in kept {
             let path = folder.join(format!("update-{:08}-{kind}.onnx", step.updates));
-            write_student(self.teacher, &student.weights()?, self.config, &path)?;
+            self.origin.write(&student.weights()?, self.config, &path)?;
         }
         Ok(())
     }
 
     /// Denoising losses of target and fake score on the student's samples, by noise level, as a line of levels.jsonl.
     fn levels(&self, step: &Step, networks: &Running) -> Result<()> {
-        let card = &self.teacher.card.card;
+        let card = &self.origin.teacher.card.card;
         let table = card.schedule()?.training_sigmas(self.config.noise.levels);
         let [low, high] = self.config.noise.generator;
         let at = |k: usize| table.get(low + (high - low) * k / (LEVELS - 1)).copied();

@@ -8,6 +8,8 @@ pub mod conditions;
 pub mod conversion;
 #[cfg(feature = "train")]
 pub mod denoiser;
+#[cfg(feature = "train")]
+pub mod generator;
 pub mod guidance;
 pub mod sampler;
 pub mod schedule;
@@ -23,6 +25,8 @@ pub use conditions::HostConditions;
 pub use conversion::{Coefficients, Conversion, StudentStart};
 #[cfg(feature = "train")]
 pub use denoiser::Denoiser;
+#[cfg(feature = "train")]
+pub use generator::{Generator, GeneratorNames, GeneratorPorts};
 pub use guidance::Guidance;
 pub use sampler::{Sampled, Sampler, VectorSpace};
 pub use schedule::{Betas, Schedule, ScheduleSpec};

@@ -23,16 +23,16 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let config = job.config;
     let dir = job.run.trajectory();
     if config.degrade.nodes == 0 {
-        let mut trajectory = Trajectory::create(&dir, teacher.params(), None)?;
+        let mut trajectory = Trajectory::create(&dir, teacher.params(), job.student_hash(teacher)?, None)?;
         trajectory.complete(&[0])?;
         return Ok(Some(trajectory));
     }
     let batches = Batches::new(config, teacher)?;
-    let initial = Student::new(teacher.copy()?, &config.student)?;
+    let initial = job.initial(teacher)?;
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
     let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade.lr, &config.degrade.betas))?;
-    let probe = Probe::new(&batches, &initial)?;
+    let probe = Probe::new(&batches, teacher, &initial)?;
 
     let (mut state, mut trajectory) = match resume {
         Some(mut checkpoint) => {
@@ -46,7 +46,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
         }
         None => {
             let loss = probe.loss(teacher)?;
-            let trajectory = Trajectory::create(&dir, teacher.params(), Some(loss))?;
+            let trajectory = Trajectory::create(&dir, teacher.params(), job.student_hash(teacher)?, Some(loss))?;
             job.observer.node_recorded(0, teacher)?;
             (State::new(Stage::Degrade, trajectory.teacher_hash()), trajectory)
         }
@@ -64,7 +64,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
         for micro in 0..config.accumulate {
             let draws = batches.draws(Phase::Degrade, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
-            let z = batches.noise(&draws, Use::Latent)?;
+            let z = batches.latent(&draws, &initial)?;
             let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
             let sigmas = draws.sigmas(Use::FakeSigma, &batches.degrade_levels, batches.batch);
             let noise = batches.noise(&draws, Use::FakeNoise)?;
@@ -153,10 +153,10 @@ struct Probe {
 }
 
 impl Probe {
-    fn new(batches: &Batches, initial: &Student) -> Result<Self> {
+    fn new(batches: &Batches, teacher: &Denoiser, initial: &Student) -> Result<Self> {
         let draws = batches.draws(Phase::Probe, 0, 0);
-        let conditions = batches.conditions(&draws, initial.denoiser())?;
-        let z = batches.noise(&draws, Use::Latent)?;
+        let conditions = batches.conditions(&draws, teacher)?;
+        let z = batches.latent(&draws, initial)?;
         let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
         let noise = batches.noise(&draws, Use::FakeNoise)?;
         Ok(Self { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })

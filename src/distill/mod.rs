@@ -59,6 +59,9 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
     let dir = job.run.trajectory();
     let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };
+    if let Some(recorded) = &recorded {
+        recorded.check_student(job.student_hash(teacher)?.as_deref())?;
+    }
     let trajectory = match recorded {
         Some(trajectory) if trajectory.is_complete() => trajectory,
         _ if stages == Stages::Backtrack => {

@@ -1,17 +1,26 @@
-//! The generator: the teacher's architecture at one fixed noise level, or at a few of them in turn.
+//! The generator: a network at one fixed noise level, or at a few of them in turn (by default a copy of the teacher), or a
+//! network of another kind that makes samples in one call.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use crate::diffusion::{Conditions, Conversion, Denoiser, StudentStart};
-use crate::distill::config::StudentConfig;
+use crate::diffusion::{Conditions, Conversion, Denoiser, Generator, HostConditions, StudentStart, TeacherCard};
+use crate::distill::config::{Config, Init, StudentConfig};
 use crate::distill::draws::{Draws, Use};
-use crate::error::{Error, Result};
-use crate::torch::{ParamSet, shim};
+use crate::error::{Context, Error, Result};
+use crate::torch::{Forward, ParamSet, shim};
+
+/// The student with its own weights.
+#[derive(Debug)]
+pub enum Student {
+    Levels(Box<AtLevels>),
+    /// One call of a network without a time.
+    Generator(Generator),
+}
 
 /// `G(z, c) = skip x_net + out F(x_net, time, c)` with `x_net = init_scale z`, `z ~ N(0, I)`; with more than one step its
 /// image is noised again to the next level and denoised there, and so on.
 #[derive(Debug)]
-pub struct Student {
+pub struct AtLevels {
     denoiser: Denoiser,
     start: StudentStart,
     /// Noise levels of the steps after the first, falling.
@@ -24,30 +33,144 @@ pub struct Student {
 const STEP_NOISE: u64 = 0x57e9;
 
 impl Student {
-    /// A generator with these weights, which it owns.
+    /// A generator with these weights, which it owns, at the configured noise levels.
     ///
     /// Errors: noise levels that do not fall from the first step's to above 0.
     pub fn new(denoiser: Denoiser, config: &StudentConfig) -> Result<Self> {
         let start = start(&denoiser, config)?;
         let levels = levels(denoiser.conversion(), config)?;
-        Ok(Self { denoiser, start, levels, stochastic: config.stochastic })
+        Ok(Self::Levels(Box::new(AtLevels { denoiser, start, levels, stochastic: config.stochastic })))
     }
 
-    /// Images for standard normal `z` `[B, C, H, W]`, f32, by all steps. The noise of further steps depends on the step and
-    /// the batch's shape alone.
+    /// A generator of one call.
+    ///
+    /// Errors: noise levels in the configuration, of which such a network knows nothing.
+    pub fn of_generator(generator: Generator, config: &StudentConfig) -> Result<Self> {
+        let set = [("student.sigmas", !config.sigmas.is_empty()), ("student.sigma_init", config.sigma_init > 0.0)];
+        match set.iter().find(|(_, set)| *set) {
+            None => Ok(Self::Generator(generator)),
+            Some((key, _)) => Err(Error::usage(format!(
+                "{key} is set, but the student makes its samples in one call that takes no noise level"
+            ))
+            .hint("a student with a time input and a card of its own has noise levels, as the teacher's copy has")),
+        }
+    }
+
+    /// The same student with its own weights of equal values.
+    pub fn copy(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Levels(s) => Self::Levels(Box::new(AtLevels {
+                denoiser: s.denoiser.copy()?,
+                start: s.start,
+                levels: s.levels.clone(),
+                stochastic: s.stochastic,
+            })),
+            Self::Generator(g) => Self::Generator(g.copy()?),
+        })
+    }
+
+    /// The student that a run begins with: of `given`'s network, or of the teacher's; fresh weights where configured.
+    pub fn initial(given: Option<&Self>, teacher: &Denoiser, config: &StudentConfig, seed: u64) -> Result<Self> {
+        let student = match given {
+            Some(student) => student.copy()?,
+            None => Self::new(teacher.copy()?, config)?,
+        };
+        if config.init == Init::Random {
+            student.network().reinitialise(seed)?;
+        }
+        Ok(student)
+    }
+
+    /// Hash of the weights that a run begins with, where they are not the teacher's: a trajectory is recorded for them.
+    pub fn hash_of_initial(given: Option<&Self>, teacher: &Denoiser, config: &Config) -> Result<Option<String>> {
+        if given.is_none() && config.student.init == Init::Given {
+            return Ok(None);
+        }
+        Self::initial(given, teacher, &config.student, config.seed)?.params().hash().map(Some)
+    }
+
+    /// Calls the network once on two samples: what does not fit is an error before the first step.
+    pub fn try_out(&self, card: &TeacherCard, conditions: &HostConditions) -> Result<()> {
+        let device = self.device();
+        let rows = conditions.len() as i64;
+        let z = shim::randn(STEP_NOISE, &self.noise_size(rows), device)?;
+        let conditions = Conditions::from_host(conditions, device)?;
+        let made = tch::no_grad(|| self.generate(&z, &conditions)).context("the student's first samples")?;
+        let [c, h, w] = card.shape.map(|d| d as i64);
+        if made.size() != [rows, c, h, w] {
+            let (found, expected) = (made.size(), [rows, c, h, w]);
+            return Err(Error::mismatch(format!(
+                "the student makes samples of shape {found:?}, expected {expected:?}"
+            )));
+        }
+        if made.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(Error::invalid("the student's first samples hold NaN or infinity"));
+        }
+        Ok(())
+    }
+
+    /// Shape of the noise of `rows` samples.
+    pub fn noise_size(&self, rows: i64) -> [i64; 4] {
+        let [a, b, c] = match self {
+            Self::Levels(s) => s.denoiser.card().shape,
+            Self::Generator(g) => g.ports().noise_shape(),
+        };
+        [rows, a as i64, b as i64, c as i64]
+    }
+
+    /// Images for standard normal `z` of [`Student::noise_size`], `[B, C, H, W]` f32, by all steps. The noise of further
+    /// steps depends on the step and the batch's shape alone.
     pub fn generate(&self, z: &Tensor, conditions: &Conditions) -> Result<Tensor> {
-        let noise = |step: usize| shim::randn(STEP_NOISE + step as u64, &z.size(), z.device());
-        self.unroll(z, conditions, self.levels.len(), &noise)
+        match self {
+            Self::Levels(s) => {
+                let noise = |step: usize| shim::randn(STEP_NOISE + step as u64, &z.size(), z.device());
+                s.unroll(z, conditions, s.levels.len(), &noise)
+            }
+            Self::Generator(g) => g.generate(z, conditions),
+        }
     }
 
     /// Images to train on: those of a step that is drawn at random, the steps before it simulated without a gradient
     /// (DMD2's backward simulation).
     pub fn training_images(&self, draws: &Draws, z: &Tensor, conditions: &Conditions) -> Result<Tensor> {
-        let step = draws.below(Use::Step, self.levels.len() + 1);
-        let noise = |step: usize| draws.step_noise(step, &z.size(), z.device());
-        self.unroll(z, conditions, step, &noise)
+        match self {
+            Self::Levels(s) => {
+                let step = draws.below(Use::Step, s.levels.len() + 1);
+                let noise = |step: usize| draws.step_noise(step, &z.size(), z.device());
+                s.unroll(z, conditions, step, &noise)
+            }
+            Self::Generator(g) => g.generate(z, conditions),
+        }
     }
 
+    /// Where the network is.
+    pub fn device(&self) -> Device {
+        self.params().tensors().first().map_or(Device::Cpu, Tensor::device)
+    }
+    pub fn network(&self) -> &dyn Forward {
+        match self {
+            Self::Levels(s) => s.denoiser.network(),
+            Self::Generator(g) => g.network(),
+        }
+    }
+    pub fn params(&self) -> &ParamSet {
+        self.network().params()
+    }
+
+    /// The weights of the whole network, detached: what is saved and exported. With low-rank adaptation the factors are
+    /// merged into the teacher's weights.
+    pub fn weights(&self) -> Result<ParamSet> {
+        match self.network().merged()? {
+            Some(merged) => Ok(merged),
+            None => {
+                let tensors = self.params().tensors().iter().map(Tensor::detach).collect();
+                ParamSet::new(self.params().names().to_vec(), tensors)
+            }
+        }
+    }
+}
+
+impl AtLevels {
     /// The image after `last` further steps; only the last evaluation has a graph.
     fn unroll(
         &self,
@@ -81,36 +204,6 @@ impl Student {
             made.ok_or_else(|| Error::mismatch("a student without further steps"))
         })?;
         self.denoiser.denoise(&x_edm, &vec![sigma; rows], conditions)
-    }
-
-    /// Noise levels of the steps after the first, falling; empty for a one-step student.
-    pub fn levels(&self) -> &[f64] {
-        &self.levels
-    }
-    pub fn is_stochastic(&self) -> bool {
-        self.stochastic
-    }
-
-    pub fn params(&self) -> &ParamSet {
-        self.denoiser.params()
-    }
-    /// The weights of the whole network, detached: what is saved and exported. With low-rank adaptation the factors are
-    /// merged into the teacher's weights.
-    pub fn weights(&self) -> Result<ParamSet> {
-        match self.denoiser.network().merged()? {
-            Some(merged) => Ok(merged),
-            None => {
-                let tensors = self.params().tensors().iter().map(Tensor::detach).collect();
-                ParamSet::new(self.params().names().to_vec(), tensors)
-            }
-        }
-    }
-    pub fn denoiser(&self) -> &Denoiser {
-        &self.denoiser
-    }
-    /// The noise level and coefficients that export folds into the graph.
-    pub fn start(&self) -> &StudentStart {
-        &self.start
     }
 }
 

@@ -108,6 +108,8 @@ impl Observer for Unobserved {}
 /// What a run needs beside the teacher.
 pub struct Job<'a> {
     pub config: &'a Config,
+    /// The student's network and weights, where it is not the teacher's copy.
+    pub student: Option<&'a Student>,
     pub run: &'a RunDir,
     pub observer: &'a mut dyn Observer,
     /// Raised from outside (Ctrl-C): the run stops after the present step, with a checkpoint.
@@ -117,6 +119,16 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// The student that the run begins with.
+    pub(crate) fn initial(&self, teacher: &Denoiser) -> Result<Student> {
+        Student::initial(self.student, teacher, &self.config.student, self.config.seed)
+    }
+
+    /// Hash of the initial student's weights, where it is not the teacher's copy.
+    pub(crate) fn student_hash(&self, teacher: &Denoiser) -> Result<Option<String>> {
+        Student::hash_of_initial(self.student, teacher, self.config)
+    }
+
     pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
@@ -171,6 +183,11 @@ impl Batches {
     pub fn noise(&self, draws: &Draws, what: Use) -> Result<Tensor> {
         let [c, h, w] = self.shape;
         draws.noise(what, &[self.batch as i64, c, h, w], self.device)
+    }
+
+    /// Standard normal noise for a batch of a student's images.
+    pub fn latent(&self, draws: &Draws, student: &Student) -> Result<Tensor> {
+        draws.noise(Use::Latent, &student.noise_size(self.batch as i64), self.device)
     }
 
     /// Random conditions of a batch.

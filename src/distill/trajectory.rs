@@ -26,6 +26,9 @@ pub struct Node {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Index {
     teacher_hash: String,
+    /// [`ParamSet::hash`] of the initial student, where it is not a copy of the teacher.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    student_hash: Option<String>,
     /// Whether stage 1 has ended: nodes 0..N are final.
     complete: bool,
     nodes: Vec<Node>,
@@ -42,9 +45,10 @@ pub(crate) const INDEX: &str = "trajectory.json";
 
 impl Trajectory {
     /// Starts a trajectory with the teacher as node 0.
-    pub fn create(dir: &Path, teacher: &ParamSet, loss: Option<f32>) -> Result<Self> {
+    /// `student_hash`: the initial student's, where it is not a copy of the teacher.
+    pub fn create(dir: &Path, teacher: &ParamSet, student_hash: Option<String>, loss: Option<f32>) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-        let index = Index { teacher_hash: teacher.hash()?, complete: false, nodes: Vec::new() };
+        let index = Index { teacher_hash: teacher.hash()?, student_hash, complete: false, nodes: Vec::new() };
         let mut trajectory = Self { dir: dir.to_owned(), index };
         trajectory.record(teacher, 0, loss)?;
         Ok(trajectory)
@@ -101,6 +105,22 @@ impl Trajectory {
     }
     pub fn teacher_hash(&self) -> &str {
         &self.index.teacher_hash
+    }
+
+    /// Refuses a trajectory that leads to another student than this one (none: the teacher's copy).
+    pub fn check_student(&self, student_hash: Option<&str>) -> Result<()> {
+        let ours = self.index.student_hash.as_deref();
+        if ours == student_hash {
+            return Ok(());
+        }
+        let name = |h: Option<&str>| h.map_or("the teacher's copy".into(), |h| format!("weights {}", short(h)));
+        Err(Error::usage(format!(
+            "{}: recorded on the samples of another initial student ({}, this one is {})",
+            self.dir.join(INDEX).display(),
+            name(ours),
+            name(student_hash)
+        ))
+        .hint("give the student and seed that the run began with, or record a trajectory for this one"))
     }
 
     /// Writes the weights as the next node.
@@ -223,7 +243,7 @@ mod tests {
     }
 
     fn recorded(dir: &Path) -> Trajectory {
-        let mut t = Trajectory::create(dir, &set(1.0), Some(9.0)).unwrap();
+        let mut t = Trajectory::create(dir, &set(1.0), None, Some(9.0)).unwrap();
         t.record(&set(2.0), 10, Some(4.0)).unwrap();
         t.record(&set(3.0), 20, Some(1.0)).unwrap();
         t.complete(&[0, 1, 2]).unwrap();
@@ -242,7 +262,7 @@ mod tests {
     fn node_zero_is_the_teacher_and_nodes_do_not_alias_the_live_weights() {
         let dir = tempfile::tempdir().unwrap();
         let live = set(1.0);
-        let mut t = Trajectory::create(dir.path(), &live, None).unwrap();
+        let mut t = Trajectory::create(dir.path(), &live, None, None).unwrap();
         let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(5.0));
         t.record(&live, 3, None).unwrap();
         let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(7.0));
@@ -318,7 +338,7 @@ mod tests {
     #[test]
     fn truncating_and_choosing_renumber_and_leave_no_stray_files() {
         let dir = tempfile::tempdir().unwrap();
-        let mut t = Trajectory::create(dir.path(), &set(1.0), None).unwrap();
+        let mut t = Trajectory::create(dir.path(), &set(1.0), None, None).unwrap();
         for k in 1..6 {
             t.record(&set(1.0 + k as f32), 10 * k, None).unwrap();
         }

@@ -7,6 +7,8 @@ pub mod edit;
 pub mod evaluate;
 #[cfg(feature = "train")]
 pub mod fold;
+#[cfg(feature = "train")]
+pub mod generator;
 pub mod half;
 pub mod half_rewrite;
 pub mod int8;
@@ -22,6 +24,8 @@ pub mod unroll;
 #[cfg(all(test, feature = "ort", feature = "tract"))]
 mod tests;
 
+#[cfg(feature = "train")]
+pub use generator::generator;
 pub use ship::{Precision, ShipOptions, ShipReport, ship};
 #[cfg(feature = "train")]
 pub use student::{StudentOptions, same_graph, student};

@@ -9,7 +9,7 @@ use crate::export::edit::{self, float_attribute, ints_attribute, node, value_inf
 use crate::export::fold;
 use crate::graph::ir::Port;
 use crate::graph::{Model, save, tensors};
-use crate::onnx::{ModelProto, OperatorSetIdProto};
+use crate::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
 use crate::tensor::{DType, HostTensor};
 use crate::torch::{Forward, ImportOptions, Network, ParamSet};
 
@@ -43,7 +43,7 @@ pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &S
     for time in [TimeForm::Folded, TimeForm::Expanded] {
         let built = build(net, params, card, &start, time)?;
         match reference.check(&built) {
-            Ok(()) => return finish(built, card, options, &start),
+            Ok(()) => return describe(built, card, options, &[("sigma_init", start.sigma.to_string())]),
             Err(e) => failure = Some(e),
         }
     }
@@ -84,11 +84,8 @@ fn build(
     time: TimeForm,
 ) -> Result<ModelProto> {
     let mut model = net.to_model(params)?;
-    if edit::opset(&model) < 8 {
-        return Err(Error::unsupported(format!("a student at opset {}, expected 8 or newer", edit::opset(&model)))
-            .hint("export the teacher with a newer opset"));
-    }
-    let clip_by_input = edit::opset(&model) >= 11;
+    needs_opset(&model)?;
+    let opset = edit::opset(&model);
     let x = port(net, &card.sample)?;
     let t = port(net, &card.time)?;
     let x_dtype = x.dtype.unwrap_or(DType::F32);
@@ -101,7 +98,7 @@ fn build(
             edit::rename(graph, ours, &edit::free_name(&taken, &format!("teacher_{ours}")));
         }
     }
-    let renamed = |graph: &crate::onnx::GraphProto, name: &str| {
+    let renamed = |graph: &GraphProto, name: &str| {
         let prefixed = format!("teacher_{name}");
         if edit::value_names(graph).contains(name) { name.to_owned() } else { prefixed }
     };
@@ -114,17 +111,11 @@ fn build(
     let dim = batch.ok_or("batch");
     graph.input.retain(|v| v.name() != x_name && v.name() != t_name && !constants.iter().any(|(n, _)| n == v.name()));
     // One symbol for the batch in all inputs: other names would let runtimes believe they may differ.
-    for v in &mut graph.input {
-        if let Some(crate::onnx::type_proto::Value::TensorType(tt)) = v.r#type.as_mut().and_then(|t| t.value.as_mut())
-            && let (Some(first), None) = (tt.shape.as_mut().and_then(|s| s.dim.first_mut()), batch)
-        {
-            first.value = Some(crate::onnx::tensor_shape_proto::dimension::Value::DimParam("batch".into()));
-        }
-    }
+    graph.input.iter_mut().for_each(|v| batch_symbol(v, batch));
     graph.input.insert(0, value_info("noise", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)]));
 
     let mut before = Vec::new();
-    let number = |graph: &mut crate::onnx::GraphProto, name: &str, t: HostTensor| {
+    let number = |graph: &mut GraphProto, name: &str, t: HostTensor| {
         graph.initializer.push(tensors::to_proto(name, &t));
         name.to_owned()
     };
@@ -209,21 +200,7 @@ fn build(
         after.push(node("Add", &[&out, "disback/x_skip"], "disback/x0"));
         out = "disback/x0".into();
     }
-    match card.range {
-        Some([low, high]) if clip_by_input => {
-            let (l, h) = (
-                number(graph, "disback/low", HostTensor::scalar(low as f32)),
-                number(graph, "disback/high", HostTensor::scalar(high as f32)),
-            );
-            after.push(node("Clip", &[&out, &l, &h], "sample"));
-        }
-        Some([low, high]) => {
-            let mut n = node("Clip", &[&out], "sample");
-            n.attribute.extend([float_attribute("min", low as f32), float_attribute("max", high as f32)]);
-            after.push(n);
-        }
-        None => after.push(node("Identity", &[&out], "sample")),
-    }
+    after.push(clip(graph, &out, card.range, opset));
     let middle = std::mem::take(&mut graph.node);
     graph.node = before.into_iter().chain(middle).chain(after).collect();
     graph.output = vec![value_info("sample", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)])];
@@ -234,11 +211,49 @@ fn build(
     Ok(model)
 }
 
-fn finish(
+/// The operator set must know what a student needs.
+pub(super) fn needs_opset(model: &ModelProto) -> Result<()> {
+    match edit::opset(model) {
+        8.. => Ok(()),
+        old => Err(Error::unsupported(format!("a student at opset {old}, expected 8 or newer"))
+            .hint("export the network with a newer opset")),
+    }
+}
+
+/// Calls the first dimension `batch` where the graph does not fix it.
+pub(super) fn batch_symbol(v: &mut ValueInfoProto, batch: Option<usize>) {
+    if let Some(crate::onnx::type_proto::Value::TensorType(tt)) = v.r#type.as_mut().and_then(|t| t.value.as_mut())
+        && let (Some(first), None) = (tt.shape.as_mut().and_then(|s| s.dim.first_mut()), batch)
+    {
+        first.value = Some(crate::onnx::tensor_shape_proto::dimension::Value::DimParam("batch".into()));
+    }
+}
+
+/// The last node: `x` cut to the range, or as it is, as `sample`.
+pub(super) fn clip(graph: &mut GraphProto, x: &str, range: Option<[f64; 2]>, opset: i64) -> NodeProto {
+    match range {
+        Some([low, high]) if opset >= 11 => {
+            let ends = [("disback/low", low), ("disback/high", high)];
+            for (name, value) in ends {
+                graph.initializer.push(tensors::to_proto(name, &HostTensor::scalar(value as f32)));
+            }
+            node("Clip", &[x, "disback/low", "disback/high"], "sample")
+        }
+        Some([low, high]) => {
+            let mut n = node("Clip", &[x], "sample");
+            n.attribute.extend([float_attribute("min", low as f32), float_attribute("max", high as f32)]);
+            n
+        }
+        None => node("Identity", &[x], "sample"),
+    }
+}
+
+/// Puts the card and what a student's file says about it into the metadata.
+pub(super) fn describe(
     mut model: ModelProto,
     card: &TeacherCard,
     options: &StudentOptions,
-    start: &StudentStart,
+    extra: &[(&str, String)],
 ) -> Result<ModelProto> {
     // IR version 4 is the first where initializers need not be inputs; ours are not.
     model.ir_version = Some(model.ir_version().max(4));
@@ -256,7 +271,6 @@ fn finish(
         ("method", options.method.clone()),
         ("objective", options.objective.clone()),
         ("steps", "1".to_owned()),
-        ("sigma_init", start.sigma.to_string()),
         ("teacher_hash", options.teacher_hash.clone()),
         ("noise", "standard normal".to_owned()),
         (
@@ -265,10 +279,35 @@ fn finish(
                 .to_owned(),
         ),
     ];
-    for (key, value) in entries {
-        save::set_metadata(&mut model, &format!("disback.student.{key}"), &value);
+    for (key, value) in entries.iter().chain(extra) {
+        save::set_metadata(&mut model, &format!("disback.student.{key}"), value);
     }
     Ok(model)
+}
+
+/// A built file as it will be read, for [`compare`].
+pub(super) fn read_back(built: &ModelProto) -> Result<Network> {
+    let options = ImportOptions { raise: false, ..ImportOptions::default() };
+    Network::import(Model::from_proto(built.clone()), &options, Device::Cpu)
+}
+
+/// A built file on these inputs against what the training network made of them.
+pub(super) fn compare(exported: &Network, inputs: &[(&str, Tensor)], expected: &Tensor, batch: usize) -> Result<()> {
+    let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (*n, t)).collect();
+    let (_, ours) = tch::no_grad(|| exported.forward(&inputs)).with_context(|| format!("at batch {batch}"))?.remove(0);
+    if ours.size() != expected.size() {
+        let (found, expected) = (ours.size(), expected.size());
+        return Err(Error::mismatch(format!("shape {found:?} at batch {batch}, expected {expected:?}")));
+    }
+    let worst = |t: &Tensor| -> Result<f64> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
+    let (error, size) = (worst(&ours.f_sub(expected)?)?, worst(expected)?);
+    // Written so that NaN fails.
+    if !(error <= TOLERANCE * size.max(1.0)) {
+        return Err(Error::mismatch(format!(
+            "max abs error {error:.2e} at batch {batch} where values reach {size:.2}"
+        )));
+    }
+    Ok(())
 }
 
 /// The student as it was trained.
@@ -281,35 +320,16 @@ struct Reference<'a> {
 impl Reference<'_> {
     /// Compares a built file with the training network on fixed noise at batch 1 and 3 (or the graph's fixed batch).
     fn check(&self, built: &ModelProto) -> Result<()> {
-        let options = ImportOptions { raise: false, ..ImportOptions::default() };
-        let exported = Network::import(Model::from_proto(built.clone()), &options, Device::Cpu)?;
         let fixed = port(self.net, &self.card.sample)?.dims().and_then(|d| d.first().copied().flatten());
-        let batches = fixed.map_or(vec![1, 3], |b| vec![b]);
-        for batch in batches {
-            let (ours, theirs) = tch::no_grad(|| -> Result<_> {
-                let noise = self.noise(batch)?;
-                let conditions = self.conditions(batch)?;
-                let mut inputs: Vec<(&str, &Tensor)> = vec![("noise", &noise)];
-                inputs.extend(conditions.iter().map(|(n, t)| (n.as_str(), t)));
-                let (_, ours) = exported.forward(&inputs)?.remove(0);
-                Ok((ours, self.forward(&noise, &conditions)?))
-            })
-            .with_context(|| format!("at batch {batch}"))?;
-            if ours.size() != theirs.size() {
-                return Err(Error::mismatch(format!(
-                    "shape {:?} at batch {batch}, expected {:?}",
-                    ours.size(),
-                    theirs.size()
-                )));
-            }
-            let worst = |t: &Tensor| -> Result<f64> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
-            let (error, size) = (worst(&ours.f_sub(&theirs)?)?, worst(&theirs)?);
-            // Written so that NaN fails.
-            if !(error <= TOLERANCE * size.max(1.0)) {
-                return Err(Error::mismatch(format!(
-                    "max abs error {error:.2e} at batch {batch} where values reach {size:.2}"
-                )));
-            }
+        let exported = read_back(built)?;
+        for batch in fixed.map_or(vec![1, 3], |b| vec![b]) {
+            let noise = self.noise(batch)?;
+            let conditions = self.conditions(batch)?;
+            let expected =
+                tch::no_grad(|| self.forward(&noise, &conditions)).with_context(|| format!("at batch {batch}"))?;
+            let mut inputs: Vec<(&str, Tensor)> = vec![("noise", noise)];
+            inputs.extend(conditions.iter().map(|(n, t)| (n.as_str(), t.shallow_clone())));
+            compare(&exported, &inputs, &expected, batch)?;
         }
         Ok(())
     }

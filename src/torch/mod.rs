@@ -4,6 +4,7 @@ pub mod convert;
 pub mod deciding;
 pub mod device;
 pub mod ema;
+pub mod init;
 pub mod kernel;
 pub mod lora;
 pub mod network;

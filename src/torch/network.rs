@@ -48,6 +48,12 @@ pub trait Forward {
     }
     /// Another copy: the same plan, its own parameters with equal values.
     fn copy(&self) -> Result<Box<dyn Forward>>;
+    /// Fresh weights by [`crate::torch::init`], a function of the seed.
+    ///
+    /// Errors: a network that does not know which of its parameters are what; one whose weights are frozen.
+    fn reinitialise(&self, _seed: u64) -> Result<()> {
+        Err(Error::unsupported("fresh weights for a network that is no ONNX graph"))
+    }
     /// Says how to compute from now on; copies made later do the same, and the memory's limit holds for earlier ones too.
     /// Networks without a plan compute as they always do.
     fn configure(&self, _compute: Compute) {}
@@ -215,6 +221,17 @@ impl Network {
         })
     }
 
+    /// Another handle on the same network with the same weights.
+    pub fn alias(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            params: self.params.alias(),
+            adapter: self.adapter.clone(),
+            device: self.device,
+            compute: self.compute.clone(),
+        }
+    }
+
     /// The same network with low-rank adaptation: its weights are frozen, its parameters are the factors, and its copies
     /// share the weights. It computes what it did before.
     pub fn adapt(self, options: &LoraOptions) -> Result<Self> {
@@ -285,6 +302,16 @@ impl Forward for Network {
 
     fn copy(&self) -> Result<Box<dyn Forward>> {
         Ok(Box::new(self.duplicate()?))
+    }
+
+    fn reinitialise(&self, seed: u64) -> Result<()> {
+        if self.adapter.is_some() {
+            return Err(Error::usage(
+                "fresh weights with low-rank adaptation, which would keep them frozen as they are",
+            )
+            .hint("student.init = \"random\" and lora.rank do not go together"));
+        }
+        crate::torch::init::reinitialise(&self.shared.graph, &self.shared.parameters, &self.params, seed)
     }
 
     fn configure(&self, compute: Compute) {

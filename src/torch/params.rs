@@ -56,6 +56,12 @@ impl ParamSet {
         self.tensors.iter().map(Tensor::numel).sum()
     }
 
+    /// Another handle on the same tensors.
+    pub fn alias(&self) -> Self {
+        let tensors = self.tensors.iter().map(Tensor::shallow_clone).collect();
+        Self { names: self.names.clone(), tensors, base: self.base.clone() }
+    }
+
     /// A deep copy with its own storage on `device`; no gradient is tracked until [`ParamSet::set_requires_grad`].
     pub fn deep_copy(&self, device: Device) -> Result<Self> {
         let tensors = self

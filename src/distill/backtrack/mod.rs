@@ -35,7 +35,7 @@ pub fn backtrack(
     }
     let batches = Batches::new(config, teacher)?;
     let objective = objective(config);
-    let mut players = Players::new(config, teacher, &batches, &*objective)?;
+    let mut players = Players::new(config, teacher, job.initial(teacher)?, &batches, &*objective)?;
     players.target.network().configure(config.target_compute());
     // Sum of the mismatch since the last look at it: f32, so that a checkpoint holds it exactly.
     let mut looked = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
@@ -82,7 +82,7 @@ pub fn backtrack(
         for micro in 0..config.accumulate {
             let draws = batches.draws(Phase::Backtrack, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
-            let z = batches.noise(&draws, Use::Latent)?;
+            let z = batches.latent(&draws, &players.student)?;
             let share = 1.0 / config.accumulate as f64;
             // One batch of images for both updates.
             let x0 = if generator_steps {

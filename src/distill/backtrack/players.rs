@@ -38,17 +38,23 @@ pub(super) struct Players {
 }
 
 impl Players {
-    pub fn new(config: &Config, teacher: &Denoiser, batches: &Batches, objective: &dyn Objective) -> Result<Self> {
+    /// `student`: the one to begin with, which is taken over.
+    pub fn new(
+        config: &Config,
+        teacher: &Denoiser,
+        student: Student,
+        batches: &Batches,
+        objective: &dyn Objective,
+    ) -> Result<Self> {
         let settings = &config.backtrack;
         let gan = Gan::new(config, teacher, batches)?;
         if objective.needs_ratio() && gan.is_none() {
             return Err(Error::usage(format!("the objective `{}` needs gan.data", objective.name())));
         }
-        let copy = || Student::new(teacher.copy()?, &config.student);
-        let student = copy()?;
-        student.params().set_requires_grad(true)?;
         let half_lives = std::iter::once(&config.ema.half_life).chain(&config.ema.more);
-        let averages = half_lives.map(|&half_life| Ok(Average { half_life, student: copy()? }));
+        let averages =
+            half_lives.map(|&half_life| Ok(Average { half_life, student: student.copy()? })).collect::<Result<_>>()?;
+        student.params().set_requires_grad(true)?;
         let fake = match objective.needs_fake() {
             false => None,
             true => {
@@ -61,7 +67,7 @@ impl Players {
         Ok(Self {
             target: teacher.copy()?,
             adam: AdamW::new(student.params(), adamw(config, settings.lr_generator, &settings.betas_generator))?,
-            averages: averages.collect::<Result<_>>()?,
+            averages,
             student,
             fake,
             gan,

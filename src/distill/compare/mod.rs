@@ -108,10 +108,12 @@ impl Observer for Looker<'_> {
 const CURVE: &str = "curve.json";
 
 /// Runs one arm in `dir` and looks at it after every `every` updates; one that was finished
-/// earlier is read back. `None`: stopped from outside.
+/// earlier is read back. `student`: where it is not the teacher's copy. `None`: stopped from outside.
+#[allow(clippy::too_many_arguments)]
 pub fn run_arm(
     config: &Config,
     teacher: &Denoiser,
+    student: Option<&Student>,
     dir: &Path,
     every: u64,
     judge: &mut dyn Judge,
@@ -145,7 +147,7 @@ pub fn run_arm(
         points: Vec::new(),
         note,
     };
-    let job = Job { config, run: &run, observer: &mut looker, stop, silent: true };
+    let job = Job { config, student, run: &run, observer: &mut looker, stop, silent: true };
     let outcome = distill(job, teacher, Stages::Both).with_context(|| dir.display().to_string())?;
     if matches!(outcome, Outcome::Stopped(_)) {
         return Ok(None);

@@ -1,6 +1,6 @@
 //! Values that make no sense, refused before the first step.
 
-use super::{Config, ObjectiveKind};
+use super::{Config, Init, ObjectiveKind};
 use crate::diffusion::Guidance;
 use crate::error::{Error, Result};
 
@@ -110,6 +110,20 @@ impl Config {
                     self.noise.levels - 1
                 )));
             }
+        }
+        let student = &self.student;
+        let named = !(student.noise.is_empty() && student.output.is_empty() && student.conditions.is_empty());
+        if named && student.file.is_empty() {
+            return Err(Error::usage(
+                "student.noise, .output and .conditions name ports of student.file, which is empty",
+            ));
+        }
+        if let Some(pair) = student.conditions.iter().find(|p| !p.contains('=')) {
+            return Err(Error::usage(format!("student.conditions holds `{pair}`, expected condition=input")));
+        }
+        if student.init == Init::Random && self.lora.rank > 0 && student.file.is_empty() {
+            return Err(Error::usage("student.init is `random`, but lora.rank keeps the student's own weights frozen")
+                .hint("leave one of the two out, or give a network of its own as student.file"));
         }
         if self.objective == ObjectiveKind::Sds && self.backtrack.ratio != 1 {
             return Err(Error::usage(format!(

@@ -18,7 +18,7 @@ use crate::torch::lora::LoraOptions;
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
-    FakeDistribution, LogConfig, LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing,
+    FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing,
     StudentConfig, Switch,
 };
 

@@ -83,10 +83,30 @@ pub struct ConditionsConfig {
     pub weights: Vec<f64>,
 }
 
+/// The student's weights at the beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Init {
+    /// Those of its file: the teacher's, or those of `student.file`.
+    #[default]
+    Given,
+    /// Fresh ones from `seed`, see [`crate::torch::init`].
+    Random,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StudentConfig {
-    /// Noise level at which the teacher's copy becomes the generator; 0: where the schedule starts (EDM sigma_max, the
+    /// ONNX file of the student's network; empty: the teacher's own. A network with a card is evaluated at `sigma_init` and
+    /// `sigmas` as the teacher's copy would be; any other takes noise and the teacher's conditions.
+    pub file: String,
+    pub init: Init,
+    /// Input of `file` that takes the noise, and its output that is the sample; empty: found by name and shape.
+    pub noise: String,
+    pub output: String,
+    /// Inputs of `file` for the teacher's conditions, each `condition=input`; those left out are found by name and shape.
+    pub conditions: Vec<String>,
+    /// Noise level at which the network becomes the generator; 0: where the schedule starts (EDM sigma_max, the
     /// last step of a VP table, t = 1 of a flow).
     pub sigma_init: f64,
     /// Noise levels of the steps after the first, falling; empty: a one-step student.
@@ -237,7 +257,16 @@ impl Default for EvaluateConfig {
 
 impl Default for StudentConfig {
     fn default() -> Self {
-        Self { sigma_init: 0.0, sigmas: Vec::new(), stochastic: true }
+        Self {
+            file: String::new(),
+            init: Init::Given,
+            noise: String::new(),
+            output: String::new(),
+            conditions: Vec::new(),
+            sigma_init: 0.0,
+            sigmas: Vec::new(),
+            stochastic: true,
+        }
     }
 }
 impl Default for LoraConfig {

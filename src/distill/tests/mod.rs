@@ -2,6 +2,7 @@
 
 mod adversarial;
 mod conditions;
+mod generators;
 mod objectives;
 mod steps;
 mod sync;
@@ -182,7 +183,7 @@ fn run<'a>(
     let mut witness = Witness { stop, ..Witness::default() };
     let flag = AtomicBool::new(false);
     let stop = stop.map_or(&flag, |s| s.0);
-    let job = Job { config, run: &run, observer: &mut witness, stop, silent: true };
+    let job = Job { config, student: None, run: &run, observer: &mut witness, stop, silent: true };
     let outcome = distill(job, teacher, Stages::Both)?;
     Ok((outcome, witness))
 }
@@ -211,7 +212,7 @@ fn stage_one_ends_at_the_exact_denoiser_of_the_initial_student() {
     c.degrade.spacing = Spacing::LogIteration;
     let run = RunDir::create(&dir.path().join("run"), &c).unwrap();
     let stop = AtomicBool::new(false);
-    let job = Job { config: &c, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+    let job = Job { config: &c, student: None, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
     let Outcome::Recorded(trajectory) = distill(job, &teacher, Stages::Degrade).unwrap() else { panic!() };
     let last = teacher.copy().unwrap();
     trajectory.load(trajectory.last(), last.params()).unwrap();

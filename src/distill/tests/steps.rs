@@ -6,7 +6,7 @@ use crate::distill::draws::{Draws, Phase, Use};
 use crate::torch::shim;
 
 fn student(stochastic: bool) -> Student {
-    let config = StudentConfig { sigma_init: 5.0, sigmas: vec![2.0, 0.5], stochastic };
+    let config = StudentConfig { sigma_init: 5.0, sigmas: vec![2.0, 0.5], stochastic, ..Config::default().student };
     Student::new(plain(), &config).unwrap()
 }
 
@@ -70,7 +70,7 @@ fn few_step_runs_resume_and_differ_from_one_step() {
 #[test]
 fn levels_must_fall_to_above_zero() {
     for sigmas in [vec![5.0], vec![2.0, 2.0], vec![0.0], vec![2.0, -1.0], vec![f64::NAN]] {
-        let config = StudentConfig { sigma_init: 5.0, sigmas: sigmas.clone(), stochastic: true };
+        let config = StudentConfig { sigma_init: 5.0, sigmas: sigmas.clone(), ..Config::default().student };
         let e = Student::new(plain(), &config).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("student.sigmas"), "{sigmas:?}: {e}");
     }
