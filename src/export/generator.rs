@@ -41,6 +41,9 @@ pub fn generator(
         let taken = edit::value_names(graph);
         edit::rename(graph, &name, &edit::free_name(&taken, &name.replacen("disback/", "student/", 1)));
     }
+    for node in &mut graph.node {
+        node.name = node.name.take().map(|n| n.replacen("disback/", "student/", 1));
+    }
     // Its own names go out of the way first, then everything else that has one of ours.
     let own = |k: usize| format!("disback/port_{k}");
     edit::rename(graph, &ports.noise.name, &own(0));
