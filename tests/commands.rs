@@ -53,6 +53,19 @@ fn samples_are_the_same_in_every_form() {
     let files = disback::io::ImageSet::open(&dir.join("images"), range).unwrap();
     assert_eq!(array.batch_u8(0, 10).unwrap(), files.batch_u8(0, 10).unwrap());
     assert!(std::fs::read(dir.join("sheet.png")).unwrap().starts_with(b"\x89PNG"));
+    // The sets of the field's tools: EDM's zip, ADM's batch, classes with both.
+    ok(dir, &["sample", "student.onnx", "-n", "10", "-o", "edm.zip", "--seed", "3", "--batch", "4"]);
+    ok(dir, &["sample", "student.onnx", "-n", "10", "-o", "adm.npz", "--seed", "3", "--uint8"]);
+    let classes: Vec<usize> = b[1].1.to_i64().into_iter().map(|k| k as usize).collect();
+    for name in ["images", "edm.zip", "adm.npz"] {
+        let set = disback::io::ImageSet::open(&dir.join(name), [-1.0, 1.0]).unwrap();
+        assert_eq!(set.batch_u8(0, 10).unwrap(), files.batch_u8(0, 10).unwrap(), "{name}");
+        assert_eq!(set.labels(), Some(&classes[..]), "{name}");
+    }
+    let adm = disback::io::npy::read_npz(&dir.join("adm.npz")).unwrap();
+    assert_eq!((adm[0].0.as_str(), adm[0].1.shape(), adm[1].0.as_str()), ("arr_0", &[10, 2, 2, 1][..], "arr_1"));
+    let (code, error) = fails(dir, &["sample", "student.onnx", "-o", "x.png", "--uint8"]);
+    assert!(code == 2 && error.contains("--uint8 is for .npy and .npz"), "{error}");
 }
 
 #[test]
@@ -202,7 +215,10 @@ fn a_sweep_measures_each_student_once() {
     assert!(other["rows"][0]["frechet"].as_f64() > Some(1e-6), "{other}");
     ok(dir, &["report", "run"]);
     let report = std::fs::read_to_string(run.join("report.html")).unwrap();
-    assert!(report.contains("(best)") && report.contains("nearest reference images"), "the sweep is in the report");
+    assert!(
+        report.contains("(best)") && report.contains("reference images nearest to it"),
+        "the sweep is in the report"
+    );
     std::fs::write(run.join("evaluation.json"), "{").unwrap();
     let (code, error) = fails(dir, &[&["evaluate"], &args[..]].concat());
     assert!(code == 1 && error.contains("not the results of an evaluation"), "{error}");

@@ -32,6 +32,9 @@ pub struct BenchArgs {
     /// A value of the teacher's card, as in prediction=epsilon.
     #[arg(long = "card", value_name = "KEY=VALUE", requires = "teacher")]
     card: Vec<String>,
+    /// Keep the figures in this run directory (bench.json): `disback report` shows them.
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -82,16 +85,18 @@ pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
         return Err(failures.into_iter().next().unwrap_or_else(|| Error::backend("no engine could run the student")));
     }
     let notes: Vec<String> = failures.iter().map(|e| e.to_string()).collect();
+    let speed: Vec<_> = speedups(&timings, &teachers)
+        .into_iter()
+        .map(|(engine, batch, times)| json!({ "engine": engine, "batch": batch, "times": times }))
+        .collect();
+    let document = json!({ "ok": true, "student": args.student, "timings": timings, "teacher": teachers,
+        "student_faster_by": speed, "failures": notes });
+    if let Some(run) = &args.run {
+        let text = serde_json::to_vec_pretty(&document).map_err(|e| Error::io(e.to_string()))?;
+        crate::files::write_atomic(&run.join("bench.json"), &text)?;
+    }
     if globals.json {
-        let speed: Vec<_> = speedups(&timings, &teachers)
-            .into_iter()
-            .map(|(engine, batch, times)| json!({ "engine": engine, "batch": batch, "times": times }))
-            .collect();
-        println!(
-            "{}",
-            json!({ "ok": true, "student": args.student, "timings": timings, "teacher": teachers,
-            "student_faster_by": speed, "failures": notes })
-        );
+        println!("{document}");
         return Ok(ExitCode::SUCCESS);
     }
     show(&timings, &teachers);

@@ -322,7 +322,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         Outcome::Finished(student) => {
             watcher.finished(&student)?;
             let files = origin.export(&student, &config, &run, plan.per_step, plan.same_graph)?;
-            write_summary(origin, &config, &run, device)?;
+            write_summary(origin, &args.teacher.teacher, &config, &run, device)?;
             let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
             (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
         }
@@ -387,7 +387,13 @@ fn peak_host() -> Option<u64> {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
-fn write_summary(origin: Origin, config: &Config, run: &RunDir, device: Device) -> Result<()> {
+fn write_summary(
+    origin: Origin,
+    teacher: &Path,
+    config: &Config,
+    run: &RunDir,
+    device: Device,
+) -> Result<()> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));
@@ -396,6 +402,8 @@ fn write_summary(origin: Origin, config: &Config, run: &RunDir, device: Device) 
     let seconds = |stage: &str| last(stage).map_or(0.0, |r| r.seconds);
     summary["run"] = json!({
         "command": super::command_line(),
+        // Where it lies from anywhere.
+        "teacher": teacher.canonicalize().unwrap_or_else(|_| teacher.to_path_buf()),
         "method": method(config),
         "objective": objective_name(config),
         "guidance": config.guidance,

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::eval::collect::{Collected, Wanted};
 use crate::eval::evaluation::{Plan, Row, measure, reference};
 use crate::eval::features::FeatureOptions;
+use crate::eval::sliced::Patches;
 use crate::eval::source::Draw;
 use crate::eval::sweep::{self, Book, Entry, Neighbours};
 use crate::eval::{FeatureNet, Source, neighbours};
@@ -178,6 +179,7 @@ impl Judge<'_> {
         let args = self.args;
         Ok(sweep::setting(&json!({
             "network": self.net.as_ref().map(FeatureNet::fingerprint), "reference": statistics,
+            "patches": self.reference.patches.as_ref().map(Patches::digest),
             "number": args.number.unwrap_or(self.reference.count), "repeats": args.repeats, "seed": args.seed,
             "classes": args.classes, "conditions": args.conditions, "rounding": args.rounding.formula(),
             "by_class": args.by_class, "sliced": self.wanted.patches,

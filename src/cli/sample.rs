@@ -9,9 +9,8 @@ use serde_json::json;
 
 use super::Globals;
 use super::engine::EngineArgs;
-use crate::error::{Context, Error, Result};
-use crate::io::images::{encode_png, quantise};
-use crate::io::npy;
+use crate::error::{Error, Result};
+use crate::io::{ImageSet, Rounding, image_writer, npy};
 use crate::report::grid;
 use crate::runtime::student::{Request, Student};
 use crate::tensor::HostTensor;
@@ -26,7 +25,8 @@ pub struct SampleArgs {
     number: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to: a .png (one sheet), .npy (f32 [N,C,H,W]), .npz (`images` and `labels`), or a folder (one PNG an image).
+    /// Where to: a .png (one sheet), .npy (f32 [N,C,H,W]), .npz (`images` and `labels`), a folder (one PNG an image) or a
+    /// .zip of PNG files (EDM's data sets), both with the classes in dataset.json.
     #[arg(short, long)]
     out: PathBuf,
     /// Classes of the images in turn, as in 0-9 or 3,1,4; drawn from the seed where absent.
@@ -41,6 +41,12 @@ pub struct SampleArgs {
     /// Images a row of the sheet; about square where absent.
     #[arg(long)]
     columns: Option<usize>,
+    /// 8-bit images [N,H,W,C] in a .npy, or as `arr_0` and `arr_1` (classes) in a .npz: ADM's batches.
+    #[arg(long)]
+    uint8: bool,
+    /// How floats become 8 bits in PNG files and with --uint8.
+    #[arg(long, value_enum, default_value = "edm")]
+    rounding: Rounding,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -76,33 +82,76 @@ pub(super) fn read_conditions(entries: &[String]) -> Result<Vec<(String, HostTen
     entries.iter().map(read).collect()
 }
 
-fn write(args: &SampleArgs, student: &Student, samples: &HostTensor, classes: Option<&[usize]>) -> Result<()> {
-    let info = student.info();
-    let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
-    match extension.as_str() {
-        "png" => grid::write(&args.out, samples, info.range, args.columns),
-        "npy" => npy::write(&args.out, samples),
-        "npz" => {
-            let labels = classes.map(|c| HostTensor::vec(&c.iter().map(|&k| k as i64).collect::<Vec<_>>()));
-            let mut arrays = vec![("images", samples)];
-            arrays.extend(labels.as_ref().map(|l| ("labels", l)));
-            npy::write_npz(&args.out, &arrays)
+/// A student's samples, batch by batch.
+struct Samples<'a> {
+    student: &'a mut Student,
+    request: &'a Request,
+    number: usize,
+    done: usize,
+    bar: indicatif::ProgressBar,
+    seconds: f64,
+    broken: usize,
+}
+
+impl Samples<'_> {
+    fn next(&mut self) -> Result<Option<HostTensor>> {
+        let count = self.request.batch.max(1).min(self.number - self.done);
+        if count == 0 {
+            return Ok(None);
         }
-        _ => write_folder(&args.out, samples, info.range, info.shape),
+        let began = Instant::now();
+        let samples = self.student.sample(self.request, self.done as u64, count)?;
+        self.seconds += began.elapsed().as_secs_f64();
+        self.broken += samples.to_f32().iter().filter(|v| !v.is_finite()).count();
+        self.done += count;
+        self.bar.inc(count as u64);
+        Ok(Some(samples))
+    }
+
+    fn all(&mut self) -> Result<HostTensor> {
+        let mut parts = Vec::new();
+        while let Some(part) = self.next()? {
+            parts.push(part);
+        }
+        HostTensor::concat_rows(&parts)
+    }
+
+    /// The next batch as 8 bits.
+    fn next_u8(&mut self, rounding: Rounding) -> Result<Option<HostTensor>> {
+        let range = self.student.info().range.ok_or_else(|| {
+            Error::usage("the student makes latents, which are no images").hint("write them with -o latents.npy")
+        })?;
+        let Some(samples) = self.next()? else { return Ok(None) };
+        let count = samples.shape()[0];
+        let first = self.done - count;
+        let set = ImageSet::from_samples(samples, range)?.with_rounding(rounding);
+        set.batch_u8(0, count).map(Some).map_err(|e| e.context(format!("samples {first} to {}", self.done - 1)))
     }
 }
 
-fn write_folder(folder: &Path, samples: &HostTensor, range: Option<[f64; 2]>, shape: [usize; 3]) -> Result<()> {
-    let range = range.ok_or_else(|| {
-        Error::usage("the student makes latents, which are no images").hint("write them with -o latents.npy")
-    })?;
-    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    let size: usize = shape.iter().product();
-    for (k, image) in samples.to_f64().chunks_exact(size).enumerate() {
-        let bytes: Vec<u8> = image.iter().map(|&x| quantise(x, range)).collect();
-        crate::files::write_atomic(&folder.join(format!("{k:06}.png")), &encode_png(&bytes, shape)?)?;
+fn write(args: &SampleArgs, samples: &mut Samples<'_>, classes: Option<&[usize]>) -> Result<()> {
+    let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+    if args.uint8 && !matches!(extension.as_str(), "npy" | "npz") {
+        return Err(Error::usage("--uint8 is for .npy and .npz; PNG files are 8 bits anyway"));
     }
-    Ok(())
+    let mut next = || samples.next_u8(args.rounding);
+    match extension.as_str() {
+        "npy" | "npz" if args.uint8 => image_writer::array(&args.out, classes, &mut next),
+        "zip" => image_writer::zip(&args.out, classes, &mut next),
+        "png" => {
+            let range = samples.student.info().range;
+            grid::write(&args.out, &samples.all()?, range, args.columns)
+        }
+        "npy" => npy::write(&args.out, &samples.all()?),
+        "npz" => {
+            let images = samples.all()?;
+            let labels = classes.map(|c| HostTensor::vec(&c.iter().map(|&k| k as i64).collect::<Vec<_>>()));
+            let mut arrays = vec![("images", &images)];
+            arrays.extend(labels.as_ref().map(|l| ("labels", l)));
+            npy::write_npz(&args.out, &arrays)
+        }
+        _ => image_writer::folder(&args.out, classes, &mut next),
+    }
 }
 
 pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
@@ -114,25 +163,27 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     let classes = args.classes.as_deref().map(parse_classes).transpose()?.unwrap_or_default();
     let request = Request { seed: args.seed, classes, embeddings, batch: args.batch };
     let labels = student.classes(&request, 0, args.number)?;
-    let bar = super::progress(globals, args.number as u64, "images");
-    let (mut parts, mut seconds) = (Vec::new(), 0.0);
-    for start in (0..args.number).step_by(args.batch.max(1)) {
-        let count = args.batch.max(1).min(args.number - start);
-        let began = Instant::now();
-        parts.push(student.sample(&request, start as u64, count)?);
-        seconds += began.elapsed().as_secs_f64();
-        bar.inc(count as u64);
-    }
-    bar.finish_and_clear();
-    let samples = HostTensor::concat_rows(&parts)?;
-    let broken = samples.to_f32().iter().filter(|v| !v.is_finite()).count();
+    let mut samples = Samples {
+        bar: super::progress(globals, args.number as u64, "images"),
+        student: &mut student,
+        request: &request,
+        number: args.number,
+        done: 0,
+        seconds: 0.0,
+        broken: 0,
+    };
+    let written = write(args, &mut samples, labels.as_deref());
+    samples.bar.finish_and_clear();
+    written?;
+    let (seconds, broken) = (samples.seconds, samples.broken);
     if broken > 0 {
         eprintln!("warning: {broken} values of the samples are NaN or infinite");
     }
-    write(args, &student, &samples, labels.as_deref())?;
     let ms = seconds * 1e3 / args.number as f64;
     if globals.json {
-        let out = json!({ "ok": true, "out": args.out, "images": args.number, "shape": samples.shape(), "seed": args.seed,
+        let [c, h, w] = student.info().shape;
+        let shape = [args.number, c, h, w];
+        let out = json!({ "ok": true, "out": args.out, "images": args.number, "shape": shape, "seed": args.seed,
             "engine": student.engine_name(), "seconds": seconds, "ms_per_image": ms, "not_finite": broken });
         println!("{out}");
     } else if !globals.quiet {

@@ -201,6 +201,11 @@ pub fn measure(
         if reference.count > 0 {
             row.warnings.extend(few("reference", reference.count, d));
         }
+        if reference.statistics.as_ref().is_some_and(|s| s.network.is_none()) {
+            let text = "the reference statistics do not say which feature network made them: the figure means nothing unless it \
+                        was this one, with this preprocessing";
+            row.warnings.push(text.to_string());
+        }
     }
     if let (Some(c), Some(r)) = (covers.first(), &reference.rows)
         && (c.used[0] < plan.images || r.len() < reference.count)

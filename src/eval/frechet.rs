@@ -40,6 +40,9 @@ impl Statistics {
     }
 }
 
+/// Eigenvalues further below zero than this share of the largest are no rounding, also of files in f32.
+const NEGATIVE: f64 = 1e-4;
+
 /// Eigenvalues below this share of the largest are rounding noise: their square roots would add up.
 fn floor(largest: f64, dims: usize) -> f64 {
     largest * dims as f64 * f64::EPSILON
@@ -59,7 +62,12 @@ fn factor(c: &Mat<f64>) -> Result<Mat<f64>> {
     let failed = |_| Error::backend("the eigendecomposition of a covariance did not converge");
     let eigen = c.self_adjoint_eigen(Side::Lower).map_err(failed)?;
     let values: Vec<f64> = (0..d).map(|k| eigen.S()[k]).collect();
-    let cut = floor(values.iter().copied().fold(0.0, f64::max), d);
+    let least = values.iter().copied().fold(0.0, f64::min);
+    let largest = values.iter().copied().fold(0.0, f64::max);
+    if least < -NEGATIVE * largest {
+        return Err(Error::mismatch(format!("sigma is no covariance: it has an eigenvalue of {least:.3e}")));
+    }
+    let cut = floor(largest, d);
     let kept: Vec<usize> = (0..d).filter(|&k| values[k] > cut).collect();
     let u = eigen.U();
     Ok(Mat::from_fn(d, kept.len(), |i, j| u[(i, kept[j])] * values[kept[j]].sqrt()))

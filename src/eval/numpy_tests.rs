@@ -122,9 +122,9 @@ print(json.dumps([frechet(a, b), mmd2, precision, recall, density, coverage, np.
     close(frechet::distance(&of(&few), &of(&many)).unwrap(), want[12], 1e-9);
 }
 
-/// The filters beside PyTorch's, whose antialiased ones are PIL's on floats.
+/// The filters beside PyTorch's and PIL's.
 #[test]
-fn pytorch_resizes_the_same() {
+fn pytorch_and_pil_resize_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let plane: Vec<f32> = crate::noise::image_noise(3, 0, 20 * 13);
     save(dir.path(), "x.npy", &[1, 1, 20, 13], &plane.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
@@ -136,12 +136,23 @@ out = []
 for size in [(7, 9), (31, 40)]:
     for mode, anti in [("bilinear", False), ("bilinear", True), ("bicubic", True)]:
         out += torch.nn.functional.interpolate(x, size, mode=mode, align_corners=False, antialias=anti).flatten().tolist()
+# clean-fid, DINOv2 and CLIP scores: PIL on planes of floats.
+from PIL import Image
+plane = Image.fromarray(x[0, 0].numpy().astype(np.float32))
+for h, w in [(7, 9), (31, 40)]:
+    for filter in [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX]:
+        out += np.asarray(plane.resize((w, h), filter)).flatten().tolist()
 print(json.dumps(out))
 "#;
     let want = python(dir.path(), script);
     let mut got = Vec::new();
     for size in [[7, 9], [31, 40]] {
         for filter in [resize::Filter::Bilinear, resize::Filter::BilinearAntialias, resize::Filter::BicubicAntialias] {
+            got.extend(resize::Resizer::new(filter, [20, 13], size).plane(&plane));
+        }
+    }
+    for size in [[7, 9], [31, 40]] {
+        for filter in [resize::Filter::BilinearAntialias, resize::Filter::BicubicAntialias, resize::Filter::Box] {
             got.extend(resize::Resizer::new(filter, [20, 13], size).plane(&plane));
         }
     }

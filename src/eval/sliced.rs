@@ -3,6 +3,7 @@
 
 use rayon::prelude::*;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::noise::image_noise;
@@ -59,6 +60,13 @@ impl Patches {
     /// Images added.
     pub fn images(&self) -> usize {
         self.images
+    }
+
+    /// Hash of the patches: equal sets of images have equal ones.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        self.levels.iter().flatten().for_each(|v| hash.update(v.to_le_bytes()));
+        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
     }
 
     /// Adds one 8-bit image [C,H,W]; image `index` always gives the same patches. More than [`IMAGES`] are passed over.

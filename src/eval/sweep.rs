@@ -34,7 +34,8 @@ pub struct Neighbours {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Book {
-    /// The student with the least Frechet distance among those measured in the latest setting.
+    /// The student with the least Frechet distance (without a feature network, sliced Wasserstein distance) among those measured
+    /// in the latest setting.
     pub best: Option<String>,
     pub setting: String,
     pub command: Option<String>,
@@ -88,11 +89,8 @@ impl Book {
 
     fn name_best(&mut self) {
         let here = self.entries.iter().filter(|e| e.setting == self.setting);
-        let figure = |e: &&Entry| e.row.frechet.unwrap_or(f64::INFINITY);
-        self.best = here
-            .filter(|e| e.row.frechet.is_some())
-            .min_by(|a, b| figure(a).total_cmp(&figure(b)))
-            .map(|e| e.file.clone());
+        let measured = here.filter_map(|e| Some((e.row.frechet.or(e.row.sliced)?, e)));
+        self.best = measured.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, e)| e.file.clone());
     }
 }
 

@@ -165,6 +165,13 @@ fn statistics_of_another_network_are_refused() {
     assert!(write([1.0, 0.0, 0.0, -1.0]).contains("variance 1 is -1"));
     assert!(write([f64::NAN, 0.0, 0.0, 1.0]).contains("NaN"));
     assert!(write([0.0; 4]).contains("same features"));
+    // Symmetric, variances fine, and yet no covariance: found when it is used.
+    let bent = Statistics {
+        covariance: Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { 2.0 }),
+        ..Statistics::of(&gaussian(20, 2, 1, 1.0, 0.0)).unwrap()
+    };
+    let error = frechet::distance(&bent, &bent).unwrap_err().to_string();
+    assert!(error.contains("eigenvalue of -1.000e0"), "{error}");
 }
 
 #[test]

@@ -8,46 +8,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::labels;
-use super::npy;
-use crate::error::{Context, Error, Result};
+pub use super::png::encode_png;
+pub use super::rounding::{Rounding, quantise};
+use super::{labels, npy, png};
+use crate::error::{Error, Result};
 use crate::tensor::{DType, HostTensor};
-
-/// How a float `x` of [-1, 1] becomes 8 bits, always in f32 arithmetic, cut off at 0 and 255. The choice moves a figure in its
-/// second or third digit, so every tool must say which it uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum Rounding {
-    /// `x * 127.5 + 128`, truncated: EDM, StyleGAN.
-    #[default]
-    Edm,
-    /// `(x + 1) * 127.5`, truncated: ADM (guided-diffusion).
-    Adm,
-    /// `(x + 1) / 2 * 255 + 0.5`, truncated: torchvision's `save_image`.
-    Torchvision,
-}
-
-impl Rounding {
-    /// The formula.
-    pub fn formula(self) -> &'static str {
-        match self {
-            Self::Edm => "trunc(x * 127.5 + 128)",
-            Self::Adm => "trunc((x + 1) * 127.5)",
-            Self::Torchvision => "trunc((x + 1) / 2 * 255 + 0.5)",
-        }
-    }
-
-    /// Value `x` of `range` -> 8 bits.
-    pub fn apply(self, x: f64, range: [f64; 2]) -> u8 {
-        let unit = ((x - range[0]) / (range[1] - range[0]) * 2.0 - 1.0) as f32;
-        let value = match self {
-            Self::Edm => unit * 127.5 + 128.0,
-            Self::Adm => (unit + 1.0) * 127.5,
-            Self::Torchvision => (unit + 1.0) / 2.0 * 255.0 + 0.5,
-        };
-        // `as` truncates and saturates.
-        value.clamp(0.0, 255.0) as u8
-    }
-}
 
 /// A set of images of one size, read as they are asked for.
 #[derive(Debug, Clone)]
@@ -74,11 +39,6 @@ enum Source {
         last: bool,
         range: [f64; 2],
     },
-}
-
-/// Value `x` of `range` -> 8 bits, as EDM does for [-1, 1].
-pub fn quantise(x: f64, range: [f64; 2]) -> u8 {
-    Rounding::Edm.apply(x, range)
 }
 
 impl ImageSet {
@@ -111,14 +71,9 @@ impl ImageSet {
     }
 
     fn from_folder(path: &Path) -> Result<Self> {
-        let (mut files, mut others) = (Vec::new(), 0);
-        walk(path, 0, &mut |file| match is_png(&file.to_string_lossy()) {
-            true => files.push(file),
-            false => others += usize::from(is_lossy(&file.to_string_lossy())),
-        })?;
-        files.sort();
+        let (files, others) = png::find(path)?;
         let first = files.first().ok_or_else(|| none("the folder", others))?;
-        let (shape, _) = read_png(first)?;
+        let (shape, _) = png::read_file(first)?;
         let names: Vec<String> =
             files.iter().map(|f| f.strip_prefix(path).unwrap_or(f).to_string_lossy().replace('\\', "/")).collect();
         let list = path.join("dataset.json");
@@ -132,11 +87,11 @@ impl ImageSet {
     fn from_zip(path: &Path) -> Result<Self> {
         let bytes = npy::map(&std::fs::File::open(path)?)?;
         let mut zip = npy::archive(&bytes)?;
-        let mut names: Vec<String> = zip.file_names().filter(|n| is_png(n)).map(str::to_string).collect();
+        let mut names: Vec<String> = zip.file_names().filter(|n| png::is_png(n)).map(str::to_string).collect();
         names.sort();
-        let others = zip.file_names().filter(|n| is_lossy(n)).count();
+        let others = zip.file_names().filter(|n| png::is_lossy(n)).count();
         let first = names.first().ok_or_else(|| none("the archive", others))?;
-        let (shape, _) = read_zipped(&mut zip, first)?;
+        let (shape, _) = png::read_zipped(&mut zip, first)?;
         let list = match zip.by_name("dataset.json") {
             Ok(mut file) => {
                 let mut text = Vec::new();
@@ -233,7 +188,7 @@ impl ImageSet {
         match &self.source {
             Source::Files(files) => {
                 for file in &files[start..start + count] {
-                    let (shape, pixels) = read_png(file)?;
+                    let (shape, pixels) = png::read_file(file)?;
                     self.same(&file.display().to_string(), shape)?;
                     push_channels_first(&mut out, &pixels, shape);
                 }
@@ -241,7 +196,7 @@ impl ImageSet {
             Source::Zip { bytes, names } => {
                 let mut zip = npy::archive(bytes)?;
                 for name in &names[start..start + count] {
-                    let (shape, pixels) = read_zipped(&mut zip, name)?;
+                    let (shape, pixels) = png::read_zipped(&mut zip, name)?;
                     self.same(name, shape)?;
                     push_channels_first(&mut out, &pixels, shape);
                 }
@@ -280,7 +235,7 @@ impl ImageSet {
         let mut out = Vec::with_capacity(index.len() * c * h * w);
         for &k in index {
             let name = names.get(k).ok_or_else(|| Error::mismatch(format!("image {k} of {}", self.len)))?;
-            let (shape, pixels) = read_zipped(&mut zip, name)?;
+            let (shape, pixels) = png::read_zipped(&mut zip, name)?;
             self.same(name, shape)?;
             push_channels_first(&mut out, &pixels, shape);
         }
@@ -322,17 +277,6 @@ fn pick(arrays: &[(String, HostTensor)]) -> Result<HostTensor> {
     }
 }
 
-fn ends_with(name: &str, extensions: &[&str]) -> bool {
-    let extension = Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or("");
-    extensions.iter().any(|e| extension.eq_ignore_ascii_case(e))
-}
-fn is_png(name: &str) -> bool {
-    ends_with(name, &["png"])
-}
-fn is_lossy(name: &str) -> bool {
-    ends_with(name, &["jpg", "jpeg", "webp"])
-}
-
 fn none(place: &str, lossy: usize) -> Error {
     let error = Error::io(format!("{place} holds no .png files"));
     match lossy {
@@ -343,108 +287,15 @@ fn none(place: &str, lossy: usize) -> Error {
     }
 }
 
-/// Every file below `folder`, links to folders not followed, at most 16 folders deep.
-fn walk(folder: &Path, depth: usize, found: &mut impl FnMut(PathBuf)) -> Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        match entry.file_type()? {
-            t if t.is_dir() && depth < 16 => walk(&entry.path(), depth + 1, found)?,
-            t if t.is_dir() => {}
-            _ => found(entry.path()),
-        }
-    }
-    Ok(())
-}
-
 fn push_channels_first(out: &mut Vec<u8>, pixels: &[u8], [c, h, w]: [usize; 3]) {
     for channel in 0..c {
         out.extend((0..h * w).map(|p| pixels[p * c + channel]));
     }
 }
 
-fn read_png(path: &Path) -> Result<([usize; 3], Vec<u8>)> {
-    let run = || decode_png(std::io::BufReader::new(std::fs::File::open(path)?));
-    run().with_context(|| path.display().to_string())
-}
-
-fn read_zipped(zip: &mut zip::ZipArchive<std::io::Cursor<Bytes>>, name: &str) -> Result<([usize; 3], Vec<u8>)> {
-    let mut file = zip.by_name(name).map_err(|e| Error::io(format!("{name}: {e}")))?;
-    let mut bytes = Vec::new();
-    std::io::Read::read_to_end(&mut file, &mut bytes).with_context(|| name.to_string())?;
-    decode_png(std::io::Cursor::new(bytes)).with_context(|| name.to_string())
-}
-
-/// Shape (channels, height, width) and pixels with the channels last. An opaque alpha channel is dropped, another refused.
-fn decode_png(reader: impl std::io::BufRead + std::io::Seek) -> Result<([usize; 3], Vec<u8>)> {
-    let image = image::ImageReader::with_format(reader, image::ImageFormat::Png)
-        .decode()
-        .map_err(|e| Error::io(format!("not a PNG file: {e}")))?;
-    let size = |c| [c, image.height() as usize, image.width() as usize];
-    let color = image.color();
-    if color.has_alpha() && image.to_rgba8().pixels().any(|p| p[3] != 255) {
-        return Err(Error::io("the image is partly transparent"));
-    }
-    Ok(if color.has_color() { (size(3), image.to_rgb8().into_raw()) } else { (size(1), image.to_luma8().into_raw()) })
-}
-
-/// Writes one image, [C,H,W] 8-bit with 1 or 3 channels, as PNG bytes.
-pub fn encode_png(pixels: &[u8], [c, h, w]: [usize; 3]) -> Result<Vec<u8>> {
-    use image::ImageEncoder;
-    if !(c == 1 || c == 3) || pixels.len() != c * h * w || pixels.is_empty() {
-        return Err(Error::mismatch(format!("{} values for an image of {c} channels, {w}x{h}", pixels.len())));
-    }
-    let mut last = Vec::with_capacity(pixels.len());
-    for p in 0..h * w {
-        last.extend((0..c).map(|channel| pixels[channel * h * w + p]));
-    }
-    let color = if c == 1 { image::ExtendedColorType::L8 } else { image::ExtendedColorType::Rgb8 };
-    let mut out = Vec::new();
-    image::codecs::png::PngEncoder::new(&mut out)
-        .write_image(&last, w as u32, h as u32, color)
-        .map_err(|e| Error::io(format!("PNG: {e}")))?;
-    Ok(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rounding_is_that_of_the_references() {
-        // numpy: (x * 127.5 + 128).clip(0, 255).astype(np.uint8)
-        let cases = [
-            (-1.0, 0),
-            (-0.999, 0),
-            (-0.99, 1),
-            (0.0, 128),
-            (0.5, 191),
-            (0.996, 254),
-            (1.0, 255),
-            (3.0, 255),
-            (-3.0, 0),
-        ];
-        for (x, want) in cases {
-            assert_eq!(quantise(x, [-1.0, 1.0]), want, "{x}");
-        }
-        assert_eq!(quantise(0.5, [0.0, 1.0]), 128);
-    }
-
-    #[test]
-    fn every_rounding_is_its_references() {
-        // numpy f32: (x * 127.5 + 128), ((x + 1) * 127.5), ((x + 1) / 2 * 255 + 0.5), clipped, astype(uint8)
-        let cases: [(f64, [u8; 3]); 6] = [
-            (-1.0, [0, 0, 0]),
-            (-0.5, [64, 63, 64]),
-            (0.0, [128, 127, 128]),
-            (0.003, [128, 127, 128]),
-            (0.996, [254, 254, 254]),
-            (1.0, [255, 255, 255]),
-        ];
-        for (x, want) in cases {
-            let got = [Rounding::Edm, Rounding::Adm, Rounding::Torchvision].map(|r| r.apply(x, [-1.0, 1.0]));
-            assert_eq!(got, want, "{x}");
-        }
-    }
 
     #[test]
     fn zips_and_sub_folders_hold_labelled_images() {

@@ -1,8 +1,11 @@
 //! Arrays and images on disk.
 
+pub mod image_writer;
 pub mod images;
 mod labels;
 pub mod npy;
+mod png;
+mod rounding;
 pub mod rows;
 
 pub use images::{ImageSet, Rounding};

@@ -8,27 +8,29 @@ pub struct Group {
     pub values: Vec<Option<f64>>,
 }
 
-const WIDTH: f64 = 640.0;
-const HEIGHT: f64 = 300.0;
-const LEFT: f64 = 64.0;
-const BOTTOM: f64 = 40.0;
-const TOP: f64 = 30.0;
+const WIDTH: f64 = 480.0;
+const HEIGHT: f64 = 270.0;
+const LEFT: f64 = 58.0;
+const BOTTOM: f64 = 42.0;
 const COLOURS: [&str; 2] = ["#3b82f6", "#ea8a1e"];
 
 /// Bars of every group beside one another; `names` are the bars of a group. Nothing without a finite value.
-pub fn bars(names: &[&str], groups: &[Group]) -> Option<String> {
+pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
     let finite = |g: &Group| g.values.iter().flatten().copied().filter(|v| v.is_finite()).collect::<Vec<_>>();
     let all: Vec<f64> = groups.iter().flat_map(finite).collect();
     let high = all.iter().copied().reduce(f64::max)?.max(0.0);
     let low = all.iter().copied().reduce(f64::min)?.min(0.0);
-    let span = if high > low { high - low } else { 1.0 };
-    let y = |v: f64| TOP + (HEIGHT - TOP - BOTTOM) * (high - v) / span;
+    let steps = super::plot::round_steps(low, if high > low { high } else { low + 1.0 }, 4);
+    let (low, high) = (steps[0], steps[steps.len() - 1]);
+    let span = high - low;
+    let (places, top) = super::plot::legend(names);
+    let top = f64::from(top + 6);
+    let y = |v: f64| top + (HEIGHT - top - BOTTOM) * (high - v) / span;
     let mut svg = format!(
         "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" font-family=\"sans-serif\" \
-         font-size=\"15\" fill=\"currentColor\">\n"
+         font-size=\"14\" fill=\"currentColor\">\n"
     );
-    for k in 0..=4 {
-        let v = low + span * f64::from(k) / 4.0;
+    for v in steps {
         let at = y(v);
         let _ = writeln!(
             svg,
@@ -62,17 +64,25 @@ pub fn bars(names: &[&str], groups: &[Group]) -> Option<String> {
         let _ = writeln!(
             svg,
             "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-            HEIGHT - 14.0,
+            HEIGHT - 25.0,
             super::html::esc(&group.label)
         );
     }
-    for (k, name) in names.iter().enumerate() {
-        let x = LEFT + 150.0 * k as f64;
+    let _ = writeln!(
+        svg,
+        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+        (LEFT + WIDTH) / 2.0,
+        HEIGHT - 6.0,
+        super::html::esc(x_label)
+    );
+    for (k, (name, (left, top))) in names.iter().zip(places).enumerate() {
         let _ = writeln!(
             svg,
-            "<rect x=\"{x}\" y=\"6\" width=\"14\" height=\"12\" fill=\"{}\"/><text x=\"{}\" y=\"17\">{}</text>",
+            "<rect x=\"{left}\" y=\"{}\" width=\"14\" height=\"12\" fill=\"{}\"/><text x=\"{}\" y=\"{}\">{}</text>",
+            top + 2,
             COLOURS[k % COLOURS.len()],
-            x + 20.0,
+            left + 20,
+            top + 13,
             super::html::esc(name)
         );
     }
@@ -87,11 +97,15 @@ mod tests {
     #[test]
     fn bars_stand_on_zero() {
         let group = |label: &str, a, b| Group { label: label.into(), values: vec![a, b] };
-        let svg = bars(&["entered", "left"], &[group("4", Some(2.0), Some(-1.0)), group("<3>", None, Some(f64::NAN))])
-            .unwrap();
-        // 2 to -1 over 230 pixels: the first bar is two thirds of that, the second one third below it.
-        assert!(svg.contains("height=\"153.3\"") && svg.contains("height=\"76.7\""), "{svg}");
+        let svg = bars(
+            "node",
+            &["entered", "left"],
+            &[group("4", Some(2.0), Some(-1.0)), group("<3>", None, Some(f64::NAN))],
+        )
+        .unwrap();
+        // 2 to -1 over 198 pixels: the first bar is two thirds of that, the second one third below it.
+        assert!(svg.contains("height=\"132.0\"") && svg.contains("height=\"66.0\""), "{svg}");
         assert!(svg.contains("&lt;3&gt;") && svg.contains("entered") && svg.matches("<rect").count() == 4);
-        assert!(bars(&["a"], &[group("x", None, None)]).is_none());
+        assert!(bars("node", &["a"], &[group("x", None, None)]).is_none());
     }
 }

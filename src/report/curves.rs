@@ -20,22 +20,23 @@ fn grid(plots: String) -> String {
 
 /// Losses, norms and pace of both stages.
 pub fn losses(run: &Run) -> String {
-    let marks: Vec<Mark> =
-        run.switches().into_iter().map(|(x, node)| Mark { x, label: format!("node {node}") }).collect();
+    let marks: Vec<Mark> = run.switches().into_iter().map(|(x, node)| Mark { x, label: node.to_string() }).collect();
     let mut out = String::new();
     let mut add = |title: &str, stage: &str, columns: &[(&str, &str)], marks: &[Mark]| {
         let series: Vec<Series> =
             columns.iter().map(|(c, n)| Series { name: n.to_string(), points: run.column(stage, c) }).collect();
         let _ = write!(out, "{}", plot(curves("iteration", &series, marks), title));
     };
+    let moved = if marks.is_empty() { "" } else { "; upright lines: the target moves to that node" };
+    let stage2 = |what: &str| format!("Stage 2: {what}{moved}");
     let losses = [("loss_fake", "fake score"), ("loss_generator", "generator")];
     add("Stage 1, degradation: losses", "degrade", &losses, &[]);
-    add("Stage 2: loss of the fake score", "backtrack", &losses[..1], &marks);
-    add("Stage 2: loss of the generator", "backtrack", &losses[1..], &marks);
-    add("Stage 2: score mismatch to the current target", "backtrack", &[("mismatch", "mismatch")], &marks);
-    add("Stage 2: gradient norm of the fake score", "backtrack", &[("grad_norm_fake", "fake score")], &marks);
-    add("Stage 2: gradient norm of the generator", "backtrack", &[("grad_norm_generator", "generator")], &marks);
-    add("Stage 2: images a second", "backtrack", &[("images_per_s", "images/s")], &marks);
+    add(&stage2("loss of the fake score"), "backtrack", &losses[..1], &marks);
+    add(&stage2("loss of the generator"), "backtrack", &losses[1..], &marks);
+    add(&stage2("score mismatch to the current target"), "backtrack", &[("mismatch", "mismatch")], &marks);
+    add(&stage2("gradient norm of the fake score"), "backtrack", &[("grad_norm_fake", "fake score")], &marks);
+    add(&stage2("gradient norm of the generator"), "backtrack", &[("grad_norm_generator", "generator")], &marks);
+    add(&stage2("images a second"), "backtrack", &[("images_per_s", "images/s")], &marks);
     grid(out)
 }
 
@@ -60,8 +61,8 @@ pub fn mismatch(run: &Run) -> String {
         })
         .collect();
     grid(plot(
-        bars(&["entered", "left"], &groups),
-        "Score mismatch to each node of the trajectory, in the order the generator takes; 0 is the teacher",
+        bars("target node, 0: the teacher", &["on arrival", "on leaving"], &groups),
+        "Score mismatch between the student and each node of the trajectory, in the order the student takes them",
     ))
 }
 
@@ -80,7 +81,38 @@ pub fn levels(run: &Run) -> String {
     }
     grid(plot(
         curves("log10 of the noise level", &series, &[]),
-        "Denoising loss on the student's samples by noise level: where target and fake score part, the student still has to move",
+        "Denoising loss on the student's samples by noise level, at the first and the newest look: where target and fake score part, \
+         the student still has to move",
+    ))
+}
+
+/// Frechet distances of the students kept on the way, `snapshots/update-<k>-<kind>.onnx`, as `disback evaluate --run` measured
+/// them, and of the teachers beside them.
+pub fn students(run: &Run) -> String {
+    let Some(book) = &run.evaluation else { return String::new() };
+    let here = book["entries"].as_array().into_iter().flatten().filter(|e| e["setting"] == book["setting"]);
+    let mut kinds: Vec<Series> = Vec::new();
+    for entry in here {
+        let file = entry["file"].as_str().unwrap_or_default();
+        let name = file.strip_prefix("snapshots/update-").and_then(|f| f.strip_suffix(".onnx")?.split_once('-'));
+        let Some((update, kind)) = name else { continue };
+        let (Ok(update), Some(distance)) = (update.parse::<f64>(), entry["row"]["frechet"].as_f64()) else { continue };
+        match kinds.iter_mut().find(|s| s.name == kind) {
+            Some(series) => series.points.push((update, distance)),
+            None => kinds.push(Series { name: kind.to_string(), points: vec![(update, distance)] }),
+        }
+    }
+    kinds.iter_mut().for_each(|s| s.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
+    let all = || kinds.iter().flat_map(|s| &s.points).map(|p| p.0);
+    let (first, last) = (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max));
+    if last > first {
+        let teachers = book["others"].as_array().into_iter().flatten().filter(|r| r["kind"] == "teacher");
+        let best = teachers.filter_map(|r| r["frechet"].as_f64()).reduce(f64::min);
+        kinds.extend(best.map(|d| Series { name: "teacher".into(), points: vec![(first, d), (last, d)] }));
+    }
+    grid(plot(
+        curves("generator updates", &kinds, &[]),
+        "Fréchet distance of the students kept on the way: as trained, and averaged",
     ))
 }
 
@@ -108,7 +140,7 @@ pub fn distances(run: &Run, others: &[(String, Vec<Point>)]) -> String {
                 points: points.iter().map(|p| (x(p), p.figure())).collect(),
             })
             .collect();
-        out += &plot(curves(name, &series, &[]), &format!("{what} of {samples} images while training, over {name}"));
+        out += &plot(curves(name, &series, &[]), &format!("{what} of {samples} images, over {name}"));
     }
     grid(out)
 }

@@ -19,11 +19,15 @@ pub fn figure(png: Option<&[u8]>, width: u32, caption: &str) -> String {
 /// The newest student's sheet and what it is called.
 fn newest(run: &Run) -> Option<(Vec<u8>, String)> {
     if let Some(png) = run.sample("student-final.png") {
-        return Some((png, "student: one call of the network".to_string()));
+        let calls = match run.student_calls() {
+            1 => "one call".to_string(),
+            n => format!("{n} calls"),
+        };
+        return Some((png, format!("The student, in {calls} of the network")));
     }
     // The path leads from high nodes to the teacher: the lowest node left is the newest student.
     let node = *run.numbered("student-node").first()?;
-    Some((run.sample(&format!("student-node-{node:03}.png"))?, format!("student so far (after node {node})")))
+    Some((run.sample(&format!("student-node-{node:03}.png"))?, format!("The student so far, after node {node}")))
 }
 
 /// Student and teacher from the same noise, side by side, and one over the other under a slider.
@@ -34,7 +38,11 @@ pub fn side_by_side(run: &Run) -> String {
     if let Some((png, caption)) = &student {
         out += &figure(Some(png), LARGE, caption);
     }
-    out += &figure(teacher.as_deref(), LARGE, "teacher: its many-step sampler, from the same noise and classes");
+    out += &figure(
+        teacher.as_deref(),
+        LARGE,
+        "The teacher, by its sampler of many steps, from the same noise and classes",
+    );
     if out.is_empty() {
         return out;
     }
@@ -44,7 +52,7 @@ pub fn side_by_side(run: &Run) -> String {
     {
         let _ = write!(
             out,
-            "<h3>One over the other</h3>\n<div class=\"overlay\" id=\"wipe\"><img alt=\"teacher\" src=\"{under}\">\
+            "<h3 class=\"one-over\">One over the other</h3>\n<div class=\"overlay\" id=\"wipe\"><img alt=\"teacher\" src=\"{under}\">\
              <img class=\"over\" alt=\"student\" src=\"{over}\"></div>\n<label class=\"control\"><span>student</span>\
              <input type=\"range\" min=\"0\" max=\"100\" value=\"50\" data-wipe=\"wipe\" \
              aria-label=\"how much of the student is shown\"><span>teacher</span></label>\n"
@@ -65,19 +73,31 @@ pub fn film(run: &Run) -> String {
     let (mut strip, mut scenes) = (String::new(), String::new());
     for &k in nodes.iter().rev() {
         let recorded = run.nodes.iter().find(|n| n.index == k);
-        let mut about = vec![if k == 0 { "node 0, the teacher".to_string() } else { format!("node {k}") }];
+        let title = if k == 0 { "Node 0, the teacher".to_string() } else { format!("Node {k}") };
+        let mut about: Vec<String> = Vec::new();
         about.extend(recorded.and_then(|n| n.iteration).map(|i| format!("stage-1 step {i}")));
         about.extend(recorded.and_then(|n| n.loss).map(|l| format!("loss {}", number(l))));
         let teacher = if k == 0 { run.sample("teacher.png") } else { None };
         let degraded = run.sample(&format!("degraded-node-{k:03}.png")).or(teacher);
         let last = if k == 0 { run.sample("student-final.png") } else { None };
         let student = run.sample(&format!("student-node-{k:03}.png")).or(last);
-        let pictures: String = [(degraded, "the target"), (student, "the student after it")]
+        let target = if k == 0 { "the teacher" } else { "the degraded teacher" };
+        let left = if k == 0 { "the student at the end" } else { "the student when it left this node" };
+        let missing = student.is_none() && degraded.is_some() && Some(&k) == nodes.last();
+        let pictures: String = [(degraded, target), (student, left)]
             .into_iter()
             .map(|(png, caption)| figure(png.and_then(|p| embed::top(&p, 0.5)).as_deref(), FRAME, caption))
             .collect();
-        let title = esc(&about.join(" · "));
-        let _ = writeln!(strip, "<div class=\"frame\"><h3>{title}</h3>{pictures}</div>");
+        let note = if missing {
+            "<p class=\"note\">The path begins here, near the student as it starts out; the fake score starts with this node's weights.</p>"
+        } else {
+            ""
+        };
+        let about = esc(&about.join(", "));
+        let _ = writeln!(
+            strip,
+            "<div class=\"frame\"><h3>{title}</h3><p class=\"about\">{about}</p>{pictures}{note}</div>"
+        );
         // The slider shows the strip's own pictures, not copies of them.
         let _ = writeln!(scenes, "<option value=\"{}\" label=\"{k}\"></option>", scenes.matches("<option").count());
     }
@@ -103,7 +123,7 @@ pub fn neighbours(run: &Run) -> String {
     let sheet = figure(
         run.sample("neighbours.png").as_deref(),
         LARGE,
-        "first in each row: a generated image; beside it the nearest reference images in feature space, nearest first",
+        "First in each row a generated image, beside it the reference images nearest to it in feature space",
     );
     let Some(rows) = run.evaluation.as_ref().and_then(|e| e["neighbours"].as_array()).filter(|_| !sheet.is_empty())
     else {

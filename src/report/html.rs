@@ -78,7 +78,7 @@ fn state(run: &Run) -> String {
     }
 }
 
-/// The command as the run recorded it, or one that does the same with the resolved configuration.
+/// The command as the run recorded it, and one that does the same with the resolved configuration from anywhere.
 fn repeat(run: &Run) -> String {
     if run.config.is_none() {
         return String::new();
@@ -89,11 +89,16 @@ fn repeat(run: &Run) -> String {
     };
     let folder = run.folder.canonicalize().unwrap_or_else(|_| run.folder.clone());
     let config = folder.join("config.toml").display().to_string();
-    let command = recorded("command").unwrap_or_else(|| {
-        let teacher = recorded("teacher").unwrap_or_else(|| "TEACHER.onnx".into());
-        format!("disback distill {} --config {} --out NEW_FOLDER", shell(&teacher), shell(&config))
+    let teacher = recorded("teacher").unwrap_or_else(|| "TEACHER.onnx".into());
+    let resolved = format!("disback distill {} --config {} --out NEW_FOLDER", shell(&teacher), shell(&config));
+    let as_given = recorded("command").map_or(String::new(), |c| {
+        format!(
+            "<pre>{}</pre>\n<p class=\"note\">or, with the \
+         configuration as it was resolved:</p>\n",
+            esc(&c)
+        )
     });
-    format!("<pre>{}</pre>", esc(&command))
+    format!("{as_given}<pre>{}</pre>", esc(&resolved))
 }
 
 fn shell(text: &str) -> String {
@@ -109,9 +114,9 @@ const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inlin
 fn page(run: &Run, others: &[(String, Vec<Point>)]) -> String {
     let name = name_of(&run.folder);
     let mut body = String::new();
-    body += &section("Summary", &tables::summary(run));
-    body += &section("Distances", &tables::distances(run));
+    body += &tables::headline(run);
     body += &section("Student beside teacher", &gallery::side_by_side(run));
+    body += &section("Distances", &(tables::distances(run) + &curves::students(run)));
     body += &section("The way back, node by node", &gallery::film(run));
     body += &section("Distance while training", &curves::distances(run, others));
     body += &section("Mismatch per node", &curves::mismatch(run));
@@ -119,6 +124,7 @@ fn page(run: &Run, others: &[(String, Vec<Point>)]) -> String {
     body += &section("Curves", &curves::losses(run));
     body += &section("Cost", &tables::cost(run));
     body += &section("Nearest neighbours", &gallery::neighbours(run));
+    body += &section("The run", &tables::summary(run));
     if let Some(config) = &run.config {
         body += &section(
             "Configuration",
@@ -188,11 +194,11 @@ mod tests {
         assert!(text.contains("not finished: backtrack iteration 59, node 1"));
         // Student and teacher, beside one another and under the slider; nodes 3 (both sheets), 1 and 0.
         assert_eq!(text.matches("data:image/png;base64,").count(), 2 + 2 + 4);
-        assert!(text.contains("student so far (after node 3)") && text.contains("hash-3"));
+        assert!(text.contains("The student so far, after node 3") && text.contains("hash-3"));
         assert!(text.contains("&lt;script&gt;") && !text.contains("<script>\""));
         // Three losses, the mismatch over iterations, and its bars by node.
         assert_eq!(text.matches("<svg").count(), 5);
-        assert!(text.contains("node 2") && text.contains("stage-1 step 300 · loss 3.250"));
+        assert!(text.contains("Node 1<") && text.contains("stage-1 step 300, loss 3.250"));
         // Nothing is fetched from elsewhere.
         assert!(!text.contains("src=\"http") && !text.contains("href=") && !text.contains("@import"));
     }
@@ -208,6 +214,10 @@ mod tests {
         assert!(text.contains("<tr><th>student</th><td>5.679</td><td>1</td><td>0.4000</td></tr>"));
         assert!(text.contains("<tr><th>teacher</th><td>1.600</td><td>35</td><td>-</td></tr>"));
         assert!(text.contains("<dt>device</dt><dd>cpu</dd>") && !text.contains("<th>device</th>"));
+        assert!(
+            text.contains("<b>5.68</b><small>teacher 1.60</small>")
+                && text.contains("<b>1</b><small>teacher 35</small>")
+        );
         assert!(text.contains("disback distill TEACHER.onnx --config "));
     }
 

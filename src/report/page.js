@@ -17,3 +17,7 @@ for (const slider of document.querySelectorAll("input[data-strip]")) {
   });
   show();
 }
+// On paper nothing can be unfolded.
+const folded = () => document.querySelectorAll("details:not([open])");
+addEventListener("beforeprint", () => folded().forEach((d) => { d.open = true; d.dataset.folded = ""; }));
+addEventListener("afterprint", () => document.querySelectorAll("details[data-folded]").forEach((d) => { d.open = false; }));

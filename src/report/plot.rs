@@ -18,10 +18,17 @@ pub struct Mark {
     pub label: String,
 }
 
-const SIZE: (u32, u32) = (640, 320);
+/// About as large as it is shown, so that its text is as large as the page's.
+const SIZE: (u32, u32) = (480, 270);
 /// Mid tones that can be told apart on light and on dark ground, also by most colour-blind readers.
-const COLOURS: [RGBColor; 4] =
-    [RGBColor(59, 130, 246), RGBColor(234, 138, 30), RGBColor(16, 165, 120), RGBColor(200, 70, 160)];
+const COLOURS: [RGBColor; 6] = [
+    RGBColor(59, 130, 246),
+    RGBColor(234, 138, 30),
+    RGBColor(16, 165, 120),
+    RGBColor(200, 70, 160),
+    RGBColor(125, 125, 135),
+    RGBColor(205, 65, 50),
+];
 /// Stands for the page's text colour until the SVG is written.
 const INK: RGBColor = RGBColor(1, 2, 3);
 const INK_HEX: &str = "#010203";
@@ -86,6 +93,35 @@ pub fn curves(x_label: &str, series: &[Series], marks: &[Mark]) -> Option<String
     Some(svg.replace(INK_HEX, "currentColor"))
 }
 
+/// Places (left, top) of the legend's entries, in as many rows as they need, and the height of all rows.
+pub(super) fn legend(names: &[&str]) -> (Vec<(i32, i32)>, i32) {
+    let (mut places, mut left, mut top) = (Vec::new(), LEFT, 4);
+    for name in names {
+        let width = 44 + 15 * name.chars().count() as i32 / 2;
+        if left > LEFT && left + width > SIZE.0 as i32 {
+            (left, top) = (LEFT, top + 20);
+        }
+        places.push((left, top));
+        left += width;
+    }
+    (places, top + 20)
+}
+
+/// Room for the labels of the y axis.
+const LEFT: i32 = 58;
+
+/// At most about `count` round numbers that span `low` to `high`.
+pub(super) fn round_steps(low: f64, high: f64, count: usize) -> Vec<f64> {
+    let rough = (high - low) / count.max(1) as f64;
+    if !(rough.is_finite() && rough > 0.0) {
+        return vec![low];
+    }
+    let unit = 10f64.powf(rough.log10().floor());
+    let step = unit * [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().find(|m| m * unit >= rough * 0.999).unwrap_or(10.0);
+    let (first, last) = ((low / step).floor() as i64, (high / step).ceil() as i64);
+    (first..=last).map(|k| k as f64 * step).collect()
+}
+
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 fn draw(
@@ -97,12 +133,15 @@ fn draw(
     (y0, y1): (f64, f64),
 ) -> Drawn {
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    // The backend writes four fifths of the size it is given.
     let text = |size: i32| ("sans-serif", size).into_font().color(&INK);
+    let names: Vec<&str> = series.iter().map(|(name, _)| *name).collect();
+    let (places, top) = legend(&names);
     let mut chart = ChartBuilder::on(&root)
-        .margin_top(24)
+        .margin_top(top + 4)
         .margin_right(14)
-        .x_label_area_size(44)
-        .y_label_area_size(64)
+        .x_label_area_size(42)
+        .y_label_area_size(LEFT)
         .build_cartesian_2d(x0..x1, y0..y1)?;
     chart
         .configure_mesh()
@@ -111,23 +150,23 @@ fn draw(
         .bold_line_style(INK.mix(0.12))
         .axis_style(INK.mix(0.5))
         .x_labels(6)
-        .y_labels(6)
-        .label_style(text(16))
+        .y_labels(5)
+        .label_style(text(17))
         .x_label_formatter(&|v| tick(*v))
         .y_label_formatter(&|v| tick(*v))
         .x_desc(x_label)
-        .axis_desc_style(text(16))
+        .axis_desc_style(text(17))
         .draw()?;
     let mut free = f64::NEG_INFINITY;
     for mark in marks.iter().filter(|m| (x0..=x1).contains(&m.x)) {
         chart.draw_series(std::iter::once(PathElement::new(vec![(mark.x, y0), (mark.x, y1)], INK.mix(0.35))))?;
         // Labels that would run into one another are left out; their lines stay.
-        let at = (mark.x - x0) / (x1 - x0) * f64::from(SIZE.0 - 78);
+        let at = (mark.x - x0) / (x1 - x0) * f64::from(SIZE.0 as i32 - LEFT - 14);
         if at < free {
             continue;
         }
-        free = at + 9.0 * (mark.label.chars().count() + 1) as f64;
-        let style = text(14).pos(Pos::new(HPos::Left, VPos::Top));
+        free = at + 7.0 * (mark.label.chars().count() + 1) as f64;
+        let style = text(15).pos(Pos::new(HPos::Left, VPos::Top));
         chart.draw_series(std::iter::once(Text::new(format!(" {}", mark.label), (mark.x, y1), style)))?;
     }
     for (k, (_, points)) in series.iter().enumerate() {
@@ -136,12 +175,10 @@ fn draw(
         chart.draw_series(LineSeries::new(inside, colour.stroke_width(2)))?;
     }
     // The legend stands above the plot, where it hides nothing.
-    let mut left = 66;
-    for (k, (name, _)) in series.iter().enumerate() {
+    for (k, ((name, _), (left, top))) in series.iter().zip(places).enumerate() {
         let colour = COLOURS[k % COLOURS.len()];
-        root.draw(&PathElement::new(vec![(left, 11), (left + 18, 11)], colour.stroke_width(3)))?;
-        root.draw(&Text::new(name.to_string(), (left + 24, 3), text(16).pos(Pos::new(HPos::Left, VPos::Top))))?;
-        left += 40 + 9 * name.chars().count() as i32;
+        root.draw(&PathElement::new(vec![(left, top + 8), (left + 18, top + 8)], colour.stroke_width(3)))?;
+        root.draw(&Text::new(name.to_string(), (left + 24, top), text(17).pos(Pos::new(HPos::Left, VPos::Top))))?;
     }
     root.present()?;
     Ok(())
@@ -173,6 +210,26 @@ mod tests {
         let svg = curves("iteration", &[series(points)], &marks).unwrap();
         let shown = svg.matches("node ").count();
         assert!((5..15).contains(&shown), "{shown}");
+    }
+
+    #[test]
+    fn a_long_legend_takes_more_rows() {
+        let names = ["target, first", "fake score, first", "target, last", "fake score, last"];
+        let (places, height) = legend(&names);
+        assert!(height > 24, "{places:?}");
+        for (k, (name, (left, top))) in names.iter().zip(&places).enumerate() {
+            assert!(left + 24 + 7 * name.len() as i32 <= SIZE.0 as i32 && *top < height, "{places:?}");
+            let later = &places[k + 1..];
+            assert!(later.iter().all(|(l, t)| t > top || (t == top && *l > left + 24 + 6 * name.len() as i32)));
+        }
+    }
+
+    #[test]
+    fn steps_are_round() {
+        assert_eq!(round_steps(0.0, 0.2879, 4), [0.0, 0.1, 0.2, 0.30000000000000004]);
+        assert_eq!(round_steps(-1.0, 2.0, 4), [-1.0, 0.0, 1.0, 2.0]);
+        assert_eq!(round_steps(0.0, 7.0, 4), [0.0, 2.0, 4.0, 6.0, 8.0]);
+        assert_eq!(round_steps(3.0, 3.0, 4), [3.0]);
     }
 
     #[test]

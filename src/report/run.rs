@@ -26,6 +26,8 @@ pub struct Run {
     pub summary: Option<Value>,
     /// What `disback evaluate --run` left.
     pub evaluation: Option<Value>,
+    /// What `disback bench --run` left.
+    pub bench: Option<Value>,
     /// The curve measured while training.
     pub points: Vec<Point>,
     /// Rows of levels.jsonl: losses by noise level.
@@ -71,11 +73,19 @@ impl Run {
             metrics: rows,
             summary: json(&folder.join("summary.json")),
             evaluation: json(&folder.join(crate::eval::sweep::FILE)),
+            bench: json(&folder.join("bench.json")),
             points: in_loop::read(&folder.join(in_loop::FILE)),
             levels: objects(&text("levels.jsonl").unwrap_or_default()),
             student_hash: crate::eval::sweep::hash_file(&folder.join("student.onnx")).ok(),
             folder: folder.to_path_buf(),
         })
+    }
+
+    /// Calls of the network an image of the student takes, by the configuration.
+    pub fn student_calls(&self) -> usize {
+        let config: Option<toml::Table> = self.config.as_ref().and_then(|text| toml::from_str(text).ok());
+        let further = config.as_ref().and_then(|c| c.get("student")?.get("sigmas")?.as_array().map(Vec::len));
+        1 + further.unwrap_or(0)
     }
 
     /// Rows of one stage.

@@ -51,6 +51,8 @@ pub struct TeacherTiming {
     pub p50_ms: f64,
     pub ms_per_image: f64,
     pub runs: usize,
+    /// Largest resident memory of the process during this row, MiB; `None` where the system does not tell.
+    pub peak_mib: Option<f64>,
 }
 
 /// Value at a share of sorted times, nearest rank.
@@ -149,6 +151,7 @@ pub fn teacher(
     if batch == 0 || steps == 0 {
         return Err(Error::usage("the teacher needs a batch and steps of 1 or more"));
     }
+    reset_peak();
     let began = Instant::now();
     let mut teacher = TeacherOnEngine::open(path, card, options)?;
     let load_ms = ms(began);
@@ -173,6 +176,7 @@ pub fn teacher(
         p50_ms,
         ms_per_image: p50_ms / batch as f64,
         runs: times.len(),
+        peak_mib: peak_mib(),
     })
 }
 

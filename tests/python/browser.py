@@ -99,8 +99,24 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def picture(self):
-        return base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+    def write_all_in(self, font):
+        """Shows all text of the page in this font, given as bytes: no policy of the page is asked, nothing is fetched."""
+        self.run("""(async () => {
+          const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
+          document.fonts.add(await new FontFace("Given", bytes).load());
+          const style = document.createElement("style");
+          style.textContent = "* { font-family: Given !important; }";
+          document.head.append(style);
+          await document.fonts.ready;
+        })()""" % base64.b64encode(font).decode())
+
+    def picture(self, whole=False):
+        """PNG bytes of what is seen, or of the whole page."""
+        more = {}
+        if whole:
+            size = self.send("Page.getLayoutMetrics")["cssContentSize"]
+            more = {"captureBeyondViewport": True, "clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
+        return base64.b64decode(self.send("Page.captureScreenshot", format="png", **more)["data"])
 
     def close(self):
         self.process.terminate()
