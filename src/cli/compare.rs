@@ -1,16 +1,17 @@
 //! `disback compare`: runs with and without the trajectory, and a verdict.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Args;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
 use super::Globals;
 use super::distill::{STOP, watch_signals};
 use super::teacher::TeacherArgs;
 use crate::diffusion::{Conditions, Denoiser};
-use crate::distill::compare::{self, Curve, Judge, Point};
+use crate::distill::compare::{self, Comparison, Curve, Interval, Judge, Point};
 use crate::distill::{Config, Student, trainer};
 use crate::error::{Context, Error, Result};
 use crate::eval::features::FeatureOptions;
@@ -21,7 +22,7 @@ use crate::tensor::HostTensor;
 use crate::torch::{convert, device};
 
 /// Run a recipe with and without the trajectory, several seeds each, and say whether it pays: distances over generator
-/// updates, forward passes and seconds, with stage 1 counted. Runs that are finished are not repeated.
+/// updates, forward passes and seconds, with stage 1 counted. The same command again goes on where it was interrupted.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
     #[command(flatten)]
@@ -50,6 +51,56 @@ pub struct CompareArgs {
     /// Images a look.
     #[arg(long, default_value_t = 2048)]
     samples: usize,
+    /// Forward passes of all networks, in images and stage 1 counted, that each run may spend: sets the generator updates
+    /// of either in place of `backtrack.updates`.
+    #[arg(long, value_name = "FORWARDS")]
+    budget: Option<u64>,
+    /// Folder of an earlier comparison whose runs of the base method are taken where they fit.
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+    /// Folder of a finished comparison to show in the same figure and table; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    beside: Vec<PathBuf>,
+}
+
+/// A finished comparison, as `compare.json` has it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Finished {
+    ok: bool,
+    title: String,
+    every: u64,
+    samples: usize,
+    command: String,
+    comparison: Comparison,
+    base: Vec<Curve>,
+    trajectory: Vec<Curve>,
+}
+
+impl Finished {
+    fn read(dir: &Path) -> Result<Self> {
+        let file = dir.join("compare.json");
+        let bytes = std::fs::read(&file).with_context(|| file.display().to_string())?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| Error::usage(format!("not a finished comparison: {e}")))
+            .with_context(|| file.display().to_string())
+    }
+    fn group(&self) -> compare::Group<'_> {
+        compare::Group { title: &self.title, base: &self.base, trajectory: &self.trajectory }
+    }
+}
+
+/// Time left, from the runs that are done and the share of the present one.
+struct Eta {
+    started: Instant,
+    runs: usize,
+    done: usize,
+}
+
+impl Eta {
+    fn left(&self, share: f64) -> f64 {
+        let done = self.done as f64 + share;
+        self.started.elapsed().as_secs_f64() * (self.runs as f64 - done) / done.max(1e-9)
+    }
 }
 
 /// Frechet distance of a student's images, always of the same noise and conditions.
@@ -123,56 +174,126 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     super::distill::check_stage_two(&config, &denoiser)?;
     let file = super::student::load(&config, &teacher, place)?;
     let student = super::student::given(file.as_ref(), &denoiser, &config)?;
-    let mut judge = args.judge(&config, &denoiser, student.as_ref())?;
     let every = args.every.unwrap_or(config.backtrack.updates / 20).max(1);
+    let arm = |seed, with| match args.budget {
+        Some(budget) => compare::within(compare::arm(&config, seed, with), budget),
+        None => Ok(compare::arm(&config, seed, with)),
+    };
+    let beside = args.beside.iter().map(|dir| Finished::read(dir)).collect::<Result<Vec<_>>>()?;
+    arm(0, true)?;
+    let mut judge = args.judge(&config, &denoiser, student.as_ref())?;
     watch_signals()?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let (mut base, mut trajectory): (Vec<Curve>, Vec<Curve>) = (Vec::new(), Vec::new());
+    let mut eta = Eta { started: Instant::now(), runs: 2 * args.seeds.len(), done: 0 };
     for &seed in &args.seeds {
         for with in [false, true] {
             let name = format!("{}-seed-{seed}", if with { "trajectory" } else { "base" });
+            let arm = arm(seed, with)?;
+            let dir = match &args.base {
+                Some(earlier) if !with && earlier.join(&name).is_dir() => earlier.join(&name),
+                _ => args.out.join(&name),
+            };
+            let total = arm.backtrack.updates;
             let mut note = |p: Point| {
                 if !globals.quiet && !globals.json {
-                    eprintln!("{name}: update {}  distance {:.3}  {:.0} s", p.updates, p.distance, p.seconds);
+                    let left = eta.left(p.updates as f64 / total as f64);
+                    eprintln!(
+                        "{name} ({} of {}): update {}/{total}  distance {:.3}  {:.0} s  ETA of all {left:.0} s",
+                        eta.done + 1,
+                        eta.runs,
+                        p.updates,
+                        p.distance,
+                        p.seconds
+                    );
                 }
             };
-            let arm = compare::arm(&config, seed, with);
-            let dir = args.out.join(&name);
+            let began = Instant::now();
             match compare::run_arm(&arm, &denoiser, student.as_ref(), &dir, every, &mut judge, &STOP, &mut note)? {
                 Some(curve) if with => trajectory.push(curve),
                 Some(curve) => base.push(curve),
-                None => return Ok(ExitCode::from(130)),
+                None => {
+                    if !globals.quiet {
+                        eprintln!("stopped; the same command goes on with {name}");
+                    }
+                    return Ok(ExitCode::from(130));
+                }
+            }
+            // A run that was read back says nothing about the time of the others.
+            if began.elapsed().as_secs_f64() < 0.5 {
+                eta.runs -= 1;
+            } else {
+                eta.done += 1;
             }
         }
     }
-    let found = compare::compare(&base, &trajectory)?;
     let objective = super::student::objective_name(&config);
-    let title = format!("{objective}: Frechet distance of {} images, {} seeds", args.samples, args.seeds.len());
+    let found = Finished {
+        ok: true,
+        title: format!("{objective}: Frechet distance of {} images, {} seeds", args.samples, args.seeds.len()),
+        every,
+        samples: args.samples,
+        command: super::command_line(),
+        comparison: compare::compare(&base, &trajectory)?,
+        base,
+        trajectory,
+    };
     let file = |name: &str| args.out.join(name);
-    if let Some(svg) = compare::svg(&title, &base, &trajectory) {
+    let all: Vec<&Finished> = beside.iter().chain([&found]).collect();
+    let title =
+        if beside.is_empty() { &*found.title } else { "Frechet distance, means and standard deviations over seeds" };
+    if let Some(svg) = compare::svg(title, &all.iter().map(|o| o.group()).collect::<Vec<_>>()) {
         crate::files::write_atomic(&file("compare.svg"), svg.as_bytes())?;
     }
-    let row = |name: &str, i: Option<compare::Interval>| {
-        format!("| {name} | {} |\n", i.map_or("never in one seed or more".into(), |i| i.to_string()))
-    };
-    let mut text = format!("# {title}\n\n| | mean [95 %] |\n|---|---|\n");
-    text += &row("final distance, base method", Some(found.base));
-    text += &row("final distance, trajectory", Some(found.trajectory));
-    text += &row("final distance, trajectory over base", Some(found.final_ratio));
-    text += &row("share of updates to the base method's final distance", found.updates);
-    text += &row("share of forward passes, stage 1 counted", found.forwards);
-    text += &row("share of seconds, stage 1 counted", found.seconds);
-    text += &row("share of updates, the base method itself", Some(found.base_updates));
-    text += &format!("\n{}\n\nCommand: `{}`\n", found.verdict, super::command_line());
+    let text = markdown(&all);
     crate::files::write_atomic(&file("compare.md"), text.as_bytes())?;
-    let result = json!({ "ok": true, "objective": objective, "every": every, "samples": args.samples,
-        "comparison": found, "base": base, "trajectory": trajectory });
-    let bytes = serde_json::to_vec_pretty(&result).map_err(|e| Error::io(e.to_string()))?;
+    let bytes = serde_json::to_vec_pretty(&found).map_err(|e| Error::io(e.to_string()))?;
     crate::files::write_atomic(&file("compare.json"), &bytes)?;
     if globals.json {
-        println!("{result}");
+        println!("{}", serde_json::to_string(&found).map_err(|e| Error::io(e.to_string()))?);
     } else if !globals.quiet {
         println!("{text}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The table, a column for each comparison, with the verdicts and the commands.
+fn markdown(all: &[&Finished]) -> String {
+    let name = |o: &Finished| o.title.split(':').next().unwrap_or_default().to_owned();
+    let mut text = String::new();
+    let titles: Vec<&str> = all.iter().map(|o| &*o.title).collect();
+    text += &format!("# {}\n\nMeans over seeds with 95 % intervals.\n\n|", titles.join("; "));
+    for outcome in all {
+        text += &format!(" | {}", name(outcome));
+    }
+    text += &format!(" |\n|{}\n", "---|".repeat(all.len() + 1));
+    type Cell = fn(&Comparison) -> Option<Interval>;
+    let rows: [(&str, Cell); 9] = [
+        ("final distance, base method", |c| Some(c.base)),
+        ("final distance, trajectory", |c| Some(c.trajectory)),
+        ("final distance, trajectory over base", |c| Some(c.final_ratio)),
+        ("share of updates to the base method's final distance", |c| c.updates),
+        ("share of forward passes, stage 1 counted", |c| c.forwards),
+        ("share of seconds, stage 1 counted", |c| c.seconds),
+        ("share of updates, the base method itself", |c| Some(c.base_updates)),
+        ("updates to the base method's distance at a quarter of its run, over its own", |c| c.early_updates),
+        ("the same in forward passes, stage 1 counted", |c| c.early_forwards),
+    ];
+    for (what, cell) in rows {
+        text += &format!("| {what} |");
+        for outcome in all {
+            let c = &outcome.comparison;
+            let never = || {
+                let never = c.seeds.iter().filter(|s| s.updates.is_none()).count();
+                format!("never in {never} of {} seeds", c.seeds.len())
+            };
+            text += &format!(" {} |", cell(c).map_or_else(never, |i| i.to_string()));
+        }
+        text.push('\n');
+    }
+    for outcome in all {
+        let verdict = &outcome.comparison.verdict;
+        text += &format!("\n{}: {verdict}\n\nCommand: `{}`\n", name(outcome), outcome.command);
+    }
+    text
 }

@@ -387,13 +387,7 @@ fn peak_host() -> Option<u64> {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
-fn write_summary(
-    origin: Origin,
-    teacher: &Path,
-    config: &Config,
-    run: &RunDir,
-    device: Device,
-) -> Result<()> {
+fn write_summary(origin: Origin, teacher: &Path, config: &Config, run: &RunDir, device: Device) -> Result<()> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));

@@ -48,15 +48,27 @@ fn band(curves: &[Curve], axis: Axis) -> Vec<(f64, f64, f64)> {
         .collect()
 }
 
-/// Three panels side by side: distance (logarithmic) over updates, forward passes and seconds.
-pub fn svg(title: &str, base: &[Curve], trajectory: &[Curve]) -> Option<String> {
+/// One comparison to draw.
+#[derive(Debug, Clone, Copy)]
+pub struct Group<'a> {
+    pub title: &'a str,
+    pub base: &'a [Curve],
+    pub trajectory: &'a [Curve],
+}
+
+/// A row of three panels for each comparison: distance (logarithmic) over updates, forward passes and seconds. A thin line
+/// marks the distance that the base method ends with.
+pub fn svg(title: &str, groups: &[Group]) -> Option<String> {
     let mut out = String::new();
-    draw(&mut out, title, base, trajectory).ok()?;
+    draw(&mut out, title, groups).ok()?;
     Some(out)
 }
 
-fn draw(out: &mut String, title: &str, base: &[Curve], trajectory: &[Curve]) -> Result<(), Box<dyn std::error::Error>> {
-    let size = (3 * PANEL.0, PANEL.1 + 40);
+/// Height of the title line above the panels.
+const HEAD: u32 = 40;
+
+fn draw(out: &mut String, title: &str, groups: &[Group]) -> Result<(), Box<dyn std::error::Error>> {
+    let size = (3 * PANEL.0, PANEL.1 * groups.len() as u32 + HEAD);
     let root = SVGBackend::with_string(out, size).into_drawing_area();
     root.fill(&WHITE)?;
     let text = |size: i32| ("sans-serif", size).into_font().color(&BLACK).pos(Pos::new(HPos::Left, VPos::Top));
@@ -66,36 +78,46 @@ fn draw(out: &mut String, title: &str, base: &[Curve], trajectory: &[Curve]) -> 
         root.draw(&PathElement::new(vec![(left, 20), (left + 24, 20)], colour.stroke_width(4)))?;
         root.draw(&Text::new(name, (left + 30, 11), text(17)))?;
     }
-    let all = || base.iter().chain(trajectory).flat_map(|c| &c.points).map(|p| p.distance).filter(|d| *d > 0.0);
-    let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), d| (l.min(d), h.max(d)));
-    let (low, high) = if low < high { (low * 0.9, high * 1.1) } else { (0.5, 2.0) };
-    let panels = root.margin(40, 0, 0, 0).split_evenly((1, 3));
-    for (area, axis) in panels.iter().zip([Axis::Updates, Axis::Forwards, Axis::Seconds]) {
-        let bands = [(band(base, axis), BASE), (band(trajectory, axis), TRAJECTORY)];
-        let right = bands.iter().flat_map(|(b, _)| b).map(|p| p.0).fold(0.0, f64::max).max(1e-9);
-        let mut chart = ChartBuilder::on(area)
-            .margin(12)
-            .x_label_area_size(44)
-            .y_label_area_size(60)
-            .build_cartesian_2d(0.0..right, (low..high).log_scale())?;
-        chart
-            .configure_mesh()
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(BLACK.mix(0.12))
-            .x_labels(5)
-            .label_style(("sans-serif", 15))
-            .x_label_formatter(&|v| if *v >= 1e5 { format!("{:.1}M", v / 1e6) } else { format!("{v:.0}") })
-            .x_desc(axis.label())
-            .y_desc("distance")
-            .axis_desc_style(("sans-serif", 16))
-            .draw()?;
-        for (points, colour) in &bands {
-            let clip = |y: f64| y.clamp(low, high);
-            let upper = points.iter().map(|&(x, y, sd)| (x, clip(y + sd)));
-            let lower = points.iter().rev().map(|&(x, y, sd)| (x, clip(y - sd)));
+    let rows = root.margin(HEAD, 0, 0, 0).split_evenly((groups.len(), 1));
+    for (row, group) in rows.iter().zip(groups) {
+        let Group { base, trajectory, .. } = *group;
+        let all = || base.iter().chain(trajectory).flat_map(|c| &c.points).map(|p| p.distance).filter(|d| *d > 0.0);
+        let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), d| (l.min(d), h.max(d)));
+        let (low, high) = if low < high { (low * 0.9, high * 1.1) } else { (0.5, 2.0) };
+        let goal = base.iter().filter(|c| !c.points.is_empty()).map(|c| super::statistics::level(&c.points));
+        let goal = goal.clone().sum::<f64>() / (goal.count() as f64).max(1.0);
+        for (area, axis) in row.split_evenly((1, 3)).iter().zip([Axis::Updates, Axis::Forwards, Axis::Seconds]) {
+            let bands = [(band(base, axis), BASE), (band(trajectory, axis), TRAJECTORY)];
+            let right = bands.iter().flat_map(|(b, _)| b).map(|p| p.0).fold(0.0, f64::max).max(1e-9);
+            let mut builder = ChartBuilder::on(area);
+            builder.margin(12).x_label_area_size(44).y_label_area_size(60);
+            if axis == Axis::Updates && groups.len() > 1 {
+                builder.caption(group.title, ("sans-serif", 17));
+            } else if groups.len() > 1 {
+                builder.caption(" ", ("sans-serif", 17));
+            }
+            let mut chart = builder.build_cartesian_2d(0.0..right, (low..high).log_scale())?;
             chart
-                .draw_series(std::iter::once(Polygon::new(upper.chain(lower).collect::<Vec<_>>(), colour.mix(0.2))))?;
-            chart.draw_series(LineSeries::new(points.iter().map(|p| (p.0, clip(p.1))), colour.stroke_width(2)))?;
+                .configure_mesh()
+                .light_line_style(TRANSPARENT)
+                .bold_line_style(BLACK.mix(0.12))
+                .x_labels(5)
+                .label_style(("sans-serif", 15))
+                .x_label_formatter(&|v| if *v >= 1e5 { format!("{:.1}M", v / 1e6) } else { format!("{v:.0}") })
+                .y_label_formatter(&|v| if *v >= 10.0 { format!("{v:.0}") } else { format!("{v:.1}") })
+                .x_desc(axis.label())
+                .y_desc("distance")
+                .axis_desc_style(("sans-serif", 16))
+                .draw()?;
+            let clip = |y: f64| y.clamp(low, high);
+            chart.draw_series(LineSeries::new([(0.0, clip(goal)), (right, clip(goal))], BASE.mix(0.6)))?;
+            for (points, colour) in &bands {
+                let upper = points.iter().map(|&(x, y, sd)| (x, clip(y + sd)));
+                let lower = points.iter().rev().map(|&(x, y, sd)| (x, clip(y - sd)));
+                let outline = upper.chain(lower).collect::<Vec<_>>();
+                chart.draw_series(std::iter::once(Polygon::new(outline, colour.mix(0.2))))?;
+                chart.draw_series(LineSeries::new(points.iter().map(|p| (p.0, clip(p.1))), colour.stroke_width(2)))?;
+            }
         }
     }
     root.present()?;
@@ -124,7 +146,11 @@ mod tests {
         let expected = [(0.0, 5.0, 2f64.sqrt()), (10.0, 2.0, 2f64.sqrt())];
         assert_eq!(band(&curves, Axis::Updates), expected);
         assert_eq!(band(&curves, Axis::Seconds)[1].0, 2.0);
-        let drawn = svg("t", &curves, &curves).unwrap();
-        assert!(drawn.contains("<polygon") && drawn.contains("seconds, stage 1 included"));
+        let group = |title| Group { title, base: &curves, trajectory: &curves };
+        let drawn = svg("t", &[group("dmd")]).unwrap();
+        assert!(drawn.contains("seconds, stage 1 included") && !drawn.contains("dmd"));
+        let two = svg("t", &[group("dmd"), group("sid")]).unwrap();
+        assert!(two.contains("dmd") && two.contains("sid"));
+        assert_eq!((drawn.matches("<polygon").count(), two.matches("<polygon").count()), (6, 12));
     }
 }

@@ -3,22 +3,21 @@
 mod figure;
 mod statistics;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::Stage;
-use crate::distill::config::Config;
-use crate::distill::metrics::Row;
+use crate::distill::config::{BacktrackConfig, Config, DegradeConfig};
 use crate::distill::objective::objective;
-use crate::distill::trainer::{Step, Wish};
-use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, distill};
+use crate::distill::trainer::{Begin, Step, Wish};
+use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
 
-pub use figure::{Axis, svg};
+pub use figure::{Axis, Group, svg};
 pub use statistics::{Comparison, Interval, Reached, compare};
 
 /// A look at the student on its way.
@@ -55,6 +54,13 @@ pub struct Passes {
     pub update: u64,
 }
 
+impl Passes {
+    /// Of a generator update with its iterations of the fake score.
+    pub fn of_update(&self, ratio: u64) -> u64 {
+        ratio * self.iteration + self.update
+    }
+}
+
 /// What the configuration costs in forward passes. (A backward pass costs about two; it comes with every pass of the
 /// student, of the degrading copy and of the fake score in training, in both arms alike.)
 pub fn passes(config: &Config) -> Passes {
@@ -65,50 +71,75 @@ pub fn passes(config: &Config) -> Passes {
     Passes { degrade: 2 * images, iteration: (1 + fake + 2 * gan) * images, update: (target + fake + gan) * images }
 }
 
+/// What an unfinished run leaves beside its checkpoint.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Looks {
+    /// Steps and seconds of stage 1.
+    degrade_steps: u64,
+    degrade_seconds: f64,
+    points: Vec<Point>,
+    /// Seconds of stage 2 spent looking, up to each point and with it.
+    looking: Vec<f64>,
+}
+
 struct Looker<'a> {
     judge: &'a mut dyn Judge,
     every: u64,
     passes: Passes,
     ratio: u64,
-    started: Instant,
-    looking: Duration,
-    degrade_steps: u64,
-    points: Vec<Point>,
+    file: PathBuf,
+    looks: Looks,
     note: &'a mut dyn FnMut(Point),
 }
 
+impl Looker<'_> {
+    fn save(&self) -> Result<()> {
+        let text = serde_json::to_vec(&self.looks).map_err(|e| Error::io(e.to_string()))?;
+        crate::files::write_atomic(&self.file, &text)
+    }
+}
+
 impl Observer for Looker<'_> {
-    fn metrics(&mut self, row: &Row) -> Result<()> {
-        if row.stage == Stage::Degrade {
-            self.degrade_steps = row.iteration;
+    fn stage_begins(&mut self, begin: &Begin) -> Result<bool> {
+        if begin.stage == Stage::Backtrack {
+            // Looks after the checkpoint that the stage goes on from will be made again.
+            self.looks.points.retain(|p| p.updates <= begin.updates);
+            self.looks.looking.truncate(self.looks.points.len());
+            self.save()?;
         }
-        Ok(())
+        Ok(false)
     }
 
     fn after_step(&mut self, step: &Step) -> Result<Wish> {
+        if step.stage == Stage::Degrade {
+            (self.looks.degrade_steps, self.looks.degrade_seconds) = (step.iteration, step.seconds);
+        }
         let updates = step.updates;
         let student = match &step.networks {
             Some(networks) if step.updated && updates.is_multiple_of(self.every) => networks.average,
             _ => return Ok(Wish::default()),
         };
-        let seconds = (self.started.elapsed() - self.looking).as_secs_f64();
+        let looked = self.looks.looking.last().copied().unwrap_or(0.0);
+        let seconds = self.looks.degrade_seconds + step.seconds - looked;
         let before = Instant::now();
         let distance = self.judge.distance(student)?;
         let p = self.passes;
-        let forwards = self.degrade_steps * p.degrade + updates * (self.ratio * p.iteration + p.update);
+        let forwards = self.looks.degrade_steps * p.degrade + updates * p.of_update(self.ratio);
         let point = Point { updates, forwards, seconds, distance };
         (self.note)(point);
-        self.points.push(point);
-        self.looking += before.elapsed();
+        self.looks.points.push(point);
+        self.looks.looking.push(looked + before.elapsed().as_secs_f64());
+        self.save()?;
         Ok(Wish::default())
     }
 }
 
-/// Name of the file that a finished run leaves in its folder.
+/// Names of the files that a finished and an unfinished run leave in their folder.
 const CURVE: &str = "curve.json";
+const LOOKS: &str = "looks.json";
 
-/// Runs one arm in `dir` and looks at it after every `every` updates; one that was finished
-/// earlier is read back. `student`: where it is not the teacher's copy. `None`: stopped from outside.
+/// Runs one arm in `dir` and looks at it after every `every` updates; one that was finished earlier is read back, one that
+/// was interrupted goes on from its checkpoint. `student`: where it is not the teacher's copy. `None`: stopped from outside.
 #[allow(clippy::too_many_arguments)]
 pub fn run_arm(
     config: &Config,
@@ -120,51 +151,97 @@ pub fn run_arm(
     stop: &AtomicBool,
     note: &mut dyn FnMut(Point),
 ) -> Result<Option<Curve>> {
-    let file = dir.join(CURVE);
-    if file.is_file() {
-        let bytes = std::fs::read(&file)?;
-        let curve = serde_json::from_slice(&bytes).map_err(|e| Error::io(format!("not a curve: {e}")));
+    let (file, looks_file) = (dir.join(CURVE), dir.join(LOOKS));
+    let begun = dir.join("config.toml").is_file();
+    if begun {
         let (_, saved) = RunDir::open(dir)?;
         if saved != *config {
-            return Err(Error::usage(format!("{} was run with another configuration", dir.display()))
+            let changed = saved.differences(config)?;
+            let what = changed.first().map_or(String::new(), |(k, was, now)| format!(": {k} was {was}, is {now}"));
+            return Err(Error::usage(format!("{} was run with another configuration{what}", dir.display()))
                 .hint("compare in a new folder"));
         }
-        return curve.with_context(|| file.display().to_string()).map(Some);
     }
-    // What an interrupted comparison left: the run is short and starts anew.
-    if dir.join("config.toml").is_file() {
-        std::fs::remove_dir_all(dir).with_context(|| dir.display().to_string())?;
+    if file.is_file() {
+        return read(&file).map(Some);
     }
-    let run = RunDir::create(dir, config)?;
-    let mut looker = Looker {
-        judge,
-        every,
-        passes: passes(config),
-        ratio: config.backtrack.ratio,
-        started: Instant::now(),
-        looking: Duration::ZERO,
-        degrade_steps: 0,
-        points: Vec::new(),
-        note,
+    let (run, mut looks) = match begun {
+        true => (RunDir::open(dir)?.0, if looks_file.is_file() { read(&looks_file)? } else { Looks::default() }),
+        false => (RunDir::create(dir, config)?, Looks::default()),
     };
+    // (A process that ended between the stages had not written down how long the first one was.)
+    if run.trajectory().join(trajectory::INDEX).is_file() && config.degrade.nodes > 0 {
+        let recorded = Trajectory::open(&run.trajectory(), &teacher.params().hash()?)?;
+        looks.degrade_steps = recorded.nodes().last().map_or(0, |n| n.iteration);
+    }
+    let (passes, ratio) = (passes(config), config.backtrack.ratio);
+    let mut looker = Looker { judge, every, passes, ratio, file: looks_file.clone(), looks, note };
     let job = Job { config, student, run: &run, observer: &mut looker, stop, silent: true };
     let outcome = distill(job, teacher, Stages::Both).with_context(|| dir.display().to_string())?;
     if matches!(outcome, Outcome::Stopped(_)) {
+        looker.save()?;
         return Ok(None);
     }
-    let curve = Curve { seed: config.seed, nodes: config.degrade.nodes, points: looker.points };
+    let curve = Curve { seed: config.seed, nodes: config.degrade.nodes, points: looker.looks.points };
     let text = serde_json::to_vec_pretty(&curve).map_err(|e| Error::io(e.to_string()))?;
     crate::files::write_atomic(&file, &text)?;
+    let _ = std::fs::remove_file(looks_file);
     Ok(Some(curve))
 }
 
-/// The configuration of one arm.
+fn read<T: serde::de::DeserializeOwned>(file: &Path) -> Result<T> {
+    let bytes = std::fs::read(file).with_context(|| file.display().to_string())?;
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::io(format!("not what a comparison writes: {e}")))
+        .with_context(|| file.display().to_string())
+}
+
+/// The configuration of one arm. The base method's does not depend on the settings of stage 1 and of switching, which it has
+/// no use for: its runs serve any trajectory.
 pub fn arm(config: &Config, seed: u64, with_trajectory: bool) -> Config {
     let mut arm = Config { seed, ..config.clone() };
     if !with_trajectory {
-        arm.degrade.nodes = 0;
+        arm.degrade = DegradeConfig { nodes: 0, ..DegradeConfig::default() };
+        let d = BacktrackConfig::default();
+        let b = &mut arm.backtrack;
+        (b.switch, b.switch_every, b.switch_patience, b.switch_max) =
+            (d.switch, d.switch_every, d.switch_patience, d.switch_max);
     }
-    // Every step of stage 1 must be counted; checkpoints are of no use to a short run.
-    (arm.log.every, arm.log.checkpoint_every) = (1, 0);
     arm
+}
+
+/// The same arm with as many generator updates as this number of forward passes (in images) pays for, stage 1 included.
+///
+/// Errors: a budget that does not pay for one update.
+pub fn within(mut arm: Config, budget: u64) -> Result<Config> {
+    let p = passes(&arm);
+    let stage_one = if arm.degrade.nodes > 0 { arm.degrade.steps * p.degrade } else { 0 };
+    let each = p.of_update(arm.backtrack.ratio);
+    arm.backtrack.updates = budget.saturating_sub(stage_one) / each;
+    if arm.backtrack.updates == 0 {
+        return Err(Error::usage(format!(
+            "a budget of {budget} forward passes does not pay for one generator update: stage 1 takes {stage_one}, an \
+             update {each} (in images)"
+        )));
+    }
+    Ok(arm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_counts_stage_one_and_the_base_method_knows_nothing_of_the_trajectory() {
+        let sets = ["batch=4", "degrade.nodes=3", "degrade.steps=10", "backtrack.switch_every=7", "backtrack.ratio=2"];
+        let config = Config::resolve(None, &sets.map(String::from)).unwrap();
+        // Stage 1: 10 steps of 8; an update: 2 iterations of (student + fake score), target and fake score again: 24.
+        let updates = |with, budget| within(arm(&config, 1, with), budget).map(|c| c.backtrack.updates);
+        assert_eq!((updates(true, 320).unwrap(), updates(false, 320).unwrap()), (10, 13));
+        assert!(updates(true, 100).unwrap_err().to_string().contains("stage 1 takes 80, an update 24"));
+        let mut other = config.clone();
+        (other.degrade.nodes, other.degrade.lr, other.backtrack.switch_every) = (1, 1.0, 2);
+        assert_eq!(arm(&config, 5, false), arm(&other, 5, false));
+        assert_ne!(arm(&config, 5, true), arm(&other, 5, true));
+    }
 }

@@ -1,12 +1,12 @@
 //! What two sets of curves say about each other.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Curve, Point};
 use crate::error::{Error, Result};
 
 /// A mean over seeds with its 95 % confidence interval (Student's t); without an interval where there is one seed.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     pub mean: f64,
     pub low: Option<f64>,
@@ -48,7 +48,7 @@ fn t95(freedom: usize) -> f64 {
 
 /// Where one seed's run with the trajectory came down to the level that its base method ended with, as shares of what the
 /// base method spent in all. Linear between two looks.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Reached {
     pub seed: u64,
     /// Mean distance of the last looks, base method and trajectory.
@@ -60,10 +60,14 @@ pub struct Reached {
     pub seconds: Option<f64>,
     /// The same for the base method itself: below 1 where it had come down before its end.
     pub base_updates: f64,
+    /// Generator updates, and forward passes with stage 1, to the distance that the base method has after a quarter of its
+    /// updates, over what it spent to get there; `None`: never.
+    pub early_updates: Option<f64>,
+    pub early_forwards: Option<f64>,
 }
 
 /// The whole comparison.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Comparison {
     pub seeds: Vec<Reached>,
     pub base: Interval,
@@ -75,11 +79,13 @@ pub struct Comparison {
     pub forwards: Option<Interval>,
     pub seconds: Option<Interval>,
     pub base_updates: Interval,
+    pub early_updates: Option<Interval>,
+    pub early_forwards: Option<Interval>,
     pub verdict: String,
 }
 
 /// Looks at the end over which a distance is averaged: a tenth of them.
-fn level(points: &[Point]) -> f64 {
+pub(super) fn level(points: &[Point]) -> f64 {
     let last = &points[points.len() - (points.len() / 10).max(1)..];
     last.iter().map(|p| p.distance).sum::<f64>() / last.len() as f64
 }
@@ -100,6 +106,11 @@ pub fn compare(base: &[Curve], trajectory: &[Curve]) -> Result<Comparison> {
         let (Some(end), false) = (b.points.last(), t.points.is_empty()) else { continue };
         let goal = level(&b.points);
         let share = |x: fn(&Point) -> f64| crossing(&t.points, goal, x).map(|v| v / x(end).max(f64::MIN_POSITIVE));
+        // The look nearest to a quarter of the updates, and what either arm spent to come down to its distance.
+        let quarter = |p: &&Point| (4 * p.updates).abs_diff(end.updates);
+        let early = b.points.iter().min_by_key(quarter).map_or(goal, |p| p.distance);
+        let early_share =
+            |x: fn(&Point) -> f64| Some(crossing(&t.points, early, x)? / crossing(&b.points, early, x)?.max(1.0));
         seeds.push(Reached {
             seed: b.seed,
             base: goal,
@@ -109,6 +120,8 @@ pub fn compare(base: &[Curve], trajectory: &[Curve]) -> Result<Comparison> {
             seconds: share(|p| p.seconds),
             base_updates: crossing(&b.points, goal, |p| p.updates as f64).unwrap_or(end.updates as f64)
                 / (end.updates as f64).max(1.0),
+            early_updates: early_share(|p| p.updates as f64),
+            early_forwards: early_share(|p| p.forwards as f64),
         });
     }
     if seeds.is_empty() {
@@ -125,6 +138,8 @@ pub fn compare(base: &[Curve], trajectory: &[Curve]) -> Result<Comparison> {
         forwards: reached(|s| s.forwards),
         seconds: reached(|s| s.seconds),
         base_updates: all(&|s| s.base_updates),
+        early_updates: reached(|s| s.early_updates),
+        early_forwards: reached(|s| s.early_forwards),
         verdict: String::new(),
         seeds,
     };
@@ -140,17 +155,33 @@ fn verdict(c: &Comparison) -> String {
         (Some(_), _) => "and the final distances cannot be told apart",
         _ => "(one seed: no uncertainty can be given)",
     };
-    let Some(f) = &c.forwards else {
+    let (Some(updates), Some(forwards)) = (&c.updates, &c.forwards) else {
         let never = c.seeds.iter().filter(|s| s.forwards.is_none()).count();
+        // Noise alone lets some seeds of two equal arms end above.
+        let lead = match c.final_ratio.low {
+            Some(low) if low <= 1.0 => "Undecided",
+            _ => "The trajectory does not pay here",
+        };
         return format!(
-            "The trajectory does not pay here: in {never} of {n} seeds it never came down to the distance that the base \
-             method ends with, {ended}."
+            "{lead}: in {never} of {n} seeds it never came down to the distance that the base method ends with, {ended}."
         );
     };
     // What the base method needs to come down to its own final level, in the same unit.
     let own = c.base_updates.mean;
-    let share = format!("{:.0} % of the base method's forward passes, stage 1 counted (95 %: {})", 100.0 * f.mean, f);
-    match (f.low, f.high) {
+    let percent = |i: &Interval| match (i.low, i.high) {
+        (Some(low), Some(high)) => {
+            format!("{:.0} % [{:.0}, {:.0}]", 100.0 * i.mean, 100.0 * low, 100.0 * high)
+        }
+        _ => format!("{:.0} %", 100.0 * i.mean),
+    };
+    let share = format!(
+        "{} of the generator updates and {} of the forward passes, stage 1 counted (the base method comes down to it for \
+         the first time after {:.0} %)",
+        percent(updates),
+        percent(forwards),
+        100.0 * own
+    );
+    match (forwards.low, forwards.high) {
         (_, Some(high)) if high < own => {
             format!("The trajectory pays: the base method's final distance is reached with {share}, {ended}.")
         }
@@ -188,6 +219,10 @@ mod tests {
         assert_eq!((s.base, s.trajectory, s.base_updates), (10.0, 6.0, 1.0));
         // Distance 10 lies half way between updates 100 and 200: 150 of 400; forwards 200 + 600 of 1600; 2 + 3 of 8 s.
         assert_eq!((s.updates, s.forwards, s.seconds), (Some(0.375), Some(0.5), Some(0.625)));
+        // 20 is the base method's distance after 100 updates and 400 passes: 30/38 of that, and 200 passes more.
+        let share = 30.0 / 38.0;
+        assert!((s.early_updates.unwrap() - share).abs() < 1e-12);
+        assert!((s.early_forwards.unwrap() - (share + 0.5)).abs() < 1e-12);
         assert!(c.verdict.contains("Undecided") && c.verdict.contains("one seed"), "{}", c.verdict);
     }
 
