@@ -1,8 +1,10 @@
 """Turns a native diffusion checkpoint into teacher.onnx with its teacher card, for disback. Exit codes: 0 written,
-1 refused, 2 the command line."""
+1 refused, 2 the command line, 130 and 143 stopped."""
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -33,14 +35,43 @@ def parser():
     return top
 
 
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP: what is half done is cleared away before the process ends."""
+
+
+@contextlib.contextmanager
+def stoppable():
+    """Within this, the signals that ask a process to end become an exception."""
+
+    def stop(number, _frame):
+        raise Stopped(number)
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     route = ROUTES[args.route]
     progress = (lambda text: None) if args.quiet or args.json else (lambda text: print(f"  {text} ...", file=sys.stderr, flush=True))
     try:
-        result = route.run(args, progress)
+        with stoppable():
+            result = route.run(args, progress)
+    except (KeyboardInterrupt, Stopped) as error:
+        print("error: stopped; no unfinished file is left", file=sys.stderr)
+        return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("error: not enough memory; no unfinished file is left", file=sys.stderr)
         return 1
     except ImportError as error:
         name = (error.name or "").partition(".")[0]

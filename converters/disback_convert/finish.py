@@ -1,6 +1,7 @@
 """From an exporter's file to `teacher.onnx`: names and card written in, compared with the framework, put in place whole."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -135,7 +136,17 @@ def agree(path, network, tolerance, progress):
 def deterministic(network):
     """Refuses a network that gives two answers to one question: dropout or noise left on."""
     inputs = feed(network, 2)
-    first, second = network.native(inputs), network.native(inputs)
+    try:
+        first, second = network.native(inputs), network.native(inputs)
+    except (ConversionError, MemoryError):
+        raise
+    except Exception as error:
+        given = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in inputs.items())
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ConversionError(
+            f"the network does not run in {network.framework} on {given}: {type(error).__name__}: {said}\n"
+            "The shapes are the card's: shape, layout, conditions.NAME.kind, .classes and .shape"
+        ) from error
     if any(a.shape != b.shape or not np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second)):
         raise ConversionError(
             f"two calls of the network in {network.framework} differ on the same inputs: dropout or noise is on. Switch it to "
@@ -198,27 +209,60 @@ def save(model, path):
         path.write_bytes(model.SerializeToString())
 
 
+SCRATCH = ".disback-convert-"
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Holds a folder for as long as this process lives; yields whether it was free."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(handle)
+
+
+def sweep(folder):
+    """Removes what conversions that were killed outright left here; those of living processes are locked."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError), locked(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def scratch(out, need):
     """A folder beside `out` that vanishes; full disks and missing folders are said in words."""
     folder = out.parent
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
+    sweep(folder)
     free = shutil.disk_usage(folder).free
     if free < need:
         raise ConversionError(f"no space left in {folder}: {need >> 20} MB needed, {free >> 20} MB free; nothing was written")
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as made:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as made, locked(made):
             yield Path(made)
     except OSError as error:
         raise ConversionError(f"cannot write in {folder}: {error.strerror or error}; nothing was written") from error
 
 
 def place(files, folder):
-    """Moves finished files into the folder, each whole, the last one last."""
+    """Moves finished files into the folder, each whole, the last one last. A graph of an earlier conversion goes first: it
+    must not be found beside weights that are not its own."""
     for file in files:
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
+    *others, graph = files
+    data = folder / f"{graph.name}.data"
+    if data.exists() or any(file.name == data.name for file in others):
+        (folder / graph.name).unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
     for file in files:
         os.replace(file, folder / file.name)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from . import ConversionError
+
 
 @dataclass
 class Route:
@@ -22,7 +24,10 @@ class Route:
         network = self.prepare(args, progress)
         result = finish(network, options)
         if self.after is not None:
-            self.after(args, network, options, result)
+            try:
+                self.after(args, network, options, result)
+            except ConversionError as error:
+                raise ConversionError(f"{error}\n{args.out} was written before that and is whole") from error
         return result
 
 
@@ -68,11 +73,15 @@ def diffusers_arguments(parser):
 def diffusers_prepare(args, progress):
     from .diffusers_route import prepare
 
-    progress(f"loading {args.folder}")
-    if args.prompts is not None:
-        from .diffusers_route.prompts import lines
+    from .diffusers_route import parts, prompts
 
-        lines(args.prompts)
+    # What is asked for beside the network is looked for before gigabytes are read.
+    parts.check(args.folder, args.vae, args.text_encoder)
+    if args.prompts is not None:
+        prompts.lines(args.prompts)
+    if args.prompts is not None or args.null_prompt is not None:
+        prompts.pipeline(args.folder)
+    progress(f"loading {args.folder}")
     return prepare(args.folder, args.part, args.size, args.tokens, args.null, args.card, args.card_file)
 
 

@@ -13,7 +13,7 @@ from typing import Callable
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, numpy_helper
+from onnx import external_data_helper, helper, numpy_helper
 
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 ORDERS = {2: [(1, 0)], 3: [(2, 1, 0)], 4: [(3, 2, 0, 1), (2, 3, 1, 0), (1, 0, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2)]}
@@ -101,22 +101,31 @@ def name(model, folder, weights, changed):
     for weight in weights:
         sought = changed[weight.name][1] if weight.name in changed else np.asarray(weight.get())
         for order in [tuple(range(sought.ndim)), *ORDERS.get(sought.ndim, [])]:
-            index.setdefault(digest(sought.transpose(order)), (weight, order))
-    renamed, unknown, moved = {}, [], []
+            fitting = index.setdefault(digest(sought.transpose(order)), [])
+            if all(other is not weight for other, *_ in fitting):
+                fitting.append((weight, sought.shape, order))
+    renamed, unknown, moved, first, derived = {}, [], [], {}, []
     taken = {v for n in model.graph.node for v in (*n.input, *n.output)} | {i.name for i in model.graph.input}
     for tensor, node, value in constants(model, folder):
-        hit = index.get(digest(value))
-        if hit is None:
+        fitting = index.get(digest(value), [])
+        if not fitting:
             if value.size > 1 and not is_plain(value):
                 unknown.append(tensor.name or node.output[0])
             continue
-        weight, order = hit
+        weight, whole, order = next((hit for hit in fitting if hit[0].name not in first), fitting[0])
         old = node.output[0] if node is not None else tensor.name
+        if weight.name in first and is_plain(value):
+            continue  # ones or zeros of the graph's own
+        if weight.name in first and len(fitting) == 1:
+            # The exporter stored one weight twice, in another form: the second is computed from the first.
+            derived.append((tensor, node, old, *first[weight.name], (whole, order, value.shape)))
+            continue
         new, k = weight.name, 1
         while new in renamed.values() or (new in taken and new != old):
             k += 1
             new = f"{weight.name}:{k}"
         weight.found.append(new)
+        first.setdefault(weight.name, (new, (whole, order, value.shape)))
         renamed[old] = new
         if weight.name in changed:
             true = np.ascontiguousarray(changed[weight.name][0].transpose(order)).reshape(value.shape)
@@ -128,16 +137,46 @@ def name(model, folder, weights, changed):
         model.graph.initializer.add().CopyFrom(node.attribute[0].t)
         model.graph.initializer[-1].name = new
         model.graph.node.remove(node)
+    for tensor, node, old, new, stored, wanted in derived:
+        if node is None:
+            model.graph.initializer.remove(tensor)
+        else:
+            model.graph.node.remove(node)
+        derive(model.graph, new, stored, old, wanted, renamed)
     rename_reads(model.graph, renamed)
     modules = {new: weight.module for weight in weights for new in weight.found}
     mark_modules(model.graph, modules)
     return Named(
         parameters=[new for weight in weights if weight.trained for new in weight.found],
-        tied=[[weight.found[0], *weight.aliases, *weight.found[1:]] for weight in weights if weight.aliases and weight.found],
+        tied=[[weight.found[0], *weight.aliases] for weight in weights if weight.aliases and weight.found],
         lost=[weight.name for weight in weights if weight.trained and not weight.found],
         unknown=unknown,
         modules=modules,
     )
+
+
+def derive(graph, source, stored, target, wanted, renamed):
+    """Reads or nodes that make `target` of the initializer `source`, the same weight. `stored` and `wanted`: the framework's
+    shape, the order of its axes, the shape in the file."""
+    (whole, order, shape), (_, wanted_order, wanted_shape) = stored, wanted
+    steps, here = [], tuple(shape)
+    if tuple(order) != tuple(wanted_order):
+        ordered = tuple(whole[axis] for axis in order)
+        steps += [("Reshape", ordered)] if here != ordered else []
+        steps.append(("Transpose", [order.index(axis) for axis in wanted_order]))
+        here = tuple(whole[axis] for axis in wanted_order)
+    steps += [("Reshape", wanted_shape)] if here != tuple(wanted_shape) else []
+    if not steps:
+        renamed[target] = source
+    for k, (op, numbers) in enumerate(steps):
+        made = target if k == len(steps) - 1 else f"{target}/{k}"
+        if op == "Transpose":
+            node = helper.make_node(op, [source], [made], perm=numbers)
+        else:
+            graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), f"{made}/shape"))
+            node = helper.make_node(op, [source, f"{made}/shape"], [made])
+        graph.node.insert(k, node)
+        source = made
 
 
 def rename_reads(graph, renamed):

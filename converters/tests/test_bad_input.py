@@ -1,5 +1,7 @@
 """What every route shares: names of weights, refusals in words, and never a partial file."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +68,6 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main(sys.argv[1:]))"
     )
     here = Path(__file__).resolve().parent
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code, *words(tmp_path / "teacher.onnx")], cwd=here, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT / "converters")},
@@ -77,9 +77,61 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_conversion_that_is_killed_leaves_nothing_behind(tmp_path, number):
+    # it waits where the exported file lies ready beside its place
+    code = (
+        "import sys, time; import disback_convert.finish as finish; from disback_convert.cli import main; "
+        "finish.agree = lambda *a: (print('ready', flush=True), time.sleep(600)); sys.exit(main(sys.argv[1:]))"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *words(tmp_path / "teacher.onnx"), "-q"], cwd=Path(__file__).resolve().parent, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT / "converters")},
+    )  # fmt: skip
+    assert run.stdout.readline() == "ready\n", run.stderr.read()
+    (inside,) = tmp_path.iterdir()
+    assert inside.name.startswith(finish.SCRATCH) and (inside / "teacher.onnx").stat().st_size > 1000
+    # a second conversion beside it does not touch what a living one works on
+    finish.sweep(tmp_path)
+    assert (inside / "teacher.onnx").exists()
+    run.send_signal(number)
+    _, said = run.communicate()
+    if number == signal.SIGKILL:
+        assert [p.name for p in tmp_path.iterdir()] == [inside.name], "nothing that could be taken for a result"
+        finish.sweep(tmp_path)
+    else:
+        assert run.returncode == 128 + number
+        assert said == "error: stopped; no unfinished file is left\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_is_never_left_beside_weights_of_another(tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("teacher.onnx", "teacher.onnx.data"):
+        (tmp_path / name).write_text("old")
+        (made / name).write_text("new")
+    moves = []
+    replace = os.replace
+    monkeypatch.setattr(finish.os, "replace", lambda a, b: (moves.append(sorted(p.name for p in tmp_path.glob("teacher*"))), replace(a, b)))
+    finish.place([made / "teacher.onnx.data", made / "teacher.onnx"], tmp_path)
+    assert moves == [[], ["teacher.onnx.data"]]
+    (made / "teacher.onnx").write_text("small")
+    finish.place([made / "teacher.onnx"], tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("teacher*")) == ["teacher.onnx"]
+
+
 def test_an_absent_folder_is_named(tmp_path, capsys):
     assert main(words(tmp_path / "absent" / "teacher.onnx")) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_card_of_another_shape_is_one_message(tmp_path, capsys):
+    wrong = [w.replace("[1, 8, 8]", "[3, 8, 8]") for w in words(tmp_path / "teacher.onnx")]
+    assert main(wrong) == 1
+    said = capsys.readouterr().err
+    assert "x float32 [2, 3, 8, 8]" in said and "The shapes are the card's" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_that_answers_twice_differently_is_refused(tmp_path, capsys, monkeypatch):
@@ -136,3 +188,31 @@ def test_tied_weights_stay_one_and_are_written_down(tmp_path):
     assert (one.name, one.aliases) == ("0.weight", ["1.weight"])
     named = weights.name(model_of([one.get().T]), tmp_path, [one], {})
     assert named.tied == [["0.weight", "1.weight"]]
+
+
+@pytest.mark.parametrize("form", [lambda w: w.T, lambda w: w, lambda w: w.reshape(1, 12), lambda w: w.T.reshape(2, 6)])
+def test_a_weight_that_the_exporter_stored_twice_is_one_again(tmp_path, form):
+    # an embedding that the last layer shares, folded into two constants
+    own = held("embedding", np.random.default_rng(0).standard_normal((3, 4)).astype("f4"))
+    second = np.ascontiguousarray(form(own.get()))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["first"], ["a"]), helper.make_node("Add", ["second", "x"], ["b"])], "g",
+        [value("x", TensorProto.FLOAT, second.shape)], [value("a", TensorProto.FLOAT, [3, 4]), value("b", TensorProto.FLOAT, second.shape)],
+        [numpy_helper.from_array(own.get(), "first"), numpy_helper.from_array(second, "second")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    named = weights.name(model, tmp_path, [own], {})
+    assert named.parameters == ["embedding"]
+    assert [t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT] == ["embedding"]
+    onnx.checker.check_model(model, full_check=True)
+    made = finish.ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": np.zeros_like(second)})
+    assert np.array_equal(made[0], own.get()) and np.array_equal(made[1], second)
+
+
+def test_equal_weights_in_a_saved_file_stay_two(tmp_path):
+    own = [held("norm1.scale", np.ones(4, "f4")), held("norm2.scale", np.ones(4, "f4"))]
+    model = model_of([np.ones(4, "f4"), np.ones(4, "f4"), np.ones(4, "f4")])
+    named = weights.name(model, tmp_path, own, {})
+    assert named.parameters == ["norm1.scale", "norm2.scale"]
+    assert [t.name for t in model.graph.initializer] == ["norm1.scale", "norm2.scale", "val_2"]

@@ -56,11 +56,18 @@ def part(module, name, examples, out, options, outputs):
     return finish_part(made, Options(path, options.tolerance, options.opset, False, options.progress))
 
 
+def check(source, vae, text_encoder):
+    """Refuses a folder that lacks what is asked for."""
+    folder = Folder(source)
+    if vae and folder.vae() is None:
+        raise ConversionError(f"{source}: no vae folder: this teacher works on pixels")
+    if text_encoder and not list(folder.root.glob("text_encoder*")):
+        raise ConversionError(f"{source}: no text_encoder folder")
+
+
 def vae_decoder(source, card, options):
     """`teacher.vae_decoder.onnx`."""
     folder = Folder(source)
-    if folder.vae() is None:
-        raise ConversionError(f"{source}: no vae folder: this teacher works on pixels")
     vae = folder.load("vae")
     shape = card["shape"]
     latents = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
@@ -91,6 +98,4 @@ def text_encoders(source, options):
         ids[:, -1] = config.get("eos_token_id") if isinstance(config.get("eos_token_id"), int) else config["vocab_size"] - 1
         outputs = ["last_hidden_state", "penultimate_hidden_state", "pooled"]
         made.append(part(TextEncoder(encoder.eval()), place.name, {"input_ids": ids}, options.out, options, outputs))
-    if not made:
-        raise ConversionError(f"{source}: no text_encoder folder")
     return made

@@ -24,15 +24,27 @@ def lines(path):
     return found
 
 
+KNOWN = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Flux", "PixArt")
+
+
+def pipeline(source):
+    """The folder of a pipeline whose prompts can be encoded."""
+    folder = Folder(source)
+    if folder.index is None:
+        raise ConversionError(f"{source}: prompts need the whole pipeline's folder (model_index.json, tokenizers, text encoders)")
+    name = folder.index.get("_class_name", "?")
+    if not name.startswith(KNOWN):
+        raise ConversionError(f"prompts of {name} cannot be encoded; known are Stable Diffusion (1, 2, XL, 3), PixArt and Flux")
+    return folder
+
+
 class Encoder:
     """A pipeline without its denoising network and VAE."""
 
     def __init__(self, source, card, tokens):
         import diffusers
 
-        folder = Folder(source)
-        if folder.index is None:
-            raise ConversionError(f"{source}: prompts need the whole pipeline's folder (model_index.json, tokenizers, text encoders)")
+        folder = pipeline(source)
         name = folder.index["_class_name"]
         self.name, self.card, self.tokens, self.scale = name, card, tokens, 1
         absent = {part: None for part in ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")}
@@ -64,10 +76,8 @@ class Encoder:
         if self.name.startswith("PixArt"):
             embeds, mask, _, _ = self.pipe.encode_prompt(do_classifier_free_guidance=False, max_sequence_length=self.tokens, **arguments)
             return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask.float()}
-        if self.name.startswith("StableDiffusion"):
-            embeds, _ = self.pipe.encode_prompt(do_classifier_free_guidance=False, **arguments)
-            return {"encoder_hidden_states": embeds}
-        raise ConversionError(f"prompts of {self.name} cannot be encoded; known are Stable Diffusion (1, 2, XL, 3), PixArt and Flux")
+        embeds, _ = self.pipe.encode_prompt(do_classifier_free_guidance=False, **arguments)
+        return {"encoder_hidden_states": embeds}
 
 
 def embed(source, path, card, out, tokens, progress, batch=16):
