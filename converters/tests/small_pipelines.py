@@ -81,18 +81,57 @@ def autoencoder():
     )  # fmt: skip
 
 
-def text_encoder(folder):
-    """A CLIP text model of 32 channels and a tokenizer of single letters."""
+def clip(folder, width=32, projection=None, seed=7):
+    """A CLIP text model of `width` channels (with a projection: of so many) and a tokenizer of single letters, 12 tokens."""
     import transformers
 
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocabulary = {token: k for k, token in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
     config = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=12, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=52, eos_token_id=53, pad_token_id=53, projection_dim=projection or 32,
     )  # fmt: skip
-    return transformers.CLIPTextModel(config).eval(), tokenizer
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return kind(config).eval(), tokenizer
+
+
+def t5(width=12):
+    """A T5 encoder of `width` channels and a tokenizer of single letters."""
+    import transformers
+
+    torch.manual_seed(9)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *((chr(c), -2.0) for c in range(ord("a"), ord("z") + 1))]
+    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    config = transformers.T5Config(vocab_size=len(pieces), d_model=width, d_kv=6, d_ff=24, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(config).eval(), tokenizer
+
+
+def text_pipeline(kind, folder):
+    """A whole text-to-image pipeline of a kind, with the options of its conversion."""
+    parts = lambda **given: [(name, part, "diffusers" if name == "vae" else "transformers") for name, part in given.items()]  # noqa: E731
+    flow, ddim = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), diffusers.DDIMScheduler()
+    if kind == "StableDiffusionXLPipeline":
+        (one, token), (two, token_2) = clip(folder, 12), clip(folder, 20, 32, seed=8)
+        more = parts(vae=autoencoder(), text_encoder=one, tokenizer=token, text_encoder_2=two, tokenizer_2=token_2)
+        return write(folder / "p", conditional(xl=True), "unet", kind, ddim, more), ["--tokens", 12]
+    if kind == "PixArtAlphaPipeline":
+        encoder, token = t5()
+        more = parts(vae=autoencoder(), text_encoder=encoder, tokenizer=token)
+        return write(folder / "p", pixart(), "transformer", kind, ddim, more), ["--tokens", 6]
+    if kind == "FluxPipeline":
+        (one, token), (two, token_2) = clip(folder, 10), t5()
+        more = parts(vae=autoencoder(), text_encoder=one, tokenizer=token, text_encoder_2=two, tokenizer_2=token_2)
+        return write(folder / "p", flux(), "transformer", kind, flow, more), ["--tokens", 6, "--size", "8x8"]
+    (one, token), (two, token_2), (three, token_3) = clip(folder, 6, 4), clip(folder, 6, 6, seed=8), t5()
+    more = parts(vae=autoencoder(), text_encoder=one, tokenizer=token, text_encoder_2=two, tokenizer_2=token_2)
+    if kind == "StableDiffusion3Pipeline":
+        more += parts(text_encoder_3=three, tokenizer_3=token_3)
+    path = write(folder / "p", sd3(), "transformer", "StableDiffusion3Pipeline", flow, more)
+    if kind != "StableDiffusion3Pipeline":  # without its T5 encoder, as it is often kept
+        index = json.loads((path / "model_index.json").read_text()) | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+        (path / "model_index.json").write_text(json.dumps(index))
+    return path, ["--tokens", 20]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_weights_above_the_limit_go_beside_the_graph(tmp_path, monkeypatch):
 
 
 def test_decoder_text_encoder_and_prompts(tmp_path, capsys):
-    encoder, tokenizer = small.text_encoder(tmp_path)
+    encoder, tokenizer = small.clip(tmp_path)
     vae = small.autoencoder()
     parts = [("vae", vae, "diffusers"), ("text_encoder", encoder, "transformers"), ("tokenizer", tokenizer, "transformers")]
     folder = small.write(tmp_path / "p", small.conditional(), "unet", "StableDiffusionPipeline", diffusers.DDIMScheduler(**SD), parts)
@@ -170,10 +171,51 @@ def test_decoder_text_encoder_and_prompts(tmp_path, capsys):
         np.testing.assert_allclose(
             run("teacher.text_encoder.onnx", {"input_ids": ids.numpy()})[0], prompts["encoder_hidden_states"], atol=1e-4
         )
-    import tomllib
-
     null = tomllib.loads((tmp_path / "teacher.card.toml").read_text())["conditions"]["encoder_hidden_states"]["null"]
     assert len(null) == 12 * 32
+
+
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionXLPipeline", "PixArtAlphaPipeline", "FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusion3 without T5"]
+)
+def test_prompts_of_every_pipeline(tmp_path, capsys, kind):
+    folder, more = small.text_pipeline(kind, tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\nno dog\n")
+    out = tmp_path / "teacher.onnx"
+    words = ["--vae", "--text-encoder", "--prompts", tmp_path / "prompts.txt", "--null-prompt", ""]
+    assert convert(folder, out, *more, *words) == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {Path(name).name for name in result["files"]} == {p.name for p in tmp_path.iterdir() if p.name.startswith("teacher")}
+    about, stored = card(out), np.load(tmp_path / "teacher.prompts.npz")
+    conditions = [key.split(".")[1] for key in about if key.startswith("conditions.") and key.endswith(".kind")]
+    assert sorted(stored.files) == sorted(conditions)
+    net = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    shape = [2, *json.loads(about["shape"])]
+    given = {"sample": np.ones(shape, "f4"), "timestep": np.full(2, 0.5, "f4"), **{name: stored[name] for name in stored.files}}
+    given |= {"guidance": np.full(2, 3.5, "f4")} if kind.startswith("Flux") else {}
+    assert net.run(None, given)[0].shape == tuple(shape)
+    # the whole pipeline's own embeddings, for one prompt at a time
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **{part: None for part in index if index[part] == [None, None]})
+    more = {"max_sequence_length": 6} if kind.startswith(("Flux", "PixArt")) else {"max_sequence_length": 8} if "3" in kind else {}
+    more |= {"prompt_2": None, "prompt_3": None} if "3" in kind else {}
+    with torch.no_grad():
+        native = [pipe.encode_prompt(prompt=[text], **({"prompt_2": None} if kind.startswith("Flux") else {}), **more) for text in ("a cat", "no dog")]
+    np.testing.assert_allclose(stored["encoder_hidden_states"], np.concatenate([row[0].numpy() for row in native]), atol=1e-5)
+    if "pooled_projections" in stored:
+        pooled = [row[1 if kind.startswith("Flux") else 2].numpy() for row in native]
+        np.testing.assert_allclose(stored["pooled_projections"], np.concatenate(pooled), atol=1e-5)
+    if "text_embeds" in stored:
+        np.testing.assert_allclose(stored["text_embeds"], np.concatenate([row[2].numpy() for row in native]), atol=1e-5)
+        assert stored["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    if "encoder_attention_mask" in stored:
+        assert np.array_equal(stored["encoder_attention_mask"], np.concatenate([row[1].numpy() for row in native]))
+    null = tomllib.loads((tmp_path / "teacher.card.toml").read_text())["conditions"]
+    assert {name: len(value["null"]) for name, value in null.items()} == {name: stored[name][0].size for name in stored.files}
+    assert (not any(null["encoder_hidden_states"]["null"])) == kind.startswith("StableDiffusionXL")
+    # every encoder of the pipeline, and the decoder, give under ONNX Runtime what they give in PyTorch: the converter's own check
+    encoders = sum(name.startswith("text_encoder") for name in pipe.components if pipe.components[name] is not None)
+    assert len(list(tmp_path.glob("teacher.text_encoder*.onnx"))) == encoders and (tmp_path / "teacher.vae_decoder.onnx").exists()
 
 
 @pytest.mark.parametrize(

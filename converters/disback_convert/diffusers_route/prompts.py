@@ -5,6 +5,7 @@ with.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -49,12 +50,16 @@ class Encoder:
         self.name, self.card, self.tokens, self.scale = name, card, tokens, 1
         absent = {part: None for part in ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")}
         absent = {part: None for part in absent if part in folder.index}
+        absent |= {part: None for part, kind in folder.index.items() if kind == [None, None]}
         try:
             self.pipe = getattr(diffusers, name).from_pretrained(
                 folder.path, torch_dtype=torch.float32, local_files_only=True, **absent
             )
         except (AttributeError, OSError, ValueError, TypeError) as error:
             raise ConversionError(f"{source}: the text encoders of {name} do not load: {error}") from error
+        # What the pipeline asks its network for, which is not loaded.
+        if self.pipe.components.get("transformer", self) is None:
+            self.pipe.transformer = SimpleNamespace(config=SimpleNamespace(**folder.config), dtype=torch.float32)
         vae = folder.vae() or {}
         self.scale = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
 
@@ -68,7 +73,10 @@ class Encoder:
             ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(prompts), -1)
             return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": ids}
         if self.name.startswith("StableDiffusion3"):
-            embeds, _, pooled, _ = self.pipe.encode_prompt(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, **arguments)
+            length = max(self.tokens - self.pipe.tokenizer_max_length, 1)
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
+                prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, max_sequence_length=length, **arguments
+            )
             return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
         if self.name.startswith("Flux"):
             embeds, pooled, _ = self.pipe.encode_prompt(prompt_2=None, max_sequence_length=self.tokens, **arguments)
@@ -102,7 +110,11 @@ def embed(source, path, card, out, tokens, progress, batch=16):
 
 def null_card(source, text, card, out, tokens):
     """Writes the embedding of the empty prompt into `teacher.card.toml`: the null value for guidance."""
-    rows = Encoder(source, card, tokens).rows([text])
+    encoder = Encoder(source, card, tokens)
+    rows = encoder.rows([text])
+    if not text and encoder.pipe.config.get("force_zeros_for_empty_prompt"):
+        # SDXL's own pipeline takes zeros for no prompt at all.
+        rows |= {name: torch.zeros_like(rows[name]) for name in ("encoder_hidden_states", "text_embeds") if name in rows}
     body = ""
     for name, value in rows.items():
         numbers = ", ".join(f"{v:.7g}" if "." in f"{v:.7g}" or "e" in f"{v:.7g}" else f"{v:.1f}" for v in value.float().flatten().tolist())
