@@ -186,3 +186,42 @@ fn the_command_proposes_writes_and_does_not_overwrite() {
     let written = std::fs::read_to_string(dir.path().join("m.card.toml")).unwrap();
     assert!(written.contains("# prediction = ?") && written.contains("sample = \"sample\""), "{written}");
 }
+
+#[test]
+fn the_converters_list_of_parameters_and_tied_groups_count() {
+    use disback::onnx::StringStringEntryProto;
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("converters/teachers/edm_unet/teacher.onnx");
+    let model = disback::graph::Model::load(&teacher).unwrap();
+    let written = |entries: &[(&str, &str)]| {
+        let mut proto = (*model.proto).clone();
+        proto.metadata_props.retain(|p| !p.key().starts_with("disback.parameters"));
+        proto.metadata_props.extend(
+            entries
+                .iter()
+                .map(|(k, v)| StringStringEntryProto { key: Some(k.to_string()), value: Some(v.to_string()) }),
+        );
+        std::fs::write(dir.path().join("m.onnx"), proto.encode_to_vec()).unwrap();
+        disback(dir.path(), &["inspect", "m.onnx", "--json", "--parameters"])
+    };
+    let names = |seen: &serde_json::Value| -> Vec<String> {
+        seen["parameter_list"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let all = json(&written(&[]));
+    assert_eq!((all["parameters_declared"].as_bool(), all.get("tied")), (Some(false), None));
+    let chosen = &names(&all)[..2];
+    let list = serde_json::to_string(chosen).unwrap();
+    let tied = format!("[[{:?}, \"head.weight\"]]", chosen[0]);
+    let some = json(&written(&[("disback.parameters", &list), ("disback.parameters.tied", &tied)]));
+    assert_eq!(names(&some), chosen);
+    assert_eq!(some["parameters_declared"], true);
+    assert_eq!(some["tied"][0][1], "head.weight");
+    for (key, value) in [("disback.parameters", "scale, bias"), ("disback.parameters.tied", "[\"a\"]")] {
+        let refused = written(&[(key, value)]);
+        assert!(!refused.status.success());
+        let said = String::from_utf8_lossy(&refused.stdout).into_owned() + &String::from_utf8_lossy(&refused.stderr);
+        assert!(said.contains(key), "{said}");
+    }
+    let absent = written(&[("disback.parameters", "[\"nowhere\"]")]);
+    assert!(!absent.status.success());
+}

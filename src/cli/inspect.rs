@@ -149,7 +149,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
     for s in &i.outputs {
         println!("  output      {:<14} {}", s.name, s.text);
     }
-    println!("\nparameters: {} tensors, {} elements", i.parameters.count, thousands(i.parameters.elements as u64));
+    let origin = if i.parameters_declared { " (the framework's list)" } else { "" };
+    let elements = thousands(i.parameters.elements as u64);
+    println!("\nparameters: {} tensors, {elements} elements{origin}", i.parameters.count);
     for (role, c) in &i.parameters_by_role {
         println!("  {role:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
     }
@@ -157,6 +159,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
         for (group, c) in &i.parameters_by_group {
             println!("  {group:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
         }
+    }
+    for group in &i.tied {
+        println!("  tied: {}", group.join(" = "));
     }
     for p in &i.parameter_list {
         println!("    {:<14} {:<5} {:?}  {}", p.role, p.dtype, p.shape, p.name);

@@ -32,8 +32,10 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     for n in &graph.nodes {
         *operators.entry(n.op.clone()).or_insert(0) += 1;
     }
-    let provenance = roles::untangle(&mut graph, None);
-    let found = roles::classify(&graph, &TrainableChoice::default(), &provenance)?;
+    let declared = roles::Declared::of(&model)?;
+    let provenance = roles::untangle(&mut graph, declared.parameters.as_deref());
+    let choice = TrainableChoice { declared: declared.parameters, ..TrainableChoice::default() };
+    let found = roles::classify(&graph, &choice, &provenance)?;
     let mut by_role: BTreeMap<String, (usize, usize)> = BTreeMap::new();
     for p in &found.parameters {
         let entry = by_role.entry(p.role.to_string()).or_default();
@@ -54,7 +56,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
             None => json!(null),
         };
         let out = json!({ "ok": true, "model": args.model, "opset": graph.opsets, "inputs": inputs, "outputs": outputs,
-            "operators": operators, "parameters_by_role": by_role, "card": card,
+            "operators": operators, "parameters_by_role": by_role, "tied": declared.tied, "card": card,
             "student": student.map(|s| s.metadata) });
         println!("{out}");
         return Ok(ExitCode::SUCCESS);
@@ -68,6 +70,9 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     println!("\nparameters: {} tensors", found.parameters.len());
     for (role, (tensors, elements)) in &by_role {
         println!("  {role:<14} {tensors:>5}  {elements:>14}");
+    }
+    for group in &declared.tied {
+        println!("  tied: {}", group.join(" = "));
     }
     let list: Vec<String> = operators.iter().map(|(o, n)| format!("{o} {n}")).collect();
     println!("\noperators: {}", list.join(", "));

@@ -22,7 +22,7 @@ use tch::Device;
 
 use crate::error::Result;
 use crate::graph::raise::{NearMiss, Report as Raised};
-use crate::graph::roles::{Buffer, Parameter};
+use crate::graph::roles::{Buffer, Declared, Parameter};
 use crate::graph::{Graph, Model, TrainableChoice, lower};
 use crate::torch::registry::Registry;
 use crate::torch::{ImportOptions, Network};
@@ -81,6 +81,11 @@ pub struct Inspection {
     pub inputs: Vec<Signature>,
     pub outputs: Vec<Signature>,
     pub parameters: Count,
+    /// Whether a converter wrote down which tensors the framework trains; otherwise roles decide.
+    pub parameters_declared: bool,
+    /// Names that the framework has for one tensor, each group with the initializer's first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tied: Vec<Vec<String>>,
     pub parameters_by_role: BTreeMap<String, Count>,
     /// By the first part of their names (`down_blocks.0`).
     pub parameters_by_group: BTreeMap<String, Count>,
@@ -120,6 +125,8 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
     let as_read = graph.clone();
     let mut network = None;
     let unsupported = unsupported(&graph);
+    let declared = Declared::of(model)?;
+    let choice = &TrainableChoice { declared: choice.declared.clone().or(declared.parameters), ..choice.clone() };
     let proto = &model.proto;
     let mut out = Inspection {
         producer: format!("{} {}", proto.producer_name(), proto.producer_version()).trim().to_owned(),
@@ -132,6 +139,8 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         inputs: graph.inputs.iter().map(signature).collect(),
         outputs: graph.outputs.iter().map(signature).collect(),
         parameters: Count::default(),
+        parameters_declared: choice.declared.is_some(),
+        tied: declared.tied,
         parameters_by_role: BTreeMap::new(),
         parameters_by_group: BTreeMap::new(),
         buffers: Vec::new(),

@@ -126,7 +126,7 @@ impl Network {
         }
         let mut trainable = options.trainable.clone();
         if trainable.declared.is_none() {
-            trainable.declared = declared_parameters(&model)?;
+            trainable.declared = roles::Declared::of(&model)?.parameters;
         }
         let provenance = roles::untangle(&mut graph, trainable.declared.as_deref());
         let roles = roles::classify(&graph, &trainable, &provenance)?;
@@ -247,17 +247,6 @@ fn no_such_tap(name: &str, known: &[String]) -> Error {
         Some(nearest) if likeness(&nearest) > 600_000 => error.hint(format!("did you mean `{nearest}`?")),
         _ => error,
     }
-}
-
-/// The converter's list in `disback.parameters`: a JSON array of initializer names.
-fn declared_parameters(model: &Model) -> Result<Option<Vec<String>>> {
-    let entry = model.metadata().into_iter().find(|(k, _)| k == "disback.parameters");
-    entry
-        .map(|(_, v)| {
-            serde_json::from_str(&v)
-                .map_err(|e| Error::invalid(format!("metadata disback.parameters is not a JSON list of names ({e})")))
-        })
-        .transpose()
 }
 
 impl Forward for Network {

@@ -2,6 +2,7 @@
 //! are all initializers or Constant nodes. The role follows from who reads a tensor and in which slot.
 
 mod classifier;
+mod declared;
 pub mod layers;
 mod merged;
 mod tables;
@@ -10,6 +11,7 @@ use std::collections::HashSet;
 use std::fmt;
 
 use classifier::Classifier;
+pub use declared::Declared;
 use globset::Glob;
 pub use merged::{Provenance, Twin, untangle};
 
