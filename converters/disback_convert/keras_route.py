@@ -72,7 +72,10 @@ def load(source, imports=()):
             ) from error
     if path.is_dir():
         raise ConversionError(f"{source}: a folder is no Keras model; give a .keras file, or module:factory and --weights")
-    model = factory.call(source, factory.attribute(source))
+    made = factory.attribute(source)
+    # Layers without names of their own are numbered as in a fresh process, which the weights' names come from.
+    keras.utils.clear_session()
+    model = factory.call(source, made)
     if not isinstance(model, keras.Model):
         raise ConversionError(f"{source!r} returned {type(model).__name__}, not a keras.Model")
     return model

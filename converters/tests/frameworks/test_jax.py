@@ -56,7 +56,7 @@ def test_the_trained_nnx_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys)
     assert set(declared) == set(np.load("weights.npz").files)
     assert onnx.load(out).opset_import[0].version == 23
     with capsys.disabled():
-        prove("Flax NNX", out, tmp_path, limit=5.0, updates=1600)
+        prove("Flax NNX", out, tmp_path)
 
 
 def test_linen_modules_and_functions(tmp_path, monkeypatch, capsys):

@@ -51,7 +51,7 @@ def test_the_trained_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys):
         same_network(out, FOLDER / "teacher.onnx")
     assert set(json.loads(card(out)["parameters"])) == set(np.load("weights.npz").files)
     with capsys.disabled():
-        prove("Keras 3", out, tmp_path, limit=5.0)
+        prove("Keras 3", out, tmp_path)
 
 
 def test_a_saved_model_with_batch_norm(tmp_path, capsys):

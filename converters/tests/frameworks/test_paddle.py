@@ -22,7 +22,7 @@ def test_the_trained_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys):
     same_network(out, FOLDER / "teacher.onnx")
     assert set(json.loads(card(out)["parameters"])) == set(paddle.load("teacher.pdparams", return_numpy=True)) - {"StructuredToParameterName@@"}
     with capsys.disabled():
-        prove("PaddlePaddle", out, tmp_path, limit=5.0)
+        prove("PaddlePaddle", out, tmp_path)
 
 
 def test_a_saved_inference_model(tmp_path, monkeypatch, capsys):
