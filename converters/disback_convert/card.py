@@ -63,8 +63,10 @@ def parse(pairs=(), file=None):
         try:
             with open(file, "rb") as handle:
                 card = flatten(tomllib.load(handle))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConversionError(f"card file {file}: {error}") from error
+        except OSError as error:
+            raise ConversionError(f"card file {file}: {error.strerror or error}") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConversionError(f"card file {file}: not TOML: {error}") from error
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
