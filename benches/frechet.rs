@@ -1,7 +1,8 @@
 //! Frechet distance between two sets of features, from the features as they come to the figure: time and peak memory, beside
 //! pytorch-fid's and clean-fid's own computation of the same figure from the same file.
 //!
-//! `cargo bench --bench frechet`. DISBACK_BENCH_IMAGES (50000), DISBACK_BENCH_FEATURES (2048); the packages are installed into
+//! `cargo bench --bench frechet`. DISBACK_BENCH_IMAGES (50000), DISBACK_BENCH_FEATURES (2048), DISBACK_BENCH_PEERS
+//! (pytorch-fid,clean-fid); the packages are installed into
 //! `benches/.frechet-venv` by `benches/frechet_peers.py --setup`.
 
 use std::path::{Path, PathBuf};
@@ -65,7 +66,9 @@ fn main() {
     }
     let (images, dims) = (number("DISBACK_BENCH_IMAGES", 50_000), number("DISBACK_BENCH_FEATURES", 2048));
     println!("{images} x {dims} features each");
-    for (name, seed) in [("a.npy", 1), ("b.npy", 2)] {
+    // Making them takes longer than measuring: DISBACK_BENCH_KEEP leaves them for the next run.
+    let there = |name: &str| disback::io::npy::read(&folder.join(name)).is_ok_and(|t| t.shape() == [images, dims]);
+    for (name, seed) in [("a.npy", 1), ("b.npy", 2)].into_iter().filter(|(name, _)| !there(name)) {
         let set = HostTensor::new(&[images, dims], &features(seed, images, dims)).expect("the shape fits");
         disback::io::npy::write(&folder.join(name), &set).expect("room for the features");
     }
@@ -91,7 +94,8 @@ fn main() {
     let mut own = Command::new(me);
     own.arg("--measure");
     run(own, "disback");
-    for peer in ["pytorch-fid", "clean-fid"] {
+    let wanted = std::env::var("DISBACK_BENCH_PEERS").unwrap_or_else(|_| "pytorch-fid,clean-fid".into());
+    for peer in wanted.split(',').filter(|p| !p.is_empty()) {
         let mut command = Command::new(&python);
         command.arg(&peers).arg(peer).arg(&folder);
         run(command, peer);
@@ -99,6 +103,9 @@ fn main() {
     if let Some(first) = figures.first() {
         let apart = figures.iter().map(|f| (f / first - 1.0).abs()).fold(0.0, f64::max);
         println!("largest relative difference to ours: {apart:.1e}");
+        assert!(apart <= 1e-6, "the figures differ");
     }
-    let _ = std::fs::remove_dir_all(&folder);
+    if std::env::var_os("DISBACK_BENCH_KEEP").is_none() {
+        let _ = std::fs::remove_dir_all(&folder);
+    }
 }

@@ -56,6 +56,8 @@ type Line = (&'static str, fn(&Row) -> Option<String>);
 
 fn with(value: Option<f64>, error: Option<f64>, digits: usize) -> Option<String> {
     let value = value?;
+    // Of large values nobody reads the decimals.
+    let digits = if value.abs() >= 1e3 { 1 } else { digits };
     Some(match error {
         Some(e) => format!("{value:.digits$} +- {e:.digits$}"),
         None => format!("{value:.digits$}"),
@@ -74,12 +76,45 @@ const LINES: [Line; 13] = [
     ("sliced Wasserstein x 1000", |r| with(r.sliced, r.sliced_standard_error, 3)),
     ("images", |r| {
         let blocks = if r.blocks > 1 { format!("{} x ", r.blocks) } else { String::new() };
-        Some(format!("{blocks}{} against {}", r.images[0], r.images[1]))
+        let reference = if r.images[1] > 0 { r.images[1].to_string() } else { "statistics".into() };
+        Some(format!("{blocks}{} against {reference}", r.images[0]))
     }),
     ("features", |r| r.features.map(|n| n.to_string())),
     ("network calls an image", |r| r.nfe.map(|n| n.to_string())),
     ("ms an image", |r| with(r.ms_per_image, None, 3)),
 ];
+
+/// More sets than this stand below one another, not side by side.
+const BESIDE: usize = 4;
+
+/// Measures down and sets across, or the other way round where there are many; measures that no set has are left out.
+fn table(rows: &[Row]) -> comfy_table::Table {
+    let names = rows.iter().map(|r| r.name.clone());
+    let mut columns: Vec<Vec<String>> = vec![std::iter::once("measure".to_string()).chain(names).collect()];
+    for (name, value) in LINES {
+        let cells: Vec<Option<String>> = rows.iter().map(value).collect();
+        if cells.iter().any(Option::is_some) {
+            let cells = cells.into_iter().map(|c| c.unwrap_or_else(|| "-".into()));
+            columns.push(std::iter::once(name.trim().to_string()).chain(cells).collect());
+        }
+    }
+    let many = rows.len() > BESIDE;
+    let lines = match many {
+        true => (0..=rows.len()).map(|k| columns.iter().map(|c| c[k].clone()).collect()).collect(),
+        false => columns,
+    };
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
+    for (k, line) in lines.into_iter().enumerate() {
+        match k {
+            // Words of a heading under one another: a heading is no wider than its figures.
+            0 if many => table.set_header(line.iter().map(|c| c.replace(' ', "\n"))),
+            0 => table.set_header(line),
+            _ => table.add_row(line),
+        };
+    }
+    table
+}
 
 /// Prints to standard output; warnings go to standard error.
 pub fn print(shown: &Shown<'_>) {
@@ -91,18 +126,7 @@ pub fn print(shown: &Shown<'_>) {
         warnings(shown).iter().for_each(|w| eprintln!("warning: {w}"));
     }
     if !shown.rows.is_empty() {
-        let mut table = comfy_table::Table::new();
-        table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
-        let names = shown.rows.iter().map(|r| r.name.clone());
-        table.set_header(std::iter::once("measure".to_string()).chain(names));
-        for (name, value) in LINES {
-            let cells: Vec<Option<String>> = shown.rows.iter().map(value).collect();
-            if cells.iter().any(Option::is_some) {
-                let cells = cells.into_iter().map(|c| c.unwrap_or_else(|| "-".into()));
-                table.add_row(std::iter::once(name.to_string()).chain(cells));
-            }
-        }
-        println!("{table}");
+        println!("{}", table(shown.rows));
     }
     for row in shown.rows.iter().filter(|r| !r.classes.is_empty()) {
         println!("{}, class by class", row.name);
@@ -137,5 +161,35 @@ pub fn print(shown: &Shown<'_>) {
     }
     if let Some(saved) = shown.saved {
         println!("statistics: {}", saved.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_sets_stand_below_one_another() {
+        let row = |k: usize| Row {
+            name: format!("set-{k}"),
+            frechet: Some(1.5 * k as f64),
+            kernel: (k != 2).then_some(250.0),
+            images: [100, 0],
+            blocks: 1,
+            ..Row::default()
+        };
+        let lines = |n: usize| -> Vec<String> {
+            let rows: Vec<Row> = (1..=n).map(row).collect();
+            table(&rows).to_string().lines().map(str::to_string).collect()
+        };
+        let few = lines(3);
+        assert!(few.iter().any(|l| l.contains("set-1") && l.contains("set-3")), "{few:?}");
+        assert!(few.iter().any(|l| l.contains("Frechet distance") && l.contains("1.5000") && l.contains("4.5000")));
+        assert!(few.iter().any(|l| l.contains("kernel distance x 1000") && l.contains("250000.0") && l.contains("-")));
+        let many = lines(7);
+        assert!(
+            many.iter().any(|l| l.contains("set-6") && l.contains("9.0000") && l.contains("100 against statistics"))
+        );
+        assert!(!many.iter().any(|l| l.contains("recall")), "measures that no set has are left out");
     }
 }

@@ -168,7 +168,7 @@ pub fn measure(
             }
         }
         if let (Some(a), Some(b)) = (&set.patches, &reference.patches) {
-            let s = sliced::distance(a, b)?;
+            let s = sliced::distance(a, b).with_context(|| format!("{name} against the reference"))?;
             slices.push(s.mean);
             slice_errors.push(s.standard_error);
         }

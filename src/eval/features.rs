@@ -179,6 +179,9 @@ impl FeatureNet {
         } else {
             let images = describe([c, h, w]);
             let hint = match (c, self.card.channels) {
+                (3, _) if fits([1, h, w]) || fits([h, w, 1]) => {
+                    "the network takes grey images, and colour is not made grey: use grey images, or a network for colour"
+                }
                 (1, None) if fits([3, h, w]) || fits([h, w, 3]) => {
                     "the network takes colour: --feature-card channels=3 gives grey images three equal channels"
                 }

@@ -50,7 +50,7 @@ fn floor(largest: f64, dims: usize) -> f64 {
 
 /// `L` with `c = L L^T`: Cholesky where `c` is safely positive definite, else eigenvectors scaled by the roots of the
 /// eigenvalues that are above rounding noise.
-fn factor(c: &Mat<f64>) -> Result<Mat<f64>> {
+pub(super) fn factor(c: &Mat<f64>) -> Result<Mat<f64>> {
     let d = c.nrows();
     let largest = (0..d).map(|k| c[(k, k)]).fold(0.0, f64::max);
     if let Ok(llt) = c.llt(Side::Lower) {

@@ -46,12 +46,10 @@ impl Statistics {
         }
         let count = get("count").and_then(|t| t.to_i64().first().copied()).and_then(|n| usize::try_from(n).ok());
         let network = get("network").filter(|t| t.dtype() == DType::U8);
-        Ok(Self {
-            mean,
-            covariance: Mat::from_fn(d, d, |i, j| 0.5 * (sigma[i * d + j] + sigma[j * d + i])),
-            count,
-            network: network.and_then(|t| String::from_utf8(t.bytes().to_vec()).ok()),
-        })
+        let covariance = Mat::from_fn(d, d, |i, j| 0.5 * (sigma[i * d + j] + sigma[j * d + i]));
+        // What has no square root is found here, where the file is known.
+        super::frechet::factor(&covariance)?;
+        Ok(Self { mean, covariance, count, network: network.and_then(|t| String::from_utf8(t.bytes().to_vec()).ok()) })
     }
 
     /// Writes what [`Statistics::read`] reads.

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::noise::image_noise;
 
 /// Side of a patch.
@@ -226,7 +226,8 @@ pub fn distance(a: &Patches, b: &Patches) -> Result<Sliced> {
     for (level, &[h, w]) in sizes.iter().enumerate() {
         let size = PATCH.min(h) * PATCH.min(w);
         let take = images * PATCHES * c * size;
-        let (x, y) = (whiten(&a.levels[level][..take], c, size)?, whiten(&b.levels[level][..take], c, size)?);
+        let x = whiten(&a.levels[level][..take], c, size).context("the first set")?;
+        let y = whiten(&b.levels[level][..take], c, size).context("the second set")?;
         let values = by_direction(&x, &y, &directions(c * size, GROUPS * DIRECTIONS));
         for (g, part) in values.chunks_exact(DIRECTIONS).enumerate() {
             groups[g] += 1e3 * part.iter().sum::<f64>() / DIRECTIONS as f64 / sizes.len() as f64;

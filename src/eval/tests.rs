@@ -165,7 +165,8 @@ fn statistics_of_another_network_are_refused() {
     assert!(write([1.0, 0.0, 0.0, -1.0]).contains("variance 1 is -1"));
     assert!(write([f64::NAN, 0.0, 0.0, 1.0]).contains("NaN"));
     assert!(write([0.0; 4]).contains("same features"));
-    // Symmetric, variances fine, and yet no covariance: found when it is used.
+    // Symmetric, variances fine, and yet no covariance: found when it is read, and when it is used.
+    assert!(write([1.0, 2.0, 2.0, 1.0]).contains("eigenvalue of -1.000e0"));
     let bent = Statistics {
         covariance: Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { 2.0 }),
         ..Statistics::of(&gaussian(20, 2, 1, 1.0, 0.0)).unwrap()

@@ -120,12 +120,12 @@ def compare(name, png):
         SCREENS.mkdir(exist_ok=True)
         small.save(path, optimize=True)
     wanted = Image.open(path)
-    # A page that is longer or shorter by a line has another layout; a form control's pixel is another browser's.
+    # A page that is longer or shorter by a line has another layout.
     assert small.width == wanted.width and abs(small.height - wanted.height) <= 1, (name, small.size, wanted.size)
     height = min(small.height, wanted.height)
     apart = np.abs(np.asarray(small, dtype=float)[:height] - np.asarray(wanted, dtype=float)[:height])
     moved = (apart > 24).mean()
-    assert apart.mean() < 2 and moved < 0.01, f"{name}: {apart.mean():.2f} grey levels from {path}, {100 * moved:.1f} % of it moved"
+    assert apart.mean() < 0.5 and moved < 0.002, f"{name}: {apart.mean():.2f} grey levels from {path}, {100 * moved:.1f} % of it moved"
 
 
 @pytest.mark.skipif(not find(), reason="no Chromium: the report is checked without a browser")
@@ -142,6 +142,8 @@ def test_a_browser_shows_it(report):
             assert browser.run("document.documentElement.scrollWidth") <= width, name
             assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
             browser.write_all_in(font())
+            # Form controls are each browser's own.
+            browser.run("document.querySelectorAll('input').forEach(i => { i.style.visibility = 'hidden'; })")
             compare(name, browser.picture(whole=True))
         tone = {n: np.asarray(Image.open(io.BytesIO(p)).convert("L")).mean() for n, p in shots.items()}
         assert tone["wide"] > 150 > 110 > tone["dark"], tone
