@@ -11,9 +11,9 @@ import tomllib
 from . import ConversionError
 
 PREFIX = "disback."
-PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow", "consistency")
-TIME_UNITS = ("sigma", "ln-sigma-4", "ln-sigma-250", "step", "unit", "thousand")
-SCHEDULES = ("edm", "vp", "flow")
+PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow", "trigflow", "scaled-score", "consistency")
+TIME_UNITS = ("sigma", "ln-sigma-4", "ln-sigma-250", "ln-sigma-half", "radians", "step", "unit", "thousand")
+SCHEDULES = ("edm", "vp", "flow", "trigflow")
 CONDITIONS = ("class-index", "one-hot", "embedding")
 LAYOUTS = ("nchw", "nhwc")
 
@@ -21,7 +21,7 @@ PLAIN = {
     "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "range", "sigma_data", "latent_scale",
     "dataset", "provenance",
 }  # fmt: skip
-SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift"}
+SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"}
 CONDITION = {"kind", "classes", "null", "shape"}
 REQUIRED = ("sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind")
 

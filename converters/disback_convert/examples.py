@@ -7,7 +7,7 @@ from . import ConversionError
 # A range of times within which every network is well defined.
 TIMES = {
     "sigma": (0.05, 5.0), "ln-sigma-4": (-0.7, 0.4), "ln-sigma-250": (-700.0, 400.0), "step": (1.0, 900.0), "unit": (0.02, 0.98),
-    "thousand": (20.0, 980.0),
+    "thousand": (20.0, 980.0), "ln-sigma-half": (-3.7, 0.9), "radians": (0.05, 1.5),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ use crate::eval::features::FeatureOptions;
 use crate::eval::{FeatureNet, Statistics, frechet};
 use crate::io::ImageSet;
 use crate::runtime::EngineOptions;
+use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
 use crate::torch::{convert, device};
 
@@ -110,6 +111,7 @@ struct FrechetJudge {
     noise: HostTensor,
     conditions: crate::diffusion::HostConditions,
     range: [f64; 2],
+    decoder: Option<Decoder>,
     batch: usize,
 }
 
@@ -126,7 +128,11 @@ impl Judge for FrechetJudge {
             let count = (conditions.len() - start).min(self.batch as i64);
             let made =
                 tch::no_grad(|| student.generate(&z.f_narrow(0, start, count)?, &conditions.rows(start, count)?))?;
-            parts.push(convert::to_host(&made.f_clamp(self.range[0], self.range[1])?)?);
+            let made = convert::to_host(&made)?;
+            parts.push(match &mut self.decoder {
+                Some(decoder) => decoder.decode(&made)?,
+                None => made,
+            });
         }
         let set = ImageSet::from_samples(HostTensor::concat_rows(&parts)?, self.range)?;
         let features = self.network.features(&set, 256, |_| {})?;
@@ -137,8 +143,11 @@ impl Judge for FrechetJudge {
 impl CompareArgs {
     fn judge(&self, config: &Config, denoiser: &Denoiser, student: Option<&Student>) -> Result<FrechetJudge> {
         let card = denoiser.card();
-        let range =
-            card.range.ok_or_else(|| Error::usage("the teacher makes latents, which have no image distance"))?;
+        let decoder = super::run_observer::decoder(config, card)?;
+        let range = decoder.as_ref().map(|_| Decoder::RANGE).or(card.range).ok_or_else(|| {
+            Error::usage("the teacher makes latents, which have no image distance")
+                .hint("log.decoder = \"decoder.onnx\" makes images of them")
+        })?;
         let options = EngineOptions { threads: Some(config.threads).filter(|t| *t > 0), ..EngineOptions::default() };
         let mut network = FeatureNet::open(&self.features, &FeatureOptions::default(), &options)?;
         let images = ImageSet::open(&self.reference, range)?;
@@ -154,6 +163,7 @@ impl CompareArgs {
             noise: HostTensor::new(&[self.samples, c, h, w], &noise)?,
             conditions: trainer::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
             range,
+            decoder,
             batch: config.batch,
         })
     }

@@ -86,6 +86,10 @@ pub struct EvaluateArgs {
     /// Also the sliced Wasserstein distance; always without --features.
     #[arg(long)]
     sliced: bool,
+    /// ONNX decoder of latents, for students and teachers that make latents: they are divided by the card's `latent_scale`
+    /// and measured as the images in [-1, 1] that it makes.
+    #[arg(long, value_name = "FILE.onnx")]
+    decoder: Option<PathBuf>,
     /// Images a call of the networks.
     #[arg(long, default_value_t = 128)]
     batch: usize,
@@ -125,7 +129,9 @@ struct Judge<'a> {
 
 impl Judge<'_> {
     fn open(&self, path: &Path) -> Result<Source> {
-        let source = Source::open_with(path, self.range, &self.args.card, &self.args.engine.options()?)?;
+        let options = self.args.engine.options()?;
+        let source = Source::open_with(path, self.range, &self.args.card, &options)?;
+        let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
             Source::Images(set) => Source::Images(set.with_rounding(self.args.rounding)),
             Source::Statistics(_) => {
@@ -163,7 +169,9 @@ impl Judge<'_> {
     fn rows(&mut self, path: &Path) -> Result<Vec<(Row, Collected)>> {
         let mut source = self.open(path)?;
         let name = path.display().to_string();
-        let Source::Teacher(_) = &source else { return Ok(vec![self.measure(&name, &mut source, 0)?]) };
+        if source.kind() != "teacher" {
+            return Ok(vec![self.measure(&name, &mut source, 0)?]);
+        }
         let sampler = format!("{:?}", self.args.sampler).to_lowercase();
         let steps = self.args.steps.clone();
         let row = |s: &usize| self.measure(&format!("{name}, {sampler} {s}"), &mut source, *s);
@@ -182,7 +190,7 @@ impl Judge<'_> {
             "patches": self.reference.patches.as_ref().map(Patches::digest),
             "number": args.number.unwrap_or(self.reference.count), "repeats": args.repeats, "seed": args.seed,
             "classes": args.classes, "conditions": args.conditions, "rounding": args.rounding.formula(),
-            "by_class": args.by_class, "sliced": self.wanted.patches,
+            "by_class": args.by_class, "decoder": args.decoder, "sliced": self.wanted.patches,
         })))
     }
 
@@ -229,6 +237,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
     };
     let wanted = Wanted { rows: net.is_some(), classes: args.by_class, patches: args.sliced || net.is_none() };
     let mut source = Source::open_with(reference_path, range, &args.card, &options)?;
+    source = source.decoded(args.decoder.as_deref(), &options)?;
     if let Source::Images(set) = source {
         source = Source::Images(set.with_rounding(args.rounding));
     }

@@ -82,10 +82,7 @@ impl Sheets {
             let count = (conditions.len() - start).min(self.batch as i64);
             let images = tch::no_grad(|| sample(&z.f_narrow(0, start, count)?, &conditions.rows(start, count)?))?;
             let images = convert::to_host(&images)?;
-            parts.push(match &mut self.decoder {
-                Some(decoder) => decoder.decode(&images)?,
-                None => images,
-            });
+            parts.push(self.images(images)?);
         }
         let all = HostTensor::concat_rows(&parts)?;
         self.events.histogram(&format!("{name}/values"), self.iteration, &all.to_f32())?;
@@ -95,6 +92,27 @@ impl Sheets {
         let number = |at: usize| png.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
         let channels = if png.get(25) == Some(&2) { 3 } else { 1 };
         self.events.image_png(name, self.iteration, &png, number(20) as usize, number(16) as usize, channels)
+    }
+
+    /// Images of a network's samples, by the decoder where there is one.
+    pub fn images(&mut self, samples: HostTensor) -> Result<HostTensor> {
+        match &mut self.decoder {
+            Some(decoder) => decoder.decode(&samples),
+            None => Ok(samples),
+        }
+    }
+
+    /// C, H, W of [`Sheets::images`] of samples of this shape.
+    pub fn image_shape(&mut self, sample: [usize; 3]) -> Result<[usize; 3]> {
+        match &mut self.decoder {
+            Some(decoder) => decoder.image_shape(sample).context("log.decoder"),
+            None => Ok(sample),
+        }
+    }
+
+    /// Value range of [`Sheets::images`]; none: latents.
+    pub fn range(&self) -> Option<[f64; 2]> {
+        self.range
     }
 
     /// The finished student's sheet.

@@ -93,8 +93,8 @@ impl<'a> Watcher<'a> {
                     range: [-1.0, 1.0],
                 };
                 let judge = InLoop::open(&wanted, run.path(), &EngineOptions::default())?;
-                let card = &origin.teacher.card.card;
-                judge.check(card.shape, card.range)?;
+                let shape = sheets.image_shape(origin.teacher.card.card.shape)?;
+                judge.check(shape, sheets.range())?;
                 Some(judge)
             }
         };
@@ -140,8 +140,9 @@ impl<'a> Watcher<'a> {
     }
 
     fn measure(&mut self, step: &Step, networks: &Running) -> Result<()> {
-        let Some(range) = self.origin.teacher.card.card.range else { return Ok(()) };
+        let Some(range) = self.sheets.range() else { return Ok(()) };
         let samples = self.samples(networks.average, self.config.evaluate.images)?;
+        let samples = self.sheets.images(samples)?;
         let at = At {
             update: step.updates,
             images: step.images,

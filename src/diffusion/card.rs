@@ -24,6 +24,11 @@ pub enum Prediction {
     V,
     /// `e - x0` (rectified flow).
     Flow,
+    /// `cos t e - sin t x0 / scale` (TrigFlow; Lu & Song 2024), for diffusion and consistency models alike.
+    #[serde(rename = "trigflow")]
+    TrigFlow,
+    /// `-e`: the score times `b`, as EDM's VE networks (NCSN++) have it.
+    ScaledScore,
     /// A consistency model's raw `F`: `f(x) = c_skip x + c_out F(c_in x)` with the boundary condition `f(x, sigma_min) = x`
     /// (Song et al. 2023). Its clean estimate lies on the sample's own trajectory; one evaluation makes an image.
     Consistency,
@@ -48,6 +53,11 @@ pub enum TimeUnit {
     /// 250 ln(sigma): a thousand times c_noise, as the consistency models of OpenAI and diffusers have it.
     #[serde(rename = "ln-sigma-250")]
     LnSigma250,
+    /// ln(sigma / 2), c_noise of EDM's VE networks.
+    #[serde(rename = "ln-sigma-half")]
+    LnSigmaHalf,
+    /// TrigFlow's angle t, 0 to pi / 2.
+    Radians,
     /// Index into a VP table, 0 to N-1.
     Step,
     /// \[0, 1\]: the flow's t, or the step divided by N-1.

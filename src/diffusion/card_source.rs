@@ -85,8 +85,8 @@ const TOP: [&str; 14] = [
     "conditions",
     "constants",
 ];
-const SCHEDULE: [&str; 9] =
-    ["kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table"];
+const SCHEDULE: [&str; 11] =
+    ["kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"];
 const CONDITION: [&str; 4] = ["kind", "classes", "null", "shape"];
 const NEEDED: [&str; 7] = ["sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind"];
 
@@ -325,15 +325,14 @@ fn check_known(key: &Key, is_table: bool) -> Result<()> {
         Err(Error::usage(format!("unknown card key `{}`", parts.join(".")))
             .hint(format!("the nearest known key is `{}`", nearest.unwrap_or(&""))))
     };
-    let with_shift: Vec<&str> = SCHEDULE.iter().copied().chain(["shift"]).collect();
     match parts.as_slice() {
         [] => Ok(()),
         ["schedule" | "conditions" | "constants"] if !is_table => {
             Err(Error::usage(format!("card key `{}` is a table of keys, not a value", parts[0])))
         }
         [top] if TOP.contains(top) => Ok(()),
-        ["schedule", field] if with_shift.contains(field) => Ok(()),
-        ["schedule", field, ..] => refuse(&with_shift, field),
+        ["schedule", field] if SCHEDULE.contains(field) => Ok(()),
+        ["schedule", field, ..] => refuse(&SCHEDULE, field),
         ["constants", _] if !is_table => Ok(()),
         ["conditions", _] if is_table => Ok(()),
         ["conditions", _, field] if CONDITION.contains(field) => Ok(()),
@@ -408,6 +407,7 @@ fn check_fields(prefix: &str, table: &toml::Value) -> Result<()> {
             ("edm", &[], &["sigma_min", "sigma_max", "rho"]),
             ("vp", &["betas"], &["beta_start", "beta_end", "steps", "table"]),
             ("flow", &[], &["shift"]),
+            ("trigflow", &[], &["sigma_min", "sigma_max", "scale"]),
         ]
     } else {
         &[

@@ -43,6 +43,19 @@ impl Conversion {
     pub fn new(card: &TeacherCard) -> Result<Self> {
         let no = |what: &str, hint: &str| Err(Error::usage(format!("card: {what}")).hint(hint));
         match (card.prediction, &card.schedule) {
+            (Prediction::TrigFlow, ScheduleSpec::TrigFlow { .. }) => {}
+            (Prediction::TrigFlow, _) => {
+                return no("prediction `trigflow` with another schedule", "set schedule.kind = \"trigflow\"");
+            }
+            (
+                Prediction::V | Prediction::Flow | Prediction::EdmRaw | Prediction::Consistency,
+                ScheduleSpec::TrigFlow { .. },
+            ) => {
+                return no(
+                    "schedule `trigflow` with a prediction of another family",
+                    "use prediction `trigflow` (also for its consistency models), `denoised` or `epsilon`",
+                );
+            }
             (Prediction::EdmRaw, ScheduleSpec::Vp { .. } | ScheduleSpec::Flow { .. }) => {
                 return no(
                     "prediction `edm-raw` with a schedule that is not `edm`",
@@ -61,6 +74,13 @@ impl Conversion {
             _ => {}
         }
         match (card.time_unit, &card.schedule) {
+            (TimeUnit::Radians, ScheduleSpec::TrigFlow { .. }) => {}
+            (TimeUnit::Radians, _) => {
+                return no("time_unit `radians` is TrigFlow's angle", "set schedule.kind = \"trigflow\"");
+            }
+            (TimeUnit::Step | TimeUnit::Unit | TimeUnit::Thousand, ScheduleSpec::TrigFlow { .. }) => {
+                return no("a `trigflow` schedule has its time in `radians`", "or in `sigma` or its logarithm");
+            }
             (TimeUnit::Step, ScheduleSpec::Edm { .. } | ScheduleSpec::Flow { .. }) => {
                 return no(
                     "time_unit `step` without a table of steps (schedule `vp`)",
@@ -94,6 +114,8 @@ impl Conversion {
             TimeUnit::Sigma => sigma,
             TimeUnit::LnSigma4 => sigma.ln() / 4.0,
             TimeUnit::LnSigma250 => sigma.ln() * 250.0,
+            TimeUnit::LnSigmaHalf => (sigma / 2.0).ln(),
+            TimeUnit::Radians => self.schedule.t(sigma),
             // The table's entries are integers; what the logarithms leave of 1e-13 must not reach a truncating cast.
             TimeUnit::Step => {
                 let t = self.schedule.t(sigma);
@@ -116,8 +138,13 @@ impl Conversion {
         let time = self.time(sigma);
         let (a, b) = (self.schedule.a(sigma), self.schedule.b(sigma));
         let edm = matches!(self.schedule, Schedule::Edm { .. });
+        // The network sees x_t over this.
+        let scale = match self.schedule {
+            Schedule::TrigFlow { scale, .. } => scale,
+            _ => 1.0,
+        };
         let (c_in, skip, out) = match self.prediction {
-            Prediction::Denoised => (a, 0.0, 1.0),
+            Prediction::Denoised => (a / scale, 0.0, 1.0),
             Prediction::EdmRaw => {
                 // c_skip / c_in = sd^2 / root, because skip multiplies x_net = c_in x.
                 let sd = self.sigma_data;
@@ -130,7 +157,10 @@ impl Conversion {
                 // c_skip / c_in and c_out; at sigma_min they are root and 0: x itself.
                 (1.0 / root, sd * sd / (above * above + sd * sd) * root, above * sd / root)
             }
-            Prediction::Epsilon => (a, 1.0 / a, -b / a),
+            Prediction::Epsilon => (a / scale, scale / a, -b / a),
+            Prediction::ScaledScore => (a / scale, scale / a, b / a),
+            // x0 = cos t x_t - scale sin t F.
+            Prediction::TrigFlow => (a / scale, a * scale, -b),
             Prediction::V if edm => {
                 // v needs a^2 + b^2 = 1: the EDM schedule's sample scaled to unit variance, as Stable Video Diffusion does.
                 let unit = 1.0 / sigma.hypot(1.0);
@@ -152,7 +182,7 @@ impl Conversion {
             return Err(Error::usage(format!("sigma_init is {sigma}, expected a finite number above 0")));
         }
         let (sigma, init_scale) = match &self.schedule {
-            Schedule::Edm { sigma_max, .. } => {
+            Schedule::Edm { sigma_max, .. } | Schedule::TrigFlow { sigma_max, .. } => {
                 let sigma = sigma_init.unwrap_or(*sigma_max);
                 (sigma, self.coefficients(sigma).c_in * sigma)
             }
@@ -208,6 +238,13 @@ mod tests {
         ScheduleSpec::Flow { shift: 3.0 }
     }
 
+    fn ve() -> ScheduleSpec {
+        ScheduleSpec::Edm { sigma_min: 0.02, sigma_max: 100.0, rho: 7.0 }
+    }
+    fn trigflow(scale: f64) -> ScheduleSpec {
+        ScheduleSpec::TrigFlow { sigma_min: 0.002, sigma_max: 80.0, scale }
+    }
+
     /// Every family with the exact network output of method.md's table, as functions of (a, b, sigma, x0, e).
     #[test]
     fn exact_outputs_give_x0_back_over_the_whole_range_of_sigma() {
@@ -229,12 +266,19 @@ mod tests {
             (Prediction::Flow, flow(), |_, _, _, x0, e| e - x0),
             (Prediction::Denoised, flow(), |_, _, _, x0, _| x0),
             (Prediction::Epsilon, flow(), |_, _, _, _, e| e),
+            (Prediction::ScaledScore, ve(), |_, _, _, _, e| -e),
+            (Prediction::ScaledScore, vp(Betas::Linear), |_, _, _, _, e| -e),
+            (Prediction::TrigFlow, trigflow(1.0), |a, b, _, x0, e| a * e - b * x0),
+            (Prediction::TrigFlow, trigflow(0.5), |a, b, _, x0, e| a * e - b / 0.5 * x0 / 0.5),
+            (Prediction::Denoised, trigflow(0.5), |_, _, _, x0, _| x0),
+            (Prediction::Epsilon, trigflow(0.5), |_, _, _, _, e| e),
         ];
         for (prediction, spec, exact) in cases {
             let unit = match spec {
                 ScheduleSpec::Edm { .. } => TimeUnit::LnSigma4,
                 ScheduleSpec::Vp { .. } => TimeUnit::Step,
                 ScheduleSpec::Flow { .. } => TimeUnit::Unit,
+                ScheduleSpec::TrigFlow { .. } => TimeUnit::Radians,
             };
             let conversion = Conversion::new(&card(prediction, unit, spec)).unwrap();
             let schedule = conversion.schedule().clone();
@@ -264,6 +308,54 @@ mod tests {
             close(c.skip * c.c_in, 0.25 / sum);
             close(c.out, s * 0.5 / sum.sqrt());
             assert_eq!(c.time, s.ln() / 4.0);
+        }
+    }
+
+    #[test]
+    fn scaled_score_is_edms_ve_preconditioning() {
+        // c_skip = 1, c_out = s, c_in = 1, c_noise = ln(s / 2).
+        let conversion = Conversion::new(&card(Prediction::ScaledScore, TimeUnit::LnSigmaHalf, ve())).unwrap();
+        for s in [0.02, 1.0, 3.0, 100.0] {
+            let c = conversion.at(s).unwrap();
+            assert_eq!(c, Coefficients { c_in: 1.0, time: (0.5 * s).ln(), skip: 1.0, out: s });
+        }
+        let start = conversion.at_start(None).unwrap();
+        assert_eq!((start.init_scale, start.sigma), (100.0, 100.0));
+    }
+
+    #[test]
+    fn trigflow_is_a_rotation_of_sample_and_noise() {
+        // f(x_t, t) = cos(t) x_t - sin(t) sd F(x_t / sd, t), x_t = cos(t) x0 + sin(t) z, z ~ N(0, sd^2).
+        let sd = 0.5;
+        let conversion = Conversion::new(&card(Prediction::TrigFlow, TimeUnit::Radians, trigflow(sd))).unwrap();
+        for t in [0.01f64, 0.4, 0.785, 1.2, 1.56] {
+            let sigma = sd * t.tan();
+            let c = conversion.at(sigma).unwrap();
+            let close = |x: f64, y: f64| assert!((x - y).abs() <= 1e-12 * y.abs().max(1.0), "{x} {y} at {t}");
+            close(c.time, t);
+            close(c.out, -sd * t.sin());
+            // In x_t = cos(t) x_edm: x_net = x_t / sd, and skip multiplies x_net.
+            close(c.c_in / t.cos(), 1.0 / sd);
+            close(c.skip / sd, t.cos());
+            close(conversion.schedule().sigma(t), sigma);
+        }
+        // At scale 1 it is the v-prediction of the table (a^2 + b^2 = 1).
+        let unit = Conversion::new(&card(Prediction::TrigFlow, TimeUnit::Radians, trigflow(1.0))).unwrap();
+        let c = unit.at(3.0).unwrap();
+        let (a, b) = (unit.schedule().a(3.0), unit.schedule().b(3.0));
+        assert!((a * a + b * b - 1.0).abs() < 1e-15 && c.skip == a && c.out == -b && c.c_in == a);
+        // A student starts from noise of the network's own size.
+        let start = conversion.at_start(None).unwrap();
+        assert!((start.init_scale - (80.0f64 / sd).atan().sin()).abs() < 1e-12, "{start:?}");
+        assert!((start.coefficients.time - (80.0f64 / sd).atan()).abs() < 1e-15);
+        for (prediction, unit, schedule) in [
+            (Prediction::TrigFlow, TimeUnit::Sigma, edm()),
+            (Prediction::TrigFlow, TimeUnit::Unit, trigflow(1.0)),
+            (Prediction::V, TimeUnit::Radians, trigflow(1.0)),
+            (Prediction::Epsilon, TimeUnit::Radians, flow()),
+        ] {
+            let e = Conversion::new(&card(prediction, unit, schedule)).unwrap_err();
+            assert!(e.exit_code() == 2 && e.hint_text().is_some(), "{e}");
         }
     }
 

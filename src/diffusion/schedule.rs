@@ -1,5 +1,5 @@
 //! Noise schedules `x_t = a_t x0 + b_t e`, all in f64. Natural time `t` of a schedule: EDM sigma itself, VP the table
-//! index 0..N-1 (fractions between entries), flow t in [0, 1].
+//! index 0..N-1 (fractions between entries), flow t in [0, 1], TrigFlow t in [0, pi/2].
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,17 @@ pub enum ScheduleSpec {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         table: Vec<f64>,
     },
+    /// `a = cos t, b = scale sin t` (TrigFlow), the network seeing `x_t / scale`; `scale` is the standard deviation of data
+    /// and noise, sigma_data where the network was made from an EDM one.
+    #[serde(rename = "trigflow")]
+    TrigFlow {
+        #[serde(default = "default_sigma_min")]
+        sigma_min: f64,
+        #[serde(default = "default_sigma_max")]
+        sigma_max: f64,
+        #[serde(default = "default_shift")]
+        scale: f64,
+    },
     /// `a = 1 - t, b = t` (rectified flow); `shift` moves the times of sampling and training, not `a` and `b`.
     Flow {
         #[serde(default = "default_shift")]
@@ -85,6 +96,20 @@ pub enum Schedule {
     Flow {
         shift: f64,
     },
+    TrigFlow {
+        sigma_min: f64,
+        sigma_max: f64,
+        scale: f64,
+    },
+}
+
+/// Two noise levels, the first above 0 and below the second.
+fn limits(sigma_min: f64, sigma_max: f64) -> Result<(f64, f64)> {
+    let (lo, hi) = (positive("sigma_min", sigma_min)?, positive("sigma_max", sigma_max)?);
+    if lo >= hi {
+        return Err(Error::usage(format!("card: schedule.sigma_min {lo} is not below sigma_max {hi}")));
+    }
+    Ok((lo, hi))
 }
 
 fn positive(name: &str, value: f64) -> Result<f64> {
@@ -99,11 +124,12 @@ impl Schedule {
     pub fn new(spec: &ScheduleSpec) -> Result<Self> {
         match spec {
             ScheduleSpec::Edm { sigma_min, sigma_max, rho } => {
-                let (lo, hi) = (positive("sigma_min", *sigma_min)?, positive("sigma_max", *sigma_max)?);
-                if lo >= hi {
-                    return Err(Error::usage(format!("card: schedule.sigma_min {lo} is not below sigma_max {hi}")));
-                }
-                Ok(Self::Edm { sigma_min: lo, sigma_max: hi, rho: positive("rho", *rho)? })
+                let (sigma_min, sigma_max) = limits(*sigma_min, *sigma_max)?;
+                Ok(Self::Edm { sigma_min, sigma_max, rho: positive("rho", *rho)? })
+            }
+            ScheduleSpec::TrigFlow { sigma_min, sigma_max, scale } => {
+                let (sigma_min, sigma_max) = limits(*sigma_min, *sigma_max)?;
+                Ok(Self::TrigFlow { sigma_min, sigma_max, scale: positive("scale", *scale)? })
             }
             ScheduleSpec::Flow { shift } => Ok(Self::Flow { shift: positive("shift", *shift)? }),
             ScheduleSpec::Vp { betas, beta_start, beta_end, steps, table } => {
@@ -152,6 +178,7 @@ impl Schedule {
         match self {
             Self::Edm { .. } => t,
             Self::Flow { .. } => t / (1.0 - t),
+            Self::TrigFlow { scale, .. } => scale * t.tan(),
             Self::Vp { ln_sigma } => {
                 // Between entries ln sigma is interpolated; outside it goes on with the slope of the last two.
                 let low = (t.floor().max(0.0) as usize).min(ln_sigma.len() - 2);
@@ -175,6 +202,7 @@ impl Schedule {
             Self::Edm { .. } => sigma,
             Self::Flow { .. } if sigma.is_infinite() => 1.0,
             Self::Flow { .. } => sigma / (1.0 + sigma),
+            Self::TrigFlow { scale, .. } => (sigma / scale).atan(),
             Self::Vp { ln_sigma } => {
                 let ln = sigma.ln();
                 let low = ln_sigma.partition_point(|v| *v <= ln).saturating_sub(1).min(ln_sigma.len() - 2);
@@ -189,18 +217,24 @@ impl Schedule {
             Self::Edm { .. } => 1.0,
             Self::Vp { .. } => 1.0 / sigma.hypot(1.0),
             Self::Flow { .. } => 1.0 / (1.0 + sigma),
+            // cos(atan(x)) = 1 / sqrt(1 + x^2).
+            Self::TrigFlow { scale, .. } => 1.0 / (sigma / scale).hypot(1.0),
         }
     }
 
     /// `b = a sigma` of the forward process at a noise level; 1 at an infinite one.
     pub fn b(&self, sigma: f64) -> f64 {
-        if sigma.is_infinite() && !matches!(self, Self::Edm { .. }) { 1.0 } else { self.a(sigma) * sigma }
+        if sigma.is_infinite() && matches!(self, Self::Flow { .. } | Self::Vp { .. }) {
+            1.0
+        } else {
+            self.a(sigma) * sigma
+        }
     }
 
     /// Lowest noise level that the network was trained on.
     pub fn sigma_min(&self) -> f64 {
         match self {
-            Self::Edm { sigma_min, .. } => *sigma_min,
+            Self::Edm { sigma_min, .. } | Self::TrigFlow { sigma_min, .. } => *sigma_min,
             Self::Vp { .. } => self.sigma(0.0),
             Self::Flow { .. } => self.sigma(FLOW_T_MIN),
         }
@@ -209,7 +243,7 @@ impl Schedule {
     /// Highest finite noise level, from which sampling starts with `x_edm = sigma_max z`.
     pub fn sigma_max(&self) -> f64 {
         match self {
-            Self::Edm { sigma_max, .. } => *sigma_max,
+            Self::Edm { sigma_max, .. } | Self::TrigFlow { sigma_max, .. } => *sigma_max,
             Self::Vp { ln_sigma } => self.sigma((ln_sigma.len() - 1) as f64),
             Self::Flow { .. } => self.sigma(FLOW_T_MAX),
         }
@@ -223,13 +257,18 @@ impl Schedule {
         }
     }
 
-    /// Noise levels to draw from in distillation, rising: EDM the `n`-entry Karras table (DMD2: n = 1000), flow `n` times
+    /// Noise levels to draw from in distillation, rising: EDM and TrigFlow the `n`-entry Karras table (DMD2: n = 1000), flow `n` times
     /// spread evenly over (0, 1) and shifted, VP `n` steps of its own table (each of them where n is at least as large).
     pub fn training_sigmas(&self, n: usize) -> Vec<f64> {
         let n = n.max(2);
         match self {
             Self::Edm { sigma_min, sigma_max, rho } => {
                 let mut table = karras(*sigma_min, *sigma_max, *rho, n);
+                table.reverse();
+                table
+            }
+            Self::TrigFlow { sigma_min, sigma_max, .. } => {
+                let mut table = karras(*sigma_min, *sigma_max, default_rho(), n);
                 table.reverse();
                 table
             }
@@ -248,6 +287,7 @@ impl Schedule {
         let n = n.max(1);
         let mut sigmas = match self {
             Self::Edm { sigma_min, sigma_max, rho } => karras(*sigma_min, *sigma_max, *rho, n),
+            Self::TrigFlow { sigma_min, sigma_max, .. } => karras(*sigma_min, *sigma_max, default_rho(), n),
             Self::Vp { ln_sigma } => {
                 let total = ln_sigma.len();
                 let n = n.min(total);

@@ -133,7 +133,7 @@ impl InLoop {
     pub fn check(&self, shape: [usize; 3], range: Option<[f64; 2]>) -> Result<()> {
         if range.is_none() {
             return Err(Error::usage("the student makes latents: they cannot be measured while it is trained")
-                .hint("leave evaluate.reference out"));
+                .hint("log.decoder = \"decoder.onnx\" makes images of them; or leave evaluate.reference out"));
         }
         match self.reference.shape {
             Some(other) if other != shape => Err(Error::mismatch(format!(

@@ -9,6 +9,7 @@ use crate::error::{Context, Error, Result};
 use crate::io::images::Rounding;
 use crate::io::{ImageSet, npy};
 use crate::runtime::EngineOptions;
+use crate::runtime::decoder::Decoder;
 use crate::runtime::student::{self, Request, Student};
 use crate::tensor::HostTensor;
 
@@ -17,8 +18,27 @@ pub enum Source {
     Images(ImageSet),
     Student(Box<Student>),
     Teacher(Box<TeacherOnEngine>),
+    /// A student or teacher of latents, with the autoencoder's decoder behind it.
+    Decoded(Box<Decoded>),
     /// Mean and covariance only: good for the Frechet distance alone.
     Statistics(Statistics),
+}
+
+/// Latents and what makes images of them.
+pub struct Decoded {
+    latents: Source,
+    decoder: Decoder,
+    /// Of an image.
+    shape: [usize; 3],
+}
+
+/// Float samples of a network.
+struct Samples {
+    values: HostTensor,
+    /// None: latents.
+    range: Option<[f64; 2]>,
+    labels: Option<Vec<usize>>,
+    nfe: usize,
 }
 
 /// How images are drawn from a source. Image `k` of a seed is the same whatever the batch size, engine or device.
@@ -53,7 +73,7 @@ pub struct Drawn {
 
 fn latents(what: &str) -> Error {
     Error::mismatch(format!("the {what} makes latents, which are no images"))
-        .hint("decode its samples and compare the decoded images")
+        .hint("--decoder FILE.onnx (while training: log.decoder) makes images of them")
 }
 
 impl Source {
@@ -103,6 +123,19 @@ impl Source {
         Ok(Self::Teacher(Box::new(teacher)))
     }
 
+    /// Puts a decoder behind a source of latents; any other stays as it is.
+    pub fn decoded(self, decoder: Option<&Path>, options: &EngineOptions) -> Result<Self> {
+        let latents = match &self {
+            Self::Student(s) if s.info().range.is_none() => Some((s.info().shape, s.info().latent_scale())),
+            Self::Teacher(t) if t.card().range.is_none() => Some((t.card().shape, t.card().latent_scale)),
+            _ => None,
+        };
+        let (Some(decoder), Some((shape, scale))) = (decoder, latents) else { return Ok(self) };
+        let mut decoder = Decoder::open(decoder, shape, scale, options)?;
+        let shape = decoder.image_shape(shape)?;
+        Ok(Self::Decoded(Box::new(Decoded { latents: self, decoder, shape })))
+    }
+
     /// Number of images, where the source has a number of its own.
     pub fn len(&self) -> Option<usize> {
         match self {
@@ -120,6 +153,7 @@ impl Source {
             Self::Images(_) => "images",
             Self::Student(_) => "student",
             Self::Teacher(_) => "teacher",
+            Self::Decoded(d) => d.latents.kind(),
             Self::Statistics(_) => "statistics",
         }
     }
@@ -130,6 +164,7 @@ impl Source {
             Self::Images(set) => Some(set.shape()),
             Self::Student(student) => Some(student.info().shape),
             Self::Teacher(teacher) => Some(teacher.card().shape),
+            Self::Decoded(d) => Some(d.shape),
             Self::Statistics(_) => None,
         }
     }
@@ -141,18 +176,34 @@ impl Source {
                 let labels = set.labels().map(|l| l[start..(start + count).min(l.len())].to_vec());
                 Ok(Drawn { images: set.batch_u8(start, count)?, labels, nfe: None })
             }
-            Self::Student(student) => {
-                let range = student.info().range.ok_or_else(|| latents("student"))?;
-                let samples = student.sample(&draw.request, start as u64, count)?;
-                let labels = student.classes(&draw.request, start as u64, count)?;
-                let set = ImageSet::from_samples(samples, range)?.with_rounding(draw.rounding);
-                Ok(Drawn { images: set.batch_u8(0, count)?, labels, nfe: Some(1) })
+            Self::Student(_) | Self::Teacher(_) => {
+                let what = self.kind();
+                let made = self.samples(draw, start, count)?;
+                let range = made.range.ok_or_else(|| latents(what))?;
+                made.images(range, draw.rounding)
             }
+            Self::Decoded(d) => {
+                let made = d.latents.samples(draw, start, count)?;
+                let values = d.decoder.decode(&made.values)?;
+                Samples { values, ..made }.images(Decoder::RANGE, draw.rounding)
+            }
+            Self::Statistics(_) => Err(Error::usage("statistics hold no images")),
+        }
+    }
+
+    /// What a student's or teacher's network makes, images or latents.
+    fn samples(&mut self, draw: &Draw, start: usize, count: usize) -> Result<Samples> {
+        match self {
+            Self::Student(student) => Ok(Samples {
+                range: student.info().range,
+                labels: student.classes(&draw.request, start as u64, count)?,
+                values: student.sample(&draw.request, start as u64, count)?,
+                nfe: 1,
+            }),
             Self::Teacher(teacher) => {
-                let range = teacher.card().range.ok_or_else(|| latents("teacher"))?;
                 let (sampler, steps, guidance) = (draw.sampler, draw.steps, draw.guidance);
                 let request = TeacherRequest { images: draw.request.clone(), sampler, steps, guidance };
-                let samples = teacher.sample(&request, start as u64, count)?;
+                let made = teacher.sample(&request, start as u64, count)?;
                 let labels = teacher.card().classes().map(|classes| {
                     let given = &draw.request.classes;
                     let class = |k: usize| match given.len() {
@@ -161,11 +212,18 @@ impl Source {
                     };
                     (start..start + count).map(class).collect()
                 });
-                let set = ImageSet::from_samples(samples.images, range)?.with_rounding(draw.rounding);
-                Ok(Drawn { images: set.batch_u8(0, count)?, labels, nfe: Some(samples.nfe) })
+                Ok(Samples { range: teacher.card().range, labels, values: made.images, nfe: made.nfe })
             }
-            Self::Statistics(_) => Err(Error::usage("statistics hold no images")),
+            _ => Err(Error::usage("no network makes these images")),
         }
+    }
+}
+
+impl Samples {
+    fn images(self, range: [f64; 2], rounding: Rounding) -> Result<Drawn> {
+        let count = self.values.shape().first().copied().unwrap_or(0);
+        let set = ImageSet::from_samples(self.values, range)?.with_rounding(rounding);
+        Ok(Drawn { images: set.batch_u8(0, count)?, labels: self.labels, nfe: Some(self.nfe) })
     }
 }
 

@@ -111,12 +111,13 @@ pub fn all(base: &TeacherCard, settled: &Settled) -> Vec<Hypothesis> {
             (ScheduleSpec::Edm { .. }, None) => &[U::Sigma, U::LnSigma4, U::LnSigma250],
             (ScheduleSpec::Vp { .. }, None) => &[U::Step, U::Unit],
             (ScheduleSpec::Flow { .. }, None) => &[U::Unit, U::Thousand],
+            (ScheduleSpec::TrigFlow { .. }, None) => &[U::Radians],
         };
         for &time_unit in units {
             if settled.integer_time && time_unit != U::Step {
                 continue;
             }
-            for prediction in [P::Denoised, P::EdmRaw, P::Epsilon, P::V, P::Flow] {
+            for prediction in [P::Denoised, P::EdmRaw, P::Epsilon, P::V, P::Flow, P::TrigFlow, P::ScaledScore] {
                 if settled.prediction.is_some_and(|p| p != prediction) {
                     continue;
                 }

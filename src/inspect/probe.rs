@@ -166,7 +166,7 @@ fn unlikely(h: &Hypothesis, time: &str) -> u8 {
     let step = time.contains("step");
     let unit = match h.time_unit {
         TimeUnit::Sigma | TimeUnit::LnSigma4 => u8::from(!sigma),
-        TimeUnit::LnSigma250 => 1,
+        TimeUnit::LnSigma250 | TimeUnit::LnSigmaHalf | TimeUnit::Radians => 1,
         TimeUnit::Step | TimeUnit::Thousand => u8::from(!step),
         TimeUnit::Unit => u8::from(sigma || step),
     };

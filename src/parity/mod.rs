@@ -164,6 +164,8 @@ pub fn random_inputs(
                     TimeUnit::Sigma => (rng.random::<f64>() * 8.0 - 5.0).exp(),
                     TimeUnit::LnSigma4 => (rng.random::<f64>() * 8.0 - 5.0) / 4.0,
                     TimeUnit::LnSigma250 => (rng.random::<f64>() * 8.0 - 5.0) * 250.0,
+                    TimeUnit::LnSigmaHalf => rng.random::<f64>() * 8.0 - 5.7,
+                    TimeUnit::Radians => rng.random::<f64>() * 1.5,
                     TimeUnit::Unit => rng.random(),
                     TimeUnit::Step | TimeUnit::Thousand => (rng.random::<f64>() * 1000.0).floor(),
                 })

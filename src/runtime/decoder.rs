@@ -36,6 +36,15 @@ impl Decoder {
         run().with_context(|| path.display().to_string())
     }
 
+    /// C, H, W of the images of latents of this shape, seen on one of zeros.
+    pub fn image_shape(&mut self, [c, h, w]: [usize; 3]) -> Result<[usize; 3]> {
+        let images = self.decode(&HostTensor::new(&[1, c, h, w], &vec![0f32; c * h * w])?)?;
+        match images.shape() {
+            [1, c, h, w] => Ok([*c, *h, *w]),
+            other => Err(Error::mismatch(format!("the decoder makes {other:?} of one latent, expected [1, C, H, W]"))),
+        }
+    }
+
     /// Images `[N, C, H, W]` of latents `[N, C, h, w]`, a few at a time: decoders are large.
     pub fn decode(&mut self, latents: &HostTensor) -> Result<HostTensor> {
         let scaled: Vec<f32> = latents.to_f32().iter().map(|v| v / self.scale as f32).collect();
@@ -68,7 +77,9 @@ mod tests {
         let options = EngineOptions::default();
         let latents: Vec<f32> = (0..5 * 4 * 6).map(|v| v as f32 * 0.01 - 0.5).collect();
         let latents = HostTensor::new(&[5, 4, 2, 3], &latents).unwrap();
-        let images = Decoder::open(&path, [4, 2, 3], 0.25, &options).unwrap().decode(&latents).unwrap();
+        let mut decoder = Decoder::open(&path, [4, 2, 3], 0.25, &options).unwrap();
+        assert_eq!(decoder.image_shape([4, 2, 3]).unwrap(), [4, 2, 3]);
+        let images = decoder.decode(&latents).unwrap();
         assert_eq!(images.shape(), [5, 4, 2, 3]);
         for (image, latent) in images.to_f32().iter().zip(latents.to_f32()) {
             assert!((image - (latent / 0.25).tanh()).abs() < 1e-5);

@@ -144,6 +144,11 @@ impl StudentInfo {
         }
     }
 
+    /// Latents are the autoencoder's output times this.
+    pub fn latent_scale(&self) -> f64 {
+        self.metadata.get("latent_scale").and_then(|t| number(&parse_value(t))).unwrap_or(1.0)
+    }
+
     /// Conditions whose rows the caller brings.
     pub fn embeddings(&self) -> impl Iterator<Item = &Condition> {
         self.conditions.iter().filter(|c| c.kind == ConditionKind::Embedding)

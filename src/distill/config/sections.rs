@@ -225,7 +225,7 @@ pub struct LogConfig {
     pub samples: usize,
     /// Heun steps of the teacher's and its degraded copies' samples.
     pub sample_steps: usize,
-    /// ONNX decoder of latents for the sample grids, run on latents divided by the card's `latent_scale`; empty: none.
+    /// ONNX decoder of latents for the sample grids and all measures, run on latents divided by the card's `latent_scale`; empty: none.
     pub decoder: String,
     /// Iterations between two checkpoints; 0: only where the run stops.
     pub checkpoint_every: u64,
