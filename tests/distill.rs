@@ -98,6 +98,35 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
     ] {
         assert!(whole.join(file).is_file(), "{file} is missing");
     }
+    // What tells whether the loss is right, for each node, in the events and in the report too.
+    let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|w| w == text.as_bytes());
+    let mut events = Vec::new();
+    for entry in std::fs::read_dir(&whole).unwrap().flatten() {
+        if entry.file_name().to_string_lossy().contains("tfevents") {
+            events.extend(std::fs::read(entry.path()).unwrap());
+        }
+    }
+    for tag in [
+        "backtrack/mismatch",
+        "inside-node-001-update-000000",
+        "inside-node-000-update-000002",
+        "levels/target/sigma-",
+        "levels/fake/sigma-",
+    ] {
+        assert!(has(&events, tag), "no event {tag}");
+    }
+    let levels = std::fs::read_to_string(whole.join("levels.jsonl")).unwrap();
+    let nodes: Vec<u64> = levels
+        .lines()
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["node"].as_u64().unwrap())
+        .collect();
+    assert_eq!(nodes, [1, 0, 0], "a look at each node as it is entered, and one at the end");
+    let report = std::fs::read_to_string(whole.join("report.html")).unwrap();
+    for text in
+        ["Inside the loss, node by node", "towards node 1, update 0", "Target&#39;s loss above", "Mismatch per node"]
+    {
+        assert!(report.contains(text) || report.contains(&text.replace("&#39;", "'")), "no {text} in the report");
+    }
     let seen: Vec<(String, u64, u64)> = rows(&whole)
         .iter()
         .map(|r| (r["stage"].as_str().unwrap().into(), r["iteration"].as_u64().unwrap(), r["node"].as_u64().unwrap()))

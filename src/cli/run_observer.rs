@@ -86,12 +86,16 @@ impl Sheets {
         }
         let all = HostTensor::concat_rows(&parts)?;
         self.events.histogram(&format!("{name}/values"), self.iteration, &all.to_f32())?;
-        let png = grid::png(&all, self.range, None)?;
-        crate::files::write_atomic(&self.folder.join(format!("{name}.png")), &png)?;
+        self.sheet(name, &grid::png(&all, self.range, None)?)
+    }
+
+    /// A finished sheet into its file and the events.
+    fn sheet(&mut self, name: &str, png: &[u8]) -> Result<()> {
+        crate::files::write_atomic(&self.folder.join(format!("{name}.png")), png)?;
         // The PNG's own header says how large it is: width and height, then bits and colour type.
         let number = |at: usize| png.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
         let channels = if png.get(25) == Some(&2) { 3 } else { 1 };
-        self.events.image_png(name, self.iteration, &png, number(20) as usize, number(16) as usize, channels)
+        self.events.image_png(name, self.iteration, png, number(20) as usize, number(16) as usize, channels)
     }
 
     /// Images of a network's samples, by the decoder where there is one.
@@ -220,8 +224,7 @@ impl Observer for Sheets {
         let images = convert::to_host(&tch::Tensor::f_stack(&cut, 1)?.f_flatten(0, 1)?)?;
         let range = if self.decoder.is_some() { None } else { self.range };
         let png = grid::png(&images, range, Some(columns))?;
-        let name = format!("inside-node-{node:03}-update-{updates:06}");
-        crate::files::write_atomic(&self.folder.join(format!("{name}.png")), &png)
+        self.sheet(&format!("inside-node-{node:03}-update-{updates:06}"), &png)
     }
 
     fn target_left(&mut self, node: usize, student: &Student) -> Result<()> {

@@ -37,6 +37,8 @@ pub struct Watcher<'a> {
     view: Option<Arc<Shared>>,
     /// Images and seconds of stage 1.
     degraded: (u64, f64),
+    /// A target was entered whose losses by noise level have not been looked at.
+    new_target: bool,
     device: tch::Device,
 }
 
@@ -105,7 +107,7 @@ impl<'a> Watcher<'a> {
         }
         let degraded =
             before.iter().rev().find(|r| r.stage == Stage::Degrade).map_or((0, 0.0), |r| (r.images, r.seconds));
-        Ok(Self { origin, config, run, sheets, judge, view, degraded, device })
+        Ok(Self { origin, config, run, sheets, judge, view, degraded, new_target: false, device })
     }
 
     /// The run is over; the finished student's sheet.
@@ -188,7 +190,7 @@ impl<'a> Watcher<'a> {
     }
 
     /// Denoising losses of target and fake score on the student's samples, by noise level, as a line of levels.jsonl.
-    fn levels(&self, step: &Step, networks: &Running) -> Result<()> {
+    fn levels(&mut self, step: &Step, networks: &Running) -> Result<()> {
         let card = &self.origin.teacher.card.card;
         let table = card.schedule()?.training_sigmas(self.config.noise.levels);
         let [low, high] = self.config.noise.generator;
@@ -210,6 +212,12 @@ impl<'a> Watcher<'a> {
             "stage": step.stage, "iteration": step.iteration, "node": step.node, "sigmas": sigmas,
             "target": loss(networks.target)?, "fake": networks.fake.map(loss).transpose()?,
         });
+        for name in ["target", "fake"] {
+            for (sigma, value) in sigmas.iter().zip(row[name].as_array().into_iter().flatten()) {
+                let tag = format!("levels/{name}/sigma-{sigma:.4}");
+                self.sheets.events().scalar(&tag, step.iteration as i64, value.as_f64().unwrap_or(f64::NAN))?;
+            }
+        }
         let path = self.run.levels();
         let append = || -> std::io::Result<()> {
             writeln!(std::fs::OpenOptions::new().create(true).append(true).open(&path)?, "{row}")
@@ -273,7 +281,8 @@ impl Observer for Watcher<'_> {
                 self.snapshot(step, networks)?;
             }
         }
-        if last || wish.end || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every) {
+        let new_target = std::mem::take(&mut self.new_target);
+        if new_target || last || wish.end || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every) {
             self.levels(step, networks)?;
         }
         Ok(wish)
@@ -305,6 +314,7 @@ impl Observer for Watcher<'_> {
     }
 
     fn target_entered(&mut self, node: usize, target: &Denoiser) -> Result<()> {
+        self.new_target = true;
         self.sheets.target_entered(node, target)
     }
 

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use serde_json::Value;
+
 use super::bars::{Group, bars};
 use super::html::esc;
 use super::plot::{Mark, Series, curves};
@@ -79,11 +81,41 @@ pub fn levels(run: &Run) -> String {
             series.push(Series { name: format!("{name}, {when}"), points: points.collect() });
         }
     }
-    grid(plot(
+    let all = plot(
         curves("log10 of the noise level", &series, &[]),
         "Denoising loss on the student's samples by noise level, at the first and the newest look: where target and fake score part, \
          the student still has to move",
-    ))
+    );
+    let by_node = excess_by_node(&rows);
+    grid(all + &by_node)
+}
+
+/// What the target's loss is above the fake score's when the generator comes to each node: the mismatch, by noise level.
+fn excess_by_node(rows: &[&Value]) -> String {
+    let mut series: Vec<(u64, Series)> = Vec::new();
+    for row in rows {
+        let Some(node) = row["node"].as_u64().filter(|n| !series.iter().any(|(m, _)| m == n)) else { continue };
+        let values =
+            |key: &str| row[key].as_array().into_iter().flatten().filter_map(Value::as_f64).collect::<Vec<_>>();
+        let (sigmas, target, fake) = (values("sigmas"), values("target"), values("fake"));
+        let points: Vec<(f64, f64)> = sigmas
+            .iter()
+            .zip(target.iter().zip(&fake))
+            .filter(|(s, _)| **s > 0.0)
+            .map(|(s, (target, fake))| (s.log10(), target - fake))
+            .collect();
+        if !points.is_empty() {
+            series.push((node, Series { name: format!("node {node}"), points }));
+        }
+    }
+    if series.len() < 2 {
+        return String::new();
+    }
+    let series: Vec<Series> = series.into_iter().map(|(_, s)| s).collect();
+    plot(
+        curves("log10 of the noise level", &series, &[]),
+        "Target's loss above the fake score's when the generator came to each node: what it had to learn there, by noise level",
+    )
 }
 
 /// Frechet distances of the students kept on the way, `snapshots/update-<k>-<kind>.onnx`, as `disback evaluate --run` measured

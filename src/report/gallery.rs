@@ -118,6 +118,20 @@ pub fn film(run: &Run) -> String {
     format!("{slider}<div class=\"strip\" id=\"strip\">{strip}</div>")
 }
 
+/// One batch of the first update towards each node, and of the last update of all: is the loss right?
+pub fn inside(run: &Run) -> String {
+    let mut out = String::new();
+    for (name, node, update) in run.inside() {
+        let caption = format!(
+            "towards node {node}, update {update}; a row a sample: x_t, x0 by the target, x0 by the fake score (where there is \
+             one), the generator's gradient (x_t and gradient scaled to their largest value)"
+        );
+        let png = run.sample(&name).and_then(|png| embed::top(&png, 0.5));
+        out += &figure(png.as_deref(), FRAME, &caption);
+    }
+    if out.is_empty() { out } else { format!("<div class=\"pair\">{out}</div>\n") }
+}
+
 /// Generated images with the nearest of the reference.
 pub fn neighbours(run: &Run) -> String {
     let sheet = figure(

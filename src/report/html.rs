@@ -118,6 +118,7 @@ fn page(run: &Run, others: &[(String, Vec<Point>)]) -> String {
     body += &section("Student beside teacher", &gallery::side_by_side(run));
     body += &section("Distances", &(tables::distances(run) + &curves::students(run)));
     body += &section("The way back, node by node", &gallery::film(run));
+    body += &section("Inside the loss, node by node", &gallery::inside(run));
     body += &section("Distance while training", &curves::distances(run, others));
     body += &section("Mismatch per node", &curves::mismatch(run));
     body += &section("Losses by noise level", &curves::levels(run));

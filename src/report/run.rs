@@ -112,6 +112,21 @@ impl Run {
         (bytes.starts_with(b"\x89PNG") && bytes.len() < 32 << 20).then_some(bytes)
     }
 
+    /// Looks inside the loss, `samples/inside-node-<node>-update-<update>.png`, in the order of the way back: file, node, update.
+    pub fn inside(&self) -> Vec<(String, usize, u64)> {
+        let files = std::fs::read_dir(self.folder.join("samples")).into_iter().flatten().flatten();
+        let mut found: Vec<(String, usize, u64)> = files
+            .filter_map(|e| {
+                let name = e.file_name().into_string().ok()?;
+                let (node, update) = name.strip_prefix("inside-node-")?.strip_suffix(".png")?.split_once("-update-")?;
+                let (node, update) = (node.parse().ok()?, update.parse().ok()?);
+                Some((name, node, update))
+            })
+            .collect();
+        found.sort_unstable_by_key(|(_, node, update)| (std::cmp::Reverse(*node), *update));
+        found
+    }
+
     /// Numbers `k` of the files `samples/<stem>-<k>.png`, ascending.
     pub fn numbered(&self, stem: &str) -> Vec<usize> {
         let files = std::fs::read_dir(self.folder.join("samples")).into_iter().flatten().flatten();
