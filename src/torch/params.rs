@@ -1,5 +1,6 @@
 //! Named, ordered parameters: what is trained, recorded on a trajectory and written back into ONNX.
 
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -166,28 +167,41 @@ fn tensor_bytes(t: &Tensor) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes named tensors as f32 safetensors, whole or not at all.
+/// Writes named tensors as f32 safetensors, whole or not at all. No more than one of them is held in host memory at a time.
 pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
-    let mut data = Vec::with_capacity(tensors.len());
-    for (name, t) in tensors {
-        let shape: Vec<usize> = t.size().iter().map(|&d| d as usize).collect();
-        data.push((name.clone(), shape, tensor_bytes(t)?));
+    let mut order: Vec<&(String, &Tensor)> = tensors.iter().collect();
+    order.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut header = serde_json::Map::new();
+    let mut end = 0usize;
+    for (name, t) in &order {
+        let start = end;
+        end += 4 * t.numel();
+        let entry = serde_json::json!({ "dtype": "F32", "shape": t.size(), "data_offsets": [start, end] });
+        if header.insert(name.clone(), entry).is_some() {
+            return Err(Error::invalid(format!("{}: two tensors are named `{name}`", path.display())));
+        }
     }
-    let views = data
-        .iter()
-        .map(|(name, shape, bytes)| {
-            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes)
-                .map(|v| (name.clone(), v))
-        })
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|e| Error::io(format!("{}: {e}", path.display())))?;
-    let bytes = safetensors::serialize(views, None).map_err(|e| Error::io(format!("{}: {e}", path.display())))?;
-    crate::files::write_atomic(path, &bytes)
+    let mut header = serde_json::to_vec(&header).map_err(|e| Error::io(e.to_string()))?;
+    // The format wants the data at a multiple of 8 bytes.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    crate::files::write_atomic_with(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for (_, t) in &order {
+            out.write_all(&tensor_bytes(t).map_err(|e| std::io::Error::other(e.to_string()))?)?;
+        }
+        Ok(())
+    })
 }
 
 /// Reads every tensor of a safetensors file onto the CPU.
 pub fn load_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
-    let file = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let open = || -> std::io::Result<memmap2::Mmap> {
+        let file = std::fs::File::open(path)?;
+        // SAFETY: files of a run are replaced as a whole (renamed), never changed in place.
+        unsafe { memmap2::Mmap::map(&file) }
+    };
+    let file = open().with_context(|| path.display().to_string())?;
     let bad = |e: safetensors::SafeTensorError| {
         Error::io(format!("{}: not a safetensors file ({e})", path.display()))
             .hint("the file may have been cut short; start again from an earlier node or checkpoint")
