@@ -244,7 +244,7 @@ def scratch(out, need):
     sweep(folder)
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise ConversionError(f"no space left in {folder}: {need >> 20} MB needed, {free >> 20} MB free; nothing was written")
+        raise ConversionError(f"no space left in {folder}: {need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; nothing was written")
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as made, locked(made):
             yield Path(made)
@@ -352,4 +352,5 @@ def show(result, stream=None):
         say(f"  left out   {some}: {why}")
     for file in result["files"]:
         say(f"  wrote      {file} ({Path(file).stat().st_size / 1e6:.1f} MB)")
-    say(f"next: disback parity {result['out']} && disback distill {result['out']} -o run/")
+    prompts = f" --set conditions.file={result['prompts']['file']}" if "prompts" in result else ""
+    say(f"next: disback parity {result['out']} && disback distill {result['out']}{prompts} -o run/")

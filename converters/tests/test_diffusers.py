@@ -268,6 +268,17 @@ def test_bad_folders_are_refused(tmp_path, capsys):
     assert "not JSON" in refused(folder, tmp_path, capsys)
 
 
+def test_a_folder_of_half_precision_weights_is_read(tmp_path, capsys):
+    # what many pipelines are shipped with: diffusion_pytorch_model.fp16.safetensors alone
+    net = small.unet().half()
+    folder = small.write(tmp_path / "p", small.unet(), "unet", "DDPMPipeline", diffusers.DDPMScheduler())
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    net.save_pretrained(folder / "unet", variant="fp16")
+    assert convert(folder, tmp_path / "teacher.onnx") == 0, capsys.readouterr().err
+    kept = {t.name: t for t in onnx.load(tmp_path / "teacher.onnx").graph.initializer}
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(kept["conv_in.weight"]), net.conv_in.weight.float().numpy(force=True))
+
+
 def test_weights_that_do_not_fit_are_listed(tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 

@@ -69,8 +69,9 @@ class Folder:
         diffusers.utils.logging.set_verbosity_error()
         try:
             net, info = getattr(diffusers, kind).from_pretrained(
-                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
-            )
+                place, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True,
+                variant=variant(place),
+            )  # fmt: skip
         except AttributeError as error:
             raise ConversionError(f"{place}: this diffusers ({diffusers.__version__}) has no class {kind}") from error
         except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -83,6 +84,14 @@ class Folder:
         if problems:
             raise ConversionError(f"{place}: the weights do not fit {kind}:\n" + "\n".join(problems))
         return net.eval()
+
+
+def variant(place):
+    """`fp16` of `diffusion_pytorch_model.fp16.safetensors`, where a folder holds that variant of the weights and no plain one."""
+    files = [file.name.split(".") for file in place.glob("*") if file.suffix in (".safetensors", ".bin")]
+    plain = any(len(parts) == 2 for parts in files)
+    named = sorted({parts[1].partition("-")[0] for parts in files if len(parts) == 3})
+    return named[0] if named and not plain else None
 
 
 def read_json(path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import ConversionError
 from ..finish import Network, Options, finish_part
-from .folder import Folder, read_json
+from .folder import Folder, read_json, variant
 
 
 class Decoder(nn.Module):
@@ -88,8 +88,9 @@ def text_encoders(source, options):
         try:
             # The exporter has no form for other attention kernels' masks.
             encoder = getattr(transformers, kind).from_pretrained(
-                place, dtype=torch.float32, local_files_only=True, attn_implementation="eager" if "T5" in kind else "sdpa"
-            )
+                place, dtype=torch.float32, local_files_only=True, variant=variant(place),
+                attn_implementation="eager" if "T5" in kind else "sdpa",
+            )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise ConversionError(f"{place}: {kind} does not load: {error}") from error
         length = min(int(config.get("max_position_embeddings") or 77), 77)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import ConversionError, card as cards
-from .folder import Folder
+from .folder import Folder, variant
 
 
 def lines(path):
@@ -53,7 +53,7 @@ class Encoder:
         absent |= {part: None for part, kind in folder.index.items() if kind == [None, None]}
         try:
             self.pipe = getattr(diffusers, name).from_pretrained(
-                folder.path, torch_dtype=torch.float32, local_files_only=True, **absent
+                folder.path, torch_dtype=torch.float32, local_files_only=True, variant=variant(folder.path / "text_encoder"), **absent
             )
         except (AttributeError, OSError, ValueError, TypeError) as error:
             raise ConversionError(f"{source}: the text encoders of {name} do not load: {error}") from error
