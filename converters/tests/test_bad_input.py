@@ -81,8 +81,9 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
 def test_a_conversion_that_is_killed_leaves_nothing_behind(tmp_path, number):
     # it waits where the exported file lies ready beside its place
     code = (
-        "import sys, time; import disback_convert.finish as finish; from disback_convert.cli import main; "
-        "finish.agree = lambda *a: (print('ready', flush=True), time.sleep(600)); sys.exit(main(sys.argv[1:]))"
+        "import signal, sys, time; import disback_convert.finish as finish; from disback_convert.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # which a shell's background jobs ignore
+        "finish.agree = lambda *a: (print('ready', flush=True), time.sleep(60)); sys.exit(main(sys.argv[1:]))"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", code, *words(tmp_path / "teacher.onnx"), "-q"], cwd=Path(__file__).resolve().parent, text=True,
