@@ -1,13 +1,15 @@
 //! Exports of diffusers, transformers and EDM networks against the modules they come from: values, gradients of every
 //! parameter, that all and only the weights are trained, and the way back into ONNX; with and without raising.
 //!
-//! One test an export. Exports are made as tests ask for them, by one Python process, and kept in cargo's target folder until
+//! One test an export, and one more for the student of each that is a teacher. Exports are made as tests ask for them, by one Python process, and kept in cargo's target folder until
 //! the scripts or the pinned wheels change. `DISBACK_CORPUS=full` runs the whole matrix.
 
 #[path = "support/exporter.rs"]
 mod exporter;
 #[path = "support/reference.rs"]
 mod reference;
+#[path = "support/students.rs"]
+mod students;
 mod support;
 
 use std::path::Path;
@@ -256,9 +258,13 @@ fn main() {
     };
     let trials = cases
         .into_iter()
-        .map(|name| {
-            let exporter = exporter.clone();
-            Trial::test(name.clone(), move || case(&name, &exporter).map_err(Into::into))
+        .flat_map(|name| {
+            let (exporter, other) = (exporter.clone(), exporter.clone());
+            let student = students::card(&name).map(|card| {
+                let (title, name) = (format!("student-{name}"), name.clone());
+                Trial::test(title, move || students::check(&name, &card, &exporter).map_err(Into::into))
+            });
+            student.into_iter().chain([Trial::test(name.clone(), move || case(&name, &other).map_err(Into::into))])
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit();

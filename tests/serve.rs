@@ -21,8 +21,12 @@ struct Server {
 
 impl Server {
     fn start(more: &[&str]) -> Self {
+        Self::of(&testing::student("batch"), more)
+    }
+
+    fn of(student: &[u8], more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("student.onnx"), testing::student("batch")).unwrap();
+        std::fs::write(dir.path().join("student.onnx"), student).unwrap();
         let mut process = command(dir.path())
             .args(["serve", "student.onnx", "--port", "0", "--json", "--engine", "tract", "--max-batch", "16"])
             .args(more)
@@ -225,4 +229,150 @@ fn a_start_that_cannot_be_is_one_clear_error() {
     assert!(code == 1 && text.contains("none.onnx"), "{text}");
     let (code, text) = fails(&["serve", "student.onnx", "--max-batch", "0"]);
     assert!(code == 2 && text.contains("--max-batch 0"), "{text}");
+}
+
+/// `sample = clip(noise / 2 + mean of the rows of text + shift, -1, 1)` on 1x2x2 images: a text of any length and a shift an
+/// image.
+fn with_rows() -> Vec<u8> {
+    use disback::onnx::GraphProto;
+    let with = |mut n: onnx::NodeProto, axes: &[i64]| {
+        n.attribute.push(disback::export::edit::ints_attribute("axes", axes));
+        n
+    };
+    let graph = GraphProto {
+        node: vec![
+            testing::node("Mul", &["noise", "half"], "scaled"),
+            with(testing::node("ReduceMean", &["text"], "mean"), &[1, 2]),
+            testing::node("Reshape", &["mean", "shape"], "offset"),
+            testing::node("Add", &["scaled", "offset"], "moved"),
+            testing::node("Cast", &["shift"], "shift_f32"),
+            testing::node("Reshape", &["shift_f32", "shape"], "shifts"),
+            testing::node("Add", &["moved", "shifts"], "sum"),
+            testing::node("Clip", &["sum", "low", "high"], "sample"),
+        ]
+        .into_iter()
+        .map(|mut n| {
+            if n.op_type() == "Cast" {
+                n.attribute.push(disback::export::edit::int_attribute("to", 1));
+            }
+            n
+        })
+        .collect(),
+        initializer: vec![
+            testing::initializer("half", &HostTensor::scalar(0.5f32)),
+            testing::initializer("shape", &HostTensor::vec(&[-1i64, 1, 1, 1])),
+            testing::initializer("low", &HostTensor::scalar(-1f32)),
+            testing::initializer("high", &HostTensor::scalar(1f32)),
+        ],
+        input: vec![
+            testing::value("noise", tensor::DType::F32, &["batch", "1", "2", "2"]),
+            testing::value("text", tensor::DType::F32, &["batch", "length", "3"]),
+            testing::value("shift", tensor::DType::I64, &["batch"]),
+        ],
+        output: vec![testing::value("sample", tensor::DType::F32, &["batch", "1", "2", "2"])],
+        ..Default::default()
+    };
+    let metadata = [
+        ("disback.student.method", "disback"),
+        ("disback.shape", "[1, 2, 2]"),
+        ("disback.range", "[-1.0, 1.0]"),
+        ("disback.conditions.text.kind", "embedding"),
+        ("disback.conditions.shift.kind", "embedding"),
+    ];
+    testing::model(graph, &metadata)
+}
+
+/// What `with_rows` makes of noise, the mean of an image's text and its shift.
+fn moved(noise: &[f32], by: &[f32]) -> Vec<f32> {
+    noise.iter().enumerate().map(|(k, v)| (v * 0.5 + by[k / 4]).clamp(-1.0, 1.0)).collect()
+}
+
+fn npz(arrays: &[(&str, &HostTensor)]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("body.npz");
+    disback::io::npy::write_npz(&file, arrays).unwrap();
+    std::fs::read(file).unwrap()
+}
+
+#[test]
+fn rows_for_conditions_come_as_npz_or_json() {
+    let server = Server::of(&with_rows(), &["--max-wait", "40"]);
+    let health: serde_json::Value = serde_json::from_slice(&server.get("/health").body).unwrap();
+    assert_eq!(health["conditions"]["text"], "f32[n, length, 3]", "{health}");
+    assert_eq!(health["conditions"]["shift"], "i64[n]", "{health}");
+    let post = |query: &str, body: &[u8]| request(&server.address, "POST", &format!("/sample?format=npy{query}"), body);
+    // JSON: two images, texts of two words, whole numbers for the shift; the images are those of the seed.
+    let text = "{\"text\": [[[0, 0.3, 0.3], [0.6, 0, 0]], [[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]]], \"shift\": [0, -1]}";
+    let noise = disback::noise::batch_noise(7, 4, 2, 4);
+    let got = post("&seed=7&index=4", text.as_bytes()).values();
+    assert!(close(&got, &moved(&noise, &[0.2, -0.9])), "{got:?}");
+    // The same rows as arrays, with noise of the caller's own.
+    let rows = HostTensor::new(&[2, 1, 3], &[0.2f32, 0.2, 0.2, 0.1, 0.1, 0.1]).unwrap();
+    let own = HostTensor::new(&[2, 1, 2, 2], &disback::noise::batch_noise(1, 0, 2, 4)).unwrap();
+    let shift = HostTensor::vec(&[0i64, -1]);
+    let got = post("", &npz(&[("noise", &own), ("text", &rows), ("shift", &shift)])).values();
+    assert!(close(&got, &moved(&own.to_f32(), &[0.2, -0.9])), "{got:?}");
+    // One row for all images.
+    let one = b" {\"text\": [[[0.5, 0.5, 0.5]]], \"shift\": [0]}";
+    assert!(close(&post("&seed=7&index=4&n=2", one).values(), &moved(&noise, &[0.5, 0.5])));
+    assert_eq!(post("&seed=7", one).values().len(), 4);
+    // Texts of different lengths at once: they cannot share a call, and nobody notices.
+    std::thread::scope(|scope| {
+        for caller in 0..6usize {
+            let post = &post;
+            scope.spawn(move || {
+                let words = vec!["[0.3, 0.3, 0.3]"; caller % 3 + 1].join(", ");
+                let body = format!("{{\"text\": [[{words}]], \"shift\": [0]}}");
+                let got = post(&format!("&seed=7&index={caller}"), body.as_bytes()).values();
+                let noise = disback::noise::batch_noise(7, caller as u64, 1, 4);
+                assert!(close(&got, &moved(&noise, &[0.3])), "{caller}: {got:?}");
+            });
+        }
+    });
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn wrong_rows_are_answered_and_the_service_stays_up() {
+    let server = Server::of(&with_rows(), &["--max-body", "2"]);
+    let floats = |shape: &[usize]| HostTensor::new(shape, &vec![0f32; shape.iter().product()]).unwrap();
+    let shift = HostTensor::vec(&[0i64, 0]);
+    let nan = HostTensor::new(&[1, 1, 3], &[f32::NAN; 3]).unwrap();
+    let zeros = npz_compressed();
+    let cases: Vec<(Vec<u8>, u16, &str)> = vec![
+        (vec![], 400, "wants rows for its condition `text`, f32[n, length, 3]"),
+        (b"{\"text\": [[[1, 2, 3]]]}".to_vec(), 400, "wants rows for its condition `shift`, i64[n]"),
+        (b"{\"words\": [1]}".to_vec(), 400, "no array `words` is taken, only `noise` and `text`, `shift`"),
+        (b"{\"text\": [[[1, 2]]], \"shift\": [0]}".to_vec(), 400, "`text` is i64[1, 1, 2], expected f32[n, length, 3]"),
+        (b"{\"text\": [[[1, 2, 3], [1]]], \"shift\": [0]}".to_vec(), 400, "rows of 3 and of 1 elements"),
+        (b"{\"text\": [[[1, 2, 3]]], \"shift\": [0.5]}".to_vec(), 400, "`shift` holds fractions"),
+        (b"{\"text\": \"a cat\"}".to_vec(), 400, "expected numbers in nested arrays"),
+        (b"{\"text\": [[[1, 2, 3]]], \"text\": [[[1, 2, 3]]]}".to_vec(), 400, "`text` is given twice"),
+        (b"{\"text\": [[[1, 2".to_vec(), 400, "no JSON object of arrays"),
+        (npz(&[("text", &floats(&[3, 1, 3])), ("shift", &shift)]), 400, "`shift` has rows for 2 images, `text` for 3"),
+        (npz(&[("text", &nan), ("shift", &shift)]), 400, "`text` holds NaN or infinity"),
+        (npz(&[("text", &floats(&[17, 1, 3]))]), 413, "17 images in one request"),
+        (b"PK\x03\x04 no archive".to_vec(), 400, "not a zip archive"),
+        (zeros, 400, "more than 2048 bytes once unpacked"),
+        (npz(&[("text", &floats(&[1, 400, 3]))]), 413, "more than 2048 bytes"),
+    ];
+    for (body, status, want) in cases {
+        let got = request(&server.address, "POST", "/sample", &body);
+        assert!(got.status == status && got.error().contains(want), "{want}: {} {}", got.status, got.error());
+    }
+    let fine = b"{\"text\": [[[1, 2, 3]]], \"shift\": [0]}";
+    assert_eq!(request(&server.address, "POST", "/sample", fine).status, 200);
+    assert_eq!(server.stop(), Some(0));
+}
+
+/// An archive of a hundred bytes that unpacks to a hundred thousand.
+fn npz_compressed() -> Vec<u8> {
+    use std::io::Write;
+    let mut array = Vec::new();
+    disback::io::npy::write_to(&mut array, &HostTensor::new(&[1, 10_000, 3], &vec![0f32; 30_000]).unwrap()).unwrap();
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let options = zip::write::FileOptions::default().compression_method(zip::CompressionMethod::Deflated);
+    archive.start_file("text.npy", options).unwrap();
+    archive.write_all(&array).unwrap();
+    archive.finish().unwrap().into_inner()
 }

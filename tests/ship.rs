@@ -7,6 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use disback::export::raised::Raise;
 use disback::export::{self, Precision, ShipOptions, ShipReport, StudentOptions};
 use disback::graph::save;
 use disback::io::images::quantise;
@@ -59,6 +60,13 @@ fn ship(case: &Case, options: &ShipOptions, name: &str) -> (PathBuf, ModelProto,
 }
 
 fn checked(case: &Case, path: &Path, name: &str) -> Verification {
+    let found = verified(case, path, name);
+    assert!(found.ok, "{name}: {:#?}", found.engines);
+    found
+}
+
+/// What every engine makes of a file, beside the student's own weights.
+fn verified(case: &Case, path: &Path, name: &str) -> Verification {
     let options = VerifyOptions { images: 3, python: Some(support::python()), ..VerifyOptions::default() };
     let make = |request: &Request, count: usize| {
         verify::reference::of_weights(&case.teacher, case.teacher.network.params(), case.sigma, request, count)
@@ -71,7 +79,6 @@ fn checked(case: &Case, path: &Path, name: &str) -> Verification {
         .collect();
     println!("{name} (tolerance {:.0e}, checker {}):\n  {}", found.tolerance, found.checker.by, table.join("\n  "));
     assert!(found.checker.ok && found.checker.by.contains("full_check"), "{name}: {:?}", found.checker);
-    assert!(found.ok, "{name}: {:#?}", found.engines);
     found
 }
 
@@ -112,6 +119,39 @@ fn networks_of_two_families_agree_everywhere_in_f32_and_fp16() {
 }
 
 #[test]
+fn raised_operators_agree_everywhere() {
+    for (name, expected) in [
+        ("ddpmpp-dynamic", vec!["GroupNormalization"]),
+        ("dit-dynamic", vec!["Attention", "Gelu", "LayerNormalization"]),
+    ] {
+        let case = network(name);
+        let options = ShipOptions { opset: Some(23), raise: Raise::All, ..ShipOptions::default() };
+        let label = format!("{name}-raised");
+        let (path, model, report) = ship(&case, &options, &label);
+        let written = report.raised.unwrap();
+        println!("{label}: {:?}, kept {:?}", written.operators, written.kept);
+        assert!(report.max_abs.unwrap() < 1e-4);
+        for op in expected {
+            let n = written.operators.get(op).copied().unwrap_or_default() + before(&case, op);
+            assert!(n > 0 && nodes(&model, op) == n, "{label}: {op} {written:?}");
+        }
+        let found = verified(&case, &path, &label);
+        for engine in ["onnxruntime", "tract", "libtorch", "openvino"] {
+            let e = found.engines.iter().find(|e| e.name == engine).unwrap_or_else(|| panic!("{label}: no {engine}"));
+            assert!(e.ok, "{label}: {e:?}");
+        }
+        // OpenCV takes the approximate Gelu for the exact one, and nothing else amiss.
+        let opencv = found.engines.iter().find(|e| e.name == "opencv");
+        assert!(opencv.is_none_or(|e| e.max_abs.is_some_and(|d| d < 1e-2)), "{label}: {opencv:?}");
+    }
+}
+
+/// Nodes of an operator that the student has before anything is raised.
+fn before(case: &Case, op: &str) -> usize {
+    nodes(&case.student, op)
+}
+
+#[test]
 fn digits_in_every_form() {
     let case = &digits();
     let (plain, model, report) = ship(case, &ShipOptions::default(), "digits");
@@ -140,13 +180,30 @@ fn digits_in_every_form() {
     assert!(sizes[0] * 2 < sizes[1], "{sizes:?}");
     checked(case, &path, "digits-int8");
 
+    let dynamic = ShipOptions { precision: Precision::Int8Dynamic, ..ShipOptions::default() };
+    let (path, model, report) = ship(case, &dynamic, "digits-int8-dynamic");
+    let q = report.int8.clone().unwrap();
+    println!("digits-int8-dynamic: {q:?}");
+    assert!(q.tensors > 5 && q.max_abs > 0.0 && q.max_abs <= 0.1, "{q:?}");
+    assert_eq!(nodes(&model, "ConvInteger") + nodes(&model, "MatMulInteger"), q.tensors);
+    checked(case, &path, "digits-int8-dynamic");
+
     let bf16 = ShipOptions { precision: Precision::Bf16, ..ShipOptions::default() };
     let (path, model, report) = ship(case, &bf16, "digits-bf16");
     let half = report.half.unwrap();
     assert!(half.nodes > 5 && half.max_abs > 1e-4 && half.checked.contains("rounded to bf16"), "{half:?}");
     assert!(model.graph.unwrap().initializer.iter().any(|t| t.data_type() == DType::BF16.to_onnx()));
-    let checker = verify::peers::checker(&support::python(), &path).unwrap().unwrap();
-    assert!(checker.ok, "{checker:?}");
+    let found = checked(case, &path, "digits-bf16");
+    // ONNX Runtime and tract have no bf16 on the CPU and say so; OpenVINO and libtorch compute what the run's weights do.
+    for e in &found.engines {
+        match e.name.as_str() {
+            "onnxruntime" | "tract" => {
+                assert!(e.error.as_ref().is_some_and(|t| t.contains("no bf16 on the CPU")), "{e:?}")
+            }
+            "openvino" | "libtorch" => assert!(e.ok && e.max_abs < Some(5e-2), "{e:?}"),
+            _ => {}
+        }
+    }
 }
 
 #[test]

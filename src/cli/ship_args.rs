@@ -5,18 +5,19 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::error::{Error, Result};
+use crate::export::raised::Raise;
 use crate::export::{Precision, ShipOptions, ShipReport};
 
 /// `--precision`, `--batch`, `--opset` and what is appended.
 #[derive(Debug, Clone, Args)]
 pub struct ShipArgs {
-    /// f32; fp16 or bf16 where it holds (calibrated, the rest in f32); int8 weights.
+    /// f32; fp16 or bf16 where it holds (calibrated, the rest in f32); int8 weights; int8-dynamic: arithmetic in 8 bits too.
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: Precision,
     /// Nodes that stay in f32, by name.
     #[arg(long, value_name = "GLOB")]
     pub keep_f32: Vec<String>,
-    /// How far int8 weights may move a value of the sample.
+    /// How far int8 may move a value of the sample.
     #[arg(long, default_value_t = 0.1)]
     pub int8_limit: f64,
     /// Images of the calibration noise.
@@ -31,6 +32,10 @@ pub struct ShipArgs {
     /// Leave constants and shape arithmetic as the exporter wrote them.
     #[arg(long)]
     pub no_optimise: bool,
+    /// Write chains as the operators that they are, where the operator set has them: `auto` LayerNormalization and Gelu, `all`
+    /// GroupNormalization, RMSNormalization, Attention and Gelu by tanh too, which some runtimes lack or run slower.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub raise: Raise,
     /// Leave negative steps, sequences and auto_pad as they are.
     #[arg(long)]
     pub no_portable: bool,
@@ -72,6 +77,7 @@ impl ShipArgs {
             batch,
             opset: self.opset,
             optimise: !self.no_optimise,
+            raise: self.raise,
             portable: !self.no_portable,
             image: self.image,
             decoder: self.decoder.clone().map(|d| (d, range)),
@@ -83,6 +89,7 @@ impl ShipArgs {
         self.precision != Precision::F32
             || self.batch != "dynamic"
             || self.opset.is_some()
+            || self.raise != Raise::Auto
             || self.image
             || self.decoder.is_some()
     }
@@ -91,6 +98,18 @@ impl ShipArgs {
 /// Weights above this size leave for a file of their own; with `--external-data` all but the smallest do.
 pub fn external_limit(asked: bool) -> usize {
     if asked { 0 } else { crate::graph::save::EXTERNAL_ABOVE }
+}
+
+/// Nodes that share a reason, in the order in which the reasons come.
+fn by_reason<'a>(all: impl Iterator<Item = (String, &'a str)>) -> Vec<(String, Vec<&'a str>)> {
+    let mut reasons: Vec<(String, Vec<&str>)> = Vec::new();
+    for (reason, node) in all {
+        match reasons.iter_mut().find(|(r, _)| *r == reason) {
+            Some((_, nodes)) => nodes.push(node),
+            None => reasons.push((reason, vec![node])),
+        }
+    }
+    reasons
 }
 
 /// What was done, in lines.
@@ -108,6 +127,14 @@ pub fn show(report: &ShipReport) {
             s.folded, s.reshapes
         );
     }
+    if let Some(r) = &report.raised {
+        for (operator, n) in &r.operators {
+            println!("  raised     {n} {operator}");
+        }
+        for (reason, nodes) in by_reason(r.kept.iter().map(|c| (format!("{}: {}", c.operator, c.reason), &*c.node))) {
+            println!("    chain    {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
+        }
+    }
     for line in &report.portable {
         println!("  portable   {line}");
     }
@@ -122,15 +149,7 @@ pub fn show(report: &ShipReport) {
             h.checked,
             h.max_abs
         );
-        let mut reasons: Vec<(String, Vec<&str>)> = Vec::new();
-        for k in &h.kept {
-            let reason = format!("{}: {}", k.operator, k.reason);
-            match reasons.iter_mut().find(|(r, _)| *r == reason) {
-                Some((_, nodes)) => nodes.push(&k.node),
-                None => reasons.push((reason, vec![&k.node])),
-            }
-        }
-        for (reason, nodes) in reasons {
+        for (reason, nodes) in by_reason(h.kept.iter().map(|k| (format!("{}: {}", k.operator, k.reason), &*k.node))) {
             println!("    f32      {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
         }
     }

@@ -24,15 +24,7 @@ pub fn student_inputs(model: &ModelProto, seed: u64, batch: usize) -> Result<Inp
         _ => batch,
     };
     let classes = info.classes().map_or_else(Vec::new, |n| (0..n).collect());
-    let mut embeddings = Vec::new();
-    for (k, c) in info.embeddings().enumerate() {
-        let row: Vec<usize> =
-            c.input.shape.iter().skip(1).map(|d| if let Dim::Fixed(n) = d { *n } else { 77 }).collect();
-        let len = row.iter().product();
-        let shape: Vec<usize> = std::iter::once(batch).chain(row).collect();
-        let values = crate::noise::batch_noise(seed ^ 0xe6bd, k as u64 * 1_000_003, batch, len);
-        embeddings.push((c.input.name.clone(), HostTensor::new(&shape, &values)?));
-    }
+    let embeddings = info.random_rows(seed, batch)?;
     Student::inputs_of(&info, &Request { seed, classes, embeddings, batch }, 0, batch)
 }
 

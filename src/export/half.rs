@@ -94,7 +94,7 @@ pub fn to_half(model: &mut ModelProto, dtype: DType, keep: &[String], calibratio
 
 /// Gemm as MatMul and Add: tract 0.23 takes no Gemm whose scalars (f32 by definition) meet f16 operands; engines that have a
 /// faster Gemm fuse the pair again.
-fn gemm_as_matmul(model: &mut ModelProto) -> Result<()> {
+pub(super) fn gemm_as_matmul(model: &mut ModelProto) -> Result<()> {
     let Some(graph) = model.graph.as_mut() else { return Ok(()) };
     let index: HashMap<String, usize> =
         graph.initializer.iter().enumerate().map(|(i, t)| (t.name().to_owned(), i)).collect();

@@ -1,5 +1,5 @@
 //! Weights in 8 bits: symmetric, a scale for each output channel, DequantizeLinear before the operator that reads them.
-//! Everything is still computed in f32; the file is a quarter of the size.
+//! Everything is still computed in f32; the file is a quarter of the size. `int8_dynamic` computes in 8 bits too.
 
 use std::collections::{HashMap, HashSet};
 
@@ -14,13 +14,14 @@ use super::edit::{self, int_attribute};
 use super::evaluate::{self, Inputs};
 
 /// Smaller tensors stay: they would save nothing.
-const SMALLEST: usize = 1024;
+pub(super) const SMALLEST: usize = 1024;
 
-/// What became of the weights.
+/// What became of the weights, or of the nodes that multiply with them.
 #[derive(Debug, Clone, Serialize)]
 pub struct Quantised {
+    /// Weights stored in 8 bits.
     pub tensors: usize,
-    /// Weights that stay f32, and why.
+    /// Weights (or nodes) that stay f32, and why.
     pub kept: Vec<(String, String)>,
     /// Largest difference of the sample to the f32 network's over the calibration inputs.
     pub max_abs: f64,
@@ -50,28 +51,55 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
     let reference = evaluate::samples(model, calibration)?;
     let (mut candidates, mut kept) = candidates(model);
     candidates.sort_by(|a, b| a.error.total_cmp(&b.error));
-    let mut count = candidates.len();
-    let mut worst = f64::INFINITY;
-    while count > 0 {
-        let made = with_int8(model, &candidates[..count])?;
-        let found = evaluate::samples(&made, calibration)?;
-        worst = found.iter().zip(&reference).map(|(a, b)| evaluate::max_abs(a, b)).fold(0.0, f64::max);
-        if worst <= limit {
-            for c in &candidates[count..] {
-                kept.push((c.name.clone(), format!("with it in 8 bits the sample would be off by more than {limit}")));
-            }
-            *model = made;
-            return Ok(Quantised { tensors: count, kept, max_abs: worst });
-        }
-        // An eighth of the weights at a time: each try is a run of the network.
-        count = count.saturating_sub(candidates.len().div_ceil(8));
-    }
-    let what = if candidates.is_empty() {
-        "the network has no weights of 1024 elements or more that could be stored in 8 bits".to_owned()
-    } else {
-        format!("8-bit weights move the sample by {worst:.3}, more than {limit}, however few of them are quantised")
+    let Some(most) =
+        most_within(limit, candidates.len(), &reference, calibration, |n| with_int8(model, &candidates[..n]))?
+    else {
+        return Err(none_within(limit, candidates.is_empty()));
     };
-    Err(Error::usage(what).hint("use --precision fp16, or allow more with --int8-limit"))
+    for c in &candidates[most.count..] {
+        kept.push((c.name.clone(), format!("with it in 8 bits the sample would be off by more than {limit}")));
+    }
+    *model = most.model;
+    Ok(Quantised { tensors: most.count, kept, max_abs: most.max_abs })
+}
+
+/// The largest number of candidates, best first, with which the sample stays within a limit.
+pub(super) struct Most {
+    pub count: usize,
+    pub model: ModelProto,
+    pub max_abs: f64,
+}
+
+/// Tries all of `candidates`, then an eighth fewer each time: each try is a run of the network. `None` where even the last
+/// few move the sample by more than `limit`.
+pub(super) fn most_within(
+    limit: f64,
+    candidates: usize,
+    reference: &[HostTensor],
+    calibration: &[Inputs],
+    make: impl Fn(usize) -> Result<ModelProto>,
+) -> Result<Option<Most>> {
+    let mut count = candidates;
+    while count > 0 {
+        let model = make(count)?;
+        let found = evaluate::samples(&model, calibration)?;
+        let max_abs = found.iter().zip(reference).map(|(a, b)| evaluate::max_abs(a, b)).fold(0.0, f64::max);
+        if max_abs <= limit {
+            return Ok(Some(Most { count, model, max_abs }));
+        }
+        count = count.saturating_sub(candidates.div_ceil(8));
+    }
+    Ok(None)
+}
+
+/// Why nothing was quantised.
+pub(super) fn none_within(limit: f64, empty: bool) -> Error {
+    let what = if empty {
+        format!("the network has no weights of {SMALLEST} elements or more that could be stored in 8 bits")
+    } else {
+        format!("8 bits move the sample by more than {limit}, however little of the network is quantised")
+    };
+    Error::usage(what).hint("use --precision fp16, or allow more with --int8-limit")
 }
 
 /// Weights of Conv, ConvTranspose, Gemm, MatMul and embedding tables, with the axis of the scales.
@@ -127,7 +155,7 @@ fn channel(k: usize, shape: &[usize], axis: usize) -> usize {
 }
 
 /// Symmetric 8-bit values and the scale of each channel.
-fn rows(values: &[f32], shape: &[usize], axis: usize) -> (Vec<i8>, Vec<f32>) {
+pub(super) fn rows(values: &[f32], shape: &[usize], axis: usize) -> (Vec<i8>, Vec<f32>) {
     let mut largest = vec![0f32; shape[axis]];
     for (k, v) in values.iter().enumerate() {
         let c = channel(k, shape, axis);

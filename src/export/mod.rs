@@ -12,8 +12,10 @@ pub mod generator;
 pub mod half;
 pub mod half_rewrite;
 pub mod int8;
+pub mod int8_dynamic;
 pub mod opset;
 pub mod portable;
+pub mod raised;
 pub mod ship;
 pub mod simplify;
 #[cfg(feature = "train")]

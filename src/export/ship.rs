@@ -17,8 +17,9 @@ use crate::tensor::DType;
 use super::evaluate::{self, Inputs};
 use super::half::{Converted, to_half};
 use super::int8::{Quantised, quantise};
+use super::raised::{self, Raise, Written};
 use super::simplify::{Simplified, simplify};
-use super::{attach, edit, opset, portable};
+use super::{attach, edit, int8_dynamic, opset, portable};
 
 /// Element type of the student's arithmetic or weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize)]
@@ -33,6 +34,9 @@ pub enum Precision {
     Bf16,
     /// Weights in 8 bits, arithmetic in f32.
     Int8,
+    /// Weights in 8 bits, and products and convolutions computed in them where that holds.
+    #[serde(rename = "int8-dynamic")]
+    Int8Dynamic,
 }
 
 impl Precision {
@@ -43,6 +47,7 @@ impl Precision {
             Self::Fp16 => "fp16",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
+            Self::Int8Dynamic => "int8-dynamic",
         }
     }
 }
@@ -53,7 +58,7 @@ pub struct ShipOptions {
     pub precision: Precision,
     /// Globs of node names that stay in f32.
     pub keep_f32: Vec<String>,
-    /// How far 8-bit weights may move a value of the sample.
+    /// How far 8 bits may move a value of the sample.
     pub int8_limit: f64,
     /// Images of the calibration noise.
     pub calibration: usize,
@@ -62,6 +67,8 @@ pub struct ShipOptions {
     pub opset: Option<i64>,
     /// Fold constants and shape arithmetic.
     pub optimise: bool,
+    /// Which chains are written as the operators that they are, where the graph is optimised.
+    pub raise: Raise,
     /// Write what several runtimes do not take in plainer operators.
     pub portable: bool,
     /// Add the output `image` (u8).
@@ -80,6 +87,7 @@ impl Default for ShipOptions {
             batch: None,
             opset: None,
             optimise: true,
+            raise: Raise::Auto,
             portable: true,
             image: false,
             decoder: None,
@@ -94,6 +102,9 @@ pub struct ShipReport {
     pub opset: i64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub simplified: Option<Simplified>,
+    /// Raised operators that were written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raised: Option<Written>,
     /// Nodes rewritten for the portable form.
     pub portable: Vec<String>,
     /// Nodes that no portable form was found for, and what they have.
@@ -127,6 +138,7 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
         precision: options.precision,
         opset: edit::opset(&model),
         simplified: None,
+        raised: None,
         portable: Vec::new(),
         not_portable: Vec::new(),
         half: None,
@@ -154,19 +166,22 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
         report.warnings.push(format!("neither optimised nor made portable: {reason}"));
     }
     let can = engine.is_none();
-    if can && stored == "f32" {
-        let probes = probes(&model)?;
+    let probes = if can && stored == "f32" { Some(probes(&model)?) } else { None };
+    if let Some(probes) = &probes {
         if options.optimise {
-            report.simplified = Some(simplify(&mut model, &probes)?);
+            report.simplified = Some(simplify(&mut model, probes)?);
         }
         if options.portable {
-            report.portable = portable::portable(&mut model, &probes)?;
+            report.portable = portable::portable(&mut model, probes)?;
         }
     }
     if let Some(target) = options.opset {
         opset::convert(&mut model, target)?;
     }
     report.opset = edit::opset(&model);
+    if let Some(probes) = probes.as_ref().filter(|_| options.optimise && options.raise != Raise::None) {
+        report.raised = Some(raised::write(&mut model, options.raise, probes)?);
+    }
     if options.portable {
         report.not_portable = model.graph.as_ref().map_or_else(Vec::new, portable::left_over);
     }
@@ -185,6 +200,14 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
         Precision::Int8 => {
             let inputs = calibration()?;
             report.int8 = Some(quantise(&mut model, options.int8_limit, &inputs)?);
+        }
+        Precision::Int8Dynamic => {
+            let inputs = calibration()?;
+            report.int8 = Some(int8_dynamic::quantise(&mut model, options.int8_limit, &inputs)?);
+            report.warnings.push(
+                "activations are quantised with one scale for a whole batch: an image changes a little with those beside it"
+                    .into(),
+            );
         }
     }
     if options.image {
@@ -234,7 +257,7 @@ fn check(
         Precision::F32 => (TOLERANCE, true),
         Precision::Fp16 => (2e-2, false),
         Precision::Bf16 => (2e-1, false),
-        Precision::Int8 => (options.int8_limit, false),
+        Precision::Int8 | Precision::Int8Dynamic => (options.int8_limit, false),
     };
     if !(max_abs <= limit * size) {
         let what =

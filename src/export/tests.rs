@@ -176,3 +176,200 @@ fn weights_that_eight_bits_do_not_hold_stay() {
     assert!(q.tensors == 1 && q.max_abs < all.max_abs && count(&after, "DequantizeLinear") == 1, "{q:?} {all:?}");
     assert!(q.kept.iter().any(|(_, why)| why.contains("would be off by more than")), "{q:?}");
 }
+
+/// Norms, GELUs and attention as exporters write them, on images of 8x4x4, without a native operator.
+fn chains(opset: i64) -> ModelProto {
+    let ints = |name: &str, v: &[i64]| initializer(name, &HostTensor::vec(v));
+    let with = |mut n: crate::onnx::NodeProto, attributes: Vec<crate::onnx::AttributeProto>| {
+        n.attribute = attributes;
+        n
+    };
+    let mean = |x: &str, y: &str| {
+        let mut n = node("ReduceMean", &[x], y);
+        match opset {
+            18.. => n.input.push("last".into()),
+            _ => n.attribute.push(edit::ints_attribute("axes", &[-1])),
+        }
+        n
+    };
+    let graph = GraphProto {
+        node: vec![
+            // GroupNorm of two groups, as PyTorch's exporters have it.
+            node("Reshape", &["noise", "two"], "grouped"),
+            with(
+                node("InstanceNormalization", &["grouped", "ones", "zeros"], "normal"),
+                vec![edit::float_attribute("epsilon", 1e-3)],
+            ),
+            node("Reshape", &["normal", "image"], "joined"),
+            node("Mul", &["joined", "gn_scale"], "gn_scaled"),
+            node("Add", &["gn_scaled", "gn_bias"], "gn"),
+            node("Reshape", &["gn", "rows"], "x"),
+            // LayerNorm with scale and bias.
+            mean("x", "mean"),
+            node("Sub", &["x", "mean"], "centred"),
+            node("Mul", &["centred", "centred"], "squares"),
+            mean("squares", "variance"),
+            node("Add", &["variance", "epsilon"], "shifted"),
+            node("Sqrt", &["shifted"], "deviation"),
+            node("Div", &["centred", "deviation"], "ln_plain"),
+            node("Mul", &["ln_plain", "ln_scale"], "ln_scaled"),
+            node("Add", &["ln_scaled", "ln_bias"], "ln"),
+            // The exact GELU, then the one by tanh.
+            node("Div", &["ln", "root_two"], "g0"),
+            node("Erf", &["g0"], "g1"),
+            node("Add", &["g1", "one"], "g2"),
+            node("Mul", &["ln", "g2"], "g3"),
+            node("Mul", &["g3", "half"], "gelu"),
+            node("Pow", &["gelu", "three"], "t0"),
+            node("Mul", &["t0", "cubic"], "t1"),
+            node("Add", &["gelu", "t1"], "t2"),
+            node("Mul", &["t2", "root"], "t3"),
+            node("Tanh", &["t3"], "t4"),
+            node("Add", &["t4", "one"], "t5"),
+            node("Mul", &["gelu", "t5"], "t6"),
+            node("Mul", &["t6", "half"], "tanh_gelu"),
+            // RMSNorm whose scale differs from row to row: it stays behind the norm.
+            node("Mul", &["tanh_gelu", "tanh_gelu"], "r0"),
+            mean("r0", "r1"),
+            node("Add", &["r1", "epsilon"], "r2"),
+            node("Sqrt", &["r2"], "r3"),
+            node("Div", &["tanh_gelu", "r3"], "r4"),
+            node("Mul", &["r4", "rms_scale"], "rms"),
+            // Attention of one head with a mask, keys turned for the product, the scale on both.
+            node("Mul", &["rms", "quarter"], "q"),
+            with(node("Transpose", &["x"], "turned"), vec![edit::ints_attribute("perm", &[0, 2, 1])]),
+            node("Mul", &["turned", "half"], "k"),
+            node("MatMul", &["q", "k"], "scores"),
+            node("Add", &["scores", "mask"], "masked"),
+            with(node("Softmax", &["masked"], "weights"), vec![edit::int_attribute("axis", -1)]),
+            node("MatMul", &["weights", "x"], "attended"),
+            node("Reshape", &["attended", "image"], "sample"),
+        ],
+        initializer: vec![
+            ints("two", &[0, 2, -1]),
+            ints("image", &[-1, 8, 4, 4]),
+            ints("rows", &[-1, 8, 16]),
+            ints("last", &[-1]),
+            initializer("ones", &HostTensor::vec(&[1f32; 2])),
+            initializer("zeros", &HostTensor::vec(&[0f32; 2])),
+            initializer("gn_scale", &weights(&[8, 1, 1], 1)),
+            initializer("gn_bias", &weights(&[1, 8, 1, 1], 2)),
+            initializer("ln_scale", &weights(&[16], 3)),
+            initializer("ln_bias", &weights(&[1, 1, 16], 4)),
+            initializer("rms_scale", &weights(&[8, 1], 5)),
+            initializer("mask", &weights(&[8, 8], 6)),
+            initializer("epsilon", &HostTensor::scalar(1e-6f32)),
+            initializer("root_two", &HostTensor::scalar(std::f32::consts::SQRT_2)),
+            initializer("one", &HostTensor::scalar(1f32)),
+            initializer("half", &HostTensor::scalar(0.5f32)),
+            initializer("quarter", &HostTensor::scalar(0.25f32)),
+            initializer("three", &HostTensor::scalar(3f32)),
+            initializer("cubic", &HostTensor::scalar(0.044715f32)),
+            initializer("root", &HostTensor::scalar(std::f32::consts::FRAC_2_PI.sqrt())),
+        ],
+        input: vec![value("noise", DType::F32, &["batch", "8", "4", "4"])],
+        output: vec![value("sample", DType::F32, &["batch", "8", "4", "4"])],
+        ..GraphProto::default()
+    };
+    let mut made = decode(&model(graph, METADATA)).unwrap();
+    made.opset_import[0].version = Some(opset);
+    made.ir_version = Some(10);
+    made
+}
+
+#[test]
+fn chains_are_written_as_the_operators_that_they_are() {
+    use raised::Raise;
+    let operators = |opset: i64, raise: Raise| {
+        let before = chains(opset);
+        let expected = sample(&before, EngineKind::Ort);
+        let (after, report) = ship(before, &ShipOptions { raise, ..ShipOptions::default() }).unwrap();
+        for engine in [EngineKind::Ort, EngineKind::Tract] {
+            let error = worst(&sample(&after, engine), &expected);
+            assert!(error < 1e-5, "{engine:?}, opset {opset}, {raise:?}: {error}");
+        }
+        let written = report.raised.unwrap_or_default();
+        for (operator, n) in &written.operators {
+            assert_eq!(count(&after, operator), *n, "{operator} at opset {opset}");
+        }
+        (written, after)
+    };
+    let names = |w: &raised::Written| w.operators.iter().map(|(o, n)| format!("{o} {n}")).collect::<Vec<_>>();
+    let (all, after) = operators(23, Raise::All);
+    let every = ["Attention 1", "Gelu 2", "GroupNormalization 1", "LayerNormalization 1", "RMSNormalization 1"];
+    assert_eq!(names(&all), every, "{all:?}");
+    assert!(all.kept.is_empty(), "{all:?}");
+    for gone in ["InstanceNormalization", "Softmax", "Erf", "Tanh", "ReduceMean", "MatMul"] {
+        assert_eq!(count(&after, gone), 0, "{gone}");
+    }
+    let (auto, _) = operators(23, Raise::Auto);
+    assert_eq!(names(&auto), ["Gelu 1", "LayerNormalization 1"], "{auto:?}");
+    let left: Vec<&str> = auto.kept.iter().map(|c| c.operator.as_str()).collect();
+    assert_eq!(left.len(), 4, "{auto:?}");
+    assert!(auto.kept.iter().any(|c| c.reason.contains("OpenCV 5 computes the exact Gelu")), "{auto:?}");
+    let (old, _) = operators(17, Raise::All);
+    assert_eq!(names(&old), ["LayerNormalization 1"], "{old:?}");
+    assert!(old.kept.iter().any(|c| c.reason == "Attention exists since opset 23, this is 17"), "{old:?}");
+    let (none, after) = operators(23, Raise::None);
+    assert!(none.operators.is_empty() && count(&after, "Erf") == 1 && count(&after, "Softmax") == 1);
+}
+
+/// Two products with a bias and a convolution, images of 8x6x6.
+fn products() -> ModelProto {
+    let mut conv = node("Conv", &["noise", "kernel", "conv_bias"], "conv");
+    conv.attribute.push(edit::ints_attribute("pads", &[1, 1, 1, 1]));
+    let mut gemm = node("Gemm", &["flat", "turned", "gemm_bias"], "gemm");
+    gemm.attribute.push(edit::int_attribute("transB", 1));
+    let graph = GraphProto {
+        node: vec![
+            conv,
+            node("Relu", &["conv"], "relu"),
+            node("Flatten", &["relu"], "flat"),
+            gemm,
+            node("MatMul", &["gemm", "square"], "product"),
+            node("Reshape", &["product", "target"], "sample"),
+        ],
+        initializer: vec![
+            initializer("kernel", &weights(&[16, 8, 3, 3], 1)),
+            initializer("conv_bias", &weights(&[16], 2)),
+            initializer("turned", &weights(&[48, 576], 3)),
+            initializer("gemm_bias", &weights(&[48], 4)),
+            initializer("square", &weights(&[48, 288], 5)),
+            initializer("target", &HostTensor::vec(&[-1i64, 8, 6, 6])),
+        ],
+        input: vec![value("noise", DType::F32, &["batch", "8", "6", "6"])],
+        output: vec![value("sample", DType::F32, &["batch", "8", "6", "6"])],
+        ..GraphProto::default()
+    };
+    decode(&model(graph, &[METADATA[0], ("disback.range", "[-10000.0, 10000.0]")])).unwrap()
+}
+
+#[test]
+fn products_and_convolutions_are_computed_in_eight_bits() {
+    let before = products();
+    let expected = sample(&before, EngineKind::Ort);
+    let size = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let options = ShipOptions { precision: Precision::Int8Dynamic, int8_limit: 1e9, ..ShipOptions::default() };
+    let (after, report) = ship(before.clone(), &options).unwrap();
+    let all = report.int8.unwrap();
+    assert_eq!((count(&after, "ConvInteger"), count(&after, "MatMulInteger"), all.tensors), (1, 2, 3), "{all:?}");
+    assert_eq!(count(&after, "Conv") + count(&after, "Gemm") + count(&after, "MatMul"), 0);
+    assert_eq!(crate::runtime::student::metadata(&after)["student.precision"], "int8-dynamic");
+    assert!(report.warnings.iter().any(|w| w.contains("one scale for a whole batch")), "{:?}", report.warnings);
+    let (ort, tract) = (sample(&after, EngineKind::Ort), sample(&after, EngineKind::Tract));
+    // Three roundings to 8 bits in a row: a few per cent; the engines round alike.
+    let error = worst(&ort, &expected) / size;
+    assert!(error > 1e-5 && error < 0.1, "{error}");
+    assert!(worst(&ort, &tract) < 1e-3 * size, "{}", worst(&ort, &tract));
+    // A tighter limit keeps the worst node in f32 and says so; none at all is an error.
+    let tighter = ShipOptions { int8_limit: all.max_abs * 0.9, ..options.clone() };
+    let (after, report) = ship(before.clone(), &tighter).unwrap();
+    let some = report.int8.unwrap();
+    assert!(some.tensors < 3 && some.max_abs < all.max_abs, "{some:?}");
+    assert_eq!(count(&after, "ConvInteger") + count(&after, "MatMulInteger"), some.tensors);
+    assert!(
+        some.kept.iter().any(|(node, why)| node.contains("node `") && why.contains("in 8 bits its result moves by"))
+    );
+    let e = ship(before, &ShipOptions { int8_limit: 1e-9, ..options }).unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("8 bits move the sample by more than"), "{e}");
+}

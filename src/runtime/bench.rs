@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::student::{ConditionKind, Request, Student};
+use super::student::{Request, Student};
 use super::{Dim, EngineOptions};
 use crate::diffusion::{Sampler, TeacherOnEngine, TeacherRequest};
 use crate::error::{Error, Result};
-use crate::noise::batch_noise;
 use crate::tensor::HostTensor;
 
 /// Calls that do not count, before those that do.
@@ -110,7 +109,7 @@ pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64
         {
             return Err(Error::usage(format!("--batch {batch}: the student's batch is fixed at {n}")));
         }
-        let request = Request { batch, embeddings: embeddings(&student, batch)?, ..Request::default() };
+        let request = Request { batch, embeddings: student.info().random_rows(1, batch)?, ..Request::default() };
         let inputs = student.inputs(&request, 0, batch)?;
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let engine = student.engine_name();
@@ -178,24 +177,6 @@ pub fn teacher(
         runs: times.len(),
         peak_mib: peak_mib(),
     })
-}
-
-/// Random rows for conditions that are no classes.
-fn embeddings(student: &Student, batch: usize) -> Result<Vec<(String, HostTensor)>> {
-    let mut out = Vec::new();
-    for condition in student.info().conditions.iter().filter(|c| c.kind == ConditionKind::Embedding) {
-        let dims = condition.input.shape.iter().skip(1).map(|d| match d {
-            Dim::Fixed(n) => Ok(*n),
-            Dim::Symbol(_) => {
-                Err(Error::unsupported(format!("the size of condition {} is not fixed", condition.input)))
-            }
-        });
-        let mut shape = vec![batch];
-        shape.extend(dims.collect::<Result<Vec<_>>>()?);
-        let size = shape[1..].iter().product();
-        out.push((condition.input.name.clone(), HostTensor::new(&shape, &batch_noise(1, 0, batch, size))?));
-    }
-    Ok(out)
 }
 
 #[cfg(test)]

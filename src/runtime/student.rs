@@ -154,6 +154,22 @@ impl StudentInfo {
         self.conditions.iter().filter(|c| c.kind == ConditionKind::Embedding)
     }
 
+    /// Stand-ins for the rows that the caller would bring: normal numbers, ones for integers; 77 where a size is left free,
+    /// the length of CLIP's texts.
+    pub fn random_rows(&self, seed: u64, count: usize) -> Result<Vec<(String, HostTensor)>> {
+        let make = |(k, c): (usize, &Condition)| {
+            let row = c.input.shape.iter().skip(1).map(|d| if let Dim::Fixed(n) = d { *n } else { 77 });
+            let shape: Vec<usize> = std::iter::once(count).chain(row).collect();
+            let len = shape[1..].iter().product();
+            let rows = match c.input.dtype.is_float() {
+                true => HostTensor::new(&shape, &batch_noise(seed ^ 0xe6bd, k as u64 * 1_000_003, count, len))?,
+                false => HostTensor::new(&shape, &vec![1i64; count * len])?,
+            };
+            Ok((c.input.name.clone(), rows.cast(c.input.dtype)))
+        };
+        self.embeddings().enumerate().map(make).collect()
+    }
+
     /// Number of classes, where a condition is a class.
     pub fn classes(&self) -> Option<usize> {
         self.conditions.iter().find_map(|c| match c.kind {

@@ -95,7 +95,7 @@ fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &
         let end = Instant::now() + limits.wait;
         while images < limits.batch {
             match waiting.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(job) if images + job.count > limits.batch => {
+                Ok(job) if images + job.count > limits.batch || !alike(&batch[0], &job) => {
                     held = Some(job);
                     break;
                 }
@@ -129,6 +129,11 @@ fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &
             }
         }
     }
+}
+
+/// Whether two requests can share a call: rows of one size (conditions may leave theirs free).
+fn alike(a: &Job, b: &Job) -> bool {
+    a.inputs.iter().zip(&b.inputs).all(|((_, s), (_, t))| s.shape().get(1..) == t.shape().get(1..))
 }
 
 /// One call for all: inputs joined by rows.

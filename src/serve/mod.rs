@@ -1,6 +1,7 @@
 //! A student behind HTTP: `/sample`, `/health`, `/metrics`. What a team puts behind its balancer.
 
 mod batcher;
+mod body;
 mod metrics;
 
 use std::net::SocketAddr;
@@ -26,6 +27,7 @@ use crate::runtime::student::{Request, Student, StudentInfo};
 use crate::tensor::HostTensor;
 
 use batcher::{Batcher, Limits, Refused};
+use body::Given;
 use metrics::Metrics;
 
 /// How to serve.
@@ -57,9 +59,8 @@ struct Service {
 pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
     // A student that cannot run should not become healthy; the first caller should not wait for what is made once.
     let info = student.info().clone();
-    if info.embeddings().next().is_none() {
-        student.sample(&Request { batch: 1, ..Request::default() }, 0, 1)?;
-    }
+    let warm_up = Request { batch: 1, embeddings: info.random_rows(0, 1)?, ..Request::default() };
+    student.sample(&warm_up, 0, 1)?;
     let engine = student.engine_name();
     let metrics = Arc::new(Metrics::new(engine.clone()));
     let limits = Limits { batch: options.batch, wait: options.wait, queue: options.queue };
@@ -104,8 +105,10 @@ async fn stopped() {
 
 async fn health(State(s): State<Arc<Service>>) -> Response {
     let [c, h, w] = s.info.shape;
+    let conditions: serde_json::Map<String, serde_json::Value> =
+        s.info.embeddings().map(|c| (c.input.name.clone(), json!(body::wanted(&c.input)))).collect();
     let body = json!({ "status": "ok", "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": [c, h, w],
-        "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "range": s.info.range,
+        "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "conditions": conditions, "range": s.info.range,
         "max_images": s.options.batch, "max_body_bytes": s.options.body });
     answer(StatusCode::OK, "application/json", body.to_string().into_bytes())
 }
@@ -136,7 +139,8 @@ struct Wanted {
     format: Option<String>,
 }
 
-/// `GET` draws the noise from the seed; `POST` takes it from the body, a .npy of f32 `[n, C, H, W]`.
+/// `GET` draws the noise from the seed; `POST` may bring it, and brings rows for conditions that are no classes: see
+/// [`body::Given`].
 async fn sample(
     State(s): State<Arc<Service>>,
     headers: HeaderMap,
@@ -195,12 +199,13 @@ fn wanted(
     let classes = classes
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|_| bad(&format!("classes={}: expected numbers by commas", w.classes)))?;
-    let noise = if body.is_empty() { None } else { Some(given(&body, &s.info).map_err(|e| bad(&e.to_string()))?) };
-    let count = match (&noise, w.n) {
-        (Some(t), Some(n)) if n != t.shape()[0] => {
-            return Err(bad(&format!("n={n}, but the body holds noise for {} images", t.shape()[0])));
+    let given = Given::read(&body, &s.info, s.options.body).map_err(|e| bad(&e.to_string()))?;
+    let count = match (given.count().map_err(|e| bad(&e.to_string()))?, w.n) {
+        (Some(held), Some(n)) if n != held => {
+            let what = if given.noise.is_some() { "noise" } else { "rows" };
+            return Err(bad(&format!("n={n}, but the body holds {what} for {held} images")));
         }
-        (Some(t), _) => t.shape()[0],
+        (Some(held), _) => held,
         (None, n) => n.unwrap_or(1),
     };
     if count == 0 {
@@ -210,35 +215,32 @@ fn wanted(
         let text = format!("{count} images in one request, at most {} are made", s.options.batch);
         return Err(failure(StatusCode::PAYLOAD_TOO_LARGE, &text));
     }
-    if s.info.embeddings().next().is_some() {
-        return Err(failure(
-            StatusCode::NOT_IMPLEMENTED,
-            "the student wants embedding rows, which this service does not take",
-        ));
+    if let Some(missing) = s.info.embeddings().find(|c| !given.rows.iter().any(|(n, _)| *n == c.input.name)) {
+        return Err(bad(&format!(
+            "the student wants rows for its condition `{}`, {}: POST an .npz archive or a JSON object with an array of that name",
+            missing.input.name,
+            body::wanted(&missing.input)
+        )));
     }
-    let request = Request { seed: w.seed, classes, embeddings: Vec::new(), batch: s.options.batch };
+    let request = Request { seed: w.seed, classes, embeddings: given.rows.clone(), batch: s.options.batch };
     let made = Student::inputs_of(&s.info, &request, w.index, count);
     let mut inputs = made.map_err(|e| match e.kind() {
         Kind::Usage | Kind::Mismatch => bad(&e.to_string()),
         _ => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
     })?;
-    if let (Some(t), Some(first)) = (noise, inputs.first_mut()) {
-        first.1 = t;
+    for (name, input) in &mut inputs {
+        if name == "noise" {
+            if let Some(noise) = &given.noise {
+                input.clone_from(noise);
+            }
+        } else if let Some((_, rows)) =
+            given.rows.iter().find(|(n, _)| n == name).filter(|(_, t)| t.shape()[0] == count)
+        {
+            // Rows are for the images of this request, whichever numbers of the seed these have.
+            input.clone_from(rows);
+        }
     }
     Ok((inputs, count, npy))
-}
-
-/// Noise from a body, checked.
-fn given(body: &Bytes, info: &StudentInfo) -> Result<HostTensor> {
-    let t = npy::read_from(body.as_ref()).map_err(|e| e.context("the body is no .npy array of noise"))?;
-    let [c, h, w] = info.noise_shape;
-    if t.rank() != 4 || t.shape()[1..] != [c, h, w] || !t.dtype().is_float() || t.is_empty() {
-        return Err(Error::mismatch(format!("noise of {}{:?}, expected f32[n, {c}, {h}, {w}]", t.dtype(), t.shape())));
-    }
-    if t.to_f32().iter().any(|v| !v.is_finite()) {
-        return Err(Error::mismatch("the noise holds NaN or infinity"));
-    }
-    Ok(t.cast(info.noise.dtype))
 }
 
 fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<Response> {

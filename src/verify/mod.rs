@@ -87,6 +87,8 @@ pub fn tolerance_of(precision: &str) -> f64 {
     match precision {
         "fp16" => 2e-2,
         "bf16" => 2e-1,
+        // Where two engines round an activation to different sides, a step of 8 bits lies between them.
+        "int8-dynamic" => 2e-2,
         // Weights are 8-bit, arithmetic is f32: engines agree as in f32. Against the run's weights it is the limit of export.
         _ => 1e-4,
     }
@@ -125,7 +127,7 @@ pub fn verify(
         _ => options.images,
     };
     let mut request = Request { seed: options.seed, batch: images, ..Request::default() };
-    request.embeddings = rows(&info, images)?;
+    request.embeddings = info.random_rows(11, images)?;
     let precision = info.metadata.get("student.precision").cloned().unwrap_or_else(|| "f32".into());
 
     let mut ran: Vec<(String, String, bool, Result<HostTensor>)> = Vec::new();
@@ -143,12 +145,17 @@ pub fn verify(
             let samples = student.sample(&request, 0, images)?;
             Ok((student.engine_name(), samples))
         };
-        // No engine here computes in bf16 on the CPU; that is known, and no defect of the file.
+        // Neither ONNX Runtime 1.32 nor tract 0.23 computes in bf16 on the CPU (OpenVINO and libtorch do): no defect of the
+        // file.
         let required = precision != "bf16";
         match run() {
             Ok((full, samples)) => {
                 let version = full.split_whitespace().nth(1).unwrap_or_default().to_owned();
                 ran.push((name.into(), version, required, Ok(samples)));
+            }
+            Err(e) if !required => {
+                let e = e.context("there is no bf16 on the CPU in this engine");
+                ran.push((name.into(), String::new(), required, Err(e)));
             }
             Err(e) => ran.push((name.into(), String::new(), required, Err(e))),
         }
@@ -178,7 +185,7 @@ pub fn verify(
     let expected = reference.samples.to_f32();
     let size = expected.iter().fold(1f64, |m, v| m.max(f64::from(v.abs())));
     let base = match (precision.as_str(), reference.original_weights) {
-        ("int8", true) => 1e-1,
+        ("int8" | "int8-dynamic", true) => 1e-1,
         (p, _) => tolerance_of(p),
     };
     let tolerance = options.tolerance.unwrap_or(base) * size;
@@ -240,18 +247,4 @@ fn by_engine(engines: &[EngineResult]) -> Checked {
         }
         None => Checked { ok: false, by: "no engine".into(), error: engines.iter().find_map(|e| e.error.clone()) },
     }
-}
-
-/// Normal rows for conditions that the caller would bring.
-fn rows(info: &StudentInfo, count: usize) -> Result<Vec<(String, HostTensor)>> {
-    info.embeddings()
-        .map(|c| {
-            let row: Vec<usize> =
-                c.input.shape.iter().skip(1).map(|d| if let Dim::Fixed(n) = d { *n } else { 77 }).collect();
-            let len = row.iter().product();
-            let shape: Vec<usize> = std::iter::once(count).chain(row).collect();
-            let values = crate::noise::batch_noise(11, 0, count, len);
-            Ok((c.input.name.clone(), HostTensor::new(&shape, &values)?))
-        })
-        .collect()
 }

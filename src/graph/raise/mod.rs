@@ -82,5 +82,21 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
     report
 }
 
+/// The chains of norms, GELU and attention alone, of a graph that is not trained: what `export` writes as ONNX's own
+/// operators. Activations that ONNX has no operator for in most operator sets, and transposes, stay as they are.
+pub(crate) fn raise_for_export(graph: &mut Graph) {
+    let mut report = Report::default();
+    let trained = HashSet::new();
+    casts::simplify(graph, &mut report);
+    repeats::merge(graph, &trained, &mut report);
+    let activations = activation::rules().into_iter().filter(|r| r.name == "Gelu");
+    for rule in activations.chain(norm::rules()).chain(attention::rules()) {
+        rule::exhaust(graph, &trained, &rule, &mut report);
+    }
+    for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
+        node.op = norm::final_name(node).to_owned();
+    }
+}
+
 /// Operators of the `disback` domain that stand for a chain of the file.
 const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "Attention"];

@@ -1,0 +1,139 @@
+//! Students of the corpus: each network with a card that fits it, in every form that `export` writes of it, in ONNX Runtime
+//! and tract.
+
+use std::path::Path;
+
+use disback::export::raised::Raise;
+use disback::export::{self, Precision, ShipOptions, StudentOptions, evaluate};
+use disback::graph::save;
+use disback::runtime::{self, EngineKind, EngineOptions};
+use disback::teacher::Teacher;
+use disback::tensor::HostTensor;
+use tch::Device;
+
+use crate::exporter::Exporter;
+
+/// A card for the case's network, as `--card` takes it; `None` for what is no teacher: autoencoders, text encoders, and
+/// networks whose sample is no image (Flux takes its latents as rows of tokens).
+pub fn card(case: &str) -> Option<Vec<String>> {
+    let vp = "schedule={ kind = \"vp\", betas = \"linear\", beta_start = 0.0001, beta_end = 0.02, steps = 1000 }";
+    let edm = "schedule={ kind = \"edm\" }";
+    let step = ["time=timestep", "time_unit=step", "prediction=epsilon", vp];
+    let rows = |name: &str, shape: &str| format!("conditions.{name}={{ kind = \"embedding\", shape = {shape} }}");
+    let (common, own): (&[&str], Vec<String>) = match case.split('-').next()? {
+        "unet2d" => (&step, vec!["sample=sample".into(), "shape=[3, 8, 8]".into(), classes("class_labels", 5)]),
+        "ncsnpp" => (
+            &["time=timestep", "time_unit=sigma", "prediction=denoised", edm],
+            vec!["sample=sample".into(), "shape=[3, 8, 8]".into()],
+        ),
+        "sd" => {
+            (&step, vec!["sample=sample".into(), "shape=[4, 8, 8]".into(), rows("encoder_hidden_states", "[5, 12]")])
+        }
+        "sdxl" => (
+            &step,
+            vec![
+                "sample=sample".into(),
+                "shape=[4, 8, 8]".into(),
+                rows("encoder_hidden_states", "[5, 12]"),
+                rows("text_embeds", "[10]"),
+                rows("time_ids", "[6]"),
+                rows("encoder_attention_mask", "[5]"),
+            ],
+        ),
+        "dit" => (&step, vec!["sample=hidden_states".into(), "shape=[4, 8, 8]".into(), classes("class_labels", 10)]),
+        "sd3" => (
+            &["time=timestep", "time_unit=thousand", "prediction=flow", "schedule={ kind = \"flow\" }"],
+            vec![
+                "sample=hidden_states".into(),
+                "shape=[4, 8, 8]".into(),
+                rows("encoder_hidden_states", "[5, 12]"),
+                rows("pooled_projections", "[10]"),
+            ],
+        ),
+        "pixart" => (
+            &step,
+            vec![
+                "sample=hidden_states".into(),
+                "shape=[4, 8, 8]".into(),
+                rows("encoder_hidden_states", "[6, 12]"),
+                rows("encoder_attention_mask", "[6]"),
+            ],
+        ),
+        "edm" => (
+            &["time=sigma", "time_unit=sigma", "prediction=denoised", edm],
+            vec![
+                "sample=x".into(),
+                "output=denoised".into(),
+                "shape=[3, 8, 8]".into(),
+                "conditions.class_labels={ kind = \"one-hot\", classes = 4 }".into(),
+            ],
+        ),
+        "edm_ncsnpp" => (
+            &["time=sigma", "time_unit=sigma", "prediction=denoised", edm],
+            vec!["sample=x".into(), "output=denoised".into(), "shape=[3, 8, 8]".into()],
+        ),
+        _ => return None,
+    };
+    let mut all: Vec<String> = common.iter().map(|s| (*s).to_owned()).collect();
+    if !own.iter().any(|e| e.starts_with("output=")) {
+        all.push("output=out_sample".into());
+    }
+    all.extend(own);
+    Some(all)
+}
+
+fn classes(name: &str, n: usize) -> String {
+    format!("conditions.{name}={{ kind = \"class-index\", classes = {n} }}")
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+/// The student of a case, plain, with every raised operator that its operator set has, and in f16.
+pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), String> {
+    let folder = exporter.case(name)?;
+    let teacher = Teacher::load(&folder.join("model.onnx"), card, Default::default(), Device::Cpu).map_err(text)?;
+    // A low noise level keeps the skip path from hiding the network.
+    let flow = name.starts_with("sd3");
+    let options =
+        StudentOptions { method: "test".into(), sigma_init: (!flow).then_some(2.0), ..StudentOptions::default() };
+    let student = export::student(&teacher.network, teacher.network.params(), &teacher.card.card, &options);
+    let student = student.map_err(text)?;
+    let seen = [evaluate::student_inputs(&student, 5, 3).map_err(text)?];
+    let expected = evaluate::samples(&student, &seen).map_err(text)?.remove(0);
+    let size = expected.to_f32().iter().fold(1f32, |m, v| m.max(v.abs()));
+    let forms = [
+        ("plain", ShipOptions { optimise: false, portable: false, ..ShipOptions::default() }, 1e-4),
+        ("f32", ShipOptions::default(), 1e-4),
+        ("raised", ShipOptions { raise: Raise::All, ..ShipOptions::default() }, 1e-4),
+        ("fp16", ShipOptions { precision: Precision::Fp16, ..ShipOptions::default() }, 2e-2),
+    ];
+    for (form, options, tolerance) in forms {
+        // f16 teachers are rounded in other places once their graph is folded.
+        let tolerance = if name.contains("-half-") || name.contains("-converted-") { 2e-2 } else { tolerance };
+        let (model, report) = export::ship(student.clone(), &options).map_err(|e| format!("{form}: {e}"))?;
+        let path = folder.join(format!("student-{form}.onnx"));
+        save::write(&model, &path).map_err(text)?;
+        for engine in [EngineKind::Ort, EngineKind::Tract] {
+            let found = run(&path, engine, &seen[0]).map_err(|e| format!("{form} in {engine:?}: {e}"))?;
+            let error = evaluate::max_abs(&found, &expected);
+            println!("student-{name} {form} {engine:?}: {error:.1e} of {size:.1}");
+            if !(error <= tolerance * f64::from(size)) {
+                return Err(format!("{form} in {engine:?}: off by {error:.1e} where values reach {size:.1}"));
+            }
+        }
+        if let Some(r) = report.raised.filter(|r| form == "raised" && !(r.operators.is_empty() && r.kept.is_empty())) {
+            println!("student-{name}: raised {:?}, kept {:?}", r.operators, r.kept);
+        }
+    }
+    Ok(())
+}
+
+fn run(path: &Path, engine: EngineKind, inputs: &[(String, HostTensor)]) -> Result<HostTensor, String> {
+    let options = EngineOptions { engine, ..EngineOptions::default() };
+    let mut engine = runtime::open(path, &options).map_err(text)?;
+    let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let outputs = engine.run(&named).map_err(text)?;
+    outputs.into_iter().find(|(n, _)| n == "sample").map(|(_, t)| t).ok_or_else(|| "no output `sample`".into())
+}
