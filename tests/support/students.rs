@@ -9,6 +9,7 @@ use disback::graph::save;
 use disback::runtime::{self, EngineKind, EngineOptions};
 use disback::teacher::Teacher;
 use disback::tensor::HostTensor;
+use disback::torch::Forward;
 use tch::Device;
 
 use crate::exporter::Exporter;
