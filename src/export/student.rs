@@ -1,6 +1,8 @@
 //! The one-step student as ONNX: `noise` and the teacher's conditions in, `sample` out; preconditioning inside, sigma folded
 //! away.
 
+use std::collections::HashMap;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Coefficients, Conversion, Layout, StudentStart, TeacherCard};
@@ -76,6 +78,17 @@ fn port<'a>(net: &'a Network, name: &str) -> Result<&'a Port> {
     net.inputs().iter().find(|p| p.name == name).ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
 }
 
+/// Element types of the graph's inputs and outputs as the file has them.
+fn declared_types(model: &ModelProto) -> HashMap<String, DType> {
+    use crate::onnx::type_proto::Value;
+    let values = model.graph.iter().flat_map(|g| g.input.iter().chain(&g.output));
+    let typed = values.filter_map(|v| match v.r#type.as_ref()?.value.as_ref()? {
+        Value::TensorType(t) => Some((v.name().to_owned(), DType::from_onnx(t.elem_type()).ok()?)),
+        _ => None,
+    });
+    typed.collect()
+}
+
 fn build(
     net: &Network,
     params: &ParamSet,
@@ -88,7 +101,10 @@ fn build(
     let opset = edit::opset(&model);
     let x = port(net, &card.sample)?;
     let t = port(net, &card.time)?;
-    let x_dtype = x.dtype.unwrap_or(DType::F32);
+    // What the file declares: a network of f16 is trained in f32, and its ports say so.
+    let declared = declared_types(&model);
+    let dtype_of = |p: &Port| declared.get(&p.name).copied().or(p.dtype).unwrap_or(DType::F32);
+    let x_dtype = dtype_of(x);
     let graph = model.graph.as_mut().ok_or_else(|| Error::invalid("the model holds no graph"))?;
     graph.value_info.clear();
     // Our names must be free: `sample` is what diffusers calls its input.
@@ -146,7 +162,7 @@ fn build(
     let filled = |p: &Port, value: f64| -> Result<HostTensor> {
         let shape: Vec<usize> = p.dims().unwrap_or_default().into_iter().map(|d| d.unwrap_or(1)).collect();
         let len = shape.iter().product();
-        Ok(HostTensor::new(&shape, &vec![value; len])?.cast(p.dtype.unwrap_or(DType::F32)))
+        Ok(HostTensor::new(&shape, &vec![value; len])?.cast(dtype_of(p)))
     };
     let time_value = filled(t, start.coefficients.time)?;
     let expandable = t.dims().is_some_and(|d| d.first() == Some(&None));
@@ -175,7 +191,7 @@ fn build(
     // F -> f32 -> layout -> skip x_net + out F -> clip
     let mut after = Vec::new();
     let mut out = f_name;
-    let f_dtype = net.outputs().iter().find(|p| p.name == card.output).and_then(|p| p.dtype).unwrap_or(x_dtype);
+    let f_dtype = net.outputs().iter().find(|p| p.name == card.output).map_or(x_dtype, dtype_of);
     if f_dtype != DType::F32 {
         let mut n = node("Cast", &[&out], "disback/f_cast");
         n.attribute.push(edit::int_attribute("to", i64::from(DType::F32.to_onnx())));
