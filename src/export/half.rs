@@ -93,9 +93,10 @@ pub fn to_half(model: &mut ModelProto, dtype: DType, keep: &[String], calibratio
 }
 
 /// Gemm as MatMul and Add: tract 0.23 takes no Gemm whose scalars (f32 by definition) meet f16 operands; engines that have a
-/// faster Gemm fuse the pair again.
-pub(super) fn gemm_as_matmul(model: &mut ModelProto) -> Result<()> {
-    let Some(graph) = model.graph.as_mut() else { return Ok(()) };
+/// faster Gemm fuse the pair again. Returns how many there were.
+pub(super) fn gemm_as_matmul(model: &mut ModelProto) -> Result<usize> {
+    let Some(graph) = model.graph.as_mut() else { return Ok(0) };
+    let mut count = 0;
     let index: HashMap<String, usize> =
         graph.initializer.iter().enumerate().map(|(i, t)| (t.name().to_owned(), i)).collect();
     let mut taken = edit::value_names(graph);
@@ -122,6 +123,7 @@ pub(super) fn gemm_as_matmul(model: &mut ModelProto) -> Result<()> {
         let result = n.output[0].clone();
         let bias = n.input.get(2).filter(|c| !c.is_empty());
         let product = if bias.is_some() { name(format!("{result}/product")) } else { result.clone() };
+        count += 1;
         let mut first = edit::node("MatMul", &[&n.input[0], &b], &product);
         first.name.clone_from(&n.name);
         out.push(first);
@@ -133,7 +135,7 @@ pub(super) fn gemm_as_matmul(model: &mut ModelProto) -> Result<()> {
     }
     graph.node = out;
     edit::remove_dead(graph);
-    Ok(())
+    Ok(count)
 }
 
 /// A matrix with rows and columns exchanged.

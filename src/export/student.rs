@@ -41,15 +41,19 @@ pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &S
     let reference = Reference { net: &ours, card, start: &start };
     // A time of shape [1] broadcasts over the batch in every usual network and leaves a constant embedding. Where a graph
     // insists on one time an image, the time is expanded to the batch inside the graph instead.
+    // The same goes for inputs that the card fixes to a number.
     let mut failure = None;
-    for time in [TimeForm::Folded, TimeForm::Expanded] {
-        let built = build(net, params, card, &start, time)?;
+    for forms in FORMS {
+        if forms.constants == Form::Expanded && card.constants.is_empty() && forms.time == Form::Folded {
+            continue;
+        }
+        let built = build(net, params, card, &start, forms)?;
         match reference.check(&built) {
             Ok(()) => return describe(built, card, options, &[("sigma_init", start.sigma.to_string())]),
             Err(e) => failure = Some(e),
         }
     }
-    Err(failure.expect("two forms were tried").context("the exported student does not compute what was trained"))
+    Err(failure.expect("a form was tried").context("the exported student does not compute what was trained"))
 }
 
 /// The teacher's graph with the student's weights and nothing else changed.
@@ -68,11 +72,25 @@ pub fn same_graph(
     Ok(model)
 }
 
+/// How a number takes an input's place: one for all images, or one for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TimeForm {
+enum Form {
     Folded,
     Expanded,
 }
+
+#[derive(Debug, Clone, Copy)]
+struct Forms {
+    time: Form,
+    constants: Form,
+}
+
+/// In the order in which they are tried.
+const FORMS: [Forms; 3] = [
+    Forms { time: Form::Folded, constants: Form::Folded },
+    Forms { time: Form::Folded, constants: Form::Expanded },
+    Forms { time: Form::Expanded, constants: Form::Expanded },
+];
 
 fn port<'a>(net: &'a Network, name: &str) -> Result<&'a Port> {
     net.inputs().iter().find(|p| p.name == name).ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
@@ -94,7 +112,7 @@ fn build(
     params: &ParamSet,
     card: &TeacherCard,
     start: &StudentStart,
-    time: TimeForm,
+    forms: Forms,
 ) -> Result<ModelProto> {
     let mut model = net.to_model(params)?;
     needs_opset(&model)?;
@@ -164,28 +182,35 @@ fn build(
         let len = shape.iter().product();
         Ok(HostTensor::new(&shape, &vec![value; len])?.cast(dtype_of(p)))
     };
-    let time_value = filled(t, start.coefficients.time)?;
-    let expandable = t.dims().is_some_and(|d| d.first() == Some(&None));
-    match time {
-        TimeForm::Folded => {
-            number(graph, &t_name, time_value);
-        }
-        TimeForm::Expanded if expandable => {
-            let value = number(graph, "disback/time", time_value);
-            push(&mut before, node("Shape", &["noise"], "disback/noise_shape"));
-            let zero = number(graph, "disback/zero", HostTensor::vec(&[0i64]));
-            push(&mut before, node("Gather", &["disback/noise_shape", &zero], "disback/batch"));
-            push(&mut before, node("Expand", &[&value, "disback/batch"], &t_name));
-        }
-        TimeForm::Expanded => {
-            number(graph, &t_name, time_value);
-        }
-    }
+    let mut all = vec![(t_name.clone(), t, start.coefficients.time, forms.time)];
     for (name, value) in &constants {
         let original =
             card.constants.keys().find(|k| renamed(graph, k) == *name).cloned().unwrap_or_else(|| name.clone());
-        let p = port(net, &original)?;
-        number(graph, name, filled(p, *value)?);
+        all.push((name.clone(), port(net, &original)?, *value, forms.constants));
+    }
+    let mut batch_known = false;
+    for (k, (name, p, value, form)) in all.into_iter().enumerate() {
+        let dims = p.dims().unwrap_or_default();
+        let value = filled(p, value)?;
+        if form == Form::Folded || dims.first() != Some(&None) {
+            number(graph, &name, value);
+            continue;
+        }
+        if !std::mem::replace(&mut batch_known, true) {
+            push(&mut before, node("Shape", &["noise"], "disback/noise_shape"));
+            let zero = number(graph, "disback/zero", HostTensor::vec(&[0i64]));
+            push(&mut before, node("Gather", &["disback/noise_shape", &zero], "disback/batch"));
+        }
+        let one = number(graph, &format!("disback/fixed/{k}"), value);
+        let mut shape = "disback/batch".to_owned();
+        if dims.len() > 1 {
+            let rest = number(graph, &format!("disback/ones/{k}"), HostTensor::vec(&vec![1i64; dims.len() - 1]));
+            shape = format!("disback/shape/{k}");
+            let mut joined = node("Concat", &["disback/batch", &rest], &shape);
+            joined.attribute.push(edit::int_attribute("axis", 0));
+            push(&mut before, joined);
+        }
+        push(&mut before, node("Expand", &[&one, &shape], &name));
     }
 
     // F -> f32 -> layout -> skip x_net + out F -> clip
@@ -220,8 +245,10 @@ fn build(
     let middle = std::mem::take(&mut graph.node);
     graph.node = before.into_iter().chain(middle).chain(after).collect();
     graph.output = vec![value_info("sample", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)])];
+    // Some converters leave nodes in no order.
+    edit::sort(graph);
     edit::remove_dead(graph);
-    if time == TimeForm::Folded {
+    if forms.time == Form::Folded {
         fold::fold(&mut model, &t_name)?;
     }
     Ok(model)

@@ -1,10 +1,12 @@
 //! ONNX Runtime through `ort`, its library loaded at run time.
 
 mod providers;
+mod recorded;
 pub mod tensorrt;
 mod values;
 
 pub use providers::short_name;
+use recorded::Recorded;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -208,9 +210,20 @@ pub struct OrtEngine {
     outputs: Vec<ValueInfo>,
     name: String,
     device: i32,
+    /// Whether calls are recorded as a CUDA graph, and the recording.
+    graph: bool,
+    recorded: Option<Recorded>,
 }
 
 impl OrtEngine {
+    /// Where outputs are left, for bound calls.
+    fn place(&self) -> AllocationDevice<'static> {
+        match self.name.as_str() {
+            n if n.ends_with("(CUDA)") || n.ends_with("(Tensorrt)") => AllocationDevice::CUDA,
+            _ => AllocationDevice::CPU,
+        }
+    }
+
     pub(crate) fn open(source: Source<'_>, options: &EngineOptions) -> Result<Self> {
         let library = library()?;
         let mut builder = Session::builder(&library.environment)?
@@ -246,8 +259,35 @@ impl OrtEngine {
             outputs: infos(session.outputs())?,
             name: format!("onnxruntime {} ({})", library.version, short_name(&provider)),
             device: options.device as i32,
+            graph: options.accelerator.cuda_graph,
+            recorded: None,
             session,
         })
+    }
+}
+
+impl OrtEngine {
+    /// The recording, made where there is none, with these inputs.
+    fn recorded(&mut self, tensors: &[&HostTensor]) -> Result<Recorded> {
+        let place = (self.place(), self.device);
+        let mut recorded = match self.recorded.take() {
+            Some(recorded) => recorded,
+            None => Recorded::new(&self.session, &self.inputs, tensors, &self.outputs, place)?,
+        };
+        match recorded.feed(&self.inputs, tensors) {
+            Ok(()) => Ok(recorded),
+            Err(e) => {
+                self.recorded = Some(recorded);
+                Err(e)
+            }
+        }
+    }
+
+    fn run_recorded(&mut self, tensors: &[&HostTensor]) -> Result<Vec<(String, HostTensor)>> {
+        let recorded = self.recorded(tensors)?;
+        let done = recorded.run(&mut self.session, &self.outputs);
+        self.recorded = Some(recorded);
+        done
     }
 }
 
@@ -296,6 +336,9 @@ impl Engine for OrtEngine {
     }
     fn run(&mut self, inputs: &[(&str, &HostTensor)]) -> Result<Vec<(String, HostTensor)>> {
         let tensors = arrange(&self.inputs, inputs)?;
+        if self.graph {
+            return self.run_recorded(&tensors);
+        }
         let values: Vec<SessionInputValue<'_>> = tensors.into_iter().map(values::input).collect::<Result<_>>()?;
         let outputs = self.session.run(values.as_slice())?;
         self.outputs
@@ -309,15 +352,19 @@ impl Engine for OrtEngine {
     }
     fn bound<'a>(&'a mut self, inputs: &[(&str, &HostTensor)]) -> Result<Call<'a>> {
         let tensors = arrange(&self.inputs, inputs)?;
+        if self.graph {
+            // What was recorded is repeated: another binding would not be looked at.
+            let recorded = self.recorded(&tensors)?;
+            self.recorded = Some(recorded);
+            let (session, recorded) = (&mut self.session, &self.recorded);
+            return Ok(Box::new(move || recorded.iter().try_for_each(|r| r.call(session))));
+        }
         let mut binding = self.session.create_binding()?;
         for (info, tensor) in self.inputs.iter().zip(tensors) {
             binding.bind_input(info.name.as_str(), &values::owned(tensor)?)?;
         }
         // Outputs stay where the provider leaves them.
-        let place = match self.name.as_str() {
-            n if n.ends_with("(CUDA)") || n.ends_with("(Tensorrt)") => AllocationDevice::CUDA,
-            _ => AllocationDevice::CPU,
-        };
+        let place = self.place();
         let memory = MemoryInfo::new(place, self.device, AllocatorType::Device, MemoryType::Default)?;
         for info in &self.outputs {
             binding.bind_output_to_device(info.name.as_str(), &memory)?;
@@ -328,5 +375,38 @@ impl Engine for OrtEngine {
             binding.synchronize_outputs()?;
             Ok(())
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::testing;
+
+    #[test]
+    fn recorded_calls_give_what_plain_ones_do() {
+        let bytes = testing::student("batch");
+        let open = |graph| {
+            let source = Source::Bytes { bytes: &bytes, folder: None };
+            let mut engine = OrtEngine::open(source, &EngineOptions::default()).unwrap();
+            // The bindings are those of a CUDA graph; here they lie on the CPU.
+            engine.graph = graph;
+            engine
+        };
+        let (mut plain, mut recorded) = (open(false), open(true));
+        let labels = HostTensor::vec(&[0i64, 2, 1]);
+        for seed in 0..3 {
+            let noise = HostTensor::new(&[3, 1, 2, 2], &crate::noise::batch_noise(seed, 0, 3, 4)).unwrap();
+            let inputs = [("noise", &noise), ("labels", &labels)];
+            assert_eq!(recorded.run(&inputs).unwrap(), plain.run(&inputs).unwrap(), "seed {seed}");
+        }
+        let noise = HostTensor::new(&[1, 1, 2, 2], &[0f32; 4]).unwrap();
+        let one = HostTensor::vec(&[0i64]);
+        let e = recorded.run(&[("noise", &noise), ("labels", &one)]).unwrap_err().to_string();
+        assert!(e.contains("recorded as a CUDA graph with [3, 1, 2, 2]") && e.contains("--batch N"), "{e}");
+        let noise = HostTensor::new(&[3, 1, 2, 2], &[0.5f32; 12]).unwrap();
+        let inputs = [("noise", &noise), ("labels", &labels)];
+        recorded.bound(&inputs).unwrap()().unwrap();
+        assert_eq!(recorded.run(&inputs).unwrap(), plain.run(&inputs).unwrap());
     }
 }
