@@ -32,6 +32,6 @@ for objective in "$@"; do
     # shellcheck disable=SC2086
     "$disback" compare $teacher -o "$out/$objective" --config "examples/convergence/$task.toml" \
         --set "objective=$objective" --set "student.init=$init" $own --reference $reference --features $features \
-        --seeds 0,1,2 --every 20 --samples 2048 $beside
+        --seeds 0,1,2 --every 20 --samples 1024 $beside
     beside="$beside --beside $out/$objective"
 done

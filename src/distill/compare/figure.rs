@@ -102,6 +102,7 @@ fn draw(out: &mut String, title: &str, groups: &[Group]) -> Result<(), Box<dyn s
                 .light_line_style(TRANSPARENT)
                 .bold_line_style(BLACK.mix(0.12))
                 .x_labels(5)
+                .y_labels(10)
                 .label_style(("sans-serif", 15))
                 .x_label_formatter(&|v| if *v >= 1e5 { format!("{:.1}M", v / 1e6) } else { format!("{v:.0}") })
                 .y_label_formatter(&|v| if *v >= 10.0 { format!("{v:.0}") } else { format!("{v:.1}") })

@@ -84,9 +84,9 @@ pub struct Comparison {
     pub verdict: String,
 }
 
-/// Looks at the end over which a distance is averaged: a tenth of them.
+/// The distance at the end: the mean over the last fifth of the looks, for one alone is noisy.
 pub(super) fn level(points: &[Point]) -> f64 {
-    let last = &points[points.len() - (points.len() / 10).max(1)..];
+    let last = &points[points.len() - (points.len() / 5).max(1)..];
     last.iter().map(|p| p.distance).sum::<f64>() / last.len() as f64
 }
 

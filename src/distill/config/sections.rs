@@ -276,7 +276,7 @@ impl Default for LoraConfig {
 }
 impl Default for DegradeConfig {
     fn default() -> Self {
-        Self { nodes: 5, steps: 400, lr: 1e-5, betas: Vec::new(), spacing: Spacing::Iteration, patience: 0 }
+        Self { nodes: 5, steps: 400, lr: 1e-5, betas: Vec::new(), spacing: Spacing::LogIteration, patience: 0 }
     }
 }
 impl Default for BacktrackConfig {
