@@ -227,9 +227,13 @@ fn a_sweep_measures_each_student_once() {
 #[test]
 fn timings_come_for_every_engine() {
     let dir = folder();
-    let out =
-        ok(dir.path(), &["bench", "student.onnx", "--batch", "1,2", "--seconds", "0", "--engine", "tract", "--json"]);
+    let out = ok(
+        dir.path(),
+        &["bench", "student.onnx", "--batch", "1,2", "--seconds", "0", "--engine", "tract", "--json", "--run", "."],
+    );
     let out: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let kept = std::fs::read(dir.path().join("bench.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&kept).unwrap(), out);
     assert_eq!(out["timings"].as_array().unwrap().len(), 2);
     assert!(out["timings"][1]["p99_ms"].as_f64() >= out["timings"][1]["p50_ms"].as_f64());
 }

@@ -154,6 +154,12 @@ impl<'a> Watcher<'a> {
         };
         let Some(judge) = &mut self.judge else { return Ok(()) };
         let point = judge.look(samples, range, at)?;
+        for warning in judge.take_warnings() {
+            match &self.view {
+                Some(view) => view.update(|s| s.note(warning)),
+                None => eprintln!("warning: evaluate: {warning}"),
+            }
+        }
         let values = [
             ("frechet", point.frechet),
             ("kernel", point.kernel),

@@ -82,6 +82,9 @@ pub struct InLoop {
     patience: u64,
     path: PathBuf,
     points: Vec<Point>,
+    /// What weakens the figures, told once.
+    warnings: Vec<String>,
+    warned: bool,
 }
 
 /// Reads a curve; lines that are no points are passed over.
@@ -115,7 +118,8 @@ impl InLoop {
             .with_context(|| settings.reference.display().to_string())?;
         let path = run.join(FILE);
         let points = read(&path);
-        Ok(Self { net, reference, draw, patience: settings.patience, path, points })
+        let (patience, warnings) = (settings.patience, Vec::new());
+        Ok(Self { net, reference, draw, patience, path, points, warnings, warned: false })
     }
 
     /// Forgets what was measured after generator update `upto`: a run that goes on from there measures it again.
@@ -145,6 +149,11 @@ impl InLoop {
         }
     }
 
+    /// What weakens the figures (fewer images than features, statistics of an unknown network), the first time it is asked for.
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
+    }
+
     /// The curve so far.
     pub fn points(&self) -> &[Point] {
         &self.points
@@ -160,7 +169,12 @@ impl InLoop {
         let measured =
             measure("the student", &mut source, &self.draw, self.net.as_mut(), &self.reference, &plan, |_| {});
         let (row, problem) = match measured {
-            Ok((row, _)) => (row, None),
+            Ok((mut row, _)) => {
+                if !std::mem::replace(&mut self.warned, true) {
+                    self.warnings = std::mem::take(&mut row.warnings);
+                }
+                (row, None)
+            }
             Err(e) if e.kind() == Kind::Mismatch => (Row::default(), Some(e.to_string())),
             Err(e) => return Err(e),
         };
@@ -240,6 +254,7 @@ mod tests {
         let look =
             |judge: &mut InLoop, update, scale| judge.look(samples(2, scale), [-1.0, 1.0], at(update)).unwrap().best;
         assert!(look(&mut judge, 10, 0.6));
+        assert!(judge.take_warnings().is_empty());
         assert!(look(&mut judge, 20, 0.3));
         assert!(!look(&mut judge, 30, 0.5) && !judge.exhausted());
         assert!(!look(&mut judge, 40, 0.45) && judge.exhausted());
@@ -255,6 +270,14 @@ mod tests {
         let equal = HostTensor::new(&[4, 1, 2, 2], &[0f32; 16]).unwrap();
         let point = judge.look(equal, [-1.0, 1.0], at(60)).unwrap();
         assert!(point.problem.unwrap().contains("same features"));
+        // Fewer images than features: said once, with what it means.
+        let two = HostTensor::new(&[2, 1, 2, 2], &batch_noise(3, 0, 2, 4)).unwrap();
+        let mut judge = open(40);
+        judge.look(two.clone(), [-1.0, 1.0], at(70)).unwrap();
+        let warnings = judge.take_warnings();
+        assert!(warnings.len() == 1 && warnings[0].contains("2 images for 2 features"), "{warnings:?}");
+        judge.look(two, [-1.0, 1.0], at(80)).unwrap();
+        assert!(judge.take_warnings().is_empty());
         judge.forget_after(40).unwrap();
         let lines = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
         assert!(lines.lines().count() == 4 && lines.starts_with("{\"update\":10,\"images\":80,"), "{lines}");
