@@ -53,6 +53,8 @@ pub enum Origin {
     Initializer(usize),
     /// The `value` attribute of the Constant node of this index in the file.
     ConstantNode(usize),
+    /// Inside the subgraph that this attribute of this node (index in the file) holds.
+    Within { node: usize, attribute: String, origin: Box<Origin> },
     /// Made by us.
     Made,
 }

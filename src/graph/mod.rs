@@ -1,6 +1,7 @@
 //! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, raising of decomposed operators.
 
 pub mod attributes;
+pub mod bodies;
 pub mod inline;
 pub mod ir;
 pub mod load;

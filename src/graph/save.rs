@@ -10,7 +10,8 @@ use crate::files;
 use crate::graph::ir::Origin;
 use crate::graph::roles::{Buffer, Parameter};
 use crate::onnx::tensor_proto::DataLocation;
-use crate::onnx::{GraphProto, ModelProto, StringStringEntryProto, TensorProto};
+use crate::onnx::attribute_proto::AttributeType;
+use crate::onnx::{AttributeProto, GraphProto, ModelProto, StringStringEntryProto, TensorProto};
 use crate::tensor::HostTensor;
 
 /// Models with more bytes of weights than this get them in a file of their own: protobuf ends at 2 GiB.
@@ -71,13 +72,33 @@ fn part(graph: &mut GraphProto, name: &str, value: &HostTensor, slots: &[(usize,
 }
 
 fn tensor_at<'a>(graph: &'a mut GraphProto, origin: &Origin) -> Option<&'a mut TensorProto> {
-    match *origin {
-        Origin::Initializer(i) => graph.initializer.get_mut(i),
-        Origin::ConstantNode(i) => {
-            graph.node.get_mut(i).and_then(|n| n.attribute.iter_mut().find_map(|a| a.t.as_mut()))
+    match origin {
+        Origin::Initializer(i) => graph.initializer.get_mut(*i),
+        Origin::ConstantNode(i) => graph.node.get_mut(*i)?.attribute.iter_mut().find_map(constant_tensor),
+        Origin::Within { node, attribute, origin } => {
+            let mut attributes = graph.node.get_mut(*node)?.attribute.iter_mut();
+            tensor_at(attributes.find(|a| a.name() == attribute)?.g.as_mut()?, origin)
         }
         Origin::Made => None,
     }
+}
+
+/// The tensor of a Constant's attribute; plain lists become one.
+fn constant_tensor(a: &mut AttributeProto) -> Option<&mut TensorProto> {
+    let plain = match a.name() {
+        "value_float" => Some(HostTensor::scalar(a.f())),
+        "value_floats" => Some(HostTensor::vec(&a.floats)),
+        _ => None,
+    };
+    if let Some(t) = plain {
+        *a = AttributeProto {
+            name: Some("value".to_owned()),
+            r#type: Some(AttributeType::Tensor as i32),
+            t: Some(crate::graph::tensors::to_proto("", &t)),
+            ..AttributeProto::default()
+        };
+    }
+    a.t.as_mut()
 }
 
 fn set_raw(t: &mut TensorProto, bytes: Bytes) {
@@ -91,17 +112,18 @@ fn set_raw(t: &mut TensorProto, bytes: Bytes) {
 
 /// Forgets where external data came from: its bytes are in `raw_data` since loading.
 pub fn internalise(model: &mut ModelProto) {
-    let Some(graph) = model.graph.as_mut() else { return };
-    let tensors = graph.initializer.iter_mut().chain(
-        graph
-            .node
-            .iter_mut()
-            .flat_map(|n| n.attribute.iter_mut())
-            .flat_map(|a| a.t.iter_mut().chain(a.tensors.iter_mut())),
-    );
-    for t in tensors {
+    model.graph.iter_mut().for_each(internalise_graph);
+}
+
+fn internalise_graph(graph: &mut GraphProto) {
+    let inside = |t: &mut TensorProto| {
         t.external_data.clear();
         t.data_location = None;
+    };
+    graph.initializer.iter_mut().for_each(inside);
+    for a in graph.node.iter_mut().flat_map(|n| n.attribute.iter_mut()) {
+        a.t.iter_mut().chain(a.tensors.iter_mut()).for_each(inside);
+        a.g.iter_mut().chain(a.graphs.iter_mut()).for_each(internalise_graph);
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::Role;
 use super::layers::{Flow, MOVING, leads_to, makes_waves};
 use super::tables;
+use crate::graph::bodies::EITHER;
 use crate::graph::ir::{Graph, Node, Origin, ValueId};
 use crate::tensor::HostTensor;
 
@@ -127,7 +128,7 @@ impl<'a> Classifier<'a> {
                     stack.push((node.input(0), role.0, role.1));
                 }
                 op if MOVING.contains(&op) || FUNCTIONS.contains(&op) => stack.push((node.input(0), role, reason)),
-                "Mul" | "Div" | "Add" | "Sub" | "Concat" | "MatMul" | "Gemm" | "Einsum" | "Where" => {
+                "Mul" | "Div" | "Add" | "Sub" | "Concat" | "MatMul" | "Gemm" | "Einsum" | "Where" | EITHER => {
                     let weights = node.inputs.iter().rev().filter(|&&v| self.constant(v).is_none_or(|t| t.len() > 1));
                     stack.extend(weights.map(|&v| (v, role, reason)));
                 }

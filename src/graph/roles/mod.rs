@@ -16,6 +16,7 @@ use globset::Glob;
 pub use merged::{Provenance, Twin, untangle};
 
 use crate::error::{Error, Result};
+use crate::graph::bodies;
 use crate::graph::ir::{Graph, Origin, ValueId};
 use crate::tensor::{DType, HostTensor};
 
@@ -101,7 +102,8 @@ pub struct Roles {
 ///
 /// Errors: a `--train`/`--freeze` glob that is not one or matches nothing; a declared parameter that the graph lacks.
 pub fn classify(graph: &Graph, choice: &TrainableChoice, provenance: &Provenance) -> Result<Roles> {
-    let roles = Classifier::new(graph).run();
+    let flat = bodies::flatten(graph);
+    let roles = Classifier::new(flat.as_ref().unwrap_or(graph)).run();
     let names = |v: &ValueId| graph.names[*v].clone();
     let floats: Vec<ValueId> =
         graph.constants.iter().filter(|(_, c)| c.tensor.dtype().is_float()).map(|(v, _)| *v).collect();

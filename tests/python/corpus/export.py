@@ -29,6 +29,7 @@ import json
 import numpy as np
 import onnx
 import torch
+from families import FAMILIES
 from networks import NETWORKS
 from onnx import numpy_helper
 from safetensors.torch import save_file
@@ -132,7 +133,7 @@ def write_case(case, folder):
     network, weights, exporter, opset, shapes = parse(case)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(sum(map(ord, network)))
-    net = NETWORKS[network]()
+    net = (NETWORKS | FAMILIES)[network]()
     module = net.module.eval()
     if weights != "fresh":
         draw_weights(module)
