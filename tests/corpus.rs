@@ -1,8 +1,9 @@
 //! Exports of diffusers, transformers and EDM networks against the modules they come from: values, gradients of every
 //! parameter, that all and only the weights are trained, and the way back into ONNX; with and without raising.
 //!
-//! One test an export, and one more for the student of each that is a teacher. Exports are made as tests ask for them, by one Python process, and kept in cargo's target folder until
-//! the scripts or the pinned wheels change. `DISBACK_CORPUS=full` runs the whole matrix.
+//! One test an export, and one more for the student of each that is a teacher. Exports are made as tests ask for them, by
+//! one Python process, and kept in cargo's target folder until the scripts or the pinned wheels change. `DISBACK_CORPUS=full`
+//! runs the whole matrix, a list of names with commas those.
 
 #[path = "support/exporter.rs"]
 mod exporter;
@@ -75,6 +76,37 @@ const CASES: &[&str] = &[
     "traps-fresh-raw20-static",
 ];
 
+/// Networks of other families, of which `full` takes fewer styles.
+const OTHERS: &[&str] = &[
+    "u_vit",
+    "rope_dit",
+    "convnext",
+    "consistency",
+    "edm2",
+    "windows",
+    "branches",
+    "sana",
+    "hunyuan",
+    "aura",
+    "cog",
+    "ltx",
+    "wan",
+    "kandinsky",
+    "cascade",
+    "prior",
+    "unet1d",
+    "tiny",
+    "dc",
+    "t5",
+];
+const OTHER_STYLES: &[&str] = &[
+    "drawn-legacy17-dynamic",
+    "drawn-dynamo20-dynamic",
+    "fresh-dynamo23-dynamic",
+    "drawn-raw18-dynamic",
+    "half-dynamo20-dynamic",
+];
+
 /// Every network in every export style that the exporters can write.
 fn full() -> Vec<String> {
     let networks =
@@ -118,6 +150,9 @@ fn full() -> Vec<String> {
                 cases.push(case);
             }
         }
+    }
+    for network in OTHERS {
+        cases.extend(OTHER_STYLES.iter().map(|style| format!("{network}-{style}")));
     }
     cases
 }
@@ -254,6 +289,7 @@ fn main() {
     let exporter = Arc::new(Exporter::new());
     let cases = match std::env::var("DISBACK_CORPUS").as_deref() {
         Ok("full") => full(),
+        Ok(names) if !names.is_empty() => names.split(',').map(str::to_owned).collect(),
         _ => CASES.iter().map(|c| (*c).to_owned()).collect(),
     };
     let trials = cases

@@ -15,6 +15,7 @@ fn text(nodes: &str) -> Text<'_> {
         ("seen", &[2, 1, 1, 3]),
         ("one", &[1, 2, 3, 4]),
         ("turned", &[2, 5, 2, 4]),
+        ("k3b", &[4, 3, 4]),
     ];
     Text { opset: 20, inputs: read(nodes, ALL).leak(), weights: &[], nodes }
 }
@@ -66,6 +67,25 @@ fn einsum_of_edm_and_of_flax() {
     text("p = Einsum(q, k) {equation=\"bhqd,bhkd->bhqk\"}\n s = Div(p, 2.0)\n w = Softmax(s) {axis=3}\n y = Einsum(v, w) {equation=\"bhkd,bhqk->bqhd\"}")
         .becomes(&["Attention"]);
     text("p = Einsum(k, q) {equation=\"bhkd,bhqd->bhqk\"}\n w = Softmax(p)\n y = MatMul(w, v)").becomes(&["Attention"]);
+}
+
+/// Einsum as tf2onnx writes it: products over one batch axis, which is two axes between them; the shapes come from Shape.
+#[test]
+fn heads_apart_between_the_products() {
+    let start = "b = Shape(q)\n h = Slice(b, [0], [2])\n r = Slice(b, [2], [3])\n d = Shape(k)\n l = Slice(d, [2], [3])\n n = ReduceProd(h)\n\
+                 qs = Concat(n, [-1], [4]) {axis=0}\n qm = Reshape(q, qs)\n km = Reshape(k, qs)\n kt = Transpose(km) {perm=[0,2,1]}\n vm = Reshape(v, qs)\n\
+                 p = MatMul(qm, kt)\n s5 = Concat(h, r, l, [1]) {axis=0}\n p5 = Reshape(p, s5)\n p4 = Squeeze(p5, [4])\n";
+    let end = "w5 = Unsqueeze(w, [4])\n z = Shape(w5)\n zr = Slice(z, [2], [4])\n zs = Concat(n, zr) {axis=0}\n w3 = Reshape(w5, zs)\n y = MatMul(w3, vm)";
+    text(&format!("{start}s = Mul(p4, 0.5)\n w = Softmax(s)\n {end}")).makes_one("Attention");
+    text(&format!("{start}s = Mul(p4, 0.5)\n a = Add(s, mask)\n w = Softmax(a)\n {end}")).makes_one("Attention");
+    text(&format!("{start}s = Mul(p4, 0.5)\n a = Where(seen, s, -1e9)\n w = Softmax(a)\n {end}")).makes_one("Attention");
+    // Over the heads: the kernel sees the shapes and computes the chain.
+    text(&format!("{start}w = Softmax(p4) {{axis=1}}\n {end}")).makes_one("Attention");
+    // Rows and keys change places on the way.
+    text(&format!("{T}p = MatMul(q, kt)\n p6 = Reshape(p, [4,15])\n s = Mul(p6, 0.5)\n w = Softmax(s)\n w3 = Reshape(w, [2,2,5,3])\n y = MatMul(w3, v)"))
+        .makes_one("Attention");
+    text(&format!("{T}p = MatMul(q, kt)\n p6 = Reshape(p, [4,5,3])\n w = Softmax(p6)\n y = MatMul(w, k3b)\n"))
+        .stays("Attention", "reshaped between the products");
 }
 
 #[test]

@@ -3,25 +3,33 @@
 //! The call made has the inputs q, k, v, mask (optional) and then factors of the scores, and the attributes
 //! `places` (of each factor: 0 meets q, 1 k, 2 the scores) and `divides`; `mask` (`add`, `seen`, `hidden`) with `fill`;
 //! `q_perm`, `k_perm`, `v_perm`, `out_perm` towards `[batch..., rows, channels]` where Einsum has another order (without
-//! `k_perm` k comes transposed, as for a matrix product); `axis` of the softmax where it is not -1; `cast`, the type that
+//! `k_perm` k comes transposed, as for a matrix product); `parted` where the scores are reshaped behind the first product,
+//! losing the axes of `squeeze`, and the weights before the second one, gaining those of `unsqueeze` first (Einsum as Keras
+//! writes it: both shapes follow the factors); `axis` of the softmax where it is not -1; `cast`, the type that
 //! the weights are cast to behind a softmax in f32; `guarded` where NaN weights count as zero.
 
 use crate::graph::attributes::Attribute;
 use crate::graph::ir::ValueId;
-use crate::graph::raise::pattern::{Captures, Pattern, either, factor, number, op, scalar, value};
+use crate::graph::raise::pattern::{Captures, Pattern, either, factor, host, number, op, scalar, value};
 use crate::graph::raise::rule::{Replacement, Rule};
 use crate::graph::raise::view::View;
 use crate::tensor::HostTensor;
 
 pub(super) fn rules() -> Vec<Rule> {
-    vec![Rule { name: "Attention", patterns: patterns(), near: Some(2), check }]
+    let (plain, joined) = patterns();
+    vec![
+        Rule { name: "Attention", patterns: plain, near: Some(2), check },
+        // Here two views fit nearly everything.
+        Rule { name: "Attention", patterns: joined, near: Some(4), check },
+    ]
 }
 
 /// Names of the factors, with their place and whether they divide.
 const FACTORS: [(&str, i64, i64); 6] =
     [("q_times", 0, 0), ("q_over", 0, 1), ("k_times", 1, 0), ("k_over", 1, 1), ("times", 2, 0), ("over", 2, 1)];
 
-fn patterns() -> Vec<Pattern> {
+/// With the weights as they are in the second product, and reshaped before it.
+fn patterns() -> (Vec<Pattern>, Vec<Pattern>) {
     let operand = |name, times, over, turn| {
         let scaled = either([op("Mul", [value(name), factor(times)]), op("Div", [value(name), factor(over)])]);
         either([scaled.clone(), op("Transpose", [scaled]).named(turn), value(name)])
@@ -29,6 +37,9 @@ fn patterns() -> Vec<Pattern> {
     let q = operand("q", "q_times", "q_over", "q_turn");
     let k = operand("k", "k_times", "k_over", "k_turn");
     let product = either([op("MatMul", [q.clone(), k.clone()]), op("Einsum", [q, k])]).named("product");
+    // Heads and batch are one axis in the products, and two between them.
+    let parted = op("Reshape", [product.clone(), host("shape")]).named("parted");
+    let product = either([op("Squeeze", [parted.clone()]).named("squeeze"), parted, product]);
     let scaled =
         either([op("Mul", [product.clone(), factor("times")]), op("Div", [product.clone(), factor("over")]), product]);
     let scores = either([
@@ -44,11 +55,14 @@ fn patterns() -> Vec<Pattern> {
     // Rows that see nothing.
     let guarded = |s: Pattern| op("Where", [op("IsNaN", [s.clone()]), number(0.0), s]).named("guard");
     let weights = either([guarded(softmax.clone()), softmax]);
-    vec![
+    let wide = either([op("Unsqueeze", [weights.clone()]).named("unsqueeze"), weights.clone()]);
+    let joined = op("Reshape", [wide, host("back")]).named("joined");
+    let plain = vec![
         op("MatMul", [weights.clone(), value("v")]).named("out"),
         op("Einsum", [weights.clone(), value("v")]).named("out"),
         op("Einsum", [value("v"), weights]).named("out"),
-    ]
+    ];
+    (plain, vec![op("MatMul", [joined, value("v")]).named("out")])
 }
 
 fn check(view: &View, captures: &Captures) -> Result<Replacement, String> {
@@ -144,6 +158,20 @@ fn check(view: &View, captures: &Captures) -> Result<Replacement, String> {
             places.push(if swapped && place < 2 { 1 - place } else { place });
             divides.push(divide);
         }
+    }
+    match (captures.call("parted"), captures.call("joined")) {
+        (None, None) => {}
+        (Some(_), Some(_)) => {
+            for name in ["squeeze", "unsqueeze"] {
+                if let Some(i) = captures.call(name) {
+                    let axes = view.listed_axes(i).ok_or_else(|| format!("the axes of its {name} are not constant"))?;
+                    set(name, Attribute::Ints(axes));
+                }
+            }
+            set("parted", Attribute::Int(1));
+            inputs.extend([captures.value("shape"), captures.value("back")]);
+        }
+        _ => return Err("the scores or their weights are reshaped between the products".into()),
     }
     set("places", Attribute::Ints(places));
     set("divides", Attribute::Ints(divides));

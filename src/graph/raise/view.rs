@@ -138,6 +138,12 @@ impl<'a> View<'a> {
         .filter(|axes| !axes.is_empty())
     }
 
+    /// The axes of a Squeeze or Unsqueeze: an attribute, from opset 13 on an input.
+    pub fn listed_axes(&self, i: usize) -> Option<Vec<i64>> {
+        let node = self.node(i);
+        node.attributes.ints("axes").ok()?.or_else(|| self.ints(node.input(1)))
+    }
+
     /// A reader of one of the outputs of node `i` that is not in `inside`, as `(value, reader)`.
     pub fn read_outside(&self, i: usize, inside: &[usize]) -> Option<(ValueId, String)> {
         self.node(i).outputs.iter().flatten().find_map(|v| {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::Role;
-use super::layers::{Flow, MOVING, leads_to, makes_waves};
+use super::layers::{Flow, MOVING, leads_to, makes_waves, reads};
 use super::tables;
 use crate::graph::bodies::EITHER;
 use crate::graph::ir::{Graph, Node, Origin, ValueId};
@@ -26,6 +26,8 @@ const FUNCTIONS: &[&str] = &[
     "Clip",
     "Pow",
     "Gather",
+    "GatherND",
+    "GatherElements",
     "Pad",
     "ReduceSum",
     "ReduceMean",
@@ -33,6 +35,8 @@ const FUNCTIONS: &[&str] = &[
     "ReduceSumSquare",
     "Erf",
     "Split",
+    "SplitToSequence",
+    "SequenceAt",
 ];
 
 /// Goes through the nodes once and gives each constant the role of the slot that reads it.
@@ -129,11 +133,17 @@ impl<'a> Classifier<'a> {
                 }
                 op if MOVING.contains(&op) || FUNCTIONS.contains(&op) => stack.push((node.input(0), role, reason)),
                 "Mul" | "Div" | "Add" | "Sub" | "Concat" | "MatMul" | "Gemm" | "Einsum" | "Where" | EITHER => {
-                    let weights = node.inputs.iter().rev().filter(|&&v| self.constant(v).is_none_or(|t| t.len() > 1));
+                    // Of single numbers only those with a weight's name.
+                    let named = |v: Option<ValueId>| v.is_some_and(|v| tables::named_like_a_weight(&self.graph.names[v]));
+                    let takes = |v: Option<ValueId>| self.constant(v).is_none_or(|t| t.len() > 1) || named(v);
+                    let weights = node.inputs.iter().rev().filter(|&&v| takes(v));
                     stack.extend(weights.map(|&v| (v, role, reason)));
                 }
                 // A filter repeated for each channel inside the graph (EDM's resampling) is no weight.
-                "Tile" => stack.push((node.input(0), Role::Buffer, "resampling filter, tiled in the graph")),
+                "Tile" if role == Role::ConvWeight => {
+                    stack.push((node.input(0), Role::Buffer, "resampling filter, tiled in the graph"));
+                }
+                "Tile" => stack.push((node.input(0), role, reason)),
                 _ => {}
             }
         }
@@ -152,6 +162,9 @@ impl<'a> Classifier<'a> {
                 (Role::Buffer, "plain number")
             }
             Role::ConvWeight if t.rank() < 2 => (Role::Buffer, "filter that the graph builds"),
+            Role::LinearWeight if t.rank() == 0 && !tables::named_like_a_weight(&self.graph.names[value]) => {
+                (Role::Buffer, "plain number")
+            }
             _ => (role, reason),
         }
     }
@@ -280,9 +293,10 @@ impl<'a> Classifier<'a> {
             if self.is_data(mine) || !self.is_data(other) {
                 continue;
             }
-            if !other.is_some_and(|v| self.flow.features.contains(&v)) {
+            let placed = || role == Role::Bias && self.behind(mine).is_some_and(tables::positions);
+            if !other.is_some_and(|v| self.flow.features.contains(&v)) && !placed() {
                 self.assign(mine, Role::Buffer, "meets an input before any layer (frequencies, scaling)");
-            } else if role == Role::Bias && self.leads_to_softmax(node) && self.behind(mine).is_none_or(tables::mask) {
+            } else if role == Role::Bias && self.leads_to_softmax(node) && self.made_of_masks(mine) {
                 self.assign(mine, Role::Buffer, "attention mask");
             } else if self.behind(mine).is_some_and(|t| t.len() == 1) && !self.single_weight(mine, other, role) {
                 self.assign(mine, Role::Buffer, "plain number");
@@ -293,6 +307,23 @@ impl<'a> Classifier<'a> {
                 self.assign(mine, role, "");
             }
         }
+    }
+
+    /// Whether no constant behind this value but masks and plain numbers has a say in it.
+    fn made_of_masks(&self, v: Option<ValueId>) -> bool {
+        let mut seen: HashSet<ValueId> = HashSet::new();
+        let mut stack: Vec<ValueId> = v.into_iter().collect();
+        while let Some(v) = stack.pop() {
+            if !seen.insert(v) || self.is_data(Some(v)) {
+                continue;
+            }
+            match self.constant(Some(v)) {
+                Some(t) if t.dtype().is_float() && t.len() > 1 && !tables::mask(t) => return false,
+                Some(_) => {}
+                None => stack.extend(self.producers.get(&v).iter().flat_map(|&&p| reads(&self.graph.nodes[p]))),
+            }
+        }
+        true
     }
 
     /// Whether a single number is a weight: by its name, or because a layer with one channel was made just before, whose

@@ -31,9 +31,11 @@ fn slack(t: &HostTensor) -> f64 {
     }
 }
 
-/// A table of sines and cosines of the same angles along one of its axes: halves, quarters or neighbours belong together.
-/// No training leaves every pair on the unit circle.
+/// A table of sines and cosines along one of its axes: whatever their order, each has its partner of the same angle. No
+/// training leaves every pair on the unit circle. Rows of zeros (tokens without a place) and columns of zeros (padding to a
+/// width) do not count; a few rows tell.
 pub fn sinusoidal(t: &HostTensor) -> bool {
+    const ROWS: usize = 12;
     if t.rank() < 2 || !(8..=LARGEST).contains(&t.len()) || !t.dtype().is_float() || uniform(t) {
         return false;
     }
@@ -42,30 +44,53 @@ pub fn sinusoidal(t: &HostTensor) -> bool {
     if first(t, 64).iter().any(outside) {
         return false;
     }
-    let values = t.to_f64();
-    if values.iter().any(outside) {
-        return false;
-    }
+    let Ok(flat) = t.reshaped(&[t.len()]) else { return false };
     (0..t.rank()).any(|axis| {
         let n = t.shape()[axis];
         let inner: usize = t.shape()[axis + 1..].iter().product();
-        // Partner of each index along the axis.
-        let layouts: [(bool, &dyn Fn(usize) -> usize); 3] = [
-            (n >= 2 && n.is_multiple_of(2), &|i| (i + n / 2) % n),
-            (n >= 4 && n.is_multiple_of(4), &|i| i / (n / 2) * (n / 2) + (i + n / 4) % (n / 2)),
-            (n >= 2 && n.is_multiple_of(2), &|i| i ^ 1),
-        ];
-        n < t.len()
-            && layouts.iter().any(|(fits, partner)| {
-                *fits
-                    && (0..t.len()).all(|k| {
-                        let (row, rest) = (k / (n * inner), k % (n * inner));
-                        let (i, j) = (rest / inner, rest % inner);
-                        let other = values[row * n * inner + partner(i) * inner + j];
-                        (values[k] * values[k] + other * other - 1.0).abs() <= slack
-                    })
-            })
+        let count = t.len() / n.max(1);
+        if n < 2 || n == t.len() || n > 1 << 14 {
+            return false;
+        }
+        let row = |k: usize| -> Option<Vec<f64>> {
+            let start = k / inner * n * inner + k % inner;
+            if inner == 1 {
+                return Some(flat.rows(start, n).ok()?.to_f64());
+            }
+            (0..n).map(|i| flat.rows(start + i * inner, 1).ok()?.to_f64().first().copied()).collect()
+        };
+        // Spread over the table; more are looked at than taken, for those that are zero.
+        let mut rows: Vec<Vec<f64>> = Vec::new();
+        let step = (count / (4 * ROWS)).max(1);
+        for k in (0..count).step_by(step).take(8 * ROWS) {
+            match row(k) {
+                Some(r) if r.iter().any(|v| *v != 0.0) => rows.push(r),
+                Some(_) => {}
+                None => return false,
+            }
+        }
+        let taken = (rows.len() / ROWS).max(1);
+        let rows: Vec<Vec<f64>> = rows.into_iter().step_by(taken).collect();
+        rows.len() >= 2 && !rows.iter().flatten().any(outside) && every_column_has_a_partner(&rows, slack)
     })
+}
+
+/// Whether each column has another one with which it lies on the unit circle, in every row.
+fn every_column_has_a_partner(rows: &[Vec<f64>], slack: f64) -> bool {
+    let columns: Vec<usize> = (0..rows[0].len()).filter(|&j| rows.iter().any(|r| r[j] != 0.0)).collect();
+    let square = |r: &[f64], j: usize| r[j] * r[j];
+    // By the squares of the row that tells most: candidates lie side by side.
+    let middle = &rows[rows.len() - 1];
+    let mut order = columns.clone();
+    order.sort_by(|&a, &b| square(middle, a).total_cmp(&square(middle, b)));
+    columns.len() >= 2
+        && columns.iter().all(|&j| {
+            let wanted = 1.0 - square(middle, j);
+            let from = order.partition_point(|&k| square(middle, k) < wanted - slack);
+            order[from..].iter().take_while(|&&k| square(middle, k) <= wanted + slack).any(|&k| {
+                k != j && rows.iter().all(|r| (square(r, j) + square(r, k) - 1.0).abs() <= slack)
+            })
+        })
 }
 
 /// Two tables that hold the cosines and the sines of the same angles (rotary embedding).
@@ -98,9 +123,11 @@ pub fn resampling_filter(t: &HostTensor) -> bool {
     bytes.chunks_exact(slice).all(|c| c == &bytes[..slice])
 }
 
-/// Holds numbers that no attention score has: -inf, or thousands below zero.
+/// Holds numbers that no attention score has (-inf, or thousands below zero), or nothing but zero and one number far below.
 pub fn mask(t: &HostTensor) -> bool {
-    t.to_f32().iter().any(|v| !v.is_finite() || *v <= -1e3)
+    let values = t.to_f32();
+    let low = values.iter().copied().fold(0f32, f32::min);
+    values.iter().any(|v| !v.is_finite() || *v <= -1e3) || low <= -10.0 && values.iter().all(|v| *v == 0.0 || *v == low)
 }
 
 /// Equal steps along one axis and none along the others: coordinates, indices.
@@ -122,6 +149,13 @@ pub fn ramp(t: &HostTensor) -> bool {
             (values[k] - values[0] - step * i as f64).abs() <= 1e-5 * scale
         })
     })
+}
+
+/// Numbers over two axes at least, with no order that one sees: learned places, which may meet an input as it comes.
+pub fn positions(t: &HostTensor) -> bool {
+    t.dtype().is_float()
+        && t.shape().iter().filter(|&&n| n > 1).count() >= 2
+        && !(uniform(t) || mask(t) || ramp(t) || sinusoidal(t))
 }
 
 /// Whether an exporter made the name up: `onnx::MatMul_12`, `/net/norm/Constant_output_0`, `val_45`.
@@ -254,9 +288,22 @@ mod tests {
             let (k, p) = (i / 6, i % 6);
             if k < 4 { angle(p, k).cos() } else { angle(p, k - 4).sin() }
         });
-        for t in [&halves, &neighbours, &quarters, &channels] {
+        // Tokens without a place before the others, and three axes side by side, of unequal widths.
+        let video = tensor(&[1, 14, 12], |i| {
+            let (p, k) = (i / 12, i % 12);
+            let (from, width, at) = if k < 4 { (0, 4, p / 6) } else if k < 8 { (4, 4, p % 3) } else { (8, 4, p % 2) };
+            let a = angle(at, (k - from) % (width / 2) + 1);
+            if p < 2 { 0.0 } else if k - from < width / 2 { a.sin() } else { a.cos() }
+        });
+        for t in [&halves, &neighbours, &quarters, &channels, &video] {
             assert!(sinusoidal(t), "{:?}", t.shape());
         }
+        let almost = tensor(&[6, 8], |i| {
+            let (p, k) = (i / 8, i % 8);
+            let far = if k == 3 { 0.05 * (p as f32 + 1.0) } else { 0.0 };
+            if k < 4 { angle(p, k).sin() - far } else { angle(p, k - 4).cos() }
+        });
+        assert!(!sinusoidal(&almost));
         let noise = tensor(&[6, 8], |i| ((i * 7919 + 13) % 97) as f32 / 97.0);
         assert!(!sinusoidal(&noise));
         assert!(!sinusoidal(&tensor(&[4, 4], |_| std::f32::consts::FRAC_1_SQRT_2)));

@@ -114,9 +114,20 @@ impl Plan {
     /// Separates, after a complete run, what is settled for this signature from what has to run every time.
     pub(super) fn specialise(&self, values: &[Option<Value>], made: Option<HashMap<ValueId, u64>>) -> Specialised {
         let is_host = |v: &ValueId| values[*v].as_ref().is_some_and(Value::is_host);
-        let remaining: Vec<usize> =
+        let mut remaining: Vec<usize> =
             (0..self.steps.len()).filter(|&i| !self.steps[i].outputs.iter().flatten().all(is_host)).collect();
         let outputs: HashSet<ValueId> = self.outputs.iter().map(|p| p.value).collect();
+        // What only had to be there to have a shape is not computed again.
+        let mut needed = outputs.clone();
+        remaining.reverse();
+        remaining.retain(|&i| {
+            let kept = self.steps[i].outputs.iter().flatten().any(|v| needed.contains(v));
+            if kept {
+                needed.extend(self.steps[i].inputs.iter().flatten());
+            }
+            kept
+        });
+        remaining.reverse();
         let mut last_read: HashMap<ValueId, usize> = HashMap::new();
         for &i in &remaining {
             for v in self.steps[i].inputs.iter().chain(&self.steps[i].outputs).flatten() {

@@ -25,6 +25,11 @@ def convnext():
     return plain(ConvNextUnet(), ["x", "t"], lambda b: (torch.randn(b, 3, 8, 8), steps(b)))
 
 
+def standardised():
+    """Kernels that the network standardises; an exporter that folds the constants of the graph folds these too."""
+    return plain(ConvNextUnet(standardised=True), ["x", "t"], lambda b: (torch.randn(b, 3, 8, 8), steps(b)))
+
+
 def consistency():
     draw = lambda b: (torch.randn(b, 3, 8, 8) * 3, torch.linspace(0.02, 20.0, b), torch.arange(b) * 3 % 4)  # noqa: E731
     return plain(ConsistencyUnet(), ["x", "sigma", "y"], draw)
@@ -190,10 +195,10 @@ def unet1d():
     from diffusers import UNet1DModel
 
     net = UNet1DModel(
-        sample_size=16, in_channels=3, out_channels=3, extra_in_channels=32, time_embedding_type="fourier", flip_sin_to_cos=True,
+        sample_size=16, in_channels=3, out_channels=3, extra_in_channels=64, time_embedding_type="fourier", flip_sin_to_cos=True,
         use_timestep_embedding=False, down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
         mid_block_type="UNetMidBlock1D", up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
-        block_out_channels=(16, 16, 16),
+        block_out_channels=(32, 32, 32),
     )  # fmt: skip
     call = Call(net, lambda net, x, t: net(x, t, return_dict=False)[0])
     return plain(call, ["sample", "timestep"], lambda b: (latents(b, 3, 32), torch.linspace(0.1, 0.9, b)))
@@ -239,7 +244,7 @@ def t5():
 
 
 FAMILIES = {
-    "u_vit": u_vit, "rope_dit": rope_dit, "convnext": convnext, "consistency": consistency, "edm2": edm2, "windows": windows,
+    "u_vit": u_vit, "rope_dit": rope_dit, "convnext": convnext, "standardised": standardised, "consistency": consistency, "edm2": edm2, "windows": windows,
     "branches": branches, "sana": sana, "hunyuan": hunyuan, "aura": aura, "cog": cog, "ltx": ltx, "wan": wan,
     "kandinsky": kandinsky, "cascade": cascade, "prior": prior, "unet1d": unet1d, "tiny": tiny, "dc": dc, "t5": t5,
 }  # fmt: skip

@@ -112,7 +112,7 @@ class RopeDit(nn.Module):
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
     def forward(self, x, t, text, mask):
-        b, _, side, _ = x.shape
+        b, side = x.shape[0], int(x.shape[2])
         h = x.reshape(b, 4, side // 2, 2, side // 2, 2).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         h = torch.cat([self.registers.expand(b, -1, -1), self.patch(h)], dim=1)
         e = self.time(waves(t, h.shape[-1]))
@@ -186,14 +186,15 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.qkv = ChannelNorm(c), nn.Conv2d(c, 3 * c, 1, bias=False)
-        self.memory = nn.Parameter(torch.randn(2, heads, c // heads, 3))
+        self.keys = nn.Parameter(torch.randn(1, heads, c // heads, 3))
+        self.values = nn.Parameter(torch.randn(1, heads, c // heads, 3))
         self.out = nn.Sequential(nn.Conv2d(c, c, 1), ChannelNorm(c))
 
     def forward(self, x):
         b, c, height, width = x.shape
         q, k, v = (p.reshape(b, self.heads, c // self.heads, height * width) for p in self.qkv(self.norm(x)).chunk(3, dim=1))
-        mk, mv = (m[None].expand(b, -1, -1, -1) for m in self.memory)
-        k, v = torch.cat([mk, k], dim=-1), torch.cat([mv, v], dim=-1)
+        k = torch.cat([self.keys.expand(b, -1, -1, -1), k], dim=-1)
+        v = torch.cat([self.values.repeat(b, 1, 1, 1), v], dim=-1)
         q, k = q.softmax(dim=-2) * (c // self.heads) ** -0.5, k.softmax(dim=-1)
         context = torch.einsum("b h d n, b h e n -> b h d e", k, v)
         return x + self.out(torch.einsum("b h d e, b h d n -> b h e n", context, q).reshape(b, c, height, width))
@@ -202,14 +203,14 @@ class LinearAttention(nn.Module):
 class ConvNextUnet(nn.Module):
     """x [B,3,8,8], t [B] -> [B,3,8,8]."""
 
-    def __init__(self, c=8):
+    def __init__(self, c=8, standardised=False):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(c, 4 * c), nn.Mish(), nn.Linear(4 * c, c))
         self.stem = nn.Conv2d(3, c, 3, padding=1, padding_mode="reflect")
         self.first, self.linear = ConvNext(c, c), LinearAttention(c)
         self.down = nn.Conv2d(4 * c, 2 * c, 1)
         self.middle = ConvNext(2 * c, c)
-        self.standard = Standardised(2 * c, 2 * c, 3, padding=1)
+        self.standard = (Standardised if standardised else nn.Conv2d)(2 * c, 2 * c, 3, padding=1)
         self.group = nn.GroupNorm(4, 2 * c)
         self.up = nn.Conv2d(2 * c, 4 * c, 1)
         self.last, self.out = ConvNext(2 * c, c), nn.Conv2d(2 * c, 3, 1)
@@ -268,9 +269,7 @@ class ConsistencyUnet(nn.Module):
 
 def unit(x, dim=None, eps=1e-4):
     dim = list(range(1, x.dim())) if dim is None else dim
-    size = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    size = eps + size * math.sqrt(size.numel() / x.numel())
-    return x / size.to(x.dtype)
+    return x / (eps + x.square().mean(dim=dim, keepdim=True).sqrt())
 
 
 class UnitConv(nn.Module):
@@ -281,8 +280,7 @@ class UnitConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(b, a, *([kernel] * 2 if kernel else [])))
 
     def forward(self, x, gain=1):
-        w = unit(self.weight.float()) * (gain / math.sqrt(self.weight[0].numel()))
-        w = w.to(x.dtype)
+        w = unit(self.weight) * (gain * self.weight[0].numel() ** -0.5)
         return x @ w.t() if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
@@ -380,7 +378,7 @@ class Windows(nn.Module):
 
 
 class Branches(nn.Module):
-    """x [B,6], steps and flag (int64 numbers) -> [B,6]: torch.cond and a scan, with layers inside both."""
+    """x [B,6], flag [1] int64 -> [B,6]: torch.cond with layers in both branches."""
 
     def __init__(self, c=6):
         super().__init__()

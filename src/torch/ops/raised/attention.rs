@@ -32,6 +32,53 @@ struct Attention {
     axis: i64,
     cast: Option<Kind>,
     guarded: bool,
+    parted: Option<Parted>,
+}
+
+/// Shapes of the scores between the products, where heads and batch are one axis in these.
+struct Parted {
+    squeeze: Vec<i64>,
+    unsqueeze: Vec<i64>,
+}
+
+/// The shape that a Reshape of a tensor of shape `from` makes.
+fn reshaped(from: &[i64], to: &[i64]) -> Result<Vec<i64>> {
+    let mut shape: Vec<i64> = to
+        .iter()
+        .enumerate()
+        .map(|(i, &d)| if d == 0 { from.get(i).copied().unwrap_or(0) } else { d })
+        .collect();
+    let count: i64 = from.iter().product();
+    let known: i64 = shape.iter().filter(|&&d| d != -1).product();
+    if let Some(open) = shape.iter_mut().find(|d| **d == -1) {
+        *open = if known == 0 { 0 } else { count / known };
+    }
+    if shape.iter().product::<i64>() != count {
+        return Err(Error::invalid(format!("a tensor of shape {from:?} cannot be reshaped to {to:?}")));
+    }
+    Ok(shape)
+}
+
+impl Parted {
+    /// The scores' shape after the first product of shape `product`, and that of their weights before the second.
+    fn shapes(&self, product: &[i64], shape: &[i64], back: &[i64]) -> Result<(Vec<i64>, Vec<i64>)> {
+        let mut scores = reshaped(product, shape)?;
+        let mut gone = self.squeeze.iter().map(|&x| util::axis(x, scores.len())).collect::<Result<Vec<_>>>()?;
+        gone.sort_unstable();
+        for x in gone.into_iter().rev() {
+            if scores.remove(x as usize) != 1 {
+                return Err(Error::invalid(format!("axis {x} is squeezed but is not 1")));
+            }
+        }
+        let mut wide = scores.clone();
+        let rank = wide.len() + self.unsqueeze.len();
+        let mut new = self.unsqueeze.iter().map(|&x| util::axis(x, rank)).collect::<Result<Vec<_>>>()?;
+        new.sort_unstable();
+        for x in new {
+            wide.insert((x as usize).min(wide.len()), 1);
+        }
+        Ok((scores, reshaped(&wide, back)?))
+    }
 }
 
 pub(super) fn build(node: &Node) -> Result<Kernel> {
@@ -55,8 +102,16 @@ pub(super) fn build(node: &Node) -> Result<Kernel> {
         axis: a.int_or("axis", -1)?,
         cast: a.int("cast")?.map(|c| DType::from_onnx(c as i32).map(convert::kind)).transpose()?,
         guarded: a.flag("guarded", false)?,
+        parted: match a.flag("parted", false)? {
+            true => Some(Parted {
+                squeeze: a.ints("squeeze")?.unwrap_or_default(),
+                unsqueeze: a.ints("unsqueeze")?.unwrap_or_default(),
+            }),
+            false => None,
+        },
     };
-    let slots: Vec<usize> = (0..spec.factors.len()).map(|i| 4 + i).collect();
+    let more = if spec.parted.is_some() { 2 } else { 0 };
+    let slots: Vec<usize> = (0..spec.factors.len() + more).map(|i| 4 + i).collect();
     Ok(Kernel::new(move |a| spec.run(a)).host(&slots))
 }
 
@@ -100,15 +155,17 @@ impl Attention {
         if !alike || rank < 2 || self.cast.is_some_and(|c| c != k_raw.kind()) {
             return Ok(None);
         }
-        if util::axis(self.axis, rank)? != rank as i64 - 1 {
-            return Ok(None);
-        }
         let q = permuted(a.t(0)?, self.q_perm.as_ref())?;
         let k = match &self.k_perm {
             Some(_) => permuted(k_raw, self.k_perm.as_ref())?,
             None => k_raw.f_transpose(-2, -1)?,
         };
         let v = permuted(a.t(2)?, self.v_perm.as_ref())?;
+        let Some((q, k, v, back)) = self.with_heads(a, q, k, v)? else { return Ok(None) };
+        let rank = q.dim();
+        if util::axis(self.axis, rank)? != rank as i64 - 1 {
+            return Ok(None);
+        }
         let (qs, ks, vs) = (q.size(), k.size(), v.size());
         let batch = &qs[..rank - 2];
         if ks[..rank - 2] != *batch || vs[..rank - 2] != *batch {
@@ -149,11 +206,38 @@ impl Attention {
             }
             None => None,
         };
-        let mut shape = qs.clone();
-        shape[rank - 1] = vs[rank - 1];
+        let mut shape = back.unwrap_or_else(|| qs.clone());
+        if let Some(last) = shape.last_mut() {
+            *last = vs[rank - 1];
+        }
         let (q, k, v) = (four(&q)?, four(&k)?, four(&v)?);
         let y = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, scale, false)?;
         Ok(Some(if y.size() == shape { y } else { y.f_reshape(&shape[..])? }))
+    }
+
+    /// The operands with heads and batch apart where the scores between the products have them so, and the shape of the
+    /// weights in the second product. `None` where more than these axes is reshaped.
+    #[allow(clippy::type_complexity)]
+    fn with_heads(&self, a: &Args, q: Tensor, k: Tensor, v: Tensor) -> Result<Option<(Tensor, Tensor, Tensor, Option<Vec<i64>>)>> {
+        let Some(parted) = &self.parted else { return Ok(Some((q, k, v, None))) };
+        let (qs, ks, vs) = (q.size(), k.size(), v.size());
+        let rank = qs.len();
+        if ks[..rank - 2] != qs[..rank - 2] {
+            return Ok(None);
+        }
+        let at = 4 + self.factors.len();
+        let product = [&qs[..rank - 1], &[ks[rank - 2]]].concat();
+        let (scores, back) = parted.shapes(&product, &a.ints(at)?, &a.ints(at + 1)?)?;
+        let last = &product[rank - 2..];
+        let kept = |s: &[i64]| s.len() > 2 && s[s.len() - 2..] == *last;
+        if !kept(&scores) || !kept(&back) || vs[..rank - 2] != back[..back.len() - 2] || back.len() != rank {
+            return Ok(None);
+        }
+        let lead = &scores[..scores.len() - 2];
+        let apart = |t: &Tensor, s: &[i64]| -> Result<Tensor> {
+            Ok(t.f_reshape([lead, &s[s.len() - 2..]].concat())?)
+        };
+        Ok(Some((apart(&q, &qs)?, apart(&k, &ks)?, apart(&v, &vs)?, Some(back))))
     }
 
     /// What is added to the scores: 0 where they are seen, the fill where not.
@@ -180,7 +264,17 @@ impl Attention {
         let q = permuted(&apply(a.t(0)?, 0)?, self.q_perm.as_ref())?;
         let k = permuted(&apply(a.t(1)?, 1)?, self.k_perm.as_ref())?;
         let k = if self.k_perm.is_some() { k.f_transpose(-2, -1)? } else { k };
-        let mut scores = apply(&q.f_matmul(&k)?, 2)?;
+        let product = q.f_matmul(&k)?;
+        let at = 4 + self.factors.len();
+        let shapes = match &self.parted {
+            Some(p) => Some(p.shapes(&product.size(), &a.ints(at)?, &a.ints(at + 1)?)?),
+            None => None,
+        };
+        let product = match &shapes {
+            Some((scores, _)) => product.f_reshape(&scores[..])?,
+            None => product,
+        };
+        let mut scores = apply(&product, 2)?;
         scores = match self.mask {
             None => scores,
             Some(Mask::Add) => scores.f_add(a.t(3)?)?,
@@ -197,6 +291,9 @@ impl Attention {
         }
         if self.guarded {
             weights = weights.f_masked_fill(&weights.f_isnan()?, 0.0)?;
+        }
+        if let Some((_, back)) = &shapes {
+            weights = weights.f_reshape(&back[..])?;
         }
         Ok(weights.f_matmul(&permuted(a.t(2)?, self.v_perm.as_ref())?)?)
     }
