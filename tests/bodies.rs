@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use disback::export::edit::{int_attribute, node, value_info};
 use disback::graph::{Model, TrainableChoice, tensors};
 use disback::onnx::attribute_proto::AttributeType;
-use disback::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
+use disback::onnx::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
+};
 use disback::parity::{Tolerance, check as parity};
 use disback::tensor::{DType, HostTensor};
 use disback::torch::{Forward, ImportOptions, Network, convert};
@@ -64,7 +66,12 @@ fn rows(name: &str) -> ValueInfoProto {
     value_info(name, DType::F32, &[Err("n"), Ok(4)])
 }
 
-fn graph(inputs: Vec<ValueInfoProto>, nodes: Vec<NodeProto>, weights: Vec<TensorProto>, outputs: &[&str]) -> GraphProto {
+fn graph(
+    inputs: Vec<ValueInfoProto>,
+    nodes: Vec<NodeProto>,
+    weights: Vec<TensorProto>,
+    outputs: &[&str],
+) -> GraphProto {
     GraphProto {
         name: Some("g".into()),
         input: inputs,
@@ -216,7 +223,10 @@ fn a_loop_with_a_branch_inside() {
     nodes.extend(dense("state", "w", "c", "raw"));
     nodes.extend([
         node("Tanh", &["raw"], "t"),
-        NodeProto { attribute: vec![tensor_attribute("value", HostTensor::scalar(2i64))], ..node("Constant", &[], "two") },
+        NodeProto {
+            attribute: vec![tensor_attribute("value", HostTensor::scalar(2i64))],
+            ..node("Constant", &[], "two")
+        },
         node("Mod", &["i", "two"], "parity"),
         with(node("Cast", &["parity"], "is_odd"), vec![int_attribute("to", 9)]),
         with(node("If", &["is_odd"], "next"), vec![body("then_branch", odd), body("else_branch", even)]),
@@ -264,10 +274,17 @@ fn tensor_attribute(name: &str, t: HostTensor) -> AttributeProto {
 fn a_scan_over_layers() {
     let mut nodes = dense("state", "layer", "b", "raw");
     nodes.push(node("Tanh", &["raw"], "next"));
-    let mut inside =
-        graph(vec![rows("state"), value_info("layer", DType::F32, &[Ok(4), Ok(4)])], nodes, vec![weight("b", &[4])], &["next"]);
+    let mut inside = graph(
+        vec![rows("state"), value_info("layer", DType::F32, &[Ok(4), Ok(4)])],
+        nodes,
+        vec![weight("b", &[4])],
+        &["next"],
+    );
     inside.input[0] = rows("state");
-    let scan = with(several("Scan", &["x", "layers"], &["y"]), vec![body("body", inside), int_attribute("num_scan_inputs", 1)]);
+    let scan = with(
+        several("Scan", &["x", "layers"], &["y"]),
+        vec![body("body", inside), int_attribute("num_scan_inputs", 1)],
+    );
     let whole = model(graph(vec![rows("x")], vec![scan], vec![weight("layers", &[3, 4, 4])], &["y"]));
     let layers = tensors::from_proto(&weight("layers", &[3, 4, 4])).unwrap();
     let mut nodes = Vec::new();

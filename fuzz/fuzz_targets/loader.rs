@@ -6,7 +6,7 @@ mod mutate;
 
 use bytes::Bytes;
 use disback::graph::lower::lower;
-use disback::graph::roles::{classify, part_merged};
+use disback::graph::roles::{classify, untangle};
 use disback::graph::{Model, TrainableChoice, raise, save};
 use libfuzzer_sys::{fuzz_crossover, fuzz_mutator, fuzz_target};
 
@@ -20,12 +20,13 @@ fn load(data: &[u8]) -> disback::Result<()> {
     let model = Model::from_bytes(Bytes::copy_from_slice(data))?;
     let mut graph = lower(&model)?;
     graph.remove_dead();
-    let rewired = part_merged(&mut graph);
-    let roles = classify(&graph, &TrainableChoice::default(), &rewired)?;
+    let provenance = untangle(&mut graph, None);
+    let roles = classify(&graph, &TrainableChoice::default(), &provenance)?;
     let values: Vec<_> = roles.parameters.iter().map(|p| graph.constants[&p.value].tensor.clone()).collect();
-    raise::raise(&mut graph);
+    let trained = roles.parameters.iter().map(|p| p.value).collect();
+    raise::raise(&mut graph, &trained);
     graph.remove_dead();
-    let written = save::with_parameters(&model.proto, &roles.parameters, &values)?;
+    let written = save::with_parameters(&model.proto, &roles.parameters, &roles.buffers, &values)?;
     // What we write, we read.
     lower(&Model::from_proto(written)).expect("a model that was read and written back is read again");
     let _ = model.hash();

@@ -30,7 +30,8 @@ pub fn lift(graph: &mut Graph) {
                 let name = free_name(&body.names[v], &graph.nodes[i].name, &attribute, taken);
                 let outer = graph.names.len();
                 graph.names.push(name.clone());
-                let from = Origin::Within { node: origin, attribute: attribute.clone(), origin: constant.origin.into() };
+                let from =
+                    Origin::Within { node: origin, attribute: attribute.clone(), origin: constant.origin.into() };
                 graph.constants.insert(outer, Constant { tensor: constant.tensor, origin: from });
                 body.captures.push((name.clone(), v));
                 graph.nodes[i].captures.push((name, outer));
@@ -77,7 +78,8 @@ fn spread(flat: &mut Graph, nodes: &[Node], at: &[ValueId]) {
     for node in nodes {
         let mapped = |list: &[Option<ValueId>]| list.iter().map(|v| v.map(|v| at[v])).collect::<Vec<_>>();
         let inside = bodies(node);
-        let call = Node { inputs: mapped(&node.inputs), outputs: mapped(&node.outputs), captures: vec![], ..node.clone() };
+        let call =
+            Node { inputs: mapped(&node.inputs), outputs: mapped(&node.outputs), captures: vec![], ..node.clone() };
         if inside.is_empty() {
             flat.nodes.push(call);
             continue;

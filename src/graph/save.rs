@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::graph::ir::Origin;
 use crate::graph::roles::{Buffer, Parameter};
-use crate::onnx::tensor_proto::DataLocation;
 use crate::onnx::attribute_proto::AttributeType;
+use crate::onnx::tensor_proto::DataLocation;
 use crate::onnx::{AttributeProto, GraphProto, ModelProto, StringStringEntryProto, TensorProto};
 use crate::tensor::HostTensor;
 

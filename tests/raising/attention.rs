@@ -78,7 +78,8 @@ fn heads_apart_between_the_products() {
     let end = "w5 = Unsqueeze(w, [4])\n z = Shape(w5)\n zr = Slice(z, [2], [4])\n zs = Concat(n, zr) {axis=0}\n w3 = Reshape(w5, zs)\n y = MatMul(w3, vm)";
     text(&format!("{start}s = Mul(p4, 0.5)\n w = Softmax(s)\n {end}")).makes_one("Attention");
     text(&format!("{start}s = Mul(p4, 0.5)\n a = Add(s, mask)\n w = Softmax(a)\n {end}")).makes_one("Attention");
-    text(&format!("{start}s = Mul(p4, 0.5)\n a = Where(seen, s, -1e9)\n w = Softmax(a)\n {end}")).makes_one("Attention");
+    text(&format!("{start}s = Mul(p4, 0.5)\n a = Where(seen, s, -1e9)\n w = Softmax(a)\n {end}"))
+        .makes_one("Attention");
     // Over the heads: the kernel sees the shapes and computes the chain.
     text(&format!("{start}w = Softmax(p4) {{axis=1}}\n {end}")).makes_one("Attention");
     // Rows and keys change places on the way.

@@ -134,7 +134,8 @@ impl<'a> Classifier<'a> {
                 op if MOVING.contains(&op) || FUNCTIONS.contains(&op) => stack.push((node.input(0), role, reason)),
                 "Mul" | "Div" | "Add" | "Sub" | "Concat" | "MatMul" | "Gemm" | "Einsum" | "Where" | EITHER => {
                     // Of single numbers only those with a weight's name.
-                    let named = |v: Option<ValueId>| v.is_some_and(|v| tables::named_like_a_weight(&self.graph.names[v]));
+                    let named =
+                        |v: Option<ValueId>| v.is_some_and(|v| tables::named_like_a_weight(&self.graph.names[v]));
                     let takes = |v: Option<ValueId>| self.constant(v).is_none_or(|t| t.len() > 1) || named(v);
                     let weights = node.inputs.iter().rev().filter(|&&v| takes(v));
                     stack.extend(weights.map(|&v| (v, role, reason)));
@@ -161,10 +162,15 @@ impl<'a> Classifier<'a> {
             Role::Bias | Role::Scale if t.rank() == 0 && !tables::named_like_a_weight(&self.graph.names[value]) => {
                 (Role::Buffer, "plain number")
             }
-            Role::ConvWeight if t.rank() < 2 => (Role::Buffer, "filter that the graph builds"),
-            Role::LinearWeight if t.rank() == 0 && !tables::named_like_a_weight(&self.graph.names[value]) => {
-                (Role::Buffer, "plain number")
+            // The gain of a weight.
+            Role::ConvWeight | Role::LinearWeight if t.rank() == 0 => {
+                if tables::named_like_a_weight(&self.graph.names[value]) {
+                    (Role::Scale, reason)
+                } else {
+                    (Role::Buffer, "plain number")
+                }
             }
+            Role::ConvWeight if t.rank() < 2 => (Role::Buffer, "filter that the graph builds"),
             _ => (role, reason),
         }
     }

@@ -87,9 +87,10 @@ fn every_column_has_a_partner(rows: &[Vec<f64>], slack: f64) -> bool {
         && columns.iter().all(|&j| {
             let wanted = 1.0 - square(middle, j);
             let from = order.partition_point(|&k| square(middle, k) < wanted - slack);
-            order[from..].iter().take_while(|&&k| square(middle, k) <= wanted + slack).any(|&k| {
-                k != j && rows.iter().all(|r| (square(r, j) + square(r, k) - 1.0).abs() <= slack)
-            })
+            order[from..]
+                .iter()
+                .take_while(|&&k| square(middle, k) <= wanted + slack)
+                .any(|&k| k != j && rows.iter().all(|r| (square(r, j) + square(r, k) - 1.0).abs() <= slack))
         })
 }
 
@@ -291,9 +292,21 @@ mod tests {
         // Tokens without a place before the others, and three axes side by side, of unequal widths.
         let video = tensor(&[1, 14, 12], |i| {
             let (p, k) = (i / 12, i % 12);
-            let (from, width, at) = if k < 4 { (0, 4, p / 6) } else if k < 8 { (4, 4, p % 3) } else { (8, 4, p % 2) };
+            let (from, width, at) = if k < 4 {
+                (0, 4, p / 6)
+            } else if k < 8 {
+                (4, 4, p % 3)
+            } else {
+                (8, 4, p % 2)
+            };
             let a = angle(at, (k - from) % (width / 2) + 1);
-            if p < 2 { 0.0 } else if k - from < width / 2 { a.sin() } else { a.cos() }
+            if p < 2 {
+                0.0
+            } else if k - from < width / 2 {
+                a.sin()
+            } else {
+                a.cos()
+            }
         });
         for t in [&halves, &neighbours, &quarters, &channels, &video] {
             assert!(sinusoidal(t), "{:?}", t.shape());

@@ -43,11 +43,8 @@ struct Parted {
 
 /// The shape that a Reshape of a tensor of shape `from` makes.
 fn reshaped(from: &[i64], to: &[i64]) -> Result<Vec<i64>> {
-    let mut shape: Vec<i64> = to
-        .iter()
-        .enumerate()
-        .map(|(i, &d)| if d == 0 { from.get(i).copied().unwrap_or(0) } else { d })
-        .collect();
+    let mut shape: Vec<i64> =
+        to.iter().enumerate().map(|(i, &d)| if d == 0 { from.get(i).copied().unwrap_or(0) } else { d }).collect();
     let count: i64 = from.iter().product();
     let known: i64 = shape.iter().filter(|&&d| d != -1).product();
     if let Some(open) = shape.iter_mut().find(|d| **d == -1) {
@@ -218,7 +215,13 @@ impl Attention {
     /// The operands with heads and batch apart where the scores between the products have them so, and the shape of the
     /// weights in the second product. `None` where more than these axes is reshaped.
     #[allow(clippy::type_complexity)]
-    fn with_heads(&self, a: &Args, q: Tensor, k: Tensor, v: Tensor) -> Result<Option<(Tensor, Tensor, Tensor, Option<Vec<i64>>)>> {
+    fn with_heads(
+        &self,
+        a: &Args,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Result<Option<(Tensor, Tensor, Tensor, Option<Vec<i64>>)>> {
         let Some(parted) = &self.parted else { return Ok(Some((q, k, v, None))) };
         let (qs, ks, vs) = (q.size(), k.size(), v.size());
         let rank = qs.len();
@@ -234,9 +237,7 @@ impl Attention {
             return Ok(None);
         }
         let lead = &scores[..scores.len() - 2];
-        let apart = |t: &Tensor, s: &[i64]| -> Result<Tensor> {
-            Ok(t.f_reshape([lead, &s[s.len() - 2..]].concat())?)
-        };
+        let apart = |t: &Tensor, s: &[i64]| -> Result<Tensor> { Ok(t.f_reshape([lead, &s[s.len() - 2..]].concat())?) };
         Ok(Some((apart(&q, &qs)?, apart(&k, &ks)?, apart(&v, &vs)?, Some(back))))
     }
 
