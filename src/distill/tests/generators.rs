@@ -135,6 +135,71 @@ fn a_generator_resumes_to_the_same_bytes_and_another_is_refused() {
     assert!(e.to_string().contains("the teacher's copy, this one is weights"), "{e}");
 }
 
+/// A consistency model's raw F for `N(mean, sd^2)`, whose paths are known: `f(x, s) = mean + (x - mean) r(s)` with
+/// `r(s)^2 = (sd^2 + smin^2) / (sd^2 + s^2)`. Two parameters: mean and log sd, one a channel.
+struct Paths {
+    params: ParamSet,
+}
+
+impl Forward for Paths {
+    fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let get = |name: &str| inputs.iter().find(|(n, _)| *n == name).expect("given").1;
+        let [mean, log_sd] = self.params.tensors() else { panic!("two parameters") };
+        let (s, sd2) = (get("sigma").f_view([-1, 1, 1, 1])?, log_sd.f_mul_scalar(2.0)?.f_exp()?);
+        let x = get("x") * (s.square() + 0.25).sqrt();
+        let ratio = ((&sd2 + 0.05f64.powi(2)) / (&sd2 + s.square())).sqrt();
+        let f = mean + (&x - mean) * ratio;
+        let above: Tensor = &s - 0.05;
+        let skip = 0.25 / (above.square() + 0.25);
+        let out: Tensor = &above * 0.5 / (s.square() + 0.25).sqrt();
+        Ok(vec![("denoised".into(), (f - skip * x) / out)])
+    }
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+    fn copy(&self) -> Result<Box<dyn Forward>> {
+        Ok(Box::new(Self { params: self.params.deep_copy(Device::Cpu)? }))
+    }
+}
+
+#[test]
+fn a_consistency_model_is_an_initial_student_that_is_nearly_there() {
+    let mut own = card(2);
+    own.prediction = Prediction::Consistency;
+    let sd = [0.7f64, 0.3];
+    let tensors = vec![
+        Tensor::from_slice(&[0.6f32, -0.1]).view([1, 2, 1, 1]),
+        Tensor::from_slice(&sd.map(|s| s.ln() as f32)).view([1, 2, 1, 1]),
+    ];
+    let network = Paths { params: ParamSet::new(["mean", "log_sd"].map(String::from).to_vec(), tensors).unwrap() };
+    let inputs = [
+        InputSpec::new("x", DType::F32, &[None, Some(2), Some(1), Some(1)]),
+        InputSpec::new("sigma", DType::F32, &[None]),
+    ];
+    let denoiser = Denoiser::new(Box::new(network), Arc::new(own), &inputs).unwrap();
+    let student = Student::new(denoiser, &of_its_own().student).unwrap();
+    // One call from sigma_max = 10: x = mean + (10 z - mean) r(10).
+    let (mean, spread) = moments(&student, 20_000);
+    for (k, m) in [0.6, -0.1].into_iter().enumerate() {
+        let r = ((sd[k] * sd[k] + 0.0025) / (sd[k] * sd[k] + 100.0)).sqrt();
+        assert!(
+            (mean[k] - m * (1.0 - r)).abs() < 0.02 && (spread[k] / (10.0 * r) - 1.0).abs() < 0.02,
+            "{mean:?} {spread:?}"
+        );
+    }
+    // The teacher's mean is another one; the spread is right from the start and stays.
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = of_its_own();
+    (c.batch, c.degrade.steps, c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) =
+        (256, 100, 600, 2, 30);
+    c.ema.half_life = 20_000.0;
+    let (outcome, _) = run_with(dir.path(), &c, &student, None).unwrap();
+    let (mean, spread) = moments(&finished(outcome), 20_000);
+    for (got, expected) in mean.iter().chain(&spread).zip([0.8, -0.4, 0.7, 0.3]) {
+        assert!((got - expected).abs() < 0.05, "{mean:?} {spread:?}");
+    }
+}
+
 #[test]
 fn what_a_generator_cannot_do_is_refused() {
     let generator = || match affine([0.0, 0.0], [1.0, 1.0]) {
