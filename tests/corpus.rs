@@ -80,6 +80,7 @@ const CASES: &[&str] = &[
     "convnext-drawn-legacy17-dynamic",
     "standardised-drawn-raw20-dynamic",
     "consistency-fresh-dynamo20-dynamic",
+    "edm2-drawn-raw18-dynamic",
     "windows-drawn-raw18-dynamic",
     "branches-drawn-dynamo20-dynamic",
     "hunyuan-drawn-legacy17-dynamic",
