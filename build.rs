@@ -44,6 +44,9 @@ mod train {
         println!("cargo:rerun-if-env-changed=LIBTORCH");
         println!("cargo:rerun-if-changed=src/torch/shim.cpp");
         println!("cargo:rerun-if-changed=src/torch/training.cpp");
+        println!("cargo:rerun-if-changed=src/torch/activation.cpp");
+        println!("cargo:rerun-if-changed=src/torch/profile.cpp");
+        println!("cargo:rerun-if-changed=src/torch/winograd.cpp");
         let lib = PathBuf::from(
             std::env::var("DEP_TCH_LIBTORCH_LIB")
                 .expect("torch-sys exports the path of libtorch (DEP_TCH_LIBTORCH_LIB)"),
@@ -75,11 +78,14 @@ mod train {
             .std("c++20")
             .file("src/torch/shim.cpp")
             .file("src/torch/training.cpp")
+            .file("src/torch/activation.cpp")
+            .file("src/torch/profile.cpp")
+            .file("src/torch/winograd.cpp")
             .include(&include)
             .include(include.join("torch/csrc/api/include"))
             .flag_if_supported("-Wno-unused-parameter")
             .warnings(false)
-            .opt_level(2)
+            .opt_level(3)
             .compile("disback_shim");
     }
 }

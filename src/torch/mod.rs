@@ -1,5 +1,6 @@
 //! ONNX operators on libtorch: a shared immutable plan, parameter sets, networks, the optimiser and devices.
 
+pub mod activation;
 pub mod convert;
 pub mod deciding;
 pub mod device;
@@ -12,10 +13,12 @@ mod ops;
 pub mod optim;
 pub mod params;
 pub mod plan;
+pub mod profile;
 pub mod registry;
 mod segments;
 pub mod shim;
 pub mod training;
+pub mod winograd;
 
 pub use network::{Forward, ImportOptions, Network};
 pub use params::ParamSet;

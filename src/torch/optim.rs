@@ -72,7 +72,7 @@ impl AdamW {
         }
     }
 
-    /// Updates the parameters from their gradients with `lr_scale` times the learning rate, then zeroes the gradients.
+    /// Updates the parameters from their gradients with `lr_scale` times the learning rate, then lets the gradients go.
     /// Parameters that no gradient has reached stay as they are.
     pub fn step(&mut self, lr_scale: f64) -> Result<()> {
         let grads = shim::grads(&self.params)?;
@@ -111,7 +111,7 @@ impl AdamW {
                 &scale,
                 &found_inf,
             )?;
-            shim::foreach_zero(&grads)
+            shim::drop_grads(&self.params)
         })?;
         self.calls += 1;
         Ok(())

@@ -8,7 +8,6 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_lerp.h>
 #include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
@@ -88,8 +87,11 @@ char* disback_foreach_lerp(at::Tensor* const* mine, at::Tensor* const* theirs, s
   return guarded([&] { at::_foreach_lerp_(list(mine, count), list(theirs, count), at::Scalar(weight)); });
 }
 
-char* disback_foreach_zero(at::Tensor* const* tensors, size_t count) {
-  return guarded([&] { at::_foreach_zero_(list(tensors, count)); });
+// Lets go of the gradients: the next backward pass hands its own over instead of adding them to zeros.
+char* disback_drop_grads(at::Tensor* const* params, size_t count) {
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) params[i]->mutable_grad().reset();
+  });
 }
 
 // Standard normal f32 from a generator of its own: the process-wide generators are neither read nor moved.

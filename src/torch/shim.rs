@@ -32,7 +32,7 @@ unsafe extern "C" {
         count: usize,
         weight: f64,
     ) -> *mut c_char;
-    fn disback_foreach_zero(tensors: *const *const C_tensor, count: usize) -> *mut c_char;
+    fn disback_drop_grads(params: *const *const C_tensor, count: usize) -> *mut c_char;
     fn disback_randn(seed: u64, shape: *const i64, rank: usize, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
     fn disback_keep_memory();
     fn disback_set_tf32(on: bool) -> *mut c_char;
@@ -135,10 +135,10 @@ pub fn foreach_lerp(mine: &[Tensor], theirs: &[Tensor], weight: f64) -> Result<(
     check(unsafe { disback_foreach_lerp(pointers(mine).as_ptr(), pointers(theirs).as_ptr(), mine.len(), weight) })
 }
 
-/// Fills every tensor with zeros.
-pub fn foreach_zero(tensors: &[Tensor]) -> Result<()> {
+/// Lets go of the parameters' gradients: the next backward pass makes them anew, without a pass over zeros.
+pub fn drop_grads(params: &[Tensor]) -> Result<()> {
     // SAFETY: live tensors.
-    check(unsafe { disback_foreach_zero(pointers(tensors).as_ptr(), tensors.len()) })
+    check(unsafe { disback_drop_grads(pointers(params).as_ptr(), params.len()) })
 }
 
 /// Standard normal noise (f32) that depends on `seed`, the shape and the kind of device alone: libtorch's process-wide

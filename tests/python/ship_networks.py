@@ -120,19 +120,20 @@ class DitBlock(nn.Module):
 class Dit(nn.Module):
     """latents [B,4,16,16], time [B] in 0..1000, label [B] -> velocity."""
 
-    def __init__(self, d=96, depth=3, heads=4, patch=2, size=16):
+    def __init__(self, d=96, depth=3, heads=4, patch=2, size=16, features=64, classes=10):
         super().__init__()
-        self.d, self.patch, self.grid = d, patch, size // patch
+        self.d, self.patch, self.grid, self.features = d, patch, size // patch, features
         self.embed = nn.Conv2d(4, d, patch, stride=patch)
         self.pos = nn.Parameter(torch.randn(1, self.grid**2, d) * 0.1)
-        self.t0, self.t1 = nn.Linear(64, d), nn.Linear(d, d)
-        self.label = nn.Embedding(11, d)
+        self.t0, self.t1 = nn.Linear(features, d), nn.Linear(d, d)
+        self.label = nn.Embedding(classes + 1, d)
         self.blocks = nn.ModuleList([DitBlock(d, heads) for _ in range(depth)])
         self.norm, self.ada = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6), nn.Linear(d, 2 * d)
         self.out = nn.Linear(d, patch * patch * 4)
 
     def forward(self, sample, timestep, label):
-        half = torch.exp(-math.log(10000) * torch.arange(32, dtype=torch.float32) / 32)
+        half = self.features // 2
+        half = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
         angle = timestep[:, None] * half[None]
         c = self.t1(F.silu(self.t0(torch.cat([angle.cos(), angle.sin()], dim=1)))) + self.label(label)
         x = self.embed(sample).flatten(2).transpose(1, 2) + self.pos

@@ -119,10 +119,7 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         };
         loss.backward();
         // What has flowed into the fake score's weights is none of its business.
-        let leaked: Vec<Tensor> = shim::grads(fake.params().tensors()).unwrap().into_iter().flatten().collect();
-        if !leaked.is_empty() {
-            shim::foreach_zero(&leaked).unwrap();
-        }
+        shim::drop_grads(fake.params().tensors()).unwrap();
         let x = x.detach();
         let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, c.batch);
         let noise = batches.noise(&draws, Use::FakeNoise).unwrap();

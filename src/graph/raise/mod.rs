@@ -1,6 +1,7 @@
 //! Raising: chains of small operators that exporters make of norms, activations and attention become single calls of the
 //! `disback` domain again. Faster, and they save less for the backward pass. Beside that, what exporters write twice is
-//! computed once, casts that change nothing go, and transposes that undo each other meet and vanish.
+//! computed once, casts that change nothing go, transposes that undo each other meet and vanish, slices that part a value are
+//! made together, and a layer's product and bias are one call.
 //!
 //! Raising changes the plan only: the file that the weights are written back into keeps its nodes. A rewrite never swallows
 //! a value that something outside the pattern reads (views and host arithmetic, which cost nothing, stay behind for their
@@ -11,8 +12,10 @@ mod activation;
 mod attention;
 mod casts;
 mod layout;
+mod linear;
 mod norm;
 mod pattern;
+mod ranges;
 mod repeats;
 mod rule;
 mod view;
@@ -62,11 +65,13 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
     let mut report = Report::default();
     casts::simplify(graph, &mut report);
     repeats::merge(graph, trained, &mut report);
-    let rules: Vec<Rule> = [activation::rules(), norm::rules(), attention::rules()].into_iter().flatten().collect();
+    let rules: Vec<Rule> =
+        [activation::rules(), norm::rules(), attention::rules(), linear::rules()].into_iter().flatten().collect();
     for rule in &rules {
         rule::exhaust(graph, trained, rule, &mut report);
     }
     layout::cancel(graph, &mut report);
+    ranges::join(graph, trained, &mut report);
     // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
     for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
         node.op = norm::final_name(node).to_owned();
@@ -99,4 +104,4 @@ pub(crate) fn raise_for_export(graph: &mut Graph) {
 }
 
 /// Operators of the `disback` domain that stand for a chain of the file.
-const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "Attention"];
+const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "Attention", "Linear"];

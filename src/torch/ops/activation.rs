@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
+use crate::torch::activation::gelu;
 use crate::torch::kernel::{Kernel, Value, one};
 use crate::torch::ops::util;
 use crate::torch::registry::Registry;
@@ -50,7 +51,7 @@ pub fn register(r: &mut Registry) {
         if approximate != "none" && approximate != "tanh" {
             return Err(Error::invalid(format!("attribute `approximate` is `{approximate}`, expected none or tanh")));
         }
-        Ok(Kernel::new(move |a| one(a.t(0)?.f_gelu(&approximate)?)))
+        Ok(Kernel::new(move |a| one(gelu(a.t(0)?, &approximate)?)))
     });
     r.add("Mish", 18, (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_mish()?))));
     r.add("Swish", 24, (1, 1), |n| {

@@ -7,6 +7,7 @@ use crate::graph::Node;
 use crate::torch::kernel::{Args, Kernel, one};
 use crate::torch::registry::Registry;
 use crate::torch::training::lowered;
+use crate::torch::winograd;
 
 pub fn register(r: &mut Registry) {
     r.add("Conv", 1, (2, 3), conv);
@@ -127,6 +128,20 @@ fn operands(a: &Args) -> Result<(Tensor, Tensor, usize)> {
     Ok((lowered(x)?, lowered(w)?, x.dim() - 2))
 }
 
+/// Whether the channels of a [N,C,H,W] lie side by side in memory, and not the columns.
+fn is_channels_last(x: &Tensor) -> bool {
+    match (x.size().as_slice(), x.stride().as_slice()) {
+        (&[_, c, h, w], &[sn, sc, sh, sw]) => c > 1 && h * w > 1 && (sn, sc, sh, sw) == (c * h * w, 1, c * w, c),
+        _ => false,
+    }
+}
+
+/// A convolution that mixes channels only: one matrix product on channels-last images, and no copy.
+fn pointwise(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let filters = w.f_flatten(1, 3)?;
+    Ok(x.f_permute([0, 2, 3, 1])?.f_linear(&filters, bias)?.f_permute([0, 3, 1, 2])?)
+}
+
 pub fn conv(node: &Node) -> Result<Kernel> {
     let window = Window::parse(node)?;
     let groups = node.attributes.int_or("group", 1)?;
@@ -143,6 +158,13 @@ pub fn conv(node: &Node) -> Result<Kernel> {
         let (x, padding) = split_padding(&x, &pads, 0.0)?;
         let (strides, dilations) = (window.strides(rank)?, window.dilations(rank)?);
         let bias = a.opt(2)?.map(lowered).transpose()?;
+        let plain = groups == 1 && [&strides, &dilations].iter().all(|v| v.iter().all(|&n| n == 1));
+        if plain && padding == [1, 1] && winograd::pays(&x, &w) {
+            return one(winograd::convolution(&x, &w, bias.as_ref())?);
+        }
+        if plain && padding == [0, 0] && kernel == [1, 1] && is_channels_last(&x) {
+            return one(pointwise(&x, &w, bias.as_ref())?);
+        }
         one(x.f_convolution(&w, bias.as_ref(), strides, padding, dilations, false, vec![0; rank], groups)?)
     }))
 }

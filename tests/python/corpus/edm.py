@@ -66,18 +66,18 @@ class Fourier(nn.Module):
 class Block(nn.Module):
     """Scale-shift residual block, with resampling before the convolutions and attention after them."""
 
-    def __init__(self, c_in, c_out, emb, taps, resample=None, heads=0):
+    def __init__(self, c_in, c_out, emb, taps, resample=None, heads=0, groups=4):
         super().__init__()
         self.heads = heads
-        self.norm0 = nn.GroupNorm(4, c_in, eps=1e-6)
+        self.norm0 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(emb, 2 * c_out)
-        self.norm1 = nn.GroupNorm(4, c_out, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv1 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
         self.resample = Resample(c_in, taps, resample == "up") if resample else None
         if heads:
-            self.norm2 = nn.GroupNorm(4, c_out, eps=1e-6)
+            self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
             self.proj = nn.Conv2d(c_out, c_out, 1)
 

@@ -7,8 +7,17 @@ mod normalize;
 use tch::Kind;
 
 use crate::error::Error;
+use crate::torch::activation::gelu;
 use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::ops::util;
 use crate::torch::registry::{Entry, MANY, Registry};
+
+/// Start and length-limited end of a slice with step 1, the end not before the start.
+fn place(start: i64, end: i64, length: i64) -> (i64, i64) {
+    let clamp = |v: i64| if v < 0 { (v.saturating_add(length)).max(0) } else { v.min(length) };
+    let start = clamp(start);
+    (start, clamp(end).max(start))
+}
 
 pub fn register(r: &mut Registry) {
     let mut add =
@@ -29,7 +38,7 @@ pub fn register(r: &mut Registry) {
     // x * Phi(x)
     add("Gelu", (1, 1), |n| {
         let approximate = n.attributes.string_or("approximate", "none")?;
-        Ok(Kernel::new(move |a| one(a.t(0)?.f_gelu(&approximate)?)))
+        Ok(Kernel::new(move |a| one(gelu(a.t(0)?, &approximate)?)))
     });
     // A view of an operand that broadcasts, with its axes where those of the other operand are.
     add("Align", (1, 1), |n| {
@@ -45,6 +54,42 @@ pub fn register(r: &mut Registry) {
     for op in ["GroupNorm", "LayerNorm", "RMSNorm"] {
         add(op, (1, 5), normalize::build);
     }
+    // x, weight, bias
+    add("Linear", (3, 3), |_| {
+        Ok(Kernel::new(|a| {
+            let (x, w, b) = (a.t(0)?, a.t(1)?, a.t(2)?);
+            let (size, columns) = (x.size(), w.size().last().copied().unwrap_or(0));
+            let fits = w.dim() == 2 && size.len() > 1 && b.size() == [columns] && x.is_floating_point();
+            if !fits || x.kind() == Kind::Double {
+                return one(x.f_matmul(w)?.f_add(b)?);
+            }
+            let rows = if size.len() == 2 { x.shallow_clone() } else { x.f_flatten(0, size.len() as i64 - 2)? };
+            let y = b.f_addmm(&rows, w)?;
+            one(if size.len() == 2 { y } else { y.f_view(&[&size[..size.len() - 1], &[columns]].concat()[..])? })
+        }))
+    });
+    // x; ranges of one axis, each a result
+    add("Ranges", (1, 1), |n| {
+        let missing = |name: &str| Error::invalid(format!("attribute `{name}` is missing"));
+        let (axis, bounds) =
+            (n.attributes.int_or("axis", 0)?, n.attributes.ints("bounds")?.ok_or_else(|| missing("bounds"))?);
+        Ok(Kernel::new(move |a| {
+            let x = a.t(0)?;
+            let axis = util::axis(axis, x.dim())?;
+            let length = x.size()[axis as usize];
+            // As ONNX's Slice reads its bounds.
+            let ends: Vec<(i64, i64)> = bounds.chunks_exact(2).map(|b| place(b[0], b[1], length)).collect();
+            let whole = ends.first().is_some_and(|f| f.0 == 0)
+                && ends.last().is_some_and(|l| l.1 == length)
+                && ends.windows(2).all(|w| w[0].1 == w[1].0);
+            if whole {
+                let sizes: Vec<i64> = ends.iter().map(|(from, to)| to - from).collect();
+                let parts = x.f_split_with_sizes(&sizes[..], axis)?;
+                return Ok(parts.into_iter().map(Value::device).collect());
+            }
+            ends.iter().map(|&(from, to)| Ok(Value::device(x.f_narrow(axis, from, to - from)?))).collect()
+        }))
+    });
     // q, k, v, mask, factors
     add("Attention", (3, MANY), attention::build);
 }
