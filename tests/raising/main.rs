@@ -5,6 +5,7 @@ mod activations;
 mod attention;
 mod frameworks;
 mod graphs;
+mod layers;
 mod layout;
 mod norms;
 mod repeats;
