@@ -96,7 +96,7 @@ pub fn serve(task: &Task) -> Result<()> {
     let run = RunDir::create(&folder.path().join("run"), &config)?;
     let stop = AtomicBool::new(false);
     let mut clock = Clock::new(ratio as u64);
-    let job = Job { config: &config, run: &run, observer: &mut clock, stop: &stop, silent: true };
+    let job = Job { config: &config, student: None, run: &run, observer: &mut clock, stop: &stop, silent: true };
     match distill(job, &denoiser, stages) {
         Err(_) if clock.ended => Ok(()),
         other => other.map(drop),
