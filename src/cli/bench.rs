@@ -59,7 +59,7 @@ fn engines(options: &EngineOptions) -> Vec<EngineOptions> {
 }
 
 pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
-    let engines = engines(&args.engine.options()?);
+    let engines = engines(&args.engine.options(&args.batch)?);
     if engines.is_empty() {
         return Err(Error::usage("--provider names no provider"));
     }

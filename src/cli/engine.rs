@@ -30,7 +30,7 @@ pub struct EngineArgs {
     /// TensorRT: folder that keeps built engines and timings.
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
-    /// TensorRT: smallest, usual and largest batch.
+    /// TensorRT: smallest, usual and largest batch; by the command's own batches where absent.
     #[arg(long, value_name = "MIN,USUAL,MAX", value_delimiter = ',', num_args = 1)]
     pub profile: Vec<usize>,
     /// TensorRT: allow f16 (layer norms stay f32).
@@ -48,10 +48,11 @@ pub struct EngineArgs {
 }
 
 impl EngineArgs {
-    /// As the library wants them.
+    /// As the library wants them, for calls of at most these batches.
     ///
     /// Errors (2): options of a provider that is not the one asked for.
-    pub fn options(&self) -> Result<EngineOptions> {
+    pub fn options(&self, batches: &[usize]) -> Result<EngineOptions> {
+        let largest = batches.iter().max().copied().filter(|&b| b > 0);
         let profile = match self.profile.as_slice() {
             [] => None,
             [a, b, c] => Some([*a, *b, *c]),
@@ -80,6 +81,7 @@ impl EngineArgs {
             accelerator: Accelerator {
                 cache: self.cache.clone(),
                 profile,
+                calls: largest.map(|b| [1, b, b]),
                 fp16: self.trt_fp16,
                 bf16: self.trt_bf16,
                 cuda_graph: self.cuda_graph,

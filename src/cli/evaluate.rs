@@ -129,7 +129,7 @@ struct Judge<'a> {
 
 impl Judge<'_> {
     fn open(&self, path: &Path) -> Result<Source> {
-        let options = self.args.engine.options()?;
+        let options = self.args.engine.options(&[self.args.batch])?;
         let source = Source::open_with(path, self.range, &self.args.card, &options)?;
         let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
@@ -217,7 +217,7 @@ impl Judge<'_> {
 }
 
 fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) -> Result<Judge<'a>> {
-    let options = args.engine.options()?;
+    let options = args.engine.options(&[args.batch])?;
     let range = pair("--range", &args.range)?;
     if args.repeats == 0 || args.number == Some(0) || args.batch == 0 {
         return Err(Error::usage("--repeats, --number and --batch start at 1"));

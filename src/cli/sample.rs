@@ -158,7 +158,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     if args.number == 0 {
         return Err(Error::usage("--number 0: nothing to sample"));
     }
-    let mut student = Student::open(&args.student, &args.engine.options()?)?;
+    let mut student = Student::open(&args.student, &args.engine.options(&[args.batch])?)?;
     let embeddings = read_conditions(&args.conditions)?;
     let classes = args.classes.as_deref().map(parse_classes).transpose()?.unwrap_or_default();
     let request = Request { seed: args.seed, classes, embeddings, batch: args.batch };

@@ -48,7 +48,7 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
             return Err(Error::usage(format!("{name} 0: expected 1 or more")));
         }
     }
-    let student = Student::open(&args.student, &args.engine.options()?)?;
+    let student = Student::open(&args.student, &args.engine.options(&[args.max_batch])?)?;
     let engine = student.engine_name();
     let options = ServeOptions {
         address: SocketAddr::new(args.host, args.port),

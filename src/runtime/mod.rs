@@ -80,6 +80,8 @@ pub struct Accelerator {
     pub cache: Option<std::path::PathBuf>,
     /// Smallest, usual and largest batch that TensorRT builds for.
     pub profile: Option<[usize; 3]>,
+    /// Smallest, usual and largest batch of the calls to come: the profile of a free batch where none is given.
+    pub calls: Option<[usize; 3]>,
     /// TensorRT may use f16, or bf16.
     pub fp16: bool,
     pub bf16: bool,

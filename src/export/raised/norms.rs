@@ -197,7 +197,7 @@ fn resolve(wanted: &[i64], size: &[usize]) -> Option<Vec<usize>> {
     }
     if let Some(free) = wanted.iter().position(|&d| d == -1) {
         let rest: usize = out.iter().product();
-        out[free] = (rest > 0 && total % rest == 0).then(|| total / rest)?;
+        out[free] = (rest > 0 && total.is_multiple_of(rest)).then(|| total / rest)?;
     }
     (out.iter().product::<usize>() == total).then_some(out)
 }

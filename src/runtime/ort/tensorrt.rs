@@ -40,7 +40,9 @@ pub fn options(a: &Accelerator, inputs: &[ValueInfo]) -> Result<Vec<(String, Str
         set("ep_context_file_path", file.display().to_string());
     }
     let free = inputs.iter().any(|i| matches!(i.shape.first(), Some(Dim::Symbol(_))));
-    match a.profile {
+    // Expected calls are no promise: sizes that stay free are left to TensorRT, which builds for what it meets.
+    let expected = a.calls.filter(|c| free && c[0] >= 1 && shapes(inputs, c[0]).is_ok());
+    match a.profile.or(expected) {
         Some([min, opt, max]) if free => {
             if !(1 <= min && min <= opt && opt <= max) {
                 return Err(Error::usage(format!(
@@ -212,6 +214,18 @@ mod tests {
         assert_eq!(options(&bad, &free).unwrap_err().exit_code(), 2);
         assert!(options(&a, &inputs(Dim::Fixed(2))).unwrap_err().to_string().contains("batch is fixed"));
         assert!(options(&Accelerator::default(), &free).unwrap().is_empty());
+        // The batches of the calls to come, where no profile is given.
+        let calls = Accelerator { calls: Some([1, 16, 16]), ..Accelerator::default() };
+        let pairs: BTreeMap<String, String> = options(&calls, &free).unwrap().into_iter().collect();
+        assert_eq!(pairs["trt_profile_min_shapes"], "noise:1x3x32x32,labels:1");
+        assert_eq!(pairs["trt_profile_opt_shapes"], "noise:16x3x32x32,labels:16");
+        assert!(options(&calls, &inputs(Dim::Fixed(2))).unwrap().is_empty());
+        let given = Accelerator { profile: Some([2, 4, 8]), ..calls };
+        assert!(
+            options(&given, &free)
+                .unwrap()
+                .contains(&("trt_profile_max_shapes".into(), "noise:8x3x32x32,labels:8".into()))
+        );
     }
 
     #[test]
