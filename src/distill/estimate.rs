@@ -14,6 +14,7 @@ use crate::distill::draws::{Phase, Use};
 use crate::distill::objective::objective;
 use crate::distill::trainer::{Batches, denoising_loss};
 use crate::error::{Error, Result};
+use crate::torch::shim;
 use crate::torch::training::{Compute, count_memory, counted_memory};
 
 /// The larger of the two batches that are measured: at most so many images, and about so many bytes.
@@ -28,7 +29,7 @@ pub struct Stage {
     pub gradients: u64,
     /// AdamW's two moments.
     pub optimizer: u64,
-    /// Inner values at the worst moment of a step.
+    /// Inner values at the worst moment of a step, less what gradients take only later.
     pub activations: u64,
     pub total: u64,
     /// Forward passes of one image that an iteration is worth (a backward pass counts as two).
@@ -49,7 +50,7 @@ pub struct Estimate {
 struct Measured {
     /// Held between forward and backward.
     kept: f64,
-    /// Highest during forward and backward.
+    /// Highest during forward and backward, the network's gradients among it: they grow as inner values are let go.
     training: f64,
     /// Highest during a forward without a graph.
     forward: f64,
@@ -71,8 +72,6 @@ pub fn estimate(teacher: &Denoiser, config: &Config) -> Result<Estimate> {
         copy.network().configure(compute);
         measure(&copy, &Config { batch, ..config.clone() })
     };
-    // The first backward pass makes the gradients, which are counted apart.
-    at(1)?;
     let two = at(2)?;
     let high = ((2.0 * MOST_BYTES / two.training.max(1.0)) as usize).clamp(4, MOST_IMAGES);
     let measured = if config.batch <= high {
@@ -89,8 +88,9 @@ pub fn estimate(teacher: &Denoiser, config: &Config) -> Result<Estimate> {
     };
     teacher.network().configure(Compute::default());
     let weights = teacher.params().elements() as u64 * 4;
-    let stage = |sets: u64, trained: u64, activations: f64, passes: f64| {
-        let activations = activations.max(0.0) as u64;
+    let one = weights as f64;
+    let stage = |sets: u64, trained: u64, highest: f64, passes: f64| {
+        let activations = (highest - trained as f64 * one).max(0.0) as u64;
         let (weights, gradients, optimizer) = (sets * weights, trained * weights, 2 * trained * weights);
         Stage {
             weights,
@@ -106,11 +106,15 @@ pub fn estimate(teacher: &Denoiser, config: &Config) -> Result<Estimate> {
     let guided = if config.guidance != 1.0 { 2.0 } else { 1.0 };
     let scores = guided + fake as f64;
     // While the generator's graph is held, the scores are computed; then the fake score is trained.
+    // Gradients of the micro-batches before this one stay; otherwise they go with the optimiser's step.
+    let (others, all) = if config.accumulate > 1 { (fake as f64 * one, (1 + fake) as f64 * one) } else { (0.0, 0.0) };
     let generator = if objective.through_scores() {
-        measured.kept * scores + measured.training
+        measured.kept * scores + measured.training + others
     } else {
-        (measured.kept + guided * measured.forward).max(measured.training)
+        (measured.kept + guided * measured.forward + all).max(measured.training + others)
     };
+    // The generator's gradients wait for its step.
+    let fake_step = if fake > 0 { measured.training + one } else { 0.0 };
     let accumulate = config.accumulate as f64;
     let ratio = config.backtrack.ratio as f64;
     let scored = if objective.through_scores() { 3.0 * scores } else { scores };
@@ -124,7 +128,7 @@ pub fn estimate(teacher: &Denoiser, config: &Config) -> Result<Estimate> {
         backtrack: stage(
             4 + config.ema.more.len() as u64 + fake,
             1 + fake,
-            generator.max(measured.training),
+            generator.max(fake_step),
             passes * accumulate,
         ),
     })
@@ -141,12 +145,18 @@ fn measure(copy: &Denoiser, config: &Config) -> Result<Measured> {
     let loss = || -> Result<Tensor> { denoising_loss(copy, &x0, &sigmas, &noise, &conditions) };
     // The first run of a batch size works out the plan.
     loss()?.f_backward()?;
+    let gradients = if config.accumulate > 1 {
+        copy.params().elements() * 4
+    } else {
+        shim::drop_grads(copy.params().tensors())?;
+        0
+    };
     let start = counted_memory(true).current;
     let value = loss()?;
     let kept = counted_memory(false).current.saturating_sub(start);
     value.f_backward()?;
     drop(value);
-    let training = counted_memory(false).peak.saturating_sub(start);
+    let training = counted_memory(false).peak.saturating_sub(start) + gradients as u64;
     let start = counted_memory(true).current;
     drop(tch::no_grad(loss)?);
     let forward = counted_memory(false).peak.saturating_sub(start);
