@@ -8,6 +8,9 @@ use crate::graph::ir::{Graph, ValueId};
 use crate::graph::raise::view::View;
 use crate::graph::raise::{Report, Rewrite};
 
+/// A node, and the start and end of its slice.
+type Part = (usize, i64, i64);
+
 /// One `Slice` along one axis with step 1: what it reads, the axis, start and end.
 fn slice(view: &View, i: usize) -> Option<(ValueId, i64, i64, i64)> {
     let node = view.node(i);
@@ -23,7 +26,7 @@ fn slice(view: &View, i: usize) -> Option<(ValueId, i64, i64, i64)> {
 /// Joins the slices of each value.
 pub(super) fn join(graph: &mut Graph, trained: &HashSet<ValueId>, report: &mut Report) {
     let view = View::new(graph, trained);
-    let mut groups: HashMap<(ValueId, i64), Vec<(usize, i64, i64)>> = HashMap::new();
+    let mut groups: HashMap<(ValueId, i64), Vec<Part>> = HashMap::new();
     for i in 0..graph.nodes.len() {
         if let Some((x, axis, start, end)) = slice(&view, i)
             && !view.is_host(x)
@@ -32,13 +35,15 @@ pub(super) fn join(graph: &mut Graph, trained: &HashSet<ValueId>, report: &mut R
         }
     }
     // In the order of their bounds, each beginning where the one before ends; whether they cover everything shows at run time.
-    let mut joined: Vec<(i64, Vec<(usize, i64, i64)>)> = Vec::new();
+    let mut joined: Vec<(i64, Vec<Part>)> = Vec::new();
     for ((_, axis), mut list) in groups {
         list.sort_by_key(|&(i, start, _)| (start, i));
         if list.len() > 1 && list[0].1 == 0 && list.windows(2).all(|w| w[0].2 == w[1].1) {
             joined.push((axis, list));
         }
     }
+    // The report lists them in the graph's order.
+    joined.sort_by_key(|(_, list)| list[0].0);
     let mut gone: HashSet<usize> = HashSet::new();
     for (axis, list) in joined {
         let first = list.iter().map(|l| l.0).min().expect("two at least");
