@@ -104,7 +104,7 @@ def test_mismatch_between_the_file_and_torch_is_refused(tmp_path, monkeypatch, c
         ([*CARD, "predicton=epsilon"], "did you mean 'prediction'"),
         ([*CARD, "conditions.labels.clases=4"], "did you mean 'conditions.labels.classes'"),
         ([e for e in CARD if not e.startswith("shape")], "shape missing"),
-        ([*CARD, "prediction=noise"], "denoised, edm-raw, epsilon, v, flow, consistency"),
+        ([*CARD, "prediction=noise"], "denoised, edm-raw, epsilon, v, flow, trigflow, scaled-score, consistency"),
         ([*CARD, "time=t"], "the graph has no input 't'"),
         ([e for e in CARD if not e.startswith("conditions")], "nothing said about the inputs labels"),
         ([*CARD, "shape=8"], "[channels, height, width]"),
