@@ -39,14 +39,21 @@ fn bake_onnxruntime_hint() {
 mod train {
     use std::path::{Path, PathBuf};
 
+    const SOURCES: [&str; 5] = [
+        "src/torch/shim.cpp",
+        "src/torch/training.cpp",
+        "src/torch/activation.cpp",
+        "src/torch/profile.cpp",
+        "src/torch/winograd.cpp",
+    ];
+    const HEADERS: [&str; 2] = ["src/torch/border.h", "src/torch/lanes.h"];
+
     /// torch-sys (a direct dependency for this very reason) tells where it linked libtorch.
     pub fn link_libtorch() {
         println!("cargo:rerun-if-env-changed=LIBTORCH");
-        println!("cargo:rerun-if-changed=src/torch/shim.cpp");
-        println!("cargo:rerun-if-changed=src/torch/training.cpp");
-        println!("cargo:rerun-if-changed=src/torch/activation.cpp");
-        println!("cargo:rerun-if-changed=src/torch/profile.cpp");
-        println!("cargo:rerun-if-changed=src/torch/winograd.cpp");
+        for file in SOURCES.iter().chain(&HEADERS) {
+            println!("cargo:rerun-if-changed={file}");
+        }
         let lib = PathBuf::from(
             std::env::var("DEP_TCH_LIBTORCH_LIB")
                 .expect("torch-sys exports the path of libtorch (DEP_TCH_LIBTORCH_LIB)"),
@@ -76,11 +83,7 @@ mod train {
         cc::Build::new()
             .cpp(true)
             .std("c++20")
-            .file("src/torch/shim.cpp")
-            .file("src/torch/training.cpp")
-            .file("src/torch/activation.cpp")
-            .file("src/torch/profile.cpp")
-            .file("src/torch/winograd.cpp")
+            .files(SOURCES)
             .include(&include)
             .include(include.join("torch/csrc/api/include"))
             .flag_if_supported("-Wno-unused-parameter")

@@ -3,32 +3,12 @@
 
 mod support;
 
-use std::path::Path;
-
 use serde_json::Value;
+use support::{ok, refused};
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits");
 const FEW: &str = "--device cpu --threads 1 --batch 4 --nodes 1 --degrade-steps 2 --updates 4 --lr 1e-2 \
                    --set log.samples=2 --set log.sample_steps=2 --set log.every=1";
-
-fn run(dir: &Path, args: &str) -> (Option<i32>, String) {
-    let args: Vec<&str> = args.split_whitespace().collect();
-    let out = support::disback().args(&args).current_dir(dir).output().unwrap();
-    let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!text.contains("panicked"), "{args:?}: {text}");
-    (out.status.code(), if out.status.success() { String::from_utf8(out.stdout).unwrap() } else { text })
-}
-
-fn ok(dir: &Path, args: &str) -> String {
-    let (code, text) = run(dir, args);
-    assert_eq!(code, Some(0), "{args}: {text}");
-    text
-}
-
-fn refused(dir: &Path, args: &str, says: &str) {
-    let (code, text) = run(dir, args);
-    assert!(code.is_some_and(|c| c > 0) && text.contains(says), "{args}: {text}");
-}
 
 #[test]
 fn latents_are_measured_as_the_images_of_their_decoder() {

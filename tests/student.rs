@@ -10,6 +10,7 @@ use disback::runtime::student::{Request, Student};
 use disback::runtime::{self, EngineOptions};
 use disback::tensor::HostTensor;
 use disback::torch::params::load_tensors;
+use support::ok;
 
 const TEACHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/teacher.onnx");
 const FEW: &str = "--device cpu --threads 1 --batch 4 --nodes 2 --degrade-steps 4 --updates 6 --lr 1e-2 \
@@ -22,23 +23,8 @@ fn networks(name: &str) -> PathBuf {
     folder
 }
 
-fn run(dir: &Path, args: &str) -> (Option<i32>, String) {
-    let args: Vec<&str> = args.split_whitespace().collect();
-    let out = support::disback().args(&args).current_dir(dir).output().unwrap();
-    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-    assert!(!text.contains("panicked"), "{args:?}: {text}");
-    (out.status.code(), text)
-}
-
-fn ok(dir: &Path, args: &str) -> String {
-    let (code, text) = run(dir, args);
-    assert_eq!(code, Some(0), "{args}: {text}");
-    text
-}
-
 fn refused(dir: &Path, args: &str, says: &str) {
-    let (code, text) = run(dir, args);
-    assert!(code == Some(2) && text.contains(says), "{args}: {text}");
+    assert_eq!(support::refused(dir, args, says), 2, "{args}");
 }
 
 /// Weights of a safetensors file or of an ONNX file's initializers, f32 by name.

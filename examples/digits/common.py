@@ -104,3 +104,21 @@ def write_png(path, grey, scale=1):
     header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 9)), chunk(b"IEND", b"")]
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def export_denoiser(net, args, path, metadata, trials):
+    """Exports a denoiser of (x, sigma, labels) and checks the file against torch on `trials`, one triple a batch."""
+    import torch
+
+    net = net.eval()
+    export(net, args, path, metadata, ["x", "sigma", "labels"], ["denoised"])
+    runner = session(path)
+    worst = 0.0
+    for x, sigma, labels in trials:
+        with torch.no_grad():
+            native = net(x, sigma, labels).numpy()
+        ours = runner.run(["denoised"], {"x": x.numpy(), "sigma": sigma.numpy(), "labels": labels.numpy()})[0]
+        worst = max(worst, float(np.abs(ours - native).max()))
+    if worst > 1e-4:
+        raise SystemExit(f"{path}: ONNX Runtime differs from torch by {worst}")
+    print(f"{path}: {Path(path).stat().st_size} bytes, ONNX Runtime differs from torch by at most {worst:.1e}")

@@ -223,6 +223,29 @@ pub struct TeacherCard {
     pub constants: BTreeMap<String, f64>,
 }
 
+#[cfg(test)]
+impl TeacherCard {
+    /// A denoiser of `shape` in EDM's terms, without conditions.
+    pub(crate) fn plain(shape: [usize; 3]) -> Self {
+        Self {
+            sample: "x".into(),
+            time: "sigma".into(),
+            output: "denoised".into(),
+            prediction: Prediction::Denoised,
+            time_unit: TimeUnit::Sigma,
+            shape,
+            layout: Layout::Nchw,
+            range: None,
+            sigma_data: 0.5,
+            latent_scale: 1.0,
+            dataset: None,
+            schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
+            conditions: BTreeMap::new(),
+            constants: BTreeMap::new(),
+        }
+    }
+}
+
 /// A graph input or output as its file declares it: `None` is a dynamic dimension.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InputSpec {

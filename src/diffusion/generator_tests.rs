@@ -1,24 +1,8 @@
 use super::*;
-use crate::diffusion::card::{Prediction, TimeUnit};
-use crate::diffusion::schedule::ScheduleSpec;
 
 fn card(conditions: &[(&str, Condition)]) -> TeacherCard {
-    TeacherCard {
-        sample: "x".into(),
-        time: "sigma".into(),
-        output: "denoised".into(),
-        prediction: Prediction::Denoised,
-        time_unit: TimeUnit::Sigma,
-        shape: [3, 8, 6],
-        layout: Layout::Nchw,
-        range: None,
-        sigma_data: 0.5,
-        latent_scale: 1.0,
-        dataset: None,
-        schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
-        conditions: conditions.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect(),
-        constants: Default::default(),
-    }
+    let conditions = conditions.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect();
+    TeacherCard { conditions, ..TeacherCard::plain([3, 8, 6]) }
 }
 
 fn classes() -> Condition {

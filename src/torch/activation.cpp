@@ -7,23 +7,17 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <cstring>
-#include <exception>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
+#include "border.h"
+#include "lanes.h"
 
 namespace {
 
-constexpr int64_t lanes = 16;
+using disback::lanes;
+using disback::Vec;
+
 constexpr int64_t grain = 1 << 14;
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
-#define LOAD(p) (*reinterpret_cast<const Vec*>(p))
-#define STORE(p, v) (*reinterpret_cast<Vec*>(p) = (v))
 
 constexpr float twice_root = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 constexpr float cubic = 0.044715f;
@@ -129,15 +123,6 @@ extern "C" {
 
 // x f32 on the CPU. Differentiable once.
 char* disback_gelu_tanh(const at::Tensor* x, at::Tensor** out) {
-  try {
-    *out = new at::Tensor(Gelu::apply(*x));
-    return nullptr;
-  } catch (const c10::Error& e) {
-    return strdup(e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    return strdup(e.what());
-  } catch (...) {
-    return strdup("unknown C++ exception");
-  }
+  return disback::guarded([&] { *out = new at::Tensor(Gelu::apply(*x)); });
 }
 }

@@ -13,28 +13,23 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <vector>
 
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
 
+#include "border.h"
+
 namespace {
 
+// No graph is recorded in here.
 template <class F>
 char* guarded(F&& body) {
-  try {
+  return disback::guarded([&] {
     at::NoGradGuard no_grad;
     body();
-    return nullptr;
-  } catch (const c10::Error& e) {
-    return strdup(e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    return strdup(e.what());
-  } catch (...) {
-    return strdup("unknown C++ exception");
-  }
+  });
 }
 
 std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {

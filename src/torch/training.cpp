@@ -14,7 +14,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -25,21 +24,11 @@
 #include <malloc.h>
 #endif
 
+#include "border.h"
+
 namespace {
 
-template <class F>
-char* guarded(F&& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error& e) {
-    return strdup(e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    return strdup(e.what());
-  } catch (...) {
-    return strdup("unknown C++ exception");
-  }
-}
+using disback::guarded;
 
 // A segment of a network: inputs to outputs, run once without a graph and again in the backward pass.
 using Run = char* (*)(void* self, const at::Tensor* const* inputs, size_t count, at::Tensor** outputs, size_t outputs_count);

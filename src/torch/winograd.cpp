@@ -13,21 +13,15 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <cstring>
-#include <exception>
+#include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
+#include "border.h"
+#include "lanes.h"
 
 namespace {
 
-constexpr int64_t lanes = 16;
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-#define LOAD(p) (*reinterpret_cast<const Vec*>(p))
-#define STORE(p, v) (*reinterpret_cast<Vec*>(p) = (v))
+using disback::lanes;
+using disback::Vec;
 
 // B' d B; the 16 results lie `stride` floats apart.
 CLONES void input_tile(const float* const* d, float* u, int64_t stride, int64_t channels) {
@@ -193,14 +187,10 @@ at::Tensor scratch(const at::Tensor& like, int64_t rows, int64_t channels) {
   return at::empty({16, rows, channels}, like.options().memory_format(std::nullopt));
 }
 
-// x [N,C,H,W] with `filters`: [16][C][K] (a view where they are kept the other way round). Channels-last.
-at::Tensor convolve(const at::Tensor& x, const at::Tensor& filters, const at::Tensor& bias) {
-  const Tiles tiles{x.size(0), x.size(2), x.size(3)};
-  const int64_t c = x.size(1), k = filters.size(2), step = chunk(c, k);
-  at::Tensor y = at::empty({tiles.n, k, tiles.h, tiles.w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  float* out = y.mutable_data_ptr<float>();
-  const at::Tensor shift = bias.defined() ? bias.contiguous() : at::zeros({k}, x.options().memory_format(std::nullopt));
-  const float* b = shift.const_data_ptr<float>();
+// Calls f(from, to, U, m) for as many tiles at a time as a cache holds; m is [16][tiles][K], to be filled.
+template <class F>
+void in_chunks(const Tiles& tiles, const at::Tensor& x, int64_t k, const F& f) {
+  const int64_t c = x.size(1), step = chunk(c, k);
   at::Tensor u, m;
   for (int64_t from = 0; from < tiles.count(); from += step) {
     const int64_t to = std::min(from + step, tiles.count());
@@ -209,6 +199,19 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& filters, const at::Te
       m = scratch(x, to - from, k);
     }
     transform_input(tiles, x, from, to, u);
+    f(from, to, u, m);
+  }
+}
+
+// x [N,C,H,W] with `filters`: [16][C][K] (a view where they are kept the other way round). Channels-last.
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& filters, const at::Tensor& bias) {
+  const Tiles tiles{x.size(0), x.size(2), x.size(3)};
+  const int64_t k = filters.size(2);
+  at::Tensor y = at::empty({tiles.n, k, tiles.h, tiles.w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  float* out = y.mutable_data_ptr<float>();
+  const at::Tensor shift = bias.defined() ? bias.contiguous() : at::zeros({k}, x.options().memory_format(std::nullopt));
+  const float* b = shift.const_data_ptr<float>();
+  in_chunks(tiles, x, k, [&](int64_t from, int64_t to, const at::Tensor& u, at::Tensor& m) {
     at::bmm_out(m, u, filters);
     const float* products = m.const_data_ptr<float>();
     tiles.each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
@@ -216,24 +219,17 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& filters, const at::Te
       float* const places[4] = {at, at + k, at + tiles.w * k, at + (tiles.w + 1) * k};
       output_tile(products + t * k, (to - from) * k, b, places, k);
     });
-  }
+  });
   return y;
 }
 
 // Gradient of the filters, [K,C,3,3], channels-last.
 at::Tensor filters_gradient(const at::Tensor& x, const at::Tensor& dy) {
   const Tiles tiles{x.size(0), x.size(2), x.size(3)};
-  const int64_t c = x.size(1), k = dy.size(1), step = chunk(c, k);
+  const int64_t c = x.size(1), k = dy.size(1);
   at::Tensor sum = scratch(x, k, c);
   const float* data = dy.const_data_ptr<float>();
-  at::Tensor u, m;
-  for (int64_t from = 0; from < tiles.count(); from += step) {
-    const int64_t to = std::min(from + step, tiles.count());
-    if (!u.defined() || u.size(1) != to - from) {
-      u = scratch(x, to - from, c);
-      m = scratch(x, to - from, k);
-    }
-    transform_input(tiles, x, from, to, u);
+  in_chunks(tiles, x, k, [&](int64_t from, int64_t to, const at::Tensor& u, at::Tensor& m) {
     float* out = m.mutable_data_ptr<float>();
     tiles.each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
       const float* at = data + ((image * tiles.h + row) * tiles.w + column) * k;
@@ -245,7 +241,7 @@ at::Tensor filters_gradient(const at::Tensor& x, const at::Tensor& dy) {
     } else {
       sum.baddbmm_(m.transpose(1, 2), u);
     }
-  }
+  });
   at::Tensor w = at::empty({k, c, 3, 3}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const float* from = sum.const_data_ptr<float>();
   float* to = w.mutable_data_ptr<float>();
@@ -284,17 +280,10 @@ extern "C" {
 // x [N,C,H,W] f32 on the CPU, H and W even, w [K,C,3,3], C and K multiples of 16, bias [K] or nullptr; padded by one, stride 1.
 // A second derivative is refused by libtorch.
 char* disback_winograd(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
-  try {
+  return disback::guarded([&] {
     // An autograd function takes no absent tensors.
     const at::Tensor shift = bias == nullptr ? at::zeros({w->size(0)}, w->options().memory_format(std::nullopt)) : *bias;
     *out = new at::Tensor(Convolution::apply(*x, *w, shift));
-    return nullptr;
-  } catch (const c10::Error& e) {
-    return strdup(e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    return strdup(e.what());
-  } catch (...) {
-    return strdup("unknown C++ exception");
-  }
+  });
 }
 }

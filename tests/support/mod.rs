@@ -37,3 +37,26 @@ pub fn folder(name: &str) -> PathBuf {
 pub fn disback() -> Command {
     Command::new(env!("CARGO_BIN_EXE_disback"))
 }
+
+/// Runs `disback` in a folder with words by spaces: exit code, standard output, standard error.
+pub fn run(dir: &Path, args: &str) -> (Option<i32>, String, String) {
+    let out = disback().args(args.split_whitespace()).current_dir(dir).output().expect("disback starts");
+    let [said, errors] = [out.stdout, out.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(!said.contains("panicked") && !errors.contains("panicked"), "{args}: {said}{errors}");
+    (out.status.code(), said, errors)
+}
+
+/// [`run`], which must succeed: its standard output.
+pub fn ok(dir: &Path, args: &str) -> String {
+    let (code, said, errors) = run(dir, args);
+    assert_eq!(code, Some(0), "{args}: {said}{errors}");
+    said
+}
+
+/// [`run`], which must fail and say so: the exit code.
+pub fn refused(dir: &Path, args: &str, says: &str) -> i32 {
+    let (code, said, errors) = run(dir, args);
+    let code = code.unwrap_or_else(|| panic!("{args}: ended by a signal"));
+    assert!(code > 0 && errors.contains(says), "{args}: {code}: {said}{errors}");
+    code
+}

@@ -43,16 +43,7 @@ fn run_with<'a>(
     student: &Student,
     stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
-    let run = match RunDir::create(path, config) {
-        Ok(run) => run,
-        Err(_) => RunDir::open(path)?.0,
-    };
-    let mut witness = Witness { stop, ..Witness::default() };
-    let flag = AtomicBool::new(false);
-    let stop = stop.map_or(&flag, |s| s.0);
-    let job = Job { config, student: Some(student), run: &run, observer: &mut witness, stop, silent: true };
-    let outcome = distill(job, &plain(), Stages::Both)?;
-    Ok((outcome, witness))
+    run_as(path, config, &plain(), Some(student), stop)
 }
 
 fn of_its_own() -> Config {

@@ -12,9 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::diffusion::{
-    Condition, Conditions, Denoiser, InputSpec, Layout, Prediction, ScheduleSpec, TeacherCard, TimeUnit,
-};
+use crate::diffusion::{Condition, Conditions, Denoiser, InputSpec, Prediction, ScheduleSpec, TeacherCard};
 use crate::distill::config::{Config, Spacing, Switch};
 use crate::distill::metrics::Row;
 use crate::distill::trainer::{Observer, denoising_loss};
@@ -67,22 +65,8 @@ impl Forward for Gaussian {
 }
 
 fn card(channels: usize) -> TeacherCard {
-    TeacherCard {
-        sample: "x".into(),
-        time: "sigma".into(),
-        output: "denoised".into(),
-        prediction: Prediction::Denoised,
-        time_unit: TimeUnit::Sigma,
-        shape: [channels, 1, 1],
-        layout: Layout::Nchw,
-        range: None,
-        sigma_data: 0.5,
-        latent_scale: 1.0,
-        dataset: None,
-        schedule: ScheduleSpec::Edm { sigma_min: 0.05, sigma_max: 10.0, rho: 7.0 },
-        conditions: Default::default(),
-        constants: Default::default(),
-    }
+    let schedule = ScheduleSpec::Edm { sigma_min: 0.05, sigma_max: 10.0, rho: 7.0 };
+    TeacherCard { schedule, ..TeacherCard::plain([channels, 1, 1]) }
 }
 
 pub(crate) fn labelled_card() -> TeacherCard {
@@ -176,6 +160,17 @@ fn run<'a>(
     teacher: &Denoiser,
     stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
+    run_as(path, config, teacher, None, stop)
+}
+
+/// [`run`], with another student than the teacher's copy.
+fn run_as<'a>(
+    path: &std::path::Path,
+    config: &Config,
+    teacher: &Denoiser,
+    student: Option<&Student>,
+    stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
+) -> Result<(Outcome, Witness<'a>)> {
     let run = match RunDir::create(path, config) {
         Ok(run) => run,
         Err(_) => RunDir::open(path)?.0,
@@ -183,7 +178,7 @@ fn run<'a>(
     let mut witness = Witness { stop, ..Witness::default() };
     let flag = AtomicBool::new(false);
     let stop = stop.map_or(&flag, |s| s.0);
-    let job = Job { config, student: None, run: &run, observer: &mut witness, stop, silent: true };
+    let job = Job { config, student, run: &run, observer: &mut witness, stop, silent: true };
     let outcome = distill(job, teacher, Stages::Both)?;
     Ok((outcome, witness))
 }
