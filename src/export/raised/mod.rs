@@ -30,8 +30,8 @@ pub enum Raise {
     #[default]
     Auto,
     /// GroupNormalization, RMSNormalization, Attention and Gelu's approximation by tanh too. ONNX Runtime's CPU expands
-    /// GroupNormalization and is 1.6 to 1.8 times slower on it (benches/raised_operators.py) than on the chain; OpenCV 5 takes the approximation for the
-    /// exact Gelu; Core ML and WebGPU lack some of them.
+    /// GroupNormalization and is 1.6 to 1.8 times slower on it than on the chain (benches/raised_operators.py); OpenCV 5
+    /// takes the approximation for the exact Gelu; Core ML and WebGPU lack some of them.
     All,
 }
 
