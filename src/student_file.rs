@@ -81,16 +81,24 @@ impl StudentFile {
         Ok(Self { network, hash, kind })
     }
 
-    /// The student with the file's weights.
+    /// The student with the file's weights, which are not copied: [`Student::initial`] makes the one that is trained.
     ///
     /// Errors: noise levels for a network that takes none, or that its schedule does not know.
     pub fn student(&self, config: &StudentConfig) -> Result<Student> {
-        let network = Box::new(self.network.duplicate()?);
+        let network = Box::new(self.network.alias());
         match &self.kind {
             Kind::Levels(card) => {
                 Student::new(Denoiser::new(network, card.clone(), &specs(self.network.inputs()))?, config)
             }
             Kind::Generator(ports) => Student::of_generator(Generator::new(network, ports.clone()), config),
+        }
+    }
+
+    /// The network's own card, where it takes a noise level.
+    pub fn card(&self) -> Option<&TeacherCard> {
+        match &self.kind {
+            Kind::Levels(card) => Some(card),
+            Kind::Generator(_) => None,
         }
     }
 

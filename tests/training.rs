@@ -5,19 +5,22 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use disback::diffusion::{Conditions, Denoiser};
-use disback::distill::config::Precision;
 use disback::distill::estimate::estimate;
 use disback::distill::trainer::denoising_loss;
 use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
 use disback::graph::TrainableChoice;
+use disback::student_file::StudentFile;
 use disback::teacher::Teacher;
 use disback::torch::training::{Compute, count_memory, counted_memory};
 use disback::torch::{Forward, shim};
 use tch::{Device, Kind, Tensor};
 
 fn teacher() -> Denoiser {
-    let path = Path::new("examples/digits/teacher.onnx");
-    let t = Teacher::load(path, &[], TrainableChoice::default(), Device::Cpu).unwrap();
+    teacher_of("examples/digits/teacher.onnx")
+}
+
+fn teacher_of(path: &str) -> Denoiser {
+    let t = Teacher::load(Path::new(path), &[], TrainableChoice::default(), Device::Cpu).unwrap();
     Denoiser::new(t.network.copy().unwrap(), Arc::new(t.card.card.clone()), &t.inputs()).unwrap()
 }
 
@@ -95,39 +98,48 @@ fn memory_and_precision_of_training() {
     net.network().configure(Compute::default());
     drop((net, grads, half, again));
 
-    // The estimate against a run of both stages, with and without recomputation, and in bf16.
-    for (budget, precision) in [(0, Precision::F32), (6, Precision::F32), (0, Precision::Bf16)] {
-        let mut config = Config { batch: 48, precision, ..Config::default() };
-        config.memory.activations_mib = budget;
-        config.degrade.nodes = 1;
-        config.degrade.steps = 2;
-        config.backtrack.updates = 2;
-        config.log.samples = 0;
+    // The estimate against a run of both stages: with and without recomputation, in bf16, with narrow nodes, and with students
+    // of another architecture, smaller and larger than the teacher.
+    let large = "examples/digits/teacher.onnx";
+    let small = "converters/teachers/paddle_unet/teacher.onnx";
+    let plain = |sets: &[&'static str]| (large, "", sets.to_vec());
+    for (teacher, student, sets) in [
+        plain(&[]),
+        plain(&["memory.activations_mib=6"]),
+        plain(&["precision=bf16"]),
+        plain(&["precision=bf16", "memory.nodes=bf16"]),
+        plain(&["memory.target=bf16", "memory.nodes=bf16", "accumulate=2"]),
+        (large, small, vec![]),
+        (large, small, vec!["objective=sid"]),
+        (small, large, vec!["accumulate=2"]),
+    ] {
+        let fixed = ["batch=48", "degrade.nodes=1", "degrade.steps=2", "backtrack.updates=2", "log.samples=0"];
+        let own = format!("student.file={student}");
+        let sets: Vec<String> = fixed.iter().chain(&sets).map(|s| (*s).to_owned()).chain([own]).collect();
+        let config = Config::resolve(None, &sets).unwrap();
         let start = counted_memory(true).current;
-        let teacher = teacher();
-        let told = estimate(&teacher, &config).unwrap();
+        let teacher = teacher_of(teacher);
+        let file = StudentFile::load(&config.student, teacher.card(), Device::Cpu).unwrap();
+        let student = file.as_ref().map(|f| f.student(&config.student).unwrap());
+        let told = estimate(&teacher, student.as_ref(), &config).unwrap();
         let mut measured = Vec::new();
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::create(&dir.path().join("run"), &config).unwrap();
         for stages in [Stages::Degrade, Stages::Backtrack] {
             counted_memory(true);
-            let stop = AtomicBool::new(false);
-            let job =
-                Job { config: &config, student: None, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+            let (stop, student) = (AtomicBool::new(false), student.as_ref());
+            let job = Job { config: &config, student, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
             distill(job, &teacher, stages).unwrap();
             measured.push(counted_memory(false).peak - start);
         }
         for (name, told, found) in
             [("degrade", told.degrade.total, measured[0]), ("backtrack", told.backtrack.total, measured[1])]
         {
-            println!(
-                "{name}, budget {budget}, {precision:?}: told {:.1} MiB, measured {:.1} MiB",
-                mib(told),
-                mib(found)
-            );
+            let what = sets[fixed.len()..].join(" ");
+            println!("{name}, {what}: told {:.1} MiB, measured {:.1} MiB", mib(told), mib(found));
             assert!(
                 (told as f64 / found as f64 - 1.0).abs() < 0.10,
-                "{name}: told {}, measured {}",
+                "{name}, {what}: told {}, measured {}",
                 mib(told),
                 mib(found)
             );

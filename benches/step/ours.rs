@@ -110,7 +110,7 @@ pub fn estimated(task: &Task) -> Result<()> {
     let card = Arc::new(teacher.card.card);
     let denoiser = Denoiser::new(Box::new(teacher.network), card, &specs)?;
     let sets = [format!("batch={}", task.batch), format!("precision={}", task.precision)];
-    let found = estimate::estimate(&denoiser, &Config::resolve(None, &sets)?)?;
+    let found = estimate::estimate(&denoiser, None, &Config::resolve(None, &sets)?)?;
     say(&json!({"stage1": found.degrade.total >> 20, "stage2": found.backtrack.total >> 20}));
     Ok(())
 }

@@ -322,7 +322,12 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         Outcome::Finished(student) => {
             watcher.finished(&student)?;
             let files = origin.export(&student, &config, &run, plan.per_step, plan.same_graph)?;
-            write_summary(origin, &args.teacher.teacher, &config, &run, device)?;
+            let skipped = write_summary(origin, &args.teacher.teacher, &config, &run, device)?;
+            if skipped > 0 && !globals.quiet {
+                eprintln!(
+                    "warning: {skipped} optimiser steps were skipped, their gradients were not finite (`skipped` in metrics.jsonl)"
+                );
+            }
             let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
             (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
         }
@@ -387,13 +392,15 @@ fn peak_host() -> Option<u64> {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
-fn write_summary(origin: Origin, teacher: &Path, config: &Config, run: &RunDir, device: Device) -> Result<()> {
+/// Gives how many optimiser steps were skipped.
+fn write_summary(origin: Origin, teacher: &Path, config: &Config, run: &RunDir, device: Device) -> Result<u64> {
     let path = run.summary();
     let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));
     let rows = metrics::read(&run.metrics())?;
     let last = |stage: &str| rows.iter().rev().find(|r| r.stage.name() == stage);
     let seconds = |stage: &str| last(stage).map_or(0.0, |r| r.seconds);
+    let skipped = ["degrade", "backtrack"].iter().filter_map(|stage| last(stage)).map(|r| r.skipped).sum::<u64>();
     summary["run"] = json!({
         "command": super::command_line(),
         // Where it lies from anywhere.
@@ -407,7 +414,7 @@ fn write_summary(origin: Origin, teacher: &Path, config: &Config, run: &RunDir, 
         "images_backtrack": last("backtrack").map_or(0, |r| r.images),
         "seconds_degrade": seconds("degrade"),
         "seconds_backtrack": seconds("backtrack"),
-        "skipped_steps": rows.iter().map(|r| r.skipped).max().unwrap_or(0),
+        "skipped_steps": skipped,
         "parameters": origin.teacher.network.params().elements(),
         "teacher_hash": origin.teacher.hash.clone(),
         "student": student::describe(config),
@@ -418,5 +425,6 @@ fn write_summary(origin: Origin, teacher: &Path, config: &Config, run: &RunDir, 
         "peak_device_bytes": shim::memory(device)?.map(|m| m.peak),
     });
     let text = serde_json::to_vec_pretty(&summary).map_err(|e| Error::io(e.to_string()))?;
-    crate::files::write_atomic(&path, &text)
+    crate::files::write_atomic(&path, &text)?;
+    Ok(skipped)
 }

@@ -10,14 +10,14 @@ use tch::Device;
 use super::{Globals, table};
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::Stage;
-use crate::distill::config::{Config, Switch};
+use crate::distill::config::{Config, Precision, Switch};
 use crate::distill::metrics::Row;
 use crate::distill::objective::objective;
-use crate::distill::{Job, Observer, RunDir, Stages, Student, compare, distill};
+use crate::distill::{Job, Observer, RunDir, Stages, Student, compare, distill, estimate};
 use crate::error::{Context, Error, Result};
 use crate::torch::{device, shim};
 
-/// Steps of each stage that are really made.
+/// Steps of each stage that are really made; of stage 2 one more where not every iteration updates the generator.
 const STEPS: u64 = 3;
 
 #[derive(Default)]
@@ -33,10 +33,16 @@ impl Observer for Clock {
 }
 
 impl Clock {
-    /// Seconds an image of a stage: of its last step, the first one's preparations left out.
-    fn seconds_an_image(&self, stage: Stage) -> Option<f64> {
-        let last = self.rows.iter().rev().find(|r| r.stage == stage)?;
-        (last.images_per_s > 0.0).then(|| 1.0 / last.images_per_s)
+    /// Seconds an image of a stage: of its last step, the first one's preparations left out. In stage 2 the generator is updated
+    /// in one of `ratio` iterations; here it was in every second one.
+    fn seconds_an_image(&self, stage: Stage, ratio: u64) -> Option<f64> {
+        let mut last = self.rows.iter().rev().filter(|r| r.stage == stage && r.images_per_s > 0.0);
+        let with = 1.0 / last.next()?.images_per_s;
+        if stage == Stage::Degrade || ratio == 1 {
+            return Some(with);
+        }
+        let without = 1.0 / last.next()?.images_per_s;
+        Some((with + (ratio - 1) as f64 * without) / ratio as f64)
     }
 }
 
@@ -44,6 +50,8 @@ impl Clock {
 struct Sizes {
     /// What is trained of the degrading copy and the fake score: all of the teacher's weights, or the low-rank factors.
     trained: u64,
+    /// The target's, some of them bf16 where that is asked for.
+    target: u64,
     /// The teacher's weights beside these factors, frozen and shared.
     shared: u64,
     student: u64,
@@ -53,14 +61,14 @@ struct Sizes {
 fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
     // Weights, gradient, and two moments.
     const TRAINED: u64 = 4;
-    let Sizes { trained, shared, student } = *sizes;
+    let Sizes { trained, target, shared, student } = *sizes;
     let fake = if objective(config).needs_fake() { TRAINED * trained } else { 0 };
     let averages = 1 + config.ema.more.len() as u64;
     let mut all = vec![("teacher".to_owned(), trained + shared)];
     if config.degrade.nodes > 0 {
         all.push(("stage 1: initial student, degrading copy".to_owned(), student + TRAINED * trained));
     }
-    let stage_two = trained + (TRAINED + averages) * student + fake;
+    let stage_two = target + (TRAINED + averages) * student + fake;
     all.push(("stage 2: target, student, averages, fake score".to_owned(), stage_two));
     all
 }
@@ -79,7 +87,8 @@ pub fn run(
     let mut short = config.clone();
     short.degrade.nodes = config.degrade.nodes.min(1);
     (short.degrade.steps, short.degrade.patience) = (STEPS, 0);
-    short.backtrack.updates = STEPS.div_ceil(config.backtrack.ratio);
+    short.backtrack.ratio = config.backtrack.ratio.min(2);
+    short.backtrack.updates = STEPS.div_ceil(short.backtrack.ratio);
     (short.log.every, short.log.samples, short.log.checkpoint_every) = (1, 0, 0);
     let run = RunDir::create(&folder.path().join("run"), &short)?;
     let mut clock = Clock::default();
@@ -90,7 +99,9 @@ pub fn run(
     let parameters = teacher.params().elements() as u64;
     let of_student = student.map_or(parameters, |s| s.params().elements() as u64);
     let shared = if parameters < whole { whole } else { 0 };
-    let sizes = Sizes { trained: 4 * parameters, shared: 4 * shared, student: 4 * of_student };
+    let trained = 4 * parameters;
+    let target = estimate::target_bytes(teacher, config);
+    let sizes = Sizes { trained, target, shared: 4 * shared, student: 4 * of_student };
     let images = config.images();
     let passes = compare::passes(config);
     let degrade_steps = if config.degrade.nodes > 0 { config.degrade.steps } else { 0 };
@@ -107,7 +118,7 @@ pub fn run(
     let plan: Vec<serde_json::Value> = stages
         .iter()
         .map(|(name, stage, steps, forwards)| {
-            let an_image = clock.seconds_an_image(*stage).filter(|_| *steps > 0);
+            let an_image = clock.seconds_an_image(*stage, config.backtrack.ratio).filter(|_| *steps > 0);
             json!({
                 "stage": name, "steps": steps, "images": steps * images, "forward_passes": forwards,
                 "seconds_an_image": an_image, "seconds": an_image.map(|s| s * (steps * images) as f64),
@@ -121,7 +132,12 @@ pub fn run(
     // (A checkpoint holds all but gradients and the target.)
     let fake = if objective(config).needs_fake() { 3 * sizes.trained } else { 0 };
     let checkpoint = (4 + config.ema.more.len() as u64) * sizes.student + fake;
-    let disk = nodes * sizes.trained + 2 * checkpoint + 2 * (sizes.student + shared * 4);
+    let nodes = match config.memory.nodes {
+        Precision::F32 => nodes * trained,
+        // The teacher's stays f32.
+        Precision::Bf16 => trained + (nodes - 1) * trained / 2,
+    };
+    let disk = nodes + 2 * checkpoint + 2 * (sizes.student + shared * 4);
     let switches = match (config.degrade.nodes, config.backtrack.switch) {
         (0, _) => "none: the base method".to_owned(),
         (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),

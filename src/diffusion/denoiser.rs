@@ -70,12 +70,16 @@ impl Denoiser {
 
     /// The same network with its own parameters of equal values.
     pub fn copy(&self) -> Result<Self> {
-        Ok(Self {
-            network: self.network.copy()?,
-            card: self.card.clone(),
-            conversion: self.conversion.clone(),
-            binding: self.binding.clone(),
-        })
+        Ok(self.with(self.network.copy()?))
+    }
+
+    /// [`Forward::copy_narrow`].
+    pub fn copy_narrow(&self) -> Result<Self> {
+        Ok(self.with(self.network.copy_narrow()?))
+    }
+
+    fn with(&self, network: Box<dyn Forward>) -> Self {
+        Self { network, card: self.card.clone(), conversion: self.conversion.clone(), binding: self.binding.clone() }
     }
 
     /// Classes drawn uniformly for `batch` samples, on the CPU.

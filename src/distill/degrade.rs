@@ -23,7 +23,8 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let config = job.config;
     let dir = job.run.trajectory();
     if config.degrade.nodes == 0 {
-        let mut trajectory = Trajectory::create(&dir, teacher.params(), job.student_hash(teacher)?, None)?;
+        let mut trajectory =
+            Trajectory::create(&dir, teacher.params(), job.student_hash(teacher)?, None, config.memory.nodes)?;
         trajectory.complete(&[0])?;
         return Ok(Some(trajectory));
     }
@@ -31,7 +32,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let initial = job.initial(teacher)?;
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
-    let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade.lr, &config.degrade.betas))?;
+    let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade_lr(), &config.degrade.betas))?;
     let probe = Probe::new(&batches, teacher, &initial)?;
 
     let (mut state, mut trajectory) = match resume {
@@ -46,7 +47,13 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
         }
         None => {
             let loss = probe.loss(teacher)?;
-            let trajectory = Trajectory::create(&dir, teacher.params(), job.student_hash(teacher)?, Some(loss))?;
+            let trajectory = Trajectory::create(
+                &dir,
+                teacher.params(),
+                job.student_hash(teacher)?,
+                Some(loss),
+                config.memory.nodes,
+            )?;
             job.observer.node_recorded(0, teacher)?;
             (State::new(Stage::Degrade, trajectory.teacher_hash()), trajectory)
         }

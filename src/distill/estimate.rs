@@ -11,11 +11,12 @@ use tch::{Device, Tensor};
 use crate::diffusion::Denoiser;
 use crate::distill::config::Config;
 use crate::distill::draws::{Phase, Use};
-use crate::distill::objective::objective;
+use crate::distill::objective::{objective, surrogate};
+use crate::distill::student::Student;
 use crate::distill::trainer::{Batches, denoising_loss};
 use crate::error::{Error, Result};
-use crate::torch::shim;
 use crate::torch::training::{Compute, count_memory, counted_memory};
+use crate::torch::{Forward, ParamSet, shim};
 
 /// The larger of the two batches that are measured: at most so many images, and about so many bytes.
 const MOST_IMAGES: usize = 32;
@@ -24,7 +25,7 @@ const MOST_BYTES: f64 = 1e9;
 /// Memory of one stage, in bytes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Stage {
-    /// Copies of the network's weights.
+    /// Copies of the networks' weights.
     pub weights: u64,
     pub gradients: u64,
     /// AdamW's two moments.
@@ -32,15 +33,19 @@ pub struct Stage {
     /// Inner values at the worst moment of a step, less what gradients take only later.
     pub activations: u64,
     pub total: u64,
-    /// Forward passes of one image that an iteration is worth (a backward pass counts as two).
+    /// Forward passes of one image that an iteration is worth (a backward pass counts as two): of the teacher's network, and
+    /// of the student's.
     pub passes: f64,
+    pub student_passes: f64,
 }
 
 /// See the module's text.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Estimate {
     pub batch: usize,
+    /// Trained of the teacher's network (the factors alone with low-rank adaptation) and of the student's.
     pub parameters: usize,
+    pub student_parameters: usize,
     pub degrade: Stage,
     pub backtrack: Stage,
 }
@@ -56,81 +61,124 @@ struct Measured {
     forward: f64,
 }
 
-/// Estimates a run of this configuration. `teacher` must be on the CPU; it is not changed.
-pub fn estimate(teacher: &Denoiser, config: &Config) -> Result<Estimate> {
-    if teacher.params().tensors().iter().any(|t| t.device() != Device::Cpu) {
+/// Bytes of the target's weights: the teacher's trained ones, some of them in bf16 where `memory.nodes` says so.
+pub fn target_bytes(teacher: &Denoiser, config: &Config) -> u64 {
+    let params = teacher.params();
+    let whole = 4 * params.elements() as u64;
+    if !config.narrow_target() {
+        return whole;
+    }
+    let kernels = params.tensors().iter().zip(teacher.network().kernels()).filter(|(_, kernel)| *kernel);
+    whole - kernels.map(|(t, _)| 2 * t.numel() as u64).sum::<u64>()
+}
+
+/// Estimates a run of this configuration. `teacher` must be on the CPU and `student`, where it is not the teacher's copy, too;
+/// neither is changed.
+pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) -> Result<Estimate> {
+    let networks = [Some(teacher.network()), student.map(Student::network)];
+    let tensors = networks.iter().flatten().flat_map(|n| n.params().tensors());
+    if tensors.into_iter().any(|t| t.device() != Device::Cpu) {
         return Err(Error::usage("an estimate is measured on the CPU"));
     }
     count_memory();
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
-    let at = |batch: usize| -> Result<Measured> {
-        // Cuts follow from sizes in proportion: the budget shrinks with the batch.
-        let share = batch as f64 / config.batch as f64;
-        let bytes = config.compute().activation_bytes as f64 * share;
-        let compute = Compute { activation_bytes: bytes.ceil() as u64, ..config.compute() };
-        copy.network().configure(compute);
-        measure(&copy, &Config { batch, ..config.clone() })
-    };
-    let two = at(2)?;
-    let high = ((2.0 * MOST_BYTES / two.training.max(1.0)) as usize).clamp(4, MOST_IMAGES);
-    let measured = if config.batch <= high {
-        at(config.batch)?
-    } else {
-        let low = high / 2;
-        let (a, b) = (at(low)?, at(high)?);
-        let line = |a: f64, b: f64| a + (b - a) / (high - low) as f64 * (config.batch as f64 - low as f64);
-        Measured {
-            kept: line(a.kept, b.kept),
-            training: line(a.training, b.training),
-            forward: line(a.forward, b.forward),
-        }
-    };
+    let net = drawn_on(config, copy.network(), &|at| measure(&copy, at))?;
     teacher.network().configure(Compute::default());
-    let weights = teacher.params().elements() as u64 * 4;
-    let one = weights as f64;
-    let stage = |sets: u64, trained: u64, highest: f64, passes: f64| {
-        let activations = (highest - trained as f64 * one).max(0.0) as u64;
-        let (weights, gradients, optimizer) = (sets * weights, trained * weights, 2 * trained * weights);
-        Stage {
-            weights,
-            gradients,
-            optimizer,
-            activations,
-            total: weights + gradients + optimizer + activations,
-            passes,
+    drop(copy);
+    let made = match student {
+        None => net,
+        Some(student) => {
+            let copy = student.copy()?;
+            copy.params().set_requires_grad(true)?;
+            let made = drawn_on(config, copy.network(), &|at| measure_student(&copy, teacher, at))?;
+            student.network().configure(Compute::default());
+            made
         }
+    };
+    let trained = 4 * teacher.params().elements() as u64;
+    let target = target_bytes(teacher, config);
+    let frozen = teacher.network().frozen();
+    let own = match student {
+        None => trained,
+        Some(student) => 4 * student.params().elements() as u64,
+    };
+    // The weights that a student's file came with stay as they are.
+    let given = if student.is_some() { own } else { 0 };
+    let stage = |weights: u64, gradients: u64, highest: f64, passes: f64, student_passes: f64| {
+        let activations = (highest - gradients as f64).max(0.0) as u64;
+        let (weights, optimizer) = (weights + frozen + given, 2 * gradients);
+        let total = weights + gradients + optimizer + activations;
+        Stage { weights, gradients, optimizer, activations, total, passes, student_passes }
     };
     let objective = objective(config);
     let fake = u64::from(objective.needs_fake());
     let guided = if config.guidance != 1.0 { 2.0 } else { 1.0 };
     let scores = guided + fake as f64;
+    let (one, of_student) = (trained as f64, own as f64);
     // While the generator's graph is held, the scores are computed; then the fake score is trained.
     // Gradients of the micro-batches before this one stay; otherwise they go with the optimiser's step.
-    let (others, all) = if config.accumulate > 1 { (fake as f64 * one, (1 + fake) as f64 * one) } else { (0.0, 0.0) };
+    let (others, all) =
+        if config.accumulate > 1 { (fake as f64 * one, of_student + fake as f64 * one) } else { (0.0, 0.0) };
     let generator = if objective.through_scores() {
-        measured.kept * scores + measured.training + others
+        // The scores' backward comes first, while the generator's inner values are still held.
+        let inner = (net.training - net.kept - one).max(0.0);
+        net.kept * scores + made.training.max(made.kept + inner) + others
     } else {
-        (measured.kept + guided * measured.forward + all).max(measured.training + others)
+        (made.kept + guided * net.forward + all).max(made.training + others)
     };
     // The generator's gradients wait for its step.
-    let fake_step = if fake > 0 { measured.training + one } else { 0.0 };
+    let fake_step = if fake > 0 { net.training + of_student } else { 0.0 };
     let accumulate = config.accumulate as f64;
     let ratio = config.backtrack.ratio as f64;
     let scored = if objective.through_scores() { 3.0 * scores } else { scores };
-    let passes = (3.0 + scored) / ratio + (ratio - 1.0) / ratio + 3.0 * fake as f64;
+    let passes = scored / ratio + 3.0 * fake as f64;
+    let student_passes = 3.0 / ratio + (ratio - 1.0) / ratio;
+    let averages = 1 + config.ema.more.len() as u64;
     Ok(Estimate {
         batch: config.batch,
         parameters: teacher.params().elements(),
+        student_parameters: own as usize / 4,
         // Teacher, the initial student and the copy that degrades.
-        degrade: stage(3, 1, measured.training.max(measured.forward), 4.0 * accumulate),
-        // Teacher, target, student, its averages and the fake score.
+        degrade: stage(
+            2 * trained + own,
+            trained,
+            net.training.max(net.forward).max(made.forward),
+            3.0 * accumulate,
+            accumulate,
+        ),
+        // Teacher, target and fake score; the student and its averages.
         backtrack: stage(
-            4 + config.ema.more.len() as u64 + fake,
-            1 + fake,
+            (1 + fake) * trained + target + (1 + averages) * own,
+            fake * trained + own,
             generator.max(fake_step),
             passes * accumulate,
+            student_passes * accumulate,
         ),
+    })
+}
+
+/// What `measure` finds at the configured batch: measured there, or on the line through two small batches.
+fn drawn_on(config: &Config, network: &dyn Forward, measure: &dyn Fn(&Config) -> Result<Measured>) -> Result<Measured> {
+    let at = |batch: usize| -> Result<Measured> {
+        // Cuts follow from sizes in proportion: the budget shrinks with the batch.
+        let share = batch as f64 / config.batch as f64;
+        let bytes = config.compute().activation_bytes as f64 * share;
+        network.configure(Compute { activation_bytes: bytes.ceil() as u64, ..config.compute() });
+        measure(&Config { batch, ..config.clone() })
+    };
+    let two = at(2)?;
+    let high = ((2.0 * MOST_BYTES / two.training.max(1.0)) as usize).clamp(4, MOST_IMAGES);
+    if config.batch <= high {
+        return at(config.batch);
+    }
+    let low = high / 2;
+    let (a, b) = (at(low)?, at(high)?);
+    let line = |a: f64, b: f64| a + (b - a) / (high - low) as f64 * (config.batch as f64 - low as f64);
+    Ok(Measured {
+        kept: line(a.kept, b.kept),
+        training: line(a.training, b.training),
+        forward: line(a.forward, b.forward),
     })
 }
 
@@ -143,12 +191,28 @@ fn measure(copy: &Denoiser, config: &Config) -> Result<Measured> {
     let noise = batches.noise(&draws, Use::FakeNoise)?;
     let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, batches.batch);
     let loss = || -> Result<Tensor> { denoising_loss(copy, &x0, &sigmas, &noise, &conditions) };
+    counted(copy.params(), config, &loss)
+}
+
+/// One step of the student at this batch, on a gradient of its images.
+fn measure_student(copy: &Student, teacher: &Denoiser, config: &Config) -> Result<Measured> {
+    let batches = Batches::new(config, teacher)?;
+    let draws = batches.draws(Phase::Backtrack, 0, 0);
+    let conditions = batches.conditions(&draws, teacher)?;
+    let z = batches.latent(&draws, copy)?;
+    let gradient = batches.noise(&draws, Use::GeneratorNoise)?;
+    let loss = || surrogate(&copy.training_images(&draws, &z, &conditions)?, &gradient);
+    counted(copy.params(), config, &loss)
+}
+
+/// What the forward and backward of `loss` take.
+fn counted(params: &ParamSet, config: &Config, loss: &dyn Fn() -> Result<Tensor>) -> Result<Measured> {
     // The first run of a batch size works out the plan.
     loss()?.f_backward()?;
     let gradients = if config.accumulate > 1 {
-        copy.params().elements() * 4
+        params.elements() * 4
     } else {
-        shim::drop_grads(copy.params().tensors())?;
+        shim::drop_grads(params.tensors())?;
         0
     };
     let start = counted_memory(true).current;

@@ -158,6 +158,6 @@ mod tests {
         check_resumable(&saved, &wanted).unwrap();
         wanted.degrade.lr = 0.5;
         let e = check_resumable(&saved, &wanted).unwrap_err();
-        assert!(e.exit_code() == 2 && e.to_string().contains("degrade.lr = 0.00001, now it is 0.5"), "{e}");
+        assert!(e.exit_code() == 2 && e.to_string().contains("degrade.lr = 0.0, now it is 0.5"), "{e}");
     }
 }

@@ -1,12 +1,18 @@
 //! The degradation trajectory on disk: one safetensors file a node and `trajectory.json`. Node 0 is the teacher, bit for
-//! bit; loads are strict and checked against the recorded hash.
+//! bit; loads are strict and checked against the recorded hash. The other nodes are f32 weights, or their differences from the
+//! teacher in bf16 (`memory.nodes`): half the size, and since a node differs little from the teacher, its rounding error is
+//! 1/256 of the difference at most, where that of the weights themselves would hide the early nodes.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use tch::Kind;
+
+use crate::distill::config::Precision;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
+use crate::torch::params::{TensorFile, save_tensors};
 
 /// One recorded set of weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -19,7 +25,7 @@ pub struct Node {
     /// Denoising loss on the initial student's samples (a fixed batch), weighted by lambda(sigma); none where no
     /// trajectory was recorded. (f32: its decimal form reads back exactly.)
     pub loss: Option<f32>,
-    /// [`ParamSet::hash`] of the weights.
+    /// [`ParamSet::hash`] of the weights, as they are loaded.
     pub hash: String,
 }
 
@@ -29,6 +35,9 @@ struct Index {
     /// [`ParamSet::hash`] of the initial student, where it is not a copy of the teacher.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     student_hash: Option<String>,
+    /// Of the nodes beside the teacher: f32 weights, or differences from the teacher in bf16.
+    #[serde(default)]
+    precision: Precision,
     /// Whether stage 1 has ended: nodes 0..N are final.
     complete: bool,
     nodes: Vec<Node>,
@@ -45,10 +54,17 @@ pub(crate) const INDEX: &str = "trajectory.json";
 
 impl Trajectory {
     /// Starts a trajectory with the teacher as node 0.
-    /// `student_hash`: the initial student's, where it is not a copy of the teacher.
-    pub fn create(dir: &Path, teacher: &ParamSet, student_hash: Option<String>, loss: Option<f32>) -> Result<Self> {
+    /// `student_hash`: the initial student's, where it is not a copy of the teacher. `precision`: of the nodes to come.
+    pub fn create(
+        dir: &Path,
+        teacher: &ParamSet,
+        student_hash: Option<String>,
+        loss: Option<f32>,
+        precision: Precision,
+    ) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-        let index = Index { teacher_hash: teacher.hash()?, student_hash, complete: false, nodes: Vec::new() };
+        let index =
+            Index { teacher_hash: teacher.hash()?, student_hash, precision, complete: false, nodes: Vec::new() };
         let mut trajectory = Self { dir: dir.to_owned(), index };
         trajectory.record(teacher, 0, loss)?;
         Ok(trajectory)
@@ -127,20 +143,54 @@ impl Trajectory {
     pub fn record(&mut self, params: &ParamSet, iteration: u64, loss: Option<f32>) -> Result<usize> {
         let index = self.index.nodes.len();
         let file = format!("node-{index:03}.safetensors");
-        params.save(&self.dir.join(&file))?;
-        self.index.nodes.push(Node { index, file, iteration, loss, hash: params.hash()? });
+        let path = self.dir.join(&file);
+        let hash = match self.teacher_file(index)? {
+            None => {
+                params.save(&path)?;
+                params.hash()?
+            }
+            Some(teacher) => {
+                let difference = |(name, t): (&str, &tch::Tensor)| {
+                    let from = teacher.get(name)?;
+                    let to = t.detach().f_to_device(from.device())?;
+                    Ok((name.to_owned(), to.f_sub(&from)?.f_to_kind(Kind::BFloat16)?))
+                };
+                let differences = params.iter().map(difference).collect::<Result<Vec<_>>>()?;
+                let named: Vec<_> = differences.iter().map(|(name, t)| (name.clone(), t)).collect();
+                save_tensors(&path, &named)?;
+                params.visit(&teacher, Some(&TensorFile::open(&path)?), &mut |_, _| Ok(()))?
+            }
+        };
+        self.index.nodes.push(Node { index, file, iteration, loss, hash });
         self.save()?;
         Ok(index)
     }
 
-    /// Copies node `index` into `slot`. Every key and shape must fit and the weights must have the recorded hash.
+    /// The teacher's file, where node `index` is kept as its difference from it.
+    fn teacher_file(&self, index: usize) -> Result<Option<TensorFile>> {
+        if index == 0 || self.index.precision == Precision::F32 {
+            return Ok(None);
+        }
+        TensorFile::open(&self.dir.join(&self.index.nodes[0].file)).map(Some)
+    }
+
+    /// Copies node `index` into `slot`. Every key and shape must fit and the weights must have the recorded hash. (Tensors of
+    /// the slot may be bf16: they get the nearest values.)
     pub fn load(&self, index: usize, slot: &ParamSet) -> Result<()> {
         let node = self.index.nodes.get(index).ok_or_else(|| {
             Error::mismatch(format!("node {index} of a trajectory that ends with node {}", self.last()))
         })?;
         let path = self.dir.join(&node.file);
-        slot.load(&path)?;
-        let found = slot.hash()?;
+        let file = TensorFile::open(&path)?;
+        let copy = &mut |k: usize, value: &tch::Tensor| {
+            let slot = &slot.tensors()[k];
+            tch::no_grad(|| slot.shallow_clone().f_copy_(value))?;
+            Ok(())
+        };
+        let found = match self.teacher_file(index)? {
+            None => slot.visit(&file, None, copy)?,
+            Some(teacher) => slot.visit(&teacher, Some(&file), copy)?,
+        };
         if found != node.hash {
             return Err(Error::mismatch(format!(
                 "{}: weights {} are not the recorded {}",
@@ -243,7 +293,7 @@ mod tests {
     }
 
     fn recorded(dir: &Path) -> Trajectory {
-        let mut t = Trajectory::create(dir, &set(1.0), None, Some(9.0)).unwrap();
+        let mut t = Trajectory::create(dir, &set(1.0), None, Some(9.0), Precision::F32).unwrap();
         t.record(&set(2.0), 10, Some(4.0)).unwrap();
         t.record(&set(3.0), 20, Some(1.0)).unwrap();
         t.complete(&[0, 1, 2]).unwrap();
@@ -262,7 +312,7 @@ mod tests {
     fn node_zero_is_the_teacher_and_nodes_do_not_alias_the_live_weights() {
         let dir = tempfile::tempdir().unwrap();
         let live = set(1.0);
-        let mut t = Trajectory::create(dir.path(), &live, None, None).unwrap();
+        let mut t = Trajectory::create(dir.path(), &live, None, None, Precision::F32).unwrap();
         let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(5.0));
         t.record(&live, 3, None).unwrap();
         let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(7.0));
@@ -338,7 +388,7 @@ mod tests {
     #[test]
     fn truncating_and_choosing_renumber_and_leave_no_stray_files() {
         let dir = tempfile::tempdir().unwrap();
-        let mut t = Trajectory::create(dir.path(), &set(1.0), None, None).unwrap();
+        let mut t = Trajectory::create(dir.path(), &set(1.0), None, None, Precision::F32).unwrap();
         for k in 1..6 {
             t.record(&set(1.0 + k as f32), 10 * k, None).unwrap();
         }
@@ -356,5 +406,60 @@ mod tests {
             assert_eq!(slot.tensors()[0].double_value(&[]), v);
         }
         assert_eq!(t.nodes().iter().map(|n| n.iteration).collect::<Vec<_>>(), [0, 20, 40]);
+    }
+
+    /// A teacher of some size, and a node that has moved away from it by about `step` of each weight.
+    fn wide(step: f64) -> (ParamSet, ParamSet) {
+        let draw = |seed| crate::torch::shim::randn(seed, &[40, 50], tch::Device::Cpu).unwrap();
+        let teacher = draw(1) * 0.05;
+        let node = &teacher + draw(2) * &teacher * step;
+        let [teacher, node] = [teacher, node].map(|t| ParamSet::new(vec!["w".into()], vec![t]).unwrap());
+        (teacher, node)
+    }
+
+    #[test]
+    fn nodes_in_bf16_keep_their_difference_from_the_teacher() {
+        // A node early on the path: bf16 weights could not tell it from the teacher.
+        let (teacher, node) = wide(1e-3);
+        let dir = tempfile::tempdir().unwrap();
+        let mut t = Trajectory::create(dir.path(), &teacher, None, None, Precision::Bf16).unwrap();
+        t.record(&node, 3, Some(1.0)).unwrap();
+        t.record(&wide(0.5).1, 9, None).unwrap();
+        t.complete(&[0, 1, 2]).unwrap();
+        let bytes = |k: usize| std::fs::metadata(dir.path().join(format!("node-{k:03}.safetensors"))).unwrap().len();
+        assert!((bytes(0) - bytes(1)).abs_diff(2 * 2000) < 16, "half the size: {} and {}", bytes(0), bytes(1));
+        let t = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
+        let slot = teacher.deep_copy(tch::Device::Cpu).unwrap();
+        let largest = |t: &tch::Tensor| t.abs().max().double_value(&[]);
+        for (k, exact) in [(1, &node), (2, &wide(0.5).1)] {
+            t.load(k, &slot).unwrap();
+            let (got, base, exact) = (&slot.tensors()[0], &teacher.tensors()[0], &exact.tensors()[0]);
+            let moved = exact - base;
+            let error = (got - exact).abs();
+            // Half a unit in the last of bf16's eight places, and f32's own rounding of the sum.
+            let bound = moved.abs() / 256.0 + exact.abs() * 1.2e-7;
+            assert!(bool::try_from(error.le_tensor(&(bound * 1.01)).all()).unwrap(), "node {k}");
+            let direct = exact.to_kind(Kind::BFloat16).to_kind(Kind::Float) - exact;
+            println!(
+                "node {k}: error {:.1e}, of bf16 weights {:.1e}, moved {:.1e}",
+                largest(&error),
+                largest(&direct),
+                largest(&moved)
+            );
+            assert!(k == 2 || largest(&error) < 0.02 * largest(&direct));
+        }
+        t.load(0, &slot).unwrap();
+        assert_eq!(slot.hash().unwrap(), teacher.hash().unwrap(), "the teacher, bit for bit");
+        // A slot whose weights are bf16 gets the nearest.
+        let narrow = ParamSet::new(vec!["w".into()], vec![teacher.tensors()[0].to_kind(Kind::BFloat16)]).unwrap();
+        t.load(2, &slot).unwrap();
+        t.load(2, &narrow).unwrap();
+        assert_eq!(narrow.tensors()[0], slot.tensors()[0].to_kind(Kind::BFloat16));
+
+        let other = dir.path().join("copied");
+        t.copy_to(&other).unwrap();
+        Trajectory::open(&other, t.teacher_hash()).unwrap().load(1, &slot).unwrap();
+        std::fs::copy(dir.path().join("node-001.safetensors"), dir.path().join("node-002.safetensors")).unwrap();
+        assert!(t.load(2, &slot).unwrap_err().to_string().contains("not the recorded"));
     }
 }

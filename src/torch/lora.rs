@@ -81,6 +81,11 @@ impl Adapter {
         Ok((Rc::new(Self { base, places, scale: options.alpha / options.rank as f64 }), factors))
     }
 
+    /// Of all weights that are frozen.
+    pub fn bytes(&self) -> u64 {
+        4 * self.base.elements() as u64
+    }
+
     /// The network's weights under these factors, in its own order.
     pub fn weights(&self, factors: &ParamSet) -> Result<Vec<Tensor>> {
         let mut weights: Vec<Tensor> = self.base.tensors().iter().map(Tensor::shallow_clone).collect();

@@ -8,6 +8,7 @@ pub mod ema;
 pub mod init;
 pub mod kernel;
 pub mod lora;
+pub mod narrow;
 pub mod network;
 mod ops;
 pub mod optim;
@@ -17,6 +18,7 @@ pub mod profile;
 pub mod registry;
 mod segments;
 pub mod shim;
+pub mod tensor_file;
 pub mod training;
 pub mod winograd;
 

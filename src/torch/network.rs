@@ -17,7 +17,7 @@ use crate::torch::lora::{Adapter, LoraOptions};
 use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
 use crate::torch::training::{Autocast, Compute};
-use crate::torch::{convert, deciding};
+use crate::torch::{convert, deciding, narrow};
 
 /// Tensors by the names of graph outputs.
 pub type NamedTensors = Vec<(String, Tensor)>;
@@ -48,6 +48,19 @@ pub trait Forward {
     }
     /// Another copy: the same plan, its own parameters with equal values.
     fn copy(&self) -> Result<Box<dyn Forward>>;
+    /// Bytes of weights beside [`Forward::params`] that are trained through low-rank factors, shared by all copies.
+    fn frozen(&self) -> u64 {
+        0
+    }
+    /// Which parameters [`Forward::copy_narrow`] keeps in bf16.
+    fn kernels(&self) -> Vec<bool> {
+        vec![false; self.params().len()]
+    }
+    /// A copy for computing in bf16 ([`Compute::bf16`]) without gradients of its parameters: what would be rounded before every
+    /// product lies in memory as bf16, so that the results are the same. Networks that do not know such weights are copied.
+    fn copy_narrow(&self) -> Result<Box<dyn Forward>> {
+        self.copy()
+    }
     /// Fresh weights by [`crate::torch::init`], a function of the seed.
     ///
     /// Errors: a network that does not know which of its parameters are what; one whose weights are frozen.
@@ -189,8 +202,8 @@ impl Network {
         crate::graph::save::with_parameters(&shared.model.proto, &shared.parameters, &shared.buffers, &values)
     }
 
-    /// The master weights, cast where the graph computes in another element type.
-    fn arguments(&self) -> Result<Vec<Tensor>> {
+    /// The master weights, cast where the graph computes in another element type. `bf16`: products round their operands.
+    fn arguments(&self, bf16: bool) -> Result<Vec<Tensor>> {
         let adapted = self.adapter.as_ref().map(|a| a.weights(&self.params)).transpose()?;
         self.shared
             .parameters
@@ -199,14 +212,15 @@ impl Network {
             .map(|(p, t)| {
                 let kind =
                     if self.shared.widened && p.dtype != DType::F64 { Kind::Float } else { convert::kind(p.dtype) };
-                Ok(if t.kind() == kind { t.shallow_clone() } else { t.f_to_kind(kind)? })
+                let rounded = bf16 && t.kind() == Kind::BFloat16;
+                Ok(if t.kind() == kind || rounded { t.shallow_clone() } else { t.f_to_kind(kind)? })
             })
             .collect()
     }
 
     /// Runs the network and shows every intermediate value as it is made.
     pub fn observe(&self, inputs: &[(&str, &Tensor)], observe: &mut dyn FnMut(usize, &Value)) -> Result<()> {
-        let args = self.arguments()?;
+        let args = self.arguments(false)?;
         self.shared.plan.run_values(inputs, &args, self.device, observe).map(drop)
     }
 
@@ -251,8 +265,9 @@ fn no_such_tap(name: &str, known: &[String]) -> Error {
 
 impl Forward for Network {
     fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
-        let args = self.arguments()?;
-        let _bf16 = Autocast::new(self.device, self.compute.get().bf16);
+        let bf16 = self.compute.get().bf16;
+        let args = self.arguments(bf16)?;
+        let _bf16 = Autocast::new(self.device, bf16);
         self.shared.plan.run(inputs, &args, self.device).with_context(|| self.shared.model.path.display().to_string())
     }
 
@@ -266,8 +281,9 @@ impl Forward for Network {
             outputs.find(|v| graph.names[**v] == *name).copied().ok_or_else(|| no_such_tap(name, &self.tap_names()))
         };
         let ids = taps.iter().map(made).collect::<Result<Vec<_>>>()?;
-        let args = self.arguments()?;
-        let _bf16 = Autocast::new(self.device, self.compute.get().bf16);
+        let bf16 = self.compute.get().bf16;
+        let args = self.arguments(bf16)?;
+        let _bf16 = Autocast::new(self.device, bf16);
         let path = || self.shared.model.path.display().to_string();
         let (outputs, tapped) = self.shared.plan.run_tapped(inputs, &args, self.device, &ids).with_context(path)?;
         let named = tapped.into_iter().zip(taps).map(|(t, name)| {
@@ -291,6 +307,26 @@ impl Forward for Network {
 
     fn copy(&self) -> Result<Box<dyn Forward>> {
         Ok(Box::new(self.duplicate()?))
+    }
+
+    fn frozen(&self) -> u64 {
+        self.adapter.as_ref().map_or(0, |a| a.bytes())
+    }
+
+    fn kernels(&self) -> Vec<bool> {
+        match self.adapter {
+            // The factors are small, and the weights beside them shared.
+            Some(_) => vec![false; self.params.len()],
+            None => narrow::kernels(&self.shared.graph, &self.shared.parameters, self.shared.widened),
+        }
+    }
+
+    fn copy_narrow(&self) -> Result<Box<dyn Forward>> {
+        if self.adapter.is_some() {
+            return self.copy();
+        }
+        let params = narrow::narrowed(&self.params, &self.kernels())?;
+        Ok(Box::new(Self { params, ..self.alias() }))
     }
 
     fn reinitialise(&self, seed: u64) -> Result<()> {

@@ -1,13 +1,14 @@
 //! Named, ordered parameters: what is trained, recorded on a trajectory and written back into ONNX.
 
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
+use crate::torch::tensor_file::tensor_bytes;
+pub use crate::torch::tensor_file::{TensorFile, load_tensors, save_tensors};
 
 /// Parameters of one copy of a network: unique names in the order of the plan, one leaf tensor each (f32 master weights).
 #[derive(Debug)]
@@ -86,13 +87,7 @@ impl ParamSet {
     pub fn copy_from(&self, other: &Self) -> Result<()> {
         self.check_keys(&other.names)?;
         for ((name, mine), theirs) in self.iter().zip(&other.tensors) {
-            if mine.size() != theirs.size() {
-                return Err(Error::mismatch(format!(
-                    "parameter `{name}` has shape {:?}, expected {:?}",
-                    theirs.size(),
-                    mine.size()
-                )));
-            }
+            same_shape(name, &mine.size(), &theirs.size())?;
         }
         tch::no_grad(|| {
             for (mine, theirs) in self.tensors.iter().zip(&other.tensors) {
@@ -118,17 +113,11 @@ impl ParamSet {
 
     /// SHA-256 over names, shapes and f32 bytes, in order: equal exactly when the weights are equal bit for bit.
     pub fn hash(&self) -> Result<String> {
-        let mut sha = Sha256::new();
-        sha.update(self.base.as_bytes());
+        let mut hash = Hash::new(&self.base);
         for (name, t) in self.iter() {
-            sha.update(name.as_bytes());
-            sha.update([0]);
-            for d in t.size() {
-                sha.update(d.to_le_bytes());
-            }
-            sha.update(tensor_bytes(t)?);
+            hash.add(name, t)?;
         }
-        Ok(sha.finalize().iter().map(|b| format!("{b:02x}")).collect())
+        Ok(hash.finish())
     }
 
     /// Writes all parameters as f32 safetensors, whole or not at all (temporary file, fsync, rename).
@@ -137,88 +126,78 @@ impl ParamSet {
         save_tensors(path, &named)
     }
 
-    /// Loads values in place. Every key must be there and none beside them, in the right shape.
+    /// Loads values in place. Every key must be there and none beside them, in the right shape; otherwise nothing is changed.
     pub fn load(&self, path: &Path) -> Result<()> {
-        let loaded = load_tensors(path)?;
-        let mut by_name: std::collections::HashMap<String, Tensor> = loaded.into_iter().collect();
-        let missing: Vec<_> = self.names.iter().filter(|n| !by_name.contains_key(*n)).cloned().collect();
-        let mut surplus: Vec<_> = by_name.keys().filter(|n| !self.names.contains(n)).cloned().collect();
-        surplus.sort();
-        if !missing.is_empty() || !surplus.is_empty() {
-            return Err(Error::mismatch(format!(
-                "{}: parameters do not fit the network: missing [{}], surplus [{}]",
-                path.display(),
-                missing.join(", "),
-                surplus.join(", ")
-            )));
-        }
-        let tensors = self.names.iter().map(|n| by_name.remove(n).expect("checked above")).collect();
-        self.copy_from(&Self { names: self.names.clone(), tensors, base: self.base.clone() })
-            .with_context(|| path.display().to_string())
+        let file = TensorFile::open(path)?;
+        self.check_file(&file)?;
+        tch::no_grad(|| self.iter().try_for_each(|(name, t)| Ok(t.shallow_clone().f_copy_(&file.get(name)?)?)))
     }
-}
 
-/// The tensor's elements as little-endian f32 bytes in row-major order (copied to the host).
-fn tensor_bytes(t: &Tensor) -> Result<Vec<u8>> {
-    crate::torch::training::note_host_read();
-    let host = t.detach().f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-    let mut bytes = vec![0u8; host.numel() * 4];
-    host.f_copy_data_u8(&mut bytes, host.numel())?;
-    Ok(bytes)
-}
-
-/// Writes named tensors as f32 safetensors, whole or not at all. No more than one of them is held in host memory at a time.
-pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
-    let mut order: Vec<&(String, &Tensor)> = tensors.iter().collect();
-    order.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut header = serde_json::Map::new();
-    let mut end = 0usize;
-    for (name, t) in &order {
-        let start = end;
-        end += 4 * t.numel();
-        let entry = serde_json::json!({ "dtype": "F32", "shape": t.size(), "data_offsets": [start, end] });
-        if header.insert(name.clone(), entry).is_some() {
-            return Err(Error::invalid(format!("{}: two tensors are named `{name}`", path.display())));
+    /// Refuses a file whose keys or shapes are not these.
+    pub fn check_file(&self, file: &TensorFile) -> Result<()> {
+        let refused = |e: Error| e.context(file.path().display().to_string());
+        let mut mine = self.names.to_vec();
+        mine.sort();
+        let found = file.names();
+        if found != mine {
+            return self.check_keys(&found).map_err(refused);
         }
+        self.iter().try_for_each(|(name, t)| same_shape(name, &t.size(), &file.shape(name)?)).map_err(refused)
     }
-    let mut header = serde_json::to_vec(&header).map_err(|e| Error::io(e.to_string()))?;
-    // The format wants the data at a multiple of 8 bytes.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    crate::files::write_atomic_with(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
-        for (_, t) in &order {
-            out.write_all(&tensor_bytes(t).map_err(|e| std::io::Error::other(e.to_string()))?)?;
-        }
-        Ok(())
-    })
-}
 
-/// Reads every tensor of a safetensors file onto the CPU.
-pub fn load_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
-    let open = || -> std::io::Result<memmap2::Mmap> {
-        let file = std::fs::File::open(path)?;
-        // SAFETY: files of a run are replaced as a whole (renamed), never changed in place.
-        unsafe { memmap2::Mmap::map(&file) }
-    };
-    let file = open().with_context(|| path.display().to_string())?;
-    let bad = |e: safetensors::SafeTensorError| {
-        Error::io(format!("{}: not a safetensors file ({e})", path.display()))
-            .hint("the file may have been cut short; start again from an earlier node or checkpoint")
-    };
-    let parsed = safetensors::SafeTensors::deserialize(&file).map_err(bad)?;
-    parsed
-        .iter()
-        .map(|(name, view)| {
-            if view.dtype() != safetensors::Dtype::F32 {
-                return Err(Error::io(format!(
-                    "{}: tensor `{name}` is {:?}, expected F32",
-                    path.display(),
-                    view.dtype()
-                )));
+    /// The f32 values of the first file, plus those of the second where there is one, one at a time on the CPU and in this
+    /// set's order: `each` gets the place and the value. Gives the hash that a set of these values has.
+    ///
+    /// Errors: files with other keys or shapes than this set.
+    pub fn visit(
+        &self,
+        first: &TensorFile,
+        second: Option<&TensorFile>,
+        each: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<String> {
+        self.check_file(first)?;
+        second.map_or(Ok(()), |file| self.check_file(file))?;
+        let mut hash = Hash::new(&self.base);
+        for (k, name) in self.names.iter().enumerate() {
+            let mut value = first.get(name)?.f_to_kind(Kind::Float)?;
+            if let Some(second) = second {
+                value = value.f_add(&second.get(name)?.f_to_kind(Kind::Float)?)?;
             }
-            let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-            Ok((name.to_owned(), Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?))
-        })
-        .collect()
+            hash.add(name, &value)?;
+            each(k, &value)?;
+        }
+        Ok(hash.finish())
+    }
+}
+
+/// [`ParamSet::hash`] as it grows.
+struct Hash(Sha256);
+
+impl Hash {
+    fn new(base: &str) -> Self {
+        let mut sha = Sha256::new();
+        sha.update(base.as_bytes());
+        Self(sha)
+    }
+
+    fn add(&mut self, name: &str, t: &Tensor) -> Result<()> {
+        self.0.update(name.as_bytes());
+        self.0.update([0]);
+        for d in t.size() {
+            self.0.update(d.to_le_bytes());
+        }
+        self.0.update(tensor_bytes(t, Kind::Float)?);
+        Ok(())
+    }
+
+    fn finish(self) -> String {
+        self.0.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    }
+}
+
+fn same_shape(name: &str, expected: &[i64], found: &[i64]) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::mismatch(format!("parameter `{name}` has shape {found:?}, expected {expected:?}")))
 }

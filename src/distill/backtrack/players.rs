@@ -65,7 +65,10 @@ impl Players {
             }
         };
         Ok(Self {
-            target: teacher.copy()?,
+            target: match config.narrow_target() {
+                true => teacher.copy_narrow()?,
+                false => teacher.copy()?,
+            },
             adam: AdamW::new(student.params(), adamw(config, settings.lr_generator, &settings.betas_generator))?,
             averages,
             student,

@@ -39,7 +39,6 @@ impl Config {
             return Err(Error::usage("evaluate.features and evaluate.patience need evaluate.reference"));
         }
         let rates = [
-            ("degrade.lr", self.degrade.lr),
             ("backtrack.lr_generator", self.backtrack.lr_generator),
             ("backtrack.lr_fake", self.backtrack.lr_fake),
             ("optimizer.eps", self.optimizer.eps),
@@ -51,6 +50,7 @@ impl Config {
             return Err(Error::usage(format!("{key} is {v}, expected a number above 0")));
         }
         let not_negative = [
+            ("degrade.lr", self.degrade.lr),
             ("student.sigma_init", self.student.sigma_init),
             ("guidance", self.guidance),
             ("optimizer.weight_decay", self.optimizer.weight_decay),

@@ -59,7 +59,8 @@ pub(super) fn apply(table: &mut Table, set: &str) -> Result<()> {
     let (key, text) = (key.trim(), text.trim());
     let value = match toml::from_str::<Table>(&format!("value = {text}")) {
         Ok(mut parsed) if parsed.len() == 1 => parsed.remove("value").expect("the one key"),
-        _ => Value::String(text.to_owned()),
+        // (TOML refuses integers beyond 64 bits, as which 1e30 may be written.)
+        _ => text.parse().map_or_else(|_| Value::String(text.to_owned()), Value::Float),
     };
     let mut nested = Table::new();
     let mut parts = key.rsplit('.');

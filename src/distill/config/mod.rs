@@ -146,6 +146,16 @@ impl Config {
         Compute { bf16: self.precision == Precision::Bf16 || self.memory.target == Precision::Bf16, ..self.compute() }
     }
 
+    /// Whether the target's weights of convolutions and matrix products are bf16 in memory.
+    pub fn narrow_target(&self) -> bool {
+        self.memory.nodes == Precision::Bf16 && self.target_compute().bf16
+    }
+
+    /// Learning rate of stage 1.
+    pub fn degrade_lr(&self) -> f64 {
+        if self.degrade.lr > 0.0 { self.degrade.lr } else { 2.0 * self.backtrack.lr_generator }
+    }
+
     /// Low-rank adaptation, where it is asked for.
     pub fn lora(&self) -> Option<LoraOptions> {
         let LoraConfig { rank, alpha, include } = self.lora.clone();

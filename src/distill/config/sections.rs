@@ -51,6 +51,10 @@ pub struct MemoryConfig {
     pub activations_mib: u64,
     /// Of the target's forward, which nothing is differentiated through; `bf16` also where `precision` is `f32`.
     pub target: Precision,
+    /// Of the trajectory's nodes. `bf16`: on disk as differences from the teacher in bf16, and where the target computes in
+    /// bf16 (`target` or `precision`), its convolutions' and matrix products' weights are bf16 in memory too, the teacher's
+    /// among them, which changes nothing of what is computed.
+    pub nodes: Precision,
 }
 
 /// How noise levels are drawn.
@@ -135,6 +139,7 @@ pub struct DegradeConfig {
     pub nodes: usize,
     /// Training steps of the degrading copy (at most, where `patience` is set).
     pub steps: u64,
+    /// 0: twice `backtrack.lr_generator`. At a quarter of the generator's rate the copy hardly gets to the student's samples.
     pub lr: f64,
     /// AdamW's beta1 and beta2 of stage 1; empty: the optimiser's.
     pub betas: Vec<f64>,
@@ -276,7 +281,7 @@ impl Default for LoraConfig {
 }
 impl Default for DegradeConfig {
     fn default() -> Self {
-        Self { nodes: 5, steps: 400, lr: 1e-5, betas: Vec::new(), spacing: Spacing::LogIteration, patience: 0 }
+        Self { nodes: 3, steps: 400, lr: 0.0, betas: Vec::new(), spacing: Spacing::LogIteration, patience: 0 }
     }
 }
 impl Default for BacktrackConfig {

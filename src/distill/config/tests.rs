@@ -18,11 +18,14 @@ fn the_command_line_wins_over_the_file_over_the_defaults() {
         &["degrade.lr=2e-3", "objective=diff-instruct", "device=cpu"],
     )
     .unwrap();
-    assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 5));
+    assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 3));
+    assert_eq!((c.degrade_lr(), sets(&["backtrack.lr_generator=3e-4"]).unwrap().degrade_lr()), (2e-3, 6e-4));
     assert_eq!((c.objective, c.device.as_str()), (ObjectiveKind::DiffInstruct, "cpu"));
     assert_eq!(sets(&["noise.fake=[1, 5]", "noise.levels = 6", "noise.generator=[0,2]"]).unwrap().noise.fake, [1, 5]);
     assert_eq!(sets(&["objective=vsd"]).unwrap().objective, ObjectiveKind::DiffInstruct, "two names of one method");
     assert_eq!(sets(&["backtrack.lr_fake=1"]).unwrap().backtrack.lr_fake, 1.0, "an integer is a number");
+    let huge = sets(&[&format!("backtrack.lr_fake={}", 1e30)]).unwrap();
+    assert_eq!(huge.backtrack.lr_fake, 1e30, "written with all its digits");
 }
 
 #[test]
@@ -42,7 +45,7 @@ fn every_key_survives_being_saved() {
 #[test]
 fn differences_name_the_key() {
     let d = sets(&["degrade.lr=0.1"]).unwrap().differences(&Config::default()).unwrap();
-    assert_eq!(d, [("degrade.lr".to_owned(), "0.1".to_owned(), "0.00001".to_owned())].to_vec());
+    assert_eq!(d, [("degrade.lr".to_owned(), "0.1".to_owned(), "0.0".to_owned())].to_vec());
 }
 
 #[test]
@@ -70,7 +73,7 @@ fn values_that_make_no_sense_are_refused() {
     for (pair, says) in [
         ("batch=0", "batch is 0"),
         ("batch=-3", "batch"),
-        ("degrade.lr=0", "degrade.lr is 0"),
+        ("degrade.lr=-1", "degrade.lr is -1"),
         ("degrade.lr=nan", "degrade.lr is NaN"),
         ("degrade.lr=fast", "degrade.lr"),
         ("objective=gan", "diff-instruct"),
@@ -79,7 +82,7 @@ fn values_that_make_no_sense_are_refused() {
         ("noise.generator=[5, 4]", "noise.generator"),
         ("optimizer.beta1=1.0", "beta1"),
         ("backtrack.cooldown=1.5", "cooldown"),
-        ("degrade.steps=3", "degrade.nodes is 5"),
+        ("degrade.steps=2", "degrade.nodes is 3"),
         ("guidance_interval=[3.0, 2.0]", "guidance_interval"),
         ("guidance_interval=[nan, 2.0]", "guidance_interval"),
         ("conditions.weights=3", "weights"),

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Condition, Conditions, Denoiser, InputSpec, Prediction, ScheduleSpec, TeacherCard};
-use crate::distill::config::{Config, Spacing, Switch};
+use crate::distill::config::{Config, Precision, Spacing, Switch};
 use crate::distill::metrics::Row;
 use crate::distill::trainer::{Observer, denoising_loss};
 use crate::distill::*;
@@ -296,11 +296,13 @@ fn a_resumed_run_ends_with_the_same_bytes() {
     c.backtrack.switch_every = 3;
     c.optimizer.warmup = 9;
     c.backtrack.cooldown = 0.5;
-    for (switch, spacing, patience) in [
-        (Switch::Count, Spacing::Iteration, 0),
-        (Switch::Mismatch, Spacing::Loss, 0),
-        (Switch::Mismatch, Spacing::LogIteration, 4),
+    for (switch, spacing, patience, nodes) in [
+        (Switch::Count, Spacing::Iteration, 0, Precision::F32),
+        (Switch::Mismatch, Spacing::Loss, 0, Precision::Bf16),
+        (Switch::Mismatch, Spacing::LogIteration, 4, Precision::F32),
+        (Switch::Count, Spacing::LogIteration, 0, Precision::Bf16),
     ] {
+        c.memory.nodes = nodes;
         (c.backtrack.switch, c.degrade.spacing, c.degrade.patience) = (switch, spacing, patience);
         let dir = tempfile::tempdir().unwrap();
         let whole = dir.path().join("whole");

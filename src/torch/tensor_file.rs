@@ -1,0 +1,137 @@
+//! Files of named tensors (safetensors): f32, and bf16 where a tensor is bf16.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Context, Error, Result};
+
+/// A file of tensors, of which one is read at a time.
+pub struct TensorFile {
+    path: PathBuf,
+    map: memmap2::Mmap,
+    tensors: HashMap<String, Entry>,
+}
+
+struct Entry {
+    kind: Kind,
+    shape: Vec<i64>,
+    /// First and last byte in the file, the last excluded.
+    at: (usize, usize),
+}
+
+impl std::fmt::Debug for TensorFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TensorFile").field("path", &self.path).field("tensors", &self.tensors.len()).finish()
+    }
+}
+
+impl TensorFile {
+    /// Opens and checks the file's header.
+    pub fn open(path: &Path) -> Result<Self> {
+        let open = || -> std::io::Result<memmap2::Mmap> {
+            let file = std::fs::File::open(path)?;
+            // SAFETY: files of a run are replaced as a whole (renamed), never changed in place.
+            unsafe { memmap2::Mmap::map(&file) }
+        };
+        let map = open().with_context(|| path.display().to_string())?;
+        let bad = |e: safetensors::SafeTensorError| {
+            Error::io(format!("{}: not a safetensors file ({e})", path.display()))
+                .hint("the file may have been cut short; start again from an earlier node or checkpoint")
+        };
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(bad)?;
+        let tensors = metadata.tensors().into_iter().map(|(name, info)| {
+            let kind = match info.dtype {
+                Dtype::F32 => Kind::Float,
+                Dtype::BF16 => Kind::BFloat16,
+                other => {
+                    return Err(Error::io(format!(
+                        "{}: tensor `{name}` is {other:?}, expected F32 or BF16",
+                        path.display()
+                    )));
+                }
+            };
+            let data = |offset: usize| header + size_of::<u64>() + offset;
+            let at = (data(info.data_offsets.0), data(info.data_offsets.1));
+            Ok((name, Entry { kind, shape: info.shape.iter().map(|&d| d as i64).collect(), at }))
+        });
+        let tensors = tensors.collect::<Result<_>>()?;
+        Ok(Self { path: path.to_owned(), map, tensors })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.tensors.keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| Error::mismatch(format!("{} holds no tensor `{name}`", self.path.display())))
+    }
+
+    pub fn shape(&self, name: &str) -> Result<Vec<i64>> {
+        Ok(self.entry(name)?.shape.clone())
+    }
+
+    /// The tensor in the file's precision, on the CPU.
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        let Entry { kind, shape, at } = self.entry(name)?;
+        Ok(Tensor::f_from_data_size(&self.map[at.0..at.1], shape, *kind)?)
+    }
+}
+
+/// The tensor's elements as little-endian bytes of this kind in row-major order (copied to the host).
+pub(super) fn tensor_bytes(t: &Tensor, kind: Kind) -> Result<Vec<u8>> {
+    crate::torch::training::note_host_read();
+    let host = t.detach().f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
+    let mut bytes = vec![0u8; host.numel() * kind.elt_size_in_bytes()];
+    host.f_copy_data_u8(&mut bytes, host.numel())?;
+    Ok(bytes)
+}
+
+/// Writes named tensors as safetensors, whole or not at all: bf16 where they are bf16, anything else as f32. No more than one
+/// of them is held in host memory at a time.
+pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
+    let mut order: Vec<&(String, &Tensor)> = tensors.iter().collect();
+    order.sort_by(|a, b| a.0.cmp(&b.0));
+    let kind = |t: &Tensor| if t.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Float };
+    let mut header = serde_json::Map::new();
+    let mut end = 0usize;
+    for (name, t) in &order {
+        let start = end;
+        let kind = kind(t);
+        end += kind.elt_size_in_bytes() * t.numel();
+        let dtype = if kind == Kind::BFloat16 { "BF16" } else { "F32" };
+        let entry = serde_json::json!({ "dtype": dtype, "shape": t.size(), "data_offsets": [start, end] });
+        if header.insert(name.clone(), entry).is_some() {
+            return Err(Error::invalid(format!("{}: two tensors are named `{name}`", path.display())));
+        }
+    }
+    let mut header = serde_json::to_vec(&header).map_err(|e| Error::io(e.to_string()))?;
+    // The format wants the data at a multiple of 8 bytes.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    crate::files::write_atomic_with(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for (_, t) in &order {
+            out.write_all(&tensor_bytes(t, kind(t)).map_err(|e| std::io::Error::other(e.to_string()))?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads every tensor of a safetensors file onto the CPU.
+pub fn load_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
+    let file = TensorFile::open(path)?;
+    file.names().into_iter().map(|name| Ok((name.clone(), file.get(&name)?))).collect()
+}
