@@ -1,7 +1,8 @@
 #!/bin/sh
 # Does the trajectory pay? `sh examples/convergence/run.sh OUT TASK INIT [OBJECTIVE...]` from the root of the repository: each
-# objective with and without it, three seeds. TASK is digits or shapes, INIT the student's weights at the start: given (the
-# teacher's) or random. What is finished is not repeated; the last folder's compare.svg and compare.md show all objectives.
+# objective with and without it, at the same number of forward passes. TASK is digits or shapes, INIT the student's weights at
+# the start: given (the teacher's) or random. SEEDS=0,1,2 are fewer seeds, FAKE=2e-4 another rate of the fake score. What is
+# finished is not repeated; the last folder's compare.svg and compare.md show all objectives.
 set -e
 out=$1 task=$2 init=$3
 shift 3
@@ -11,10 +12,12 @@ case $task in
 digits)
     teacher=converters/teachers/edm_unet/teacher.onnx tap=conv2d_12
     reference=examples/digits/digits.npz features=examples/digits/classifier.onnx
+    images=$((240 * 32)) every=20
     ;;
 shapes)
     teacher=examples/shapes/teacher.onnx tap=conv2d_9
     reference=examples/shapes/reference.npz features=examples/shapes/features.onnx
+    images=$((120 * 16)) every=10
     [ -f $reference ] || .venv/bin/python examples/shapes/render.py
     ;;
 *)
@@ -24,14 +27,17 @@ shapes)
 esac
 beside=""
 for objective in "$@"; do
+    # Forward passes of a generator update: student, fake score in training; target and fake score for the generator.
+    passes=4
     case $objective in
     sid) own="--set student.sigma_init=2.5 --set noise.generator=[0,800]" ;;
-    dmd2) own="--set gan.data=$reference --set gan.taps=[\"$tap\"]" ;;
+    dmd2) own="--set gan.data=$reference --set gan.taps=[\"$tap\"]" passes=7 ;;
     *) own="" ;;
     esac
     # shellcheck disable=SC2086
     "$disback" compare $teacher -o "$out/$objective" --config "examples/convergence/$task.toml" \
-        --set "objective=$objective" --set "student.init=$init" $own --reference $reference --features $features \
-        --seeds 0,1,2 --every 20 --samples 1024 $beside
+        --set "objective=$objective" --set "student.init=$init" --set "backtrack.lr_fake=${FAKE:-4e-4}" $own \
+        --reference $reference --features $features --seeds "${SEEDS:-0,1,2,3,4}" --every $every --samples 1024 \
+        --budget $((images * passes)) $beside
     beside="$beside --beside $out/$objective"
 done

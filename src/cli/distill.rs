@@ -282,6 +282,9 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         origin.check_same_graph()?;
     }
     let given = student::given(origin.file, &denoiser, &first)?;
+    if let Some(short) = first.too_short().filter(|_| plan.stages != Stages::Degrade && !globals.quiet) {
+        eprintln!("warning: {short}");
+    }
     let decoder = decoder(&first, &teacher.card.card)?;
     if args.dry_run {
         super::dry_run::check(args.resume)?;

@@ -151,6 +151,21 @@ impl Config {
         self.memory.nodes == Precision::Bf16 && self.target_compute().bf16
     }
 
+    /// What to be told before a run that ends before the teacher itself is the target.
+    pub fn too_short(&self) -> Option<String> {
+        let (nodes, b) = (self.degrade.nodes as u64, &self.backtrack);
+        let spent = nodes.saturating_sub(1).saturating_mul(b.switch_every);
+        (b.switch == Switch::Count && nodes > 0 && spent >= b.updates).then(|| {
+            format!(
+                "{} generator updates end before the teacher itself is the target: {} nodes of {} updates each come first \
+                 (backtrack.switch_every)",
+                b.updates,
+                nodes - 1,
+                b.switch_every
+            )
+        })
+    }
+
     /// Learning rate of stage 1.
     pub fn degrade_lr(&self) -> f64 {
         if self.degrade.lr > 0.0 { self.degrade.lr } else { 2.0 * self.backtrack.lr_generator }

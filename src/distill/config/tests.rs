@@ -104,3 +104,18 @@ fn values_that_make_no_sense_are_refused() {
         assert!(e.to_string().contains(says), "{pair}: {e}");
     }
 }
+
+#[test]
+fn a_run_too_short_to_reach_the_teacher_is_told() {
+    use crate::distill::trajectory::target_by_count;
+    for (nodes, every, updates) in [(3, 100, 200), (3, 100, 201), (1, 50, 1), (0, 5, 1), (4, 7, 21), (4, 7, 22)] {
+        let c = sets(&[
+            &format!("degrade.nodes={nodes}"),
+            &format!("backtrack.switch_every={every}"),
+            &format!("backtrack.updates={updates}"),
+        ]);
+        let short = target_by_count(updates - 1, every, nodes) > 0;
+        assert_eq!(c.unwrap().too_short().is_some(), short, "{nodes} nodes, {every} updates each, {updates} in all");
+    }
+    assert!(sets(&["backtrack.switch=mismatch", "backtrack.updates=2"]).unwrap().too_short().is_none());
+}
