@@ -18,7 +18,7 @@ use super::watcher::Watcher;
 use crate::diffusion::Denoiser;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::parity::{self, Tolerance};
 use crate::teacher::Teacher;
 use crate::torch::{Forward, device, shim};
@@ -366,7 +366,15 @@ fn check_parity(teacher: &Teacher, globals: Globals) -> Result<()> {
         return Ok(());
     }
     let inputs = parity::random_inputs(teacher.network.inputs(), Some(&teacher.card.card), 2, &Default::default(), 0)?;
-    let found = parity::check(&teacher.network, &inputs, None, Tolerance::default())?;
+    let found = match parity::check(&teacher.network, &inputs, None, Tolerance::default()) {
+        Err(e) if e.kind() == Kind::Unsupported => {
+            if !globals.quiet {
+                eprintln!("note: the import is not compared with ONNX Runtime: {e}");
+            }
+            return Ok(());
+        }
+        other => other?,
+    };
     if found.ok {
         return Ok(());
     }

@@ -1,5 +1,6 @@
 //! Parity: the same inputs through libtorch and through ONNX Runtime, before anyone trains.
 
+mod bf16;
 pub mod devices;
 mod stored;
 
@@ -220,9 +221,11 @@ fn sample_dim(card: &TeacherCard, axis: usize) -> usize {
     }
 }
 
-/// Runs `net` in libtorch and the same file in ONNX Runtime on the CPU.
+/// Runs `net` in libtorch and the same file in ONNX Runtime on the CPU; a file in bf16, which that has no kernels for, in
+/// f32 with its bf16 weights.
 ///
-/// Errors: ONNX Runtime not found; a network that either of them cannot run.
+/// Errors: ONNX Runtime not found; a network that either of them cannot run, of kind [`crate::Kind::Unsupported`] where ONNX Runtime
+/// has an operator for other devices only.
 pub fn check(
     net: &Network,
     inputs: &[(String, HostTensor)],
@@ -231,19 +234,33 @@ pub fn check(
 ) -> Result<Parity> {
     let mut proto = (*net.shared().model.proto).clone();
     save::internalise(&mut proto);
+    let wide = bf16::in_f32(&proto)?;
+    let in_bf16 = wide.is_some();
+    if let Some(wide) = wide {
+        proto = wide;
+    }
     let options = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
-    let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let given: Vec<(String, HostTensor)> = inputs.iter().map(|(n, t)| (n.clone(), bf16::input(t))).collect();
+    let named: Vec<(&str, &HostTensor)> = given.iter().map(|(n, t)| (n.as_str(), t)).collect();
     let reference = |proto: &crate::onnx::ModelProto| -> Result<(String, Vec<(String, HostTensor)>)> {
         let path = &net.shared().model.path;
-        // Above protobuf's limit only the file itself can be opened.
-        let mut engine = if proto.encoded_len() > save::EXTERNAL_ABOVE && path.exists() {
+        // Above protobuf's limit only files can be opened.
+        let large = proto.encoded_len() > save::EXTERNAL_ABOVE;
+        let folder;
+        let mut engine = if large && in_bf16 {
+            folder = tempfile::tempdir().context("a temporary folder")?;
+            let copy = folder.path().join("f32.onnx");
+            save::write(proto, &copy)?;
+            crate::runtime::open(&copy, &options)?
+        } else if large && path.exists() {
             crate::runtime::open(path, &options)?
         } else {
             open_bytes(&proto.encode_to_vec(), None, &options)?
         };
-        Ok((engine.name(), engine.run(&named)?))
+        let name = if in_bf16 { format!("{}, bf16 as f32", engine.name()) } else { engine.name() };
+        Ok((name, engine.run(&named)?))
     };
-    let (engine, theirs) = reference(&proto).context("ONNX Runtime")?;
+    let (engine, theirs) = reference(&proto).map_err(no_kernel).context("ONNX Runtime")?;
     let ours = forward(net, inputs)?;
     let rounding = if net.shared().widened { Some(rounding(net, inputs, &ours)?) } else { None };
     let outputs = match &rounding {
@@ -274,6 +291,17 @@ pub fn check(
         engine,
         devices: None,
     })
+}
+
+/// Operators that only devices other than the CPU have kernels for are nothing that a comparison could tell.
+fn no_kernel(e: Error) -> Error {
+    let message = e.to_string();
+    match message.contains("Could not find an implementation for") {
+        false => e,
+        true => Error::unsupported(message.trim_start_matches("loading the network: ").to_owned()).hint(
+            "the file was optimised for another device than the CPU: compare the export from before, or give --expected values",
+        ),
+    }
 }
 
 /// Largest difference, for each output, between the layers in f32 and the file as it is written.

@@ -34,6 +34,22 @@ fn flat(t: &Tensor) -> Tensor {
     t.to_kind(Kind::Double).flatten(0, -1)
 }
 
+/// `[heads, n, k]`: of the last axis, as `[heads, n, rest]`, the `k`-th of `n`. Exporters pack q, k and v so.
+type Piece = Option<[i64; 3]>;
+
+fn part(gradient: Tensor, piece: Piece) -> Tensor {
+    let Some([heads, n, k]) = piece.filter(|_| gradient.defined()) else { return gradient };
+    let mut shape = gradient.size();
+    shape.pop();
+    let packed = gradient.reshape([&shape[..], &[heads, n, -1]].concat());
+    packed.select(-2, k).reshape([&shape[..], &[-1]].concat())
+}
+
+/// A parameter's name in the file: copies of merged ones have `#2`, `#3` behind it.
+fn base(name: &str) -> &str {
+    name.split('#').next().unwrap_or(name)
+}
+
 /// How far our gradients are from the native module's.
 pub struct Agreement {
     /// Largest relative L2 error of one parameter's gradient.
@@ -73,27 +89,37 @@ pub fn gradients(
     }
     let map: Vec<Value> = serde_json::from_slice(&std::fs::read(folder.join("map.json")).unwrap()).unwrap();
     // Which tensors of the file may hold a native parameter: several where the exporter merged equal ones.
-    let mut holders: HashMap<&str, Vec<(&str, Vec<i64>)>> = HashMap::new();
+    let integers = |v: &Value| -> Vec<i64> { v.as_array().unwrap().iter().map(|a| a.as_i64().unwrap()).collect() };
+    let mut holders: HashMap<&str, Vec<(&str, Piece, Vec<i64>)>> = HashMap::new();
+    let mut pieces: HashMap<&str, Vec<Piece>> = HashMap::new();
     for entry in &map {
-        let axes = entry["permutation"].as_array().unwrap().iter().map(|a| a.as_i64().unwrap()).collect::<Vec<_>>();
+        let name = entry["onnx"].as_str().unwrap();
+        let piece = entry.get("piece").map(|p| integers(p).try_into().unwrap());
+        pieces.entry(name).or_default().push(piece);
         for native in entry["natives"].as_array().unwrap() {
-            holders.entry(native.as_str().unwrap()).or_default().push((entry["onnx"].as_str().unwrap(), axes.clone()));
+            let holder = (name, piece, integers(&entry["permutation"]));
+            holders.entry(native.as_str().unwrap()).or_default().push(holder);
         }
     }
     let mut natives: Vec<(String, Tensor, f64)> = natives.into_iter().map(|(n, t)| (n, flat(&t), norm(&t))).collect();
     // Those that vanish (a bias before a norm) last: anything small would fit them.
     natives.sort_by(|a, b| b.2.total_cmp(&a.2));
     let largest = natives.first().map_or(0.0, |n| n.2);
-    let mut free: Vec<(&str, Tensor)> = net.params().iter().map(|(n, t)| (n, t.grad())).collect();
+    let mut free: Vec<(&str, Piece, Tensor)> = Vec::new();
+    for (name, tensor) in net.params().iter() {
+        let parts = pieces.get(base(name)).filter(|p| p.iter().all(Option::is_some));
+        for piece in parts.unwrap_or(&vec![None]) {
+            free.push((name, *piece, part(tensor.grad(), *piece)));
+        }
+    }
     let (mut worst, mut squares) = (0f64, 0f64);
     for (native, theirs, size) in &natives {
         let held = holders.get(native.as_str()).ok_or(format!("no tensor of the file holds `{native}`"))?;
         let best = free
             .iter()
             .enumerate()
-            .filter_map(|(i, (name, grad))| {
-                let base = name.split('#').next();
-                let (_, axes) = held.iter().find(|(n, _)| Some(*n) == base)?;
+            .filter_map(|(i, (name, piece, grad))| {
+                let (_, _, axes) = held.iter().find(|(n, p, _)| *n == base(name) && p == piece)?;
                 let ours = match (grad.defined(), grad.dim() == axes.len()) {
                     (false, _) => theirs.zeros_like(),
                     (true, true) => flat(&grad.permute(&axes[..])),
@@ -124,7 +150,7 @@ pub fn gradients(
 fn listing(net: &Network, folder: &Path) -> String {
     let map = std::fs::read_to_string(folder.join("map.json")).unwrap_or_default();
     let known: Vec<Value> = serde_json::from_str(&map).unwrap_or_default();
-    let is_known = |name: &str| known.iter().any(|e| e["onnx"].as_str() == name.split('#').next());
+    let is_known = |name: &str| known.iter().any(|e| e["onnx"].as_str() == Some(base(name)));
     let mut lines = Vec::new();
     for p in &net.shared().parameters {
         if !is_known(&p.name) {
@@ -139,7 +165,7 @@ fn listing(net: &Network, folder: &Path) -> String {
     for entry in &known {
         let name = entry["onnx"].as_str().unwrap_or_default();
         let natives = entry["natives"].as_array().map_or(0, Vec::len);
-        let parted = net.params().names().iter().filter(|n| n.split('#').next() == Some(name)).count();
+        let parted = net.params().names().iter().filter(|n| base(n) == name).count();
         if natives != parted {
             lines.push(format!("    {name}: {natives} native parameters, {parted} trained"));
         }

@@ -229,7 +229,7 @@ impl<'a> Classifier<'a> {
             | "BatchNormalization"
             | "GroupNorm"
             | "SimplifiedLayerNormalization" => {
-                if self.without_affine(node) {
+                if self.without_affine(node, 1) {
                     self.assign(i(1), Role::Buffer, "ones of a norm without a scale");
                     self.assign(i(2), Role::Buffer, "zeros of a norm without a bias");
                 } else {
@@ -240,13 +240,20 @@ impl<'a> Classifier<'a> {
                 self.assign(i(4), Role::Buffer, "running statistics");
             }
             "SkipLayerNormalization" => {
-                self.assign(i(2), Role::Scale, "");
-                self.assign(i(3), Role::Bias, "");
+                if self.without_affine(node, 2) {
+                    self.assign(i(2), Role::Buffer, "ones of a norm without a scale");
+                    self.assign(i(3), Role::Buffer, "zeros of a norm without a bias");
+                } else {
+                    self.assign(i(2), Role::Scale, "");
+                    self.assign(i(3), Role::Bias, "");
+                }
                 self.assign(i(4), Role::Bias, "");
+                self.elementwise(node, Role::Bias);
             }
             "SkipSimplifiedLayerNormalization" => {
                 self.assign(i(2), Role::Scale, "");
                 self.assign(i(3), Role::Bias, "");
+                self.elementwise(node, Role::Bias);
             }
             "SkipGroupNorm" => {
                 self.assign(i(1), Role::Scale, "");
@@ -439,8 +446,10 @@ impl<'a> Classifier<'a> {
 
     /// A norm's scale of ones (and bias of zeros) that the exporter made up because the operator wants them: the framework's
     /// norm has none. Nothing but a fresh initialisation looks the same, and its tensors have names.
-    fn without_affine(&self, node: &Node) -> bool {
-        let (scale, bias) = (node.input(1), node.input(2));
+    ///
+    /// `slot`: of the scale; the bias comes next.
+    fn without_affine(&self, node: &Node, slot: usize) -> bool {
+        let (scale, bias) = (node.input(slot), node.input(slot + 1));
         let is = |v: Option<ValueId>, n: f64| self.behind(v).is_some_and(|t| tables::all(t, n));
         if !is(scale, 1.0) || bias.is_some() && !is(bias, 0.0) {
             return false;
@@ -465,14 +474,14 @@ impl<'a> Classifier<'a> {
         scale.is_some_and(made_up) || others()
     }
 
-    /// Instance norm with scale 1 and bias 0 whose result is reshaped: the middle of a decomposed GroupNorm, whose real
-    /// scale and bias come after.
+    /// Instance norm with scale 1 and bias 0 whose result is reshaped, or multiplied by a weight where there is nothing to
+    /// reshape: the middle of a decomposed GroupNorm, whose real scale and bias come after.
     fn plain_statistics(&self, node: &Node) -> bool {
         let is = |v: Option<ValueId>, n: f64| self.behind(v).is_some_and(|t| tables::all(t, n));
-        let reshaped = node
-            .output(0)
-            .and_then(|v| self.consumers.get(&v))
-            .is_some_and(|u| u.iter().all(|&(n, _)| self.graph.nodes.get(n).is_some_and(|n| n.is("Reshape"))));
+        let scaled = |n: &Node| n.is("Mul") && n.inputs.iter().any(|&v| self.behind(v).is_some_and(|t| t.len() > 1));
+        let middle = |n: usize| self.graph.nodes.get(n).is_some_and(|n| n.is("Reshape") || scaled(n));
+        let reshaped =
+            node.output(0).and_then(|v| self.consumers.get(&v)).is_some_and(|u| u.iter().all(|&(n, _)| middle(n)));
         is(node.input(1), 1.0) && is(node.input(2), 0.0) && reshaped
     }
 }

@@ -5,26 +5,32 @@ A case is named `<network>-<weights>-<exporter><opset>-<shapes>`:
     weights     drawn       every weight at random, no two alike
                 fresh       as initialised: scales of ones, biases of zeros, which exporters merge
                 half        the module in f16 (`.half()`), weights in an external file
+                brain       the module in bf16, inputs too (stored in f32: numpy has no bf16)
                 converted   exported in f32, converted to f16 by ONNX Runtime's tool, inputs and outputs in f32
-    exporter    legacy (TorchScript), dynamo, raw (dynamo with optimize=False)
+    exporter    legacy (TorchScript), dynamo, raw (dynamo with optimize=False); ort (legacy, then what ONNX Runtime's session
+                saves with extended optimisations), fused (legacy, then onnxruntime.transformers.optimizer)
     shapes      static, dynamic (the batch), spatial (batch, height, width)
 
 Its folder holds
 
     model.onnx              the exported graph
     inputs.npz expected.npz one array per graph input and output; at another batch (and size) than the exporter saw, where
-                            shapes are dynamic. f16 cases: what the module computes in f32 from its f16 weights
+                            shapes are dynamic. f16 and bf16 cases: what the module computes in f32
+                            from its rounded weights
     traced.npz              inputs of the exporter's own shapes, with traced_expected.npz
     grads.safetensors       for every parameter the gradient of the sum over outputs of `output * R.<output>`, computed in
                             f64, under its native name; a parameter that takes no part is absent
     map.json                [{"onnx": initializer or Constant output, "natives": [names], "permutation": [axes]}]: the
                             tensors that hold native parameters, found by value. `natives` has several names where equal
-                            ones were merged; the tensor has the native's elements after permuting its axes
+                            ones were merged; the tensor has the native's elements after permuting its axes. With `piece`:
+                            [heads, n, k], where q, k and v are one tensor: the last axis is [heads, n, rest], and its
+                            k-th of n has them
 """
 
 import copy
 import itertools
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -57,6 +63,25 @@ def parse(case):
     return network, weights, exporter.rstrip("0123456789"), int(exporter.lstrip("abcdefghijklmnopqrstuvwxyz")), shapes
 
 
+def round_features(dtype, module):
+    """Features of time that are rounded to f16 or bf16 in the file, whatever the reference computes in."""
+    for part in module.modules():
+        kind = type(part).__name__
+        if kind == "Timesteps":
+            part.register_forward_hook(lambda _, __, out: out.to(dtype).to(out.dtype))
+        elif kind == "GaussianFourierProjection":
+            # In radians up to hundreds: what pi is rounded to is seen.
+            pi = torch.tensor(np.pi).to(dtype).item() / np.pi
+
+            def fourier(part, args, out, pi=pi):
+                x = args[0].log() if part.log else args[0]
+                angles = x[:, None] * part.weight[None, :] * 2 * np.pi * pi
+                parts = (angles.cos(), angles.sin()) if part.flip_sin_to_cos else (angles.sin(), angles.cos())
+                return torch.cat(parts, dim=-1)
+
+            part.register_forward_hook(fourier)
+
+
 def to(dtype, tensors):
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
@@ -64,7 +89,7 @@ def to(dtype, tensors):
 def export(net, module, args, path, exporter, opset, shapes, external):
     batched = [n for n in net.inputs if n not in net.unbatched]
     axes = {n: {0: "batch"} | ({2: "height", 3: "width"} if n in net.spatial and shapes == "spatial" else {}) for n in batched}
-    if exporter == "legacy":
+    if exporter in ("legacy", "ort", "fused"):
         for part in module.modules():
             if hasattr(part, "settle"):
                 part.settle()
@@ -73,6 +98,10 @@ def export(net, module, args, path, exporter, opset, shapes, external):
             module, args, str(path), dynamo=False, opset_version=opset, input_names=net.inputs, output_names=net.outputs,
             dynamic_axes=axes if shapes != "static" else None, verbose=False,
         )  # fmt: skip
+        if exporter == "ort":
+            optimise(path)
+        elif exporter == "fused":
+            fuse(path, net)
         if external:
             model = onnx.load(path)
             onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=128)
@@ -91,6 +120,34 @@ def export(net, module, args, path, exporter, opset, shapes, external):
     program.save(str(path), external_data=external)
 
 
+def optimise(path):
+    """What ONNX Runtime's own session makes of a file: com.microsoft operators of every machine."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+
+def fuse(path, net):
+    """What `onnxruntime.transformers.optimizer` makes of a file for GPUs: channels last, q, k and v in one matrix."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    def heads(self, reshape, is_torch2=False):
+        """As it reads them, but for int() of an array of one element, which numpy 2 refuses."""
+        shape = self.model.get_parent(reshape, 1)
+        value = self.model.get_constant_value(shape.input[2]) if shape and shape.op_type == "Concat" else None
+        return 0 if value is None else int(np.asarray(value).item())
+
+    sys.modules["fusion_attention_unet"].FusionAttentionUnet.get_num_heads = heads
+    options = FusionOptions(net.fusion)
+    options.enable_packed_kv = True
+    model = optimize_model(str(path), net.fusion, opt_level=0, optimization_options=options)
+    model.save_model_to_file(str(path))
+
+
 def match_parameters(model, parameters):
     """Which floating initializers and Constants hold which native parameters, by value, in any order of the axes."""
     tensors = [(t.name, numpy_helper.to_array(t)) for t in model.graph.initializer]
@@ -102,17 +159,26 @@ def match_parameters(model, parameters):
     for name, value in parameters.items():
         natives.setdefault(np.sort(as64(value), axis=None).tobytes(), []).append((name, as64(value)))
     found, seen = [], set()
+    pieces = []
     for name, value in tensors:
-        if value.dtype not in (np.float16, np.float32, np.float64):
+        if str(value.dtype) not in ("float16", "bfloat16", "float32", "float64"):
             continue
-        value = as64(value)
+        pieces.append((name, None, as64(value)))
+        if np.sort(pieces[-1][2], axis=None).tobytes() in natives:
+            continue
+        for heads, n in itertools.product((1, 2, 4), (2, 3)):
+            if value.ndim and value.shape[-1] % (heads * n) == 0:
+                parts = value.reshape(*value.shape[:-1], heads, n, -1)
+                pieces += [(name, [heads, n, k], as64(parts[..., k, :]).reshape(*value.shape[:-1], -1)) for k in range(n)]
+    for name, piece, value in pieces:
         for native, theirs in natives.get(np.sort(value, axis=None).tobytes(), []):
             # The file's tensor, permuted, is the native one; where only dimensions of 1 were added, nothing is.
             orders = [p for p in itertools.permutations(range(value.ndim)) if value.transpose(p).tobytes() == theirs.tobytes()]
             if orders:
-                entry = next((e for e in found if e["onnx"] == name and e["permutation"] == list(orders[0])), None)
+                alike = {"onnx": name, "permutation": list(orders[0])} | ({"piece": piece} if piece else {})
+                entry = next((e for e in found if alike.items() <= e.items()), None)
                 if entry is None:
-                    entry = {"onnx": name, "natives": [], "permutation": list(orders[0])}
+                    entry = alike | {"natives": []}
                     found.append(entry)
                 entry["natives"].append(native)
                 seen.add(native)
@@ -126,7 +192,7 @@ def reference(module, args, names, dtype):
 
 
 def arrays(names, tensors):
-    return {n: t.detach().numpy() for n, t in zip(names, tensors)}
+    return {n: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy() for n, t in zip(names, tensors)}
 
 
 def write_case(case, folder):
@@ -137,17 +203,14 @@ def write_case(case, folder):
     module = net.module.eval()
     if weights != "fresh":
         draw_weights(module)
-    half = weights in ("half", "converted")
+    half = {"half": torch.half, "converted": torch.half, "brain": torch.bfloat16}.get(weights)
     if half:
-        module = module.half()
-        for part in module.modules():
-            # The features of time are rounded to f16 whatever the network computes in.
-            if type(part).__name__ == "Timesteps":
-                part.register_forward_hook(lambda _, __, out: out.half().to(out.dtype))
+        module = module.to(half)
+        round_features(half, module)
     traced = net.draw(2)
     args = net.size(3, 12) if shapes == "spatial" else net.draw(3 if shapes == "dynamic" else 2)
     if half:
-        traced, args = to(torch.half, traced), to(torch.half, args)
+        traced, args = to(half, traced), to(half, args)
     path = folder / "model.onnx"
     exported = copy.deepcopy(module)
     for part in exported.modules():
@@ -175,14 +238,21 @@ def write_case(case, folder):
     sum((v * factors[f"R.{n}"]).sum() for n, v in values.items()).backward()
     grads = {n: p.grad.float().contiguous() for n, p in double.named_parameters() if p.grad is not None}
     save_file(grads | factors, folder / "grads.safetensors")
-    mapping, missing = match_parameters(model, {n: p.detach().numpy() for n, p in module.named_parameters() if n in grads})
+    weights = {n: p.detach() for n, p in module.named_parameters() if n in grads}
+    mapping, missing = match_parameters(model, arrays(weights, weights.values()))
     (folder / "map.json").write_text(json.dumps(mapping, indent=1))
     return {"nodes": len(model.graph.node), "parameters": sum(g.numel() for g in grads.values()), "missing": missing}
 
 
 def check_written(path):
-    """The ONNX checker on a file written back; beside its origin, only weights may differ (parted ones are new)."""
-    onnx.checker.check_model(str(path), full_check=True)
+    """The ONNX checker on a file written back, unless it refuses the origin too (operators of ONNX Runtime in the default
+    domain, bf16 where the specification has none); beside its origin, only weights may differ (parted ones are new)."""
+    try:
+        onnx.checker.check_model(str(path.with_name("model.onnx")), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        pass
+    else:
+        onnx.checker.check_model(str(path), full_check=True)
     written, origin = onnx.load(path), onnx.load(path.with_name("model.onnx"))
     calls = lambda m: [(n.op_type, n.name, list(n.output)) for n in m.graph.node]  # noqa: E731
     assert calls(written) == calls(origin), "nodes differ"

@@ -22,6 +22,7 @@ class Network:
     unbatched: tuple[str, ...] = ()  # inputs that have no batch dimension
     size: Callable[[int, int], tuple] | None = None  # (batch, size): inputs of another spatial size
     spatial: tuple[str, ...] = ()  # inputs whose dimensions 2 and 3 may change
+    fusion: str = "unet"  # as what `onnxruntime.transformers.optimizer` takes it
 
 
 class Call(nn.Module):
@@ -130,7 +131,7 @@ def sd3():
     call = Call(net, lambda net, x, c, p, t: net(x, c, p, t, return_dict=False)[0])
     draw = lambda b: (torch.randn(b, 4, 8, 8), torch.randn(b, 5, 12), torch.randn(b, 10), steps(b))  # noqa: E731
     names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
-    return Network(call, names, ["out_sample"], draw)
+    return Network(call, names, ["out_sample"], draw, fusion="mmdit")
 
 
 def flux():
@@ -188,7 +189,7 @@ def autoencoder():
 def vae_decoder():
     call = Call(autoencoder(), lambda net, z: net.decode(z, return_dict=False)[0])
     size = lambda b, s: (torch.randn(b, 4, s, s),)  # noqa: E731
-    return Network(call, ["latent"], ["image"], lambda b: size(b, 4), size=size, spatial=("latent",))
+    return Network(call, ["latent"], ["image"], lambda b: size(b, 4), size=size, spatial=("latent",), fusion="vae")
 
 
 def vae_encoder():
@@ -214,7 +215,7 @@ def clip():
         ids[:, 0], ids[torch.arange(b), 3 + torch.arange(b) % 4] = 0, 39
         return (ids,)
 
-    return Network(Call(net, run), ["input_ids"], ["last_hidden_state", "pooler_output"], draw)
+    return Network(Call(net, run), ["input_ids"], ["last_hidden_state", "pooler_output"], draw, fusion="clip")
 
 
 def edm():
