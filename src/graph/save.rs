@@ -44,13 +44,13 @@ pub fn with_parameters(
             part(graph, &p.name, &value.cast(p.dtype), &p.rewire)?;
             continue;
         }
-        let bytes = value.cast(p.dtype).bytes().clone();
+        let value = value.cast(p.dtype);
         let lost = || Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name));
         for twin in &p.twins {
-            let bytes = value.transposed()?.cast(p.dtype).bytes().clone();
+            let bytes = twin.how.of(&value)?.bytes().clone();
             set_raw(tensor_at(graph, &twin.origin).ok_or_else(lost)?, bytes);
         }
-        set_raw(tensor_at(graph, &p.origin).ok_or_else(lost)?, bytes);
+        set_raw(tensor_at(graph, &p.origin).ok_or_else(lost)?, value.bytes().clone());
     }
     for (name, value, slots) in buffers.iter().filter_map(|b| b.parted.as_ref().map(|(v, s)| (&b.name, v, s))) {
         part(graph, name, value, slots)?;

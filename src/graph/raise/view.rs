@@ -144,10 +144,12 @@ impl<'a> View<'a> {
         node.attributes.ints("axes").ok()?.or_else(|| self.ints(node.input(1)))
     }
 
-    /// A reader of one of the outputs of node `i` that is not in `inside`, as `(value, reader)`.
+    /// A reader of one of the outputs of node `i` that is not in `inside`, as `(value, reader)`. Who asks for a shape only
+    /// reads no value: the chain stays for it, and a specialised plan, which has the shape, does not run it.
     pub fn read_outside(&self, i: usize, inside: &[usize]) -> Option<(ValueId, String)> {
         self.node(i).outputs.iter().flatten().find_map(|v| {
-            let reader = self.consumers.get(v)?.iter().find(|(n, _)| !inside.contains(n))?.0;
+            let asks = |n: usize| self.graph.nodes.get(n).is_some_and(|n| n.is("Shape") || n.is("Size"));
+            let reader = self.consumers.get(v)?.iter().find(|(n, _)| !inside.contains(n) && !asks(*n))?.0;
             let reader = self.graph.nodes.get(reader).map_or("the graph's outputs".to_owned(), Node::label);
             Some((*v, reader))
         })

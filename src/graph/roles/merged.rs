@@ -4,15 +4,17 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::tables::{made_up, uniform};
+use crate::error::Result;
 use crate::graph::attributes::{Attribute, Attributes};
 use crate::graph::bodies;
 use crate::graph::ir::{Constant, Graph, Node, Origin, ValueId};
-use crate::tensor::HostTensor;
+use crate::tensor::{DType, HostTensor};
 
-/// Another tensor of the file that holds the same weight, transposed.
+/// Another tensor of the file, folded from the same weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Twin {
     pub origin: Origin,
+    pub how: Derived,
 }
 
 /// Where the tensors of a graph come from, beyond [`Origin`].
@@ -20,7 +22,7 @@ pub struct Twin {
 pub struct Provenance {
     /// For each parted copy: the nodes (index in the file) and slots that it feeds now.
     pub rewired: HashMap<ValueId, Vec<(usize, usize)>>,
-    /// For each tied weight: its other tensors.
+    /// For each tied weight: the tensors folded from it.
     pub twins: HashMap<ValueId, Vec<Twin>>,
 }
 
@@ -30,7 +32,7 @@ pub fn untangle(graph: &mut Graph, declared: Option<&[String]>) -> Provenance {
     bodies::lift(graph);
     bypass_identities(graph);
     let declared: HashSet<&str> = declared.into_iter().flatten().map(String::as_str).collect();
-    let twins = tie_transposed(graph, &declared);
+    let twins = tie_derived(graph, &declared);
     Provenance { rewired: part_merged(graph, &declared), twins }
 }
 
@@ -137,75 +139,148 @@ fn bypass_identities(graph: &mut Graph) {
     }
 }
 
-/// Ties a matrix to its transposed copy: exporters that fold the Transpose before a MatMul double a weight that is also read
-/// as it is (an embedding that the last layer shares). The copy becomes a Transpose of the original again.
-fn tie_transposed(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, Vec<Twin>> {
-    let mut by_shape: BTreeMap<[usize; 2], Vec<ValueId>> = BTreeMap::new();
-    for (v, c) in &graph.constants {
-        if let [rows, columns] = *c.tensor.shape()
-            && c.tensor.dtype().is_float()
-            && rows > 1
-            && columns > 1
-        {
-            by_shape.entry([rows, columns]).or_default().push(*v);
+/// What an exporter that folds constants makes of a weight that is also read as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Derived {
+    /// Before a MatMul: an embedding that the last layer shares.
+    Transposed,
+    /// `w * w`, as demodulation and variances read it.
+    Squared,
+    SquaredTransposed,
+}
+
+impl Derived {
+    /// The tensor made of a weight in the file's element type.
+    ///
+    /// Errors: a transposition of what is no matrix.
+    pub fn of(self, weight: &HostTensor) -> Result<HostTensor> {
+        match self {
+            Self::Transposed => weight.transposed(),
+            Self::Squared => squared(weight),
+            Self::SquaredTransposed => squared(weight)?.transposed(),
         }
     }
-    let mut pairs: Vec<(ValueId, ValueId)> = Vec::new();
-    let mut taken: HashSet<ValueId> = HashSet::new();
-    for ([rows, columns], copies) in &by_shape {
-        let Some(originals) = by_shape.get(&[*columns, *rows]) else { continue };
-        for &copy in copies {
-            // Only where the exporter made the copy: two weights with names of their own are two weights.
-            let name = &graph.names[copy];
-            if !made_up(name) || declared.contains(name.as_str()) || taken.contains(&copy) {
-                continue;
-            }
-            let original = originals.iter().copied().find(|&o| {
-                o != copy
-                    && !taken.contains(&o)
-                    && !made_up(&graph.names[o])
-                    && transposed(&graph.constants[&o].tensor, &graph.constants[&copy].tensor)
-            });
-            if let Some(original) = original {
-                taken.insert(copy);
-                pairs.push((original, copy));
-            }
+}
+
+/// Ties a weight to the tensors that were folded from it. Those become operators on the original again: Transpose, Mul.
+///
+/// Only what the exporter made, going by its name: two weights with names of their own are two weights. A square may be one of
+/// a tensor that has lost its name itself.
+fn tie_derived(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, Vec<Twin>> {
+    let folded = |v: ValueId| {
+        let name = graph.names[v].as_str();
+        let stem = name.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
+        made_up(name) || ["mul", "pow", "square", "t", "numpy_t", "transpose", "permute"].contains(&stem)
+    };
+    let mut originals: BTreeMap<&[usize], Vec<ValueId>> = BTreeMap::new();
+    let mut copies: Vec<ValueId> = Vec::new();
+    for (v, c) in &graph.constants {
+        if !c.tensor.dtype().is_float() || c.tensor.len() < 2 || c.tensor.shape().contains(&1) && c.tensor.rank() == 2 {
+            continue;
+        }
+        originals.entry(c.tensor.shape()).or_default().push(*v);
+        if folded(*v) && !declared.contains(graph.names[*v].as_str()) {
+            copies.push(*v);
+        }
+    }
+    copies.sort_unstable();
+    let mut pairs: Vec<(ValueId, ValueId, Derived)> = Vec::new();
+    for copy in copies {
+        let tensor = &graph.constants[&copy].tensor;
+        let mut swapped = tensor.shape().to_vec();
+        swapped.reverse();
+        let like = |shape: &[usize], how: &'static [Derived]| {
+            let those = originals.get(shape).into_iter().flatten();
+            those.flat_map(move |&o| how.iter().map(move |&d| (o, d))).collect::<Vec<_>>()
+        };
+        let mut candidates = like(tensor.shape(), &[Derived::Squared]);
+        if tensor.rank() == 2 {
+            candidates.extend(like(&swapped, &[Derived::Transposed, Derived::SquaredTransposed]));
+        }
+        let fits = |(original, how): &(ValueId, Derived)| {
+            (*how != Derived::Transposed || !folded(*original))
+                && !pairs.iter().any(|(o, c, _)| c == original || *o == copy)
+                && is_derived(&graph.constants[original].tensor, tensor, *how)
+        };
+        if let Some((original, how)) = candidates.into_iter().find(fits) {
+            pairs.push((original, copy, how));
         }
     }
     let mut twins: HashMap<ValueId, Vec<Twin>> = HashMap::new();
-    for (original, copy) in pairs {
+    for (original, copy, how) in pairs {
         let Some(constant) = graph.constants.remove(&copy) else { continue };
-        twins.entry(original).or_default().push(Twin { origin: constant.origin });
-        let node = Node {
-            op: "Transpose".to_owned(),
-            domain: String::new(),
-            name: format!("{}/transposed", graph.names[original]),
-            opset: 13,
-            inputs: vec![Some(original)],
-            outputs: vec![Some(copy)],
-            attributes: Attributes::new([("perm".to_owned(), Attribute::Ints(vec![1, 0]))].into()),
-            captures: Vec::new(),
-            origin: None,
-            module: None,
-        };
-        graph.nodes.insert(0, node);
+        twins.entry(original).or_default().push(Twin { origin: constant.origin, how });
+        let name = graph.names[original].clone();
+        let mut made = Vec::new();
+        let mut source = original;
+        if how != Derived::Transposed {
+            let square = if how == Derived::Squared { copy } else { graph.add_value(&format!("{name}/squared")) };
+            made.push(operator("Mul", 14, &format!("{name}/squared"), &[source, source], square, BTreeMap::new()));
+            source = square;
+        }
+        if how != Derived::Squared {
+            let perm = [("perm".to_owned(), Attribute::Ints(vec![1, 0]))].into();
+            made.push(operator("Transpose", 13, &format!("{name}/transposed"), &[source], copy, perm));
+        }
+        graph.nodes.splice(0..0, made);
     }
     twins
 }
 
-/// Whether `b` is `a` transposed, bit for bit; a few elements are looked at first.
-fn transposed(a: &HostTensor, b: &HostTensor) -> bool {
-    let &[rows, columns] = a.shape() else { return false };
-    if a.dtype() != b.dtype() || uniform(a) {
+fn operator(
+    op: &str,
+    opset: i64,
+    name: &str,
+    inputs: &[ValueId],
+    output: ValueId,
+    attributes: BTreeMap<String, Attribute>,
+) -> Node {
+    Node {
+        op: op.to_owned(),
+        domain: String::new(),
+        name: name.to_owned(),
+        opset,
+        inputs: inputs.iter().map(|&v| Some(v)).collect(),
+        outputs: vec![Some(output)],
+        attributes: Attributes::new(attributes),
+        captures: Vec::new(),
+        origin: None,
+        module: None,
+    }
+}
+
+/// Each element times itself, rounded as its type rounds.
+fn squared(t: &HostTensor) -> Result<HostTensor> {
+    // The product of two narrower numbers is exact in f32 or rounded as f32 rounds it.
+    let square = |x: f64| if t.dtype() == DType::F64 { x * x } else { f64::from(x as f32 * x as f32) };
+    let values: Vec<f64> = t.to_f64().into_iter().map(square).collect();
+    Ok(HostTensor::new(t.shape(), &values)?.cast(t.dtype()))
+}
+
+/// Whether `b` was made of `a`, bit for bit; a few elements are looked at first.
+fn is_derived(a: &HostTensor, b: &HostTensor, how: Derived) -> bool {
+    if a.dtype() != b.dtype() || a.len() != b.len() || uniform(a) {
         return false;
     }
     let size = a.dtype().size();
-    let (x, y) = (a.bytes(), b.bytes());
-    let same = |i: usize, j: usize| {
-        let (p, q) = ((i * columns + j) * size, (j * rows + i) * size);
-        x[p..p + size] == y[q..q + size]
+    let element = |t: &HostTensor, i: usize| t.bytes().slice(i * size..(i + 1) * size);
+    // Of element (i, j) of `a` the place in `b`.
+    let columns = a.shape().last().copied().unwrap_or(1).max(1);
+    let rows = a.len() / columns;
+    let place = |i: usize| if how == Derived::Squared { i } else { i % columns * rows + i / columns };
+    let made = |i: usize| {
+        let own = element(a, i);
+        if how == Derived::Transposed {
+            return Some(own);
+        }
+        let one = HostTensor::from_bytes(a.dtype(), vec![1], own).ok()?;
+        squared(&one).ok().map(|s| s.bytes().clone())
     };
-    (0..16).all(|k| same(k * 7919 % rows, k * 104_729 % columns)) && (0..rows).all(|i| (0..columns).all(|j| same(i, j)))
+    let same = |i: usize| made(i).is_some_and(|m| m == element(b, place(i)));
+    // Zeros and ones are their own squares: a mask is not the square of a mask.
+    let tells = |i: usize| how == Derived::Transposed || made(i).is_some_and(|m| m != element(a, i));
+    let few = |k: usize| k * 7919 % a.len();
+    (0..16).all(|k| same(few(k))) && (0..16).any(|k| tells(few(k))) && how.of(a).is_ok_and(|m| m.bytes() == b.bytes())
 }
 
 #[cfg(test)]
@@ -217,7 +292,21 @@ mod tests {
         let a = HostTensor::new(&[2, 3], &[1f32, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
         let b = HostTensor::new(&[3, 2], &[1f32, 4.0, 2.0, 5.0, 3.0, 6.0]).unwrap();
         let c = HostTensor::new(&[3, 2], &[1f32, 4.0, 2.0, 5.0, 3.0, 6.5]).unwrap();
-        assert!(transposed(&a, &b));
-        assert!(!transposed(&a, &c));
+        assert!(is_derived(&a, &b, Derived::Transposed));
+        assert!(!is_derived(&a, &c, Derived::Transposed));
+    }
+
+    #[test]
+    fn a_square_is_known_in_every_type_and_a_mask_is_none() {
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+            let w = HostTensor::new(&[2, 3], &[0.1f64, -0.7, 1.3, 0.01, 3.1, -2.2]).unwrap().cast(dtype);
+            for how in [Derived::Squared, Derived::SquaredTransposed] {
+                let made = how.of(&w).unwrap();
+                assert!(is_derived(&w, &made, how), "{dtype}");
+                assert!(!is_derived(&made, &w, how), "{dtype}");
+            }
+        }
+        let mask = HostTensor::new(&[4], &[0f32, 1.0, 1.0, 0.0]).unwrap();
+        assert!(!is_derived(&mask, &mask, Derived::Squared));
     }
 }

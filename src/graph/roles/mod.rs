@@ -13,7 +13,7 @@ use std::fmt;
 use classifier::Classifier;
 pub use declared::Declared;
 use globset::Glob;
-pub use merged::{Provenance, Twin, untangle};
+pub use merged::{Derived, Provenance, Twin, untangle};
 
 use crate::error::{Error, Result};
 use crate::graph::bodies;
@@ -64,7 +64,7 @@ pub struct Parameter {
     pub origin: Origin,
     /// Node (index in the file) and slot that must be rewired to this parameter, for parted copies.
     pub rewire: Vec<(usize, usize)>,
-    /// Other tensors of the file that hold the same weight.
+    /// Other tensors of the file that were folded from the same weight.
     pub twins: Vec<Twin>,
 }
 

@@ -39,6 +39,8 @@ class Traps(nn.Module):
         self.q, self.k, self.v = nn.Linear(c, c, bias=False), nn.Linear(c, c), nn.Linear(c, c)
         # one layer, called twice
         self.shared = nn.Linear(c, c, bias=False)
+        # weights read as they are and squared, which exporters fold
+        self.mixed = nn.Linear(c, c, bias=False)
         self.depthwise = nn.Conv1d(c, c, 3, padding=1, groups=c)
         self.register_buffer("blur", (torch.tensor([1.0, 2.0, 1.0]) / 4).expand(c, 1, 3).contiguous())
         self.gamma = nn.Parameter(torch.full((c,), 0.1))
@@ -59,7 +61,9 @@ class Traps(nn.Module):
         scores = self.q(n) @ self.k(n).transpose(1, 2) * self.logit_scale + self.relative + self.causal
         h = h + self.gamma * (torch.softmax(scores, dim=-1) @ self.norm_affine(h))
         h = h + self.shared(self.norm_twice(h)) + self.shared(F.silu(self.norm_twice(h + self.norm_other(h.flip(1)))))
+        h = h + self.mixed(n) * torch.rsqrt(F.linear(n * n, self.mixed.weight * self.mixed.weight) + 1)
         t = h.transpose(1, 2)
+        t = t + F.conv1d(t, self.depthwise.weight * self.depthwise.weight, padding=1, groups=c)
         t = self.prelu(self.group(self.depthwise(t))) + F.conv1d(self.group_plain(t), self.blur, padding=1, groups=c)
         h = h + self.gate * self.batch(t).transpose(1, 2)
         h = torch.cat([self.register_token.expand(h.shape[0], -1, -1), h], dim=1)
