@@ -108,6 +108,17 @@ fn masks() {
 }
 
 #[test]
+fn masks_that_take_the_shape_of_the_scores() {
+    let start = format!("{T}p = MatMul(q, kt)\n s = Mul(p, 0.5)\n h = Shape(s)\n");
+    let end = "w = Softmax(a)\n y = MatMul(w, v)";
+    text(&format!("{start}m = Expand(row, h)\n a = Add(s, m)\n {end}")).makes_one("Attention");
+    text(&format!("{start}m = Expand(seen, h)\n a = Where(m, s, -1e9)\n {end}")).makes_one("Attention");
+    // A value of the scores is more than their shape.
+    text(&format!("{start}x = ReduceMax(s)\n m = Expand(x, h)\n a = Add(s, m)\n {end}"))
+        .stays("Attention", "value `s` is also used by ReduceMax node `n_x`");
+}
+
+#[test]
 fn weights_in_a_type_of_their_own() {
     text(&format!(
         "{T}p = MatMul(q, kt)\n s = Cast(p) {{to=11}}\n w0 = Softmax(s)\n w = Cast(w0) {{to=FLOAT}}\n y = MatMul(w, v)"
