@@ -330,7 +330,7 @@ def main():
             of = [floats(model), all(n.op_type in DIFFUSION for n in model.graph.node)]
             [names.add(file.parent.name) for names, fits in zip(parts.values(), of) if fits]
     exports = sorted(f.parent for f in options.exports.glob("*/model.onnx")) if options.exports else []
-    exports = [f for f in exports if not {"half", "converted"} & set(f.name.split("-")) and (f / "expected.npz").exists()]
+    exports = [f for f in exports if not {"half", "brain", "converted"} & set(f.name.split("-")) and (f / "expected.npz").exists()]
     report = {}
     for kind, title, list_ in (("case", "plain operator cases", folders), ("export", "exports of networks", exports)):
         results = {}

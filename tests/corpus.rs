@@ -136,7 +136,7 @@ const OTHERS: &[(&str, &[&str])] = &[
     ("prior", &["dynamo", "raw"]),
     ("unet1d", &["legacy"]),
     ("tiny", &[]),
-    ("t5", &["dynamo"]),
+    ("t5", &["dynamo", "raw"]),
 ];
 const OTHER_STYLES: &[&str] = &[
     "drawn-legacy17-dynamic",
@@ -187,6 +187,12 @@ fn full() -> Vec<String> {
                 || ["sdxl", "pixart"].contains(&network) && ["dynamo", "raw"].iter().any(|e| style.contains(e)) && style.ends_with("dynamic")
                 // Equal layers that are merged and called twice: nothing says which call is whose.
                 || network == "traps" && style.contains("fresh-legacy")
+                // A norm without weights, whose ones are merged with the fresh ones of a norm that has them.
+                || network == "traps" && style.contains("fresh-dynamo20")
+                // A token that is repeated for a fixed batch, and folded.
+                || network == "traps" && style.contains("dynamo") && style.ends_with("static")
+                // A file of mixed types.
+                || network == "sdxl" && style.contains("half-raw")
                 // Two norms of one value, equal while fresh, are one node of the file.
                 || network == "ncsnpp" && style.contains("fresh-dynamo");
             let case = format!("{network}-{style}");
@@ -228,7 +234,9 @@ impl Precision {
     fn of(case: &str) -> Self {
         if case.contains("-half-") {
             // Numbers of the code (scales of attention, epsilons) are rounded to f16 in the file, the module's are not.
-            Self { values: Tolerance { atol: 1e-3, rtol: 2e-3 }, gradient: 5e-3, together: 2e-3 }
+            // Random Fourier features are of angles of a hundred radians.
+            let gradient = if case.starts_with("edm_ncsnpp") { 1e-2 } else { 5e-3 };
+            Self { values: Tolerance { atol: 1e-3, rtol: 2e-3 }, gradient, together: 2e-3 }
         } else if case.contains("-brain-") {
             // Eight times coarser.
             Self { values: Tolerance { atol: 8e-3, rtol: 1.6e-2 }, gradient: 4e-2, together: 1.6e-2 }
@@ -241,8 +249,10 @@ impl Precision {
     }
 }
 
+type Named<T> = Vec<(String, T)>;
+
 /// Inputs of a case in the element types that the network takes: numpy has no bf16.
-fn inputs(net: &Network, folder: &Path, file: &str) -> (Vec<(String, HostTensor)>, Vec<(String, Tensor)>) {
+fn inputs(net: &Network, folder: &Path, file: &str) -> (Named<HostTensor>, Named<Tensor>) {
     let mut arrays = reference::arrays(&folder.join(file));
     for (name, array) in &mut arrays {
         if net.inputs().iter().any(|p| p.name == *name && p.dtype == Some(DType::BF16)) {
@@ -257,8 +267,10 @@ fn inputs(net: &Network, folder: &Path, file: &str) -> (Vec<(String, HostTensor)
 fn in_onnx_runtime(net: &Network, inputs: &[(String, HostTensor)]) -> Result<(), String> {
     let nodes = &net.shared().model.proto.graph.as_ref().expect("imported").node;
     let for_gpus = nodes.iter().any(|n| n.domain() == "com.microsoft" && FOR_GPUS.contains(&n.op_type()));
+    // It takes no mask that is the same for all rows.
+    let masked = nodes.iter().any(|n| n.domain().is_empty() && n.op_type() == "Attention" && n.input.len() > 3);
     match (parity(net, inputs, None, Tolerance::default()), for_gpus) {
-        (Err(e), true) if e.kind() == Kind::Unsupported => Ok(()),
+        (Err(e), _) if e.kind() == Kind::Unsupported && (for_gpus || masked) => Ok(()),
         (Ok(_), true) => Err("ONNX Runtime runs it after all".into()),
         (Err(e), _) => Err(text(e)),
         (Ok(result), false) if !result.ok => {
@@ -372,7 +384,9 @@ fn main() {
         .into_iter()
         .flat_map(|name| {
             let (exporter, other) = (exporter.clone(), exporter.clone());
-            let student = students::card(&name).map(|card| {
+            // Neither engine of the students runs bf16 on the CPU, nor both of them operators of com.microsoft.
+            let everywhere = !["-ort", "-fused", "-brain-"].iter().any(|s| name.contains(s));
+            let student = students::card(&name).filter(|_| everywhere).map(|card| {
                 let (title, name) = (format!("student-{name}"), name.clone());
                 Trial::test(title, move || students::check(&name, &card, &exporter).map_err(Into::into))
             });

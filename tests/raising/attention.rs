@@ -113,6 +113,12 @@ fn masks_that_take_the_shape_of_the_scores() {
     let end = "w = Softmax(a)\n y = MatMul(w, v)";
     text(&format!("{start}m = Expand(row, h)\n a = Add(s, m)\n {end}")).makes_one("Attention");
     text(&format!("{start}m = Expand(seen, h)\n a = Where(m, s, -1e9)\n {end}")).makes_one("Attention");
+    // A choice as tf2onnx writes it for Keras: by products with the mask and with its opposite.
+    let choice = "keep = Cast(m) {to=FLOAT}\n a1 = Mul(s, keep)\n no = Not(m)\n n = Cast(no) {to=FLOAT}\n a2 = Mul(n, -2e38)\n a = Add(a1, a2)\n";
+    text(&format!("{start}m = Expand(seen, h)\n {choice} {end}")).makes_one("Attention");
+    // The other mask in one of the two.
+    let other = choice.replace("Not(m)", "Not(seen)");
+    text(&format!("{start}m = Expand(seen, h)\n {other} {end}")).stays("Attention", "values `m` and `seen` differ");
     // A value of the scores is more than their shape.
     text(&format!("{start}x = ReduceMax(s)\n m = Expand(x, h)\n a = Add(s, m)\n {end}"))
         .stays("Attention", "value `s` is also used by ReduceMax node `n_x`");

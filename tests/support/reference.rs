@@ -37,6 +37,9 @@ fn flat(t: &Tensor) -> Tensor {
 /// `[heads, n, k]`: of the last axis, as `[heads, n, rest]`, the `k`-th of `n`. Exporters pack q, k and v so.
 type Piece = Option<[i64; 3]>;
 
+/// A tensor of the file that may hold a native parameter: name, part, order of its axes.
+type Holder<'a> = (&'a str, Piece, Vec<i64>);
+
 fn part(gradient: Tensor, piece: Piece) -> Tensor {
     let Some([heads, n, k]) = piece.filter(|_| gradient.defined()) else { return gradient };
     let mut shape = gradient.size();
@@ -90,7 +93,7 @@ pub fn gradients(
     let map: Vec<Value> = serde_json::from_slice(&std::fs::read(folder.join("map.json")).unwrap()).unwrap();
     // Which tensors of the file may hold a native parameter: several where the exporter merged equal ones.
     let integers = |v: &Value| -> Vec<i64> { v.as_array().unwrap().iter().map(|a| a.as_i64().unwrap()).collect() };
-    let mut holders: HashMap<&str, Vec<(&str, Piece, Vec<i64>)>> = HashMap::new();
+    let mut holders: HashMap<&str, Vec<Holder>> = HashMap::new();
     let mut pieces: HashMap<&str, Vec<Piece>> = HashMap::new();
     for entry in &map {
         let name = entry["onnx"].as_str().unwrap();

@@ -42,7 +42,11 @@ fn patterns() -> (Vec<Pattern>, Vec<Pattern>) {
     let product = either([op("Squeeze", [parted.clone()]).named("squeeze"), parted, product]);
     let scaled =
         either([op("Mul", [product.clone(), factor("times")]), op("Div", [product.clone(), factor("over")]), product]);
+    // A choice between the scores and a number as tf2onnx writes it.
+    let kept = op("Mul", [scaled.clone(), op("Cast", [value("seen")])]);
+    let filled = op("Mul", [scalar("fill"), op("Cast", [op("Not", [value("seen")])])]);
     let scores = either([
+        op("Add", [kept, filled]),
         op("Where", [value("seen"), scaled.clone(), scalar("fill")]),
         op("Where", [value("hidden"), scalar("fill"), scaled.clone()]),
         op("Add", [scaled.clone(), value("mask")]),

@@ -63,8 +63,9 @@ def parse(case):
     return network, weights, exporter.rstrip("0123456789"), int(exporter.lstrip("abcdefghijklmnopqrstuvwxyz")), shapes
 
 
-def round_features(dtype, module):
-    """Features of time that are rounded to f16 or bf16 in the file, whatever the reference computes in."""
+def round_features(dtype, module, folded):
+    """Features of time that are rounded to f16 or bf16 in the file, whatever the reference computes in; `folded`: constants
+    are multiplied in that type already."""
     for part in module.modules():
         kind = type(part).__name__
         if kind == "Timesteps":
@@ -80,6 +81,15 @@ def round_features(dtype, module):
                 return torch.cat(parts, dim=-1)
 
             part.register_forward_hook(fourier)
+        elif kind == "Fourier":
+
+            def drawn(part, args, out):
+                turn = torch.tensor(2 * np.pi).to(dtype).to(out.dtype)
+                freqs = (2 * np.pi * part.freqs.to(dtype)).to(out.dtype) if folded else turn * part.freqs
+                angles = torch.outer(args[0], freqs)
+                return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+            part.register_forward_hook(drawn)
 
 
 def to(dtype, tensors):
@@ -206,7 +216,7 @@ def write_case(case, folder):
     half = {"half": torch.half, "converted": torch.half, "brain": torch.bfloat16}.get(weights)
     if half:
         module = module.to(half)
-        round_features(half, module)
+        round_features(half, module, folded=exporter != "raw")
     traced = net.draw(2)
     args = net.size(3, 12) if shapes == "spatial" else net.draw(3 if shapes == "dynamic" else 2)
     if half:
