@@ -13,6 +13,7 @@ pub mod half;
 pub mod half_rewrite;
 pub mod int8;
 pub mod int8_dynamic;
+pub mod loss;
 pub mod opset;
 pub mod portable;
 pub mod raised;

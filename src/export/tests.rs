@@ -113,18 +113,25 @@ fn awkward_forms_become_plain_ones_of_the_same_values() {
 
 #[test]
 fn what_breaks_in_sixteen_bits_is_kept_with_what_led_there() {
-    // 1 / ((0 x + 1.0002) - 1): the sum is 1 in f16, and the quotient infinite, though no value comes near 65504.
-    let numbers = [("nothing", 0f32), ("shift", 1.0002), ("unit", 1.0), ("scale", 2e-4)];
+    // 1 / ((0 x + 1.0004)^256 - 1): the root of the power is 1 in f16, and the quotient infinite, though no value comes near
+    // 65504 and no node by itself is off by more than twice what it reads.
+    let numbers = [("nothing", 0f32), ("shift", 1.0004), ("unit", 1.0), ("scale", 0.1)];
+    let mut nodes = vec![node("Mul", &["noise", "nothing"], "zeros"), node("Add", &["zeros", "shift"], "nearly")];
+    let powers: Vec<String> = (1..=8).map(|k| format!("power{k}")).collect();
+    let mut before = "nearly";
+    for p in &powers {
+        nodes.push(node("Mul", &[before, before], p));
+        before = p;
+    }
+    nodes.extend([
+        node("Sub", &[before, "unit"], "little"),
+        node("Div", &["unit", "little"], "large"),
+        node("Mul", &["large", "scale"], "about_one"),
+        node("Mul", &["about_one", "noise"], "result"),
+        node("Identity", &["result"], "sample"),
+    ]);
     let graph = GraphProto {
-        node: vec![
-            node("Mul", &["noise", "nothing"], "zeros"),
-            node("Add", &["zeros", "shift"], "nearly"),
-            node("Sub", &["nearly", "unit"], "little"),
-            node("Div", &["unit", "little"], "large"),
-            node("Mul", &["large", "scale"], "about_one"),
-            node("Mul", &["about_one", "noise"], "result"),
-            node("Identity", &["result"], "sample"),
-        ],
+        node: nodes,
         initializer: numbers.iter().map(|(n, v)| initializer(n, &HostTensor::scalar(*v))).collect(),
         input: vec![value("noise", DType::F32, &["batch", "1", "4", "4"])],
         output: vec![value("sample", DType::F32, &["batch", "1", "4", "4"])],
@@ -140,9 +147,63 @@ fn what_breaks_in_sixteen_bits_is_kept_with_what_led_there() {
     assert!(kept.contains(&"Div node `Div-large`") && kept.contains(&"Add node `Add-nearly`"), "{:?}", half.kept);
     assert!(half.nodes >= 1 && worst(&sample(&after, EngineKind::Ort), &expected) < 2e-2, "{half:?}");
     // Told beforehand, nothing has to be found out.
-    let told = ShipOptions { keep_f32: vec!["*-nearly".into(), "*-little".into(), "*-large".into()], ..options };
-    let (_, report) = ship(before, &told).unwrap();
-    assert_eq!(report.half.unwrap().kept.iter().filter(|k| k.reason == "asked for").count(), 3);
+    let told: Vec<String> = ["*-nearly", "*-power?", "*-little", "*-large"].map(Into::into).into();
+    let (_, report) = ship(before, &ShipOptions { keep_f32: told, ..options }).unwrap();
+    let half = report.half.unwrap();
+    assert_eq!(half.kept.iter().filter(|k| k.reason == "asked for").count(), 11);
+    assert!(half.kept.iter().all(|k| !k.reason.contains("not finite")), "{half:?}");
+}
+
+#[test]
+fn what_loses_precision_in_sixteen_bits_is_kept_with_what_led_there() {
+    // A time embedding whose batch is not known: sin(1001.7 f + 0 x), and beside it a difference of nearly equal values.
+    // f16 has every half around 1000: the sine would be off by a third.
+    let frequencies: Vec<f32> = (0..16).map(|k| (1e-4f32).powf(k as f32 / 15.0)).collect();
+    let tensors = [
+        ("nothing", HostTensor::scalar(0f32)),
+        ("time", HostTensor::scalar(1001.7f32)),
+        ("frequencies", HostTensor::new(&[1, 1, 4, 4], &frequencies).unwrap()),
+        ("offset", HostTensor::scalar(3000f32)),
+    ];
+    let graph = GraphProto {
+        node: vec![
+            node("Mul", &["noise", "nothing"], "zeros"),
+            node("Add", &["zeros", "time"], "times"),
+            node("Mul", &["times", "frequencies"], "angles"),
+            node("Sin", &["angles"], "features"),
+            node("Mul", &["noise", "features"], "product"),
+            node("Add", &["product", "offset"], "lifted"),
+            node("Sub", &["lifted", "offset"], "back"),
+            node("Mul", &["back", "noise"], "plain"),
+            node("Add", &["back", "plain"], "result"),
+            node("Identity", &["result"], "sample"),
+        ],
+        initializer: tensors.iter().map(|(n, t)| initializer(n, t)).collect(),
+        input: vec![value("noise", DType::F32, &["batch", "1", "4", "4"])],
+        output: vec![value("sample", DType::F32, &["batch", "1", "4", "4"])],
+        ..GraphProto::default()
+    };
+    let before = decode(&model(graph, METADATA)).unwrap();
+    let expected = sample(&before, EngineKind::Ort);
+    for (precision, bound) in [(Precision::Fp16, 1e-2), (Precision::Bf16, 1e-1)] {
+        // Constants would be folded into one.
+        let options = ShipOptions { precision, optimise: false, ..ShipOptions::default() };
+        let (after, report) = ship(before.clone(), &options).unwrap();
+        let half = report.half.unwrap();
+        let lossy = |name: &str| {
+            half.kept.iter().any(|k| k.node.contains(name) && k.reason.contains("where what it reads is in"))
+        };
+        assert!(["-times", "-angles", "-lifted", "-back"].iter().all(|n| lossy(n)), "{half:?}");
+        assert!(half.nodes >= 2 && !lossy("-plain") && !lossy("-product"), "{half:?}");
+        assert!(half.max_abs < bound, "{half:?}");
+        assert!(report.warnings.is_empty(), "{:?}", report.warnings);
+        if precision == Precision::Fp16 {
+            for engine in [EngineKind::Ort, EngineKind::Tract] {
+                let error = worst(&sample(&after, engine), &expected);
+                assert!(f64::from(error) < bound, "{engine:?}: {error}");
+            }
+        }
+    }
 }
 
 #[test]

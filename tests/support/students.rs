@@ -122,6 +122,12 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
         // f16 teachers are rounded in other places once their graph is folded.
         let tolerance = if half { 2e-2 } else { tolerance };
         let (model, report) = export::ship(student.clone(), &options).map_err(|e| format!("{form}: {e}"))?;
+        if !report.warnings.is_empty() {
+            return Err(format!("{form}: {:?}", report.warnings));
+        }
+        for k in report.half.iter().flat_map(|h| &h.kept).filter(|k| k.reason.contains("what it reads is in")) {
+            println!("student-{name} keeps {} {}", k.node, k.reason);
+        }
         let path = folder.join(format!("student-{form}.onnx"));
         save::write(&model, &path).map_err(text)?;
         // As the exporter wrote it, with sequences and negative steps, tract need not take it: that is what `portable` is for.
@@ -130,11 +136,9 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
             let found = run(&path, engine, &seen[0]).map_err(|e| format!("{form} in {engine:?}: {e}"))?;
             let error = evaluate::max_abs(&found, &expected);
             println!("student-{name} {form} {engine:?}: {error:.1e} of {size:.1}");
-            // What f16 does not hold in this network (random weights), the export says.
-            let warned = form == "fp16" && report.warnings.iter().any(|w| w.contains("--keep-f32"));
-            // tract adds up in f16.
-            let tolerance = if half && engine == EngineKind::Tract { 4e-2 } else { tolerance };
-            if !(error <= tolerance * f64::from(size) || warned && error.is_finite()) {
+            // The sine of the time embedding was put into f16 by that tool, and tract computes it there.
+            let tolerance = if name.contains("-converted-") && engine == EngineKind::Tract { 4e-2 } else { tolerance };
+            if !(error <= tolerance * f64::from(size)) {
                 return Err(format!("{form} in {engine:?}: off by {error:.1e} where values reach {size:.1}"));
             }
         }
