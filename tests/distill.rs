@@ -154,7 +154,10 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
     assert!(found["engines"].as_array().unwrap().iter().all(|e| e["max_abs"].as_f64().unwrap() < 1e-4), "{found}");
     ok(dir, &["export", TEACHER, "--run", "whole", "--ema", "live", "--precision", "fp16", "-o", "live.onnx"]);
     let (code, text) = fails(dir, &["export", TEACHER, "--run", "whole", "--ema", "7", "-o", "x.onnx"]);
-    assert!(code == 1 && text.contains("no average of this half-life"), "{text}");
+    assert!(code == 2 && text.contains("no average of this half-life") && text.contains("ema.more: none"), "{text}");
+    let shapes = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/shapes/teacher.onnx");
+    let (code, text) = fails(dir, &["export", shapes, "--weights", "whole/student.safetensors", "-o", "x.onnx"]);
+    assert!(code == 1 && text.contains("do not fit the network: missing") && text.len() < 500, "{text}");
     std::fs::copy(whole.join("trajectory/node-002.safetensors"), whole.join("student.safetensors")).unwrap();
     let other = disback(dir, &verify);
     assert_eq!(other.status.code(), Some(1), "{}", String::from_utf8_lossy(&other.stdout));
@@ -210,7 +213,19 @@ fn every_objective_distils_the_digits_teacher() {
 fn low_rank_runs_record_factors_and_export_merged_weights() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let lora = with(SMALL, &["--set", "lora.rank=3", "--set", "lora.alpha=6", "--set", "backtrack.switch_every=1"]);
+    let lora = with(
+        SMALL,
+        &[
+            "--set",
+            "lora.rank=3",
+            "--set",
+            "lora.alpha=6",
+            "--set",
+            "backtrack.switch_every=1",
+            "--set",
+            "log.snapshot_every=5",
+        ],
+    );
     ok(dir, &with(&["distill", TEACHER, "-o", "run"], &lora));
     let size = |name: &str| std::fs::metadata(dir.join("run").join(name)).unwrap().len();
     assert!(4 * size("trajectory/node-002.safetensors") < size("student.safetensors"), "nodes are factors");
@@ -218,6 +233,37 @@ fn low_rank_runs_record_factors_and_export_merged_weights() {
     let student = std::fs::read(dir.join("run/student.onnx")).unwrap();
     // (Less what is folded away: the time embedding.)
     assert!(student.len() as u64 * 10 > size("student.safetensors") * 9);
+    // Checkpoints and nodes hold factors: exported merged, the live weights are the snapshot's of the same update.
+    let images = |file: &str| {
+        ok(dir, &["sample", file, "-n", "3", "-o", "images.npy", "--engine", "tract"]);
+        std::fs::read(dir.join("images.npy")).unwrap()
+    };
+    ok(dir, &["export", TEACHER, "--run", "run", "--ema", "live", "-o", "live.onnx"]);
+    assert!(images("live.onnx") == images("run/snapshots/update-00000005-student.onnx"));
+    let node = ["export", TEACHER, "--weights", "run/trajectory/node-002.safetensors", "-o", "node.onnx"];
+    ok(dir, &with(&node, &["--run", "run"]));
+    assert!(images("node.onnx") != images("live.onnx"));
+    let (code, text) = fails(dir, &node);
+    assert!(
+        code == 2 && text.contains("factors of a low-rank adaptation") && text.contains("give --run too"),
+        "{text}"
+    );
+    // Nodes kept in bf16 are differences from the teacher: what leaves is the sum.
+    let narrow = with(&lora[..lora.len() - 2], &["--set", "memory.nodes=bf16"]);
+    ok(dir, &with(&["degrade", TEACHER, "-o", "narrow"], &narrow));
+    let node = ["export", TEACHER, "--weights", "narrow/trajectory/node-002.safetensors", "--run", "narrow"];
+    ok(dir, &with(&node, &["-o", "narrow.onnx"]));
+    let floats = |file: &str| -> Vec<f32> {
+        images(file)
+            .rchunks(3 * 64 * 4)
+            .next()
+            .unwrap()
+            .chunks(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
+    };
+    let apart = floats("narrow.onnx").iter().zip(floats("node.onnx")).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart > 0.0 && apart < 1e-2, "{apart}");
     // The trajectory of a low-rank run fits no run of all weights.
     let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "all", "--trajectory", "run/trajectory"]);
     assert!(code == 2 && text.contains("another teacher"), "{text}");

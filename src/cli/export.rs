@@ -116,11 +116,13 @@ pub mod from_run {
     use super::*;
     use crate::cli::student::{self, Origin, method, objective_name};
     use crate::distill::checkpoint::Checkpoint;
+    use crate::distill::trajectory::{self, Trajectory};
     use crate::distill::{Config, RunDir};
     use crate::export::StudentOptions;
     use crate::graph::TrainableChoice;
     use crate::teacher::Teacher;
     use crate::torch::Forward;
+    use crate::torch::tensor_file::TensorFile;
 
     /// Where the weights come from.
     #[derive(Debug, Args)]
@@ -176,21 +178,55 @@ pub mod from_run {
         let file = student::load(&config, &teacher, Device::Cpu)?;
         let origin = Origin { teacher: &teacher, file: file.as_ref() };
         let params = file.as_ref().map_or(&teacher.network, |f| &f.network).params().deep_copy(Device::Cpu)?;
+        // With low-rank adaptation, checkpoints and trajectory nodes hold the factors.
+        let adapted = config.lora().map(|options| teacher.network.duplicate()?.adapt(&options)).transpose()?;
+        let factors = adapted.as_ref().filter(|_| file.is_none());
+        let merge = || match factors.map(|f| f.merged()).transpose()?.flatten() {
+            Some(merged) => params.copy_from(&merged),
+            None => Ok(()),
+        };
         match (&args.weights, &run, args.ema) {
-            (Some(file), ..) => params.load(existing(file)?)?,
+            (Some(file), ..) => {
+                let names = TensorFile::open(existing(file)?)?.names();
+                let into = match names.iter().any(|n| n.ends_with(".lora_a")) {
+                    true => factors.map(Forward::params).ok_or_else(|| {
+                        Error::usage(format!("{}: factors of a low-rank adaptation", file.display()))
+                            .hint("give --run too: its configuration has their rank and weight")
+                    })?,
+                    false => &params,
+                };
+                // A node may be kept as its difference from the teacher: its trajectory knows.
+                let began_with = adapted.as_ref().unwrap_or(&teacher.network).params().hash()?;
+                match node_of(file, &began_with)? {
+                    Some((trajectory, index)) => trajectory.load(index, into)?,
+                    None => into.load(file)?,
+                }
+                if names.iter().any(|n| n.ends_with(".lora_a")) {
+                    merge()?;
+                }
+            }
             (None, Some((run, _)), Weights::Average) => params.load(existing(&run.student_weights())?)?,
             (None, Some((run, _)), Weights::HalfLife(v)) => {
                 let file = run.average_weights(v);
-                let missing = || format!("--ema {v}: the run kept no average of this half-life (ema.more)");
-                params.load(existing(&file).with_context(missing)?)?
+                if !file.is_file() && run.student_weights().is_file() {
+                    let kept: Vec<String> = config.ema.more.iter().map(f64::to_string).collect();
+                    let kept = if kept.is_empty() { "none".into() } else { kept.join(", ") };
+                    return Err(Error::usage(format!("--ema {v}: the run kept no average of this half-life"))
+                        .hint(format!("beside its result (--ema average) it kept ema.more: {kept}")));
+                }
+                params.load(existing(&file)?)?;
             }
             (None, Some((run, _)), Weights::Live) => {
-                let found = Checkpoint::latest(&run.checkpoints(), &teacher.network.params().hash()?)?;
+                let began_with = adapted.as_ref().unwrap_or(&teacher.network).params();
+                let found = Checkpoint::latest(&run.checkpoints(), &began_with.hash()?)?;
                 let mut checkpoint = found.ok_or_else(|| {
                     Error::usage(format!("{} has no checkpoint", run.path().display()))
                         .hint("the live weights are only in checkpoints; --ema average takes the result")
                 })?;
-                checkpoint.take_params("student/", &params).context("the latest checkpoint")?;
+                checkpoint
+                    .take_params("student/", factors.map_or(&params, |f| f.params()))
+                    .context("the latest checkpoint")?;
+                merge()?;
             }
             (None, None, _) => return Err(Error::usage("give --run or --weights")),
         }
@@ -207,11 +243,23 @@ pub mod from_run {
         }
     }
 
+    /// The trajectory that a file is a node of, and which.
+    fn node_of(file: &Path, teacher_hash: &str) -> Result<Option<(Trajectory, usize)>> {
+        let folder = file.parent().unwrap_or(Path::new(""));
+        if !folder.join(trajectory::INDEX).is_file() {
+            return Ok(None);
+        }
+        let trajectory = Trajectory::open(folder, teacher_hash)?;
+        let found = trajectory.nodes().iter().position(|n| file.file_name() == Some(n.file.as_ref()));
+        Ok(found.map(|index| (trajectory, index)))
+    }
+
     fn existing(file: &Path) -> Result<&Path> {
         if file.is_file() {
             return Ok(file);
         }
-        Err(Error::io(format!("{}: no such file", file.display()))
-            .hint("the run has not finished; --weights takes a node of its trajectory"))
+        Err(Error::io(format!("{}: no such file", file.display())).hint(
+            "where a run has not finished, --ema live takes its latest checkpoint, --weights a node of its trajectory",
+        ))
     }
 }

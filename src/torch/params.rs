@@ -102,13 +102,15 @@ impl ParamSet {
             return Ok(());
         }
         let has = |set: &[String], n: &String| set.contains(n);
-        let missing: Vec<_> = self.names.iter().filter(|n| !has(other, n)).cloned().collect();
-        let surplus: Vec<_> = other.iter().filter(|n| !has(&self.names, n)).cloned().collect();
-        Err(Error::mismatch(format!(
-            "parameters do not fit the network: missing [{}], surplus [{}]",
-            missing.join(", "),
-            surplus.join(", ")
-        )))
+        let some = |names: Vec<&String>| match (names.len(), names.first()) {
+            (0, _) | (_, None) => "none".to_owned(),
+            (1, Some(one)) => format!("`{one}`"),
+            (n, Some(first)) => format!("{n} (`{first}`, ...)"),
+        };
+        let missing = some(self.names.iter().filter(|n| !has(other, n)).collect());
+        let surplus = some(other.iter().filter(|n| !has(&self.names, n)).collect());
+        Err(Error::mismatch(format!("parameters do not fit the network: missing {missing}, surplus {surplus}"))
+            .hint("weights fit the network that they were saved from, with the same --train and --freeze"))
     }
 
     /// SHA-256 over names, shapes and f32 bytes, in order: equal exactly when the weights are equal bit for bit.

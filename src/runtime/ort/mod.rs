@@ -1,5 +1,6 @@
 //! ONNX Runtime through `ort`, its library loaded at run time.
 
+mod placement;
 mod providers;
 mod recorded;
 pub mod tensorrt;
@@ -8,6 +9,7 @@ mod values;
 pub use providers::short_name;
 use recorded::Recorded;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -213,6 +215,8 @@ pub struct OrtEngine {
     /// Whether calls are recorded as a CUDA graph, and the recording.
     graph: bool,
     recorded: Option<Recorded>,
+    /// TensorRT's cache and what it is for.
+    sealed: Option<(PathBuf, tensorrt::Stamp)>,
 }
 
 impl OrtEngine {
@@ -233,10 +237,11 @@ impl OrtEngine {
             builder = builder.with_intra_threads(threads)?;
         }
         let accelerated = !options.provider.eq_ignore_ascii_case("cpu");
-        let (declared, stamp) = if accelerated { declared(source, library, options)? } else { (Vec::new(), None) };
-        let provider = providers::register(&mut builder, library, options, &declared)?;
-        if options.strict && provider != "CPUExecutionProvider" {
-            builder = builder.with_config_entry("session.disable_cpu_ep_fallback", "1")?;
+        let declared = if accelerated { declared(source, library, options)? } else { Declared::default() };
+        let provider = providers::register(&mut builder, library, options, &declared.inputs)?;
+        let checked = options.strict && accelerated;
+        if checked {
+            builder = builder.with_config_entry(placement::RECORD, "1")?;
         }
         let session = match source {
             Source::File(path) => builder.commit_from_file(path),
@@ -249,9 +254,13 @@ impl OrtEngine {
             }
         }
         .context("loading the network")
-        .map_err(|e| explain_fallback(e, options))?;
-        if let (Some(dir), Some(stamp)) = (&options.accelerator.cache, &stamp) {
+        .map_err(|e| providers::explain_session(e, &provider))?;
+        let sealed = options.accelerator.cache.clone().zip(declared.stamp);
+        if let Some((dir, stamp)) = &sealed {
             tensorrt::seal_cache(dir, stamp)?;
+        }
+        if checked {
+            placement::check(&placement::placement(&session)?, &provider, &declared.shapes)?;
         }
         let infos = |outlets: &[ort::value::Outlet]| outlets.iter().map(values::value_info).collect::<Result<Vec<_>>>();
         Ok(Self {
@@ -261,8 +270,20 @@ impl OrtEngine {
             device: options.device as i32,
             graph: options.accelerator.cuda_graph,
             recorded: None,
+            sealed,
             session,
         })
+    }
+}
+
+impl Drop for OrtEngine {
+    /// TensorRT builds engines anew for shapes that it has not met, while it runs: the list of them must say so.
+    fn drop(&mut self) {
+        if let Some((dir, stamp)) = &self.sealed
+            && let Err(e) = tensorrt::seal_cache(dir, stamp)
+        {
+            tracing::warn!("{e}");
+        }
     }
 }
 
@@ -291,12 +312,17 @@ impl OrtEngine {
     }
 }
 
-/// The inputs as the file declares them, and what an engine cache of it must have been built for.
-fn declared(
-    source: Source<'_>,
-    library: &Library,
-    options: &EngineOptions,
-) -> Result<(Vec<ValueInfo>, Option<tensorrt::Stamp>)> {
+/// What a provider must know of the file before ONNX Runtime has read it.
+#[derive(Default)]
+struct Declared {
+    inputs: Vec<ValueInfo>,
+    /// What an engine cache of it must have been built for.
+    stamp: Option<tensorrt::Stamp>,
+    /// Names of the nodes that compute sizes.
+    shapes: HashSet<String>,
+}
+
+fn declared(source: Source<'_>, library: &Library, options: &EngineOptions) -> Result<Declared> {
     let read;
     let bytes = match source {
         Source::File(path) => {
@@ -305,23 +331,13 @@ fn declared(
         }
         Source::Bytes { bytes, .. } => bytes,
     };
-    let (inputs, _) = model_values(&super::student::decode(bytes)?)?;
+    let model = super::student::decode(bytes)?;
+    let (inputs, _) = model_values(&model)?;
     let stamp = options.accelerator.cache.as_ref().map(|dir| {
         let stamp = tensorrt::Stamp::here(bytes, &library.version, options.device);
         tensorrt::check_cache(dir, &stamp).map(|()| stamp)
     });
-    Ok((inputs, stamp.transpose()?))
-}
-
-/// Strict is the default: say how to allow the CPU for what the provider does not take.
-fn explain_fallback(e: Error, options: &EngineOptions) -> Error {
-    if options.strict && e.to_string().contains("fallback") {
-        let wanted = &options.provider;
-        return e.hint(format!(
-            "some nodes would run on the CPU instead of {wanted}: `disback verify --target` names them, --strict=false allows it"
-        ));
-    }
-    e
+    Ok(Declared { inputs, stamp: stamp.transpose()?, shapes: placement::shape_arithmetic(&model) })
 }
 
 impl Engine for OrtEngine {

@@ -51,6 +51,7 @@ pub fn register(
         }
         "Tensorrt" => {
             preload_cuda(&library.path);
+            preload_tensorrt(&library.path);
             let pairs = tensorrt::options(&options.accelerator, inputs)?;
             let provider = pairs
                 .into_iter()
@@ -82,9 +83,18 @@ fn how_to_get(provider: &str) -> String {
 /// version that the provider was built for.
 pub fn explain(e: Error, provider: &str) -> Error {
     let text = e.to_string();
-    let missing = text.split([' ', ':', '"', '\'']).find(|w| w.starts_with("lib") && w.contains(".so"));
-    let Some(library) = missing.filter(|_| text.contains("cannot open shared object")) else {
-        return e.hint("its libraries (CUDA 13 and cuDNN 9, or TensorRT 10) must be where the loader finds them");
+    const OWN: &str = "take the capi folder of one onnxruntime-gpu wheel as it is: ONNX Runtime looks for the provider's library \
+                       beside its own, and both must be of one version";
+    if ["undefined symbol", "file too short", "invalid ELF header", "wrong ELF class"].iter().any(|t| text.contains(t))
+    {
+        return e.hint(OWN);
+    }
+    let Some(library) = missing_library(&text) else {
+        return e.hint(match provider {
+            "cuda" => "its libraries (CUDA 13 and cuDNN 9) must fit one another and be where the loader finds them",
+            "tensorrt" => "its libraries (TensorRT 10, CUDA 13 and cuDNN 9) must fit one another and be where the loader finds them",
+            _ => "ONNX Runtime lists this provider, but could not make it ready",
+        });
     };
     let stem = library.split(".so").next().unwrap_or(library);
     let version = library.split(".so.").nth(1).unwrap_or("");
@@ -103,13 +113,46 @@ pub fn explain(e: Error, provider: &str) -> Error {
         s if s.starts_with("libcudnn") => format!("cuDNN {version} is missing: pip install nvidia-cudnn-cu13"),
         s if s.starts_with("libnvinfer") || s.starts_with("libnvonnxparser") => {
             format!(
-                "TensorRT {version} is missing: install NVIDIA's TensorRT {version} and put its lib folder into LD_LIBRARY_PATH"
+                "TensorRT {version} is missing: pip install tensorrt-cu13 (of version {version}) beside onnxruntime, or install it and put \
+                 its lib folder into LD_LIBRARY_PATH"
             )
         }
+        s if s.starts_with("libonnxruntime") => OWN.to_owned(),
         "libcuda" => "no NVIDIA driver is loaded on this machine".to_owned(),
         _ => format!("{library} is missing: put its folder into LD_LIBRARY_PATH"),
     };
     e.hint(hint)
+}
+
+/// The library that the loader did not find: ONNX Runtime's message names the provider's own library first.
+fn missing_library(text: &str) -> Option<&str> {
+    let before = text.split(": cannot open shared object").next().filter(|b| b.len() < text.len())?;
+    let path = before.rsplit([' ', '"', '\'', '\n']).next()?;
+    path.rsplit('/').next().filter(|l| l.contains(".so"))
+}
+
+/// Adds what an error of a session that was being made means.
+pub fn explain_session(e: Error, provider: &str) -> Error {
+    let text = e.to_string().to_ascii_lowercase();
+    if text.contains("cuda graph") || text.contains("cudagraph") {
+        return e.hint(
+            "every node must run on the device: `disback export --batch N` leaves no shape arithmetic; or leave --cuda-graph out",
+        );
+    }
+    if ["no cuda-capable device", "cuda driver version is insufficient", "cuda failure 35", "cuda failure 100"]
+        .iter()
+        .any(|t| text.contains(t))
+    {
+        return e.hint("`nvidia-smi` shows the devices and the driver; `disback doctor` what this program found");
+    }
+    if text.contains("out of memory") {
+        return e.hint("another --gpu, or a smaller --batch or --profile, takes less memory");
+    }
+    if provider == "TensorrtExecutionProvider" && text.contains("engine") {
+        return e
+            .hint("an engine of another TensorRT or device does not load: remove --cache's folder to build new ones");
+    }
+    e
 }
 
 /// Providers without typed options here. Old libraries know some only by the short name.
@@ -143,27 +186,48 @@ fn preload_cuda(library: &Path) {
     }
 }
 
+/// TensorRT's wheel puts its libraries into a folder of its own beside onnxruntime.
+fn preload_tensorrt(library: &Path) {
+    let Some(site) = library.parent().and_then(Path::parent).and_then(Path::parent) else { return };
+    let folder = site.join("tensorrt_libs");
+    for file in ["libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"] {
+        if let Err(e) = ort::util::preload_dylib(folder.join(file)) {
+            return tracing::debug!("TensorRT beside onnxruntime: {file}: {e}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_missing_library_tells_what_to_install() {
-        let loader = |l: &str| {
-            Error::backend(format!(
-                "ONNX Runtime: Failed to load library libonnxruntime_providers_cuda.so with error: {l}: cannot open shared object file: No such file or directory"
-            ))
-        };
-        // The loader names the provider's own library first only where that is the one that is missing.
+        // As ONNX Runtime 1.27 to 1.31 say it, from a wheel and from a program that brought its own build.
         let hint = |l: &str, p: &str| {
-            let e = Error::backend(format!("ONNX Runtime: error: {l}: cannot open shared object file"));
-            explain(e, p).hint_text().unwrap().to_owned()
+            let text = |at: &str| {
+                format!(
+                    "ONNX Runtime: /onnxruntime_src/onnxruntime/core/session/provider_bridge_ort.cc:1952 \
+                     onnxruntime::Provider& onnxruntime::ProviderLibrary::Get() [ONNXRuntimeError] : 1 : FAIL : Failed to load \
+                     library {at}libonnxruntime_providers_{p}.so with error: {l}: cannot open shared object file: No such \
+                     file or directory"
+                )
+            };
+            let hints =
+                ["", "/opt/ort/lib/"].map(|at| explain(Error::backend(text(at)), p).hint_text().unwrap().to_owned());
+            assert_eq!(hints[0], hints[1]);
+            hints[0].clone()
         };
         assert!(hint("libcublasLt.so.12", "cuda").contains("built for CUDA 12"));
         assert!(hint("libcudnn.so.9", "cuda").contains("cuDNN 9"));
         assert!(hint("libnvinfer.so.10", "tensorrt").contains("TensorRT 10 is missing"));
         assert!(hint("libcuda.so.1", "cuda").contains("no NVIDIA driver"));
-        assert!(explain(loader("libcudart.so.12"), "cuda").hint_text().is_some());
+        assert!(hint("/opt/ort/lib/libonnxruntime_providers_cuda.so", "cuda").contains("one onnxruntime-gpu wheel"));
+        // Other files under the provider's name, as seen with 1.31.1.
+        for what in ["file too short", "undefined symbol: GetProvider"] {
+            let text = format!("Failed to load library x with error: /x/libonnxruntime_providers_cuda.so: {what}");
+            assert!(explain(Error::backend(text), "cuda").hint_text().unwrap().contains("of one version"));
+        }
         assert!(explain(Error::backend("something else"), "cuda").hint_text().unwrap().contains("CUDA 13"));
     }
 }

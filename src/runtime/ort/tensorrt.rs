@@ -38,6 +38,8 @@ pub fn options(a: &Accelerator, inputs: &[ValueInfo]) -> Result<Vec<(String, Str
     if let Some(file) = &a.ep_context {
         set("dump_ep_context_model", "1".into());
         set("ep_context_file_path", file.display().to_string());
+        // The engine itself, not the path of a file that is not shipped.
+        set("ep_context_embed_mode", "1".into());
     }
     let free = inputs.iter().any(|i| matches!(i.shape.first(), Some(Dim::Symbol(_))));
     // Expected calls are no promise: sizes that stay free are left to TensorRT, which builds for what it meets.
