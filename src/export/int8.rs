@@ -185,10 +185,20 @@ fn with_int8(model: &ModelProto, chosen: &[Candidate]) -> Result<ModelProto> {
         let (weight, scale) = (name("int8"), name("scale"));
         graph.initializer[c.index] = tensors::to_proto(&weight, &HostTensor::new(tensor.shape(), &q)?);
         graph.initializer.push(tensors::to_proto(&scale, &HostTensor::vec(&scales)));
-        // The value keeps its name, so that whoever reads it need not change.
-        let mut n = edit::node("DequantizeLinear", &[&weight, &scale], &c.name);
+        // The value keeps its name, so that whoever reads it need not change. ONNX Runtime fuses DequantizeLinear and MatMul
+        // into MatMulNBits, which rounds the activations to 8 bits too (session.qdq_matmulnbits_accuracy_level is 4 by
+        // default): with a Reshape to the same shape in between it folds the weight into f32 instead.
+        let product = graph.node.iter().any(|n| edit::is(n, "MatMul") && n.input.contains(&c.name));
+        let made = if product { name("f32") } else { c.name.clone() };
+        let mut n = edit::node("DequantizeLinear", &[&weight, &scale], &made);
         n.attribute.push(int_attribute("axis", c.axis as i64));
         before.push(n);
+        if product {
+            let shape = name("shape");
+            let dims: Vec<i64> = tensor.shape().iter().map(|&d| d as i64).collect();
+            graph.initializer.push(tensors::to_proto(&shape, &HostTensor::vec(&dims)));
+            before.push(edit::node("Reshape", &[&made, &shape], &c.name));
+        }
     }
     before.append(&mut graph.node);
     graph.node = before;

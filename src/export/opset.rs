@@ -129,7 +129,10 @@ fn convert_graph(graph: &mut GraphProto, from: i64, to: i64, made: &mut Vec<crat
         let label = edit::label(n);
         if let Some((_, since)) = YOUNGER.iter().find(|(op, since)| *op == n.op_type() && *since > to) {
             return Err(Error::usage(format!("--opset {to}: {label} exists since opset {since}"))
-                .hint(format!("choose {since} or newer, or export the teacher with opset {to}")));
+                .hint(format!(
+                    "choose {since} or newer, or start from the run (`disback export TEACHER --run DIR --opset {to}`), where nothing \
+                     is raised yet; else export the teacher with opset {to}"
+                )));
         }
         let steps: Vec<i64> =
             CHANGES.iter().filter(|(op, v)| *op == n.op_type() && *v > low && *v <= high).map(|(_, v)| *v).collect();

@@ -306,8 +306,8 @@ fn fix_batch(model: &mut ModelProto, n: usize) -> Result<()> {
     match info.noise.shape.first() {
         Some(Dim::Fixed(m)) if *m == n => return Ok(()),
         Some(Dim::Fixed(m)) => {
-            return Err(Error::usage(format!("--batch {n}: the teacher's graph fixes the batch at {m}"))
-                .hint("export the teacher again with a dynamic batch"));
+            return Err(Error::usage(format!("--batch {n}: the graph fixes the batch at {m}"))
+                .hint("start from the student with a dynamic batch, or export the teacher again with one"));
         }
         _ => {}
     }

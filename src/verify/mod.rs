@@ -169,7 +169,7 @@ pub fn verify(
         }
     }
     #[cfg(feature = "train")]
-    ran.push(("libtorch".into(), String::new(), false, reference::file_in_libtorch(&model, &info, &request, images)));
+    ran.push(("libtorch".into(), String::new(), false, reference::file_in_libtorch(path, &info, &request, images)));
 
     let reference = match reference {
         Some(make) => make(&request, images)?,

@@ -1,5 +1,6 @@
 //! Samples by libtorch: of the run's own weights, which no ONNX engine has touched, and of the student file imported again.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use tch::{Device, Tensor};
@@ -7,7 +8,6 @@ use tch::{Device, Tensor};
 use crate::diffusion::{Conditions, Conversion, Denoiser, HostConditions, InputSpec};
 use crate::error::{Error, Result};
 use crate::graph::Model;
-use crate::onnx::ModelProto;
 use crate::runtime::student::{Request, Student, StudentInfo};
 use crate::teacher::Teacher;
 use crate::tensor::HostTensor;
@@ -48,10 +48,9 @@ pub fn of_weights(
 }
 
 /// The file itself, imported into libtorch as a teacher would be.
-pub fn file_in_libtorch(model: &ModelProto, info: &StudentInfo, request: &Request, count: usize) -> Result<HostTensor> {
+pub fn file_in_libtorch(path: &Path, info: &StudentInfo, request: &Request, count: usize) -> Result<HostTensor> {
     let options = ImportOptions { raise: false, ..ImportOptions::default() };
-    let network =
-        Network::import(Model::from_bytes(prost::Message::encode_to_vec(model).into())?, &options, Device::Cpu)?;
+    let network = Network::import(Model::load(path)?, &options, Device::Cpu)?;
     let inputs = Student::inputs_of(info, request, 0, count)?;
     tch::no_grad(|| {
         let held = inputs.iter().map(|(n, t)| Ok((n.as_str(), convert::to_torch(t)?))).collect::<Result<Vec<_>>>()?;
