@@ -250,7 +250,7 @@ fn low_rank_runs_record_factors_and_export_merged_weights() {
     );
     // Nodes kept in bf16 are differences from the teacher: what leaves is the sum.
     let narrow = with(&lora[..lora.len() - 2], &["--set", "memory.nodes=bf16"]);
-    ok(dir, &with(&["degrade", TEACHER, "-o", "narrow"], &narrow));
+    ok(dir, &with(&["distill", TEACHER, "-o", "narrow"], &narrow));
     let node = ["export", TEACHER, "--weights", "narrow/trajectory/node-002.safetensors", "--run", "narrow"];
     ok(dir, &with(&node, &["-o", "narrow.onnx"]));
     let floats = |file: &str| -> Vec<f32> {

@@ -373,9 +373,9 @@ mod tests {
                 .unwrap();
         };
         replace(&["a"]);
-        assert!(t.load(1, &slot).unwrap_err().to_string().contains("missing [b]"));
+        assert!(t.load(1, &slot).unwrap_err().to_string().contains("missing `b`"));
         replace(&["a", "b", "c"]);
-        assert!(t.load(1, &slot).unwrap_err().to_string().contains("surplus [c]"));
+        assert!(t.load(1, &slot).unwrap_err().to_string().contains("surplus `c`"));
         replace(&["module.a", "module.b"]);
         assert!(t.load(1, &slot).is_err());
         set(2.5).save(&dir.path().join("node-001.safetensors")).unwrap();
