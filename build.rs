@@ -39,14 +39,17 @@ fn bake_onnxruntime_hint() {
 mod train {
     use std::path::{Path, PathBuf};
 
-    const SOURCES: [&str; 5] = [
+    const SOURCES: [&str; 8] = [
         "src/torch/shim.cpp",
         "src/torch/training.cpp",
         "src/torch/activation.cpp",
         "src/torch/profile.cpp",
         "src/torch/winograd.cpp",
+        "src/torch/gemm.cpp",
+        "src/torch/linear.cpp",
+        "src/torch/group_norm.cpp",
     ];
-    const HEADERS: [&str; 2] = ["src/torch/border.h", "src/torch/lanes.h"];
+    const HEADERS: [&str; 3] = ["src/torch/border.h", "src/torch/lanes.h", "src/torch/gemm.h"];
 
     /// torch-sys (a direct dependency for this very reason) tells where it linked libtorch.
     pub fn link_libtorch() {

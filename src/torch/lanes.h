@@ -11,6 +11,14 @@
 #define CLONES
 #endif
 
+// Functions that are only called where gemm.h's are there, and the pieces of them.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WIDE __attribute__((target("arch=x86-64-v4")))
+#else
+#define WIDE
+#endif
+#define ALWAYS inline __attribute__((always_inline))
+
 namespace disback {
 
 constexpr int64_t lanes = 16;

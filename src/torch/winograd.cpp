@@ -1,14 +1,13 @@
-// 3x3 convolutions of f32 on the CPU by Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016, arXiv 1509.09308): 16
-// products for 4 outputs instead of 36, in the forward pass and both backward ones. Tensors are channels-last, so that each
-// transform works on vectors of channels, and the products are batched matrix products of libtorch.
+// 3x3 convolutions of f32 on the CPU by Winograd's minimal filtering (Lavin & Gray 2016, arXiv 1509.09308), in the forward
+// pass and both backward ones: 16 products for 4 outputs instead of 36, and 9 where an image is 2x2 and all around it is
+// padding. Tensors are channels-last, so that each transform works on vectors of channels; the products are those of gemm.h.
 //
-//   U = B' d B of each 4x4 tile d of the input, W = G w G', M = U W summed over channels, output tile = A' M A
+//   U = B' d B of each tile d of the input, W = G w G', M = U W summed over channels, output tile = A' M A
 //   gradient of the input: the same with the filter turned round; of the filter: G' (sum over tiles (A dy A') U) G
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "border.h"
+#include "gemm.h"
 #include "lanes.h"
 
 namespace {
@@ -23,232 +23,328 @@ namespace {
 using disback::lanes;
 using disback::Vec;
 
-// B' d B; the 16 results lie `stride` floats apart.
-CLONES void input_tile(const float* const* d, float* u, int64_t stride, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    Vec t[4][4];
-    for (int j = 0; j < 4; ++j) {
-      const Vec d0 = LOAD(d[j] + c), d1 = LOAD(d[4 + j] + c), d2 = LOAD(d[8 + j] + c), d3 = LOAD(d[12 + j] + c);
-      t[0][j] = d0 - d2;
-      t[1][j] = d1 + d2;
-      t[2][j] = d2 - d1;
-      t[3][j] = d1 - d3;
-    }
-    for (int i = 0; i < 4; ++i) {
-      float* to = u + 4 * i * stride + c;
-      STORE(to, t[i][0] - t[i][2]);
-      STORE(to + stride, t[i][1] + t[i][2]);
-      STORE(to + 2 * stride, t[i][2] - t[i][1]);
-      STORE(to + 3 * stride, t[i][1] - t[i][3]);
-    }
+// Both rules in one dimension: `products` for 2 outputs of `inputs`. The transforms take and give vectors.
+
+// F(2, 3): any two neighbouring outputs.
+struct Inner {
+  static constexpr int products = 4, inputs = 4, before = 1;
+  static ALWAYS void input(const Vec* d, Vec* u) {
+    u[0] = d[0] - d[2];
+    u[1] = d[1] + d[2];
+    u[2] = d[2] - d[1];
+    u[3] = d[1] - d[3];
+  }
+  static ALWAYS void output(const Vec* m, Vec* y) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+  static ALWAYS void gradient(const Vec* y, Vec* m) {
+    m[0] = y[0];
+    m[1] = y[0] + y[1];
+    m[2] = y[0] - y[1];
+    m[3] = -y[1];
+  }
+  static ALWAYS void filter(const Vec* w, Vec* f) {
+    f[0] = w[0];
+    f[1] = 0.5f * (w[0] + w[1] + w[2]);
+    f[2] = 0.5f * (w[0] - w[1] + w[2]);
+    f[3] = w[2];
+  }
+  static ALWAYS void filter_gradient(const Vec* m, Vec* w) {
+    w[0] = m[0] + 0.5f * (m[1] + m[2]);
+    w[1] = 0.5f * (m[1] - m[2]);
+    w[2] = 0.5f * (m[1] + m[2]) + m[3];
+  }
+};
+
+// All of an image of two, zeros on both sides: y0 = w1 x0 + w2 x1, y1 = w0 x0 + w1 x1.
+struct Pair {
+  static constexpr int products = 3, inputs = 2, before = 0;
+  static ALWAYS void input(const Vec* d, Vec* u) {
+    u[0] = d[0] + d[1];
+    u[1] = d[1];
+    u[2] = d[0];
+  }
+  static ALWAYS void output(const Vec* m, Vec* y) {
+    y[0] = m[0] + m[1];
+    y[1] = m[0] + m[2];
+  }
+  static ALWAYS void gradient(const Vec* y, Vec* m) {
+    m[0] = y[0] + y[1];
+    m[1] = y[0];
+    m[2] = y[1];
+  }
+  static ALWAYS void filter(const Vec* w, Vec* f) {
+    f[0] = w[1];
+    f[1] = w[2] - w[1];
+    f[2] = w[0] - w[1];
+  }
+  static ALWAYS void filter_gradient(const Vec* m, Vec* w) {
+    w[0] = m[2];
+    w[1] = m[0] - m[1] - m[2];
+    w[2] = m[1];
+  }
+};
+
+// A transform of one dimension, applied to both of a square of vectors.
+template <int from, int to, class F>
+ALWAYS void square(const Vec (&in)[from][from], Vec (&out)[to][to], const F& f) {
+  Vec half[from][to];
+  for (int i = 0; i < from; ++i) f(in[i], half[i]);
+  for (int j = 0; j < to; ++j) {
+    Vec column[from], turned[to];
+    for (int i = 0; i < from; ++i) column[i] = half[i][j];
+    f(column, turned);
+    for (int i = 0; i < to; ++i) out[i][j] = turned[i];
   }
 }
 
-// A' M A + bias to the four places of an output tile.
-CLONES void output_tile(const float* m, int64_t stride, const float* bias, float* const* y, int64_t channels) {
+// Where channel c lies behind its tile: rows of channels are panels that lie 32 apart.
+inline int64_t place(int64_t c, int64_t apart) { return c / disback::panel * apart + c % disback::panel; }
+
+// A tile of the input to its products, `stride` floats apart.
+template <class S>
+WIDE void input_tile(const float* const* d, float* u, int64_t stride, int64_t apart, int64_t channels) {
   for (int64_t c = 0; c < channels; c += lanes) {
-    Vec t[2][4];
-    for (int j = 0; j < 4; ++j) {
-      const float* at = m + j * stride + c;
-      const Vec m0 = LOAD(at), m1 = LOAD(at + 4 * stride), m2 = LOAD(at + 8 * stride), m3 = LOAD(at + 12 * stride);
-      t[0][j] = m0 + m1 + m2;
-      t[1][j] = m1 - m2 - m3;
-    }
-    const Vec b = LOAD(bias + c);
-    for (int i = 0; i < 2; ++i) {
-      STORE(y[2 * i] + c, t[i][0] + t[i][1] + t[i][2] + b);
-      STORE(y[2 * i + 1] + c, t[i][1] - t[i][2] - t[i][3] + b);
-    }
+    Vec in[S::inputs][S::inputs], out[S::products][S::products];
+    for (int i = 0; i < S::inputs * S::inputs; ++i) in[i / S::inputs][i % S::inputs] = LOAD(d[i] + c);
+    square<S::inputs, S::products>(in, out, S::input);
+    float* to = u + place(c, apart);
+    for (int i = 0; i < S::products * S::products; ++i) STORE(to + i * stride, out[i / S::products][i % S::products]);
   }
 }
 
-// A dy A'
-CLONES void gradient_tile(const float* const* dy, float* m, int64_t stride, int64_t channels) {
+// Products and a bias to the four places of an output tile.
+template <class S>
+WIDE void output_tile(const float* m, int64_t stride, const float* bias, float* const* y, int64_t channels) {
   for (int64_t c = 0; c < channels; c += lanes) {
-    Vec t[4][2];
-    for (int j = 0; j < 2; ++j) {
-      const Vec a = LOAD(dy[j] + c), b = LOAD(dy[2 + j] + c);
-      t[0][j] = a;
-      t[1][j] = a + b;
-      t[2][j] = a - b;
-      t[3][j] = -b;
-    }
-    for (int i = 0; i < 4; ++i) {
-      float* to = m + 4 * i * stride + c;
-      STORE(to, t[i][0]);
-      STORE(to + stride, t[i][0] + t[i][1]);
-      STORE(to + 2 * stride, t[i][0] - t[i][1]);
-      STORE(to + 3 * stride, -t[i][1]);
-    }
+    Vec in[S::products][S::products], out[2][2];
+    for (int i = 0; i < S::products * S::products; ++i) in[i / S::products][i % S::products] = LOAD(m + i * stride + c);
+    square<S::products, 2>(in, out, S::output);
+    for (int i = 0; i < 4; ++i) STORE(y[i] + c, out[i / 2][i % 2] + LOAD(bias + c));
   }
 }
 
-// G w G' of one output channel: w [3][3][C], turned round where asked.
-CLONES void filter(const float* w, bool turned, float* out, int64_t stride, int64_t channels) {
+// Gradient of an output tile to that of its products.
+template <class S>
+WIDE void gradient_tile(const float* const* y, float* m, int64_t stride, int64_t channels) {
   for (int64_t c = 0; c < channels; c += lanes) {
-    Vec t[4][3];
-    for (int j = 0; j < 3; ++j) {
-      const float* at = w + c;
-      const Vec g0 = LOAD(at + (turned ? 8 - j : j) * channels);
-      const Vec g1 = LOAD(at + (turned ? 5 - j : 3 + j) * channels);
-      const Vec g2 = LOAD(at + (turned ? 2 - j : 6 + j) * channels);
-      t[0][j] = g0;
-      t[1][j] = 0.5f * (g0 + g1 + g2);
-      t[2][j] = 0.5f * (g0 - g1 + g2);
-      t[3][j] = g2;
-    }
-    for (int i = 0; i < 4; ++i) {
-      float* to = out + 4 * i * stride + c;
-      STORE(to, t[i][0]);
-      STORE(to + stride, 0.5f * (t[i][0] + t[i][1] + t[i][2]));
-      STORE(to + 2 * stride, 0.5f * (t[i][0] - t[i][1] + t[i][2]));
-      STORE(to + 3 * stride, t[i][2]);
-    }
+    Vec in[2][2], out[S::products][S::products];
+    for (int i = 0; i < 4; ++i) in[i / 2][i % 2] = LOAD(y[i] + c);
+    square<2, S::products>(in, out, S::gradient);
+    for (int i = 0; i < S::products * S::products; ++i) STORE(m + i * stride + c, out[i / S::products][i % S::products]);
   }
 }
 
-// G' m G of one output channel, to [3][3][C].
-CLONES void filter_gradient(const float* m, int64_t stride, float* w, int64_t channels) {
+// The filters of one output channel, w [9][C], turned round where asked.
+template <class S>
+WIDE void filter(const float* w, bool turned, float* f, int64_t stride, int64_t apart, int64_t channels) {
   for (int64_t c = 0; c < channels; c += lanes) {
-    Vec t[3][4];
-    for (int j = 0; j < 4; ++j) {
-      const float* at = m + j * stride + c;
-      const Vec m0 = LOAD(at), m1 = LOAD(at + 4 * stride), m2 = LOAD(at + 8 * stride), m3 = LOAD(at + 12 * stride);
-      t[0][j] = m0 + 0.5f * (m1 + m2);
-      t[1][j] = 0.5f * (m1 - m2);
-      t[2][j] = 0.5f * (m1 + m2) + m3;
-    }
-    for (int i = 0; i < 3; ++i) {
-      float* to = w + 3 * i * channels + c;
-      STORE(to, t[i][0] + 0.5f * (t[i][1] + t[i][2]));
-      STORE(to + channels, 0.5f * (t[i][1] - t[i][2]));
-      STORE(to + 2 * channels, 0.5f * (t[i][1] + t[i][2]) + t[i][3]);
-    }
+    Vec in[3][3], out[S::products][S::products];
+    for (int i = 0; i < 9; ++i) in[i / 3][i % 3] = LOAD(w + (turned ? 8 - i : i) * channels + c);
+    square<3, S::products>(in, out, S::filter);
+    float* to = f + place(c, apart);
+    for (int i = 0; i < S::products * S::products; ++i) STORE(to + i * stride, out[i / S::products][i % S::products]);
+  }
+}
+
+// The gradient of one output channel's filters, to w [9][C].
+template <class S>
+WIDE void filter_gradient(const float* m, int64_t stride, float* w, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += lanes) {
+    Vec in[S::products][S::products], out[3][3];
+    for (int i = 0; i < S::products * S::products; ++i) in[i / S::products][i % S::products] = LOAD(m + i * stride + c);
+    square<S::products, 3>(in, out, S::filter_gradient);
+    for (int i = 0; i < 9; ++i) STORE(w + i * channels + c, out[i / 3][i % 3]);
   }
 }
 
 at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
-// Tiles of a batch of images, in the order image, row, column.
-struct Tiles {
-  int64_t n, h, w;
-  int64_t count() const { return n * (h / 2) * (w / 2); }
-  // Calls f(tile - from, image, row and column of its upper left output) for tiles from..to.
-  template <class F>
-  void each(int64_t from, int64_t to, const F& f) const {
-    at::parallel_for(from, to, 16, [&](int64_t a, int64_t b) {
-      for (int64_t t = a; t < b; ++t) {
-        const int64_t per = (h / 2) * (w / 2), in = t % per;
-        f(t - from, t / per, 2 * (in / (w / 2)), 2 * (in % (w / 2)));
-      }
-    });
+at::Tensor floats(int64_t count) { return at::empty({count}, at::kFloat); }
+
+// Filters [K,C,3,3] in either memory format.
+struct Filters {
+  const float* data;
+  int64_t k, c;
+  bool last;
+  explicit Filters(const at::Tensor& w)
+      : data(w.const_data_ptr<float>()), k(w.size(0)), c(w.size(1)), last(!w.is_contiguous()) {}
+  // [9][C] of one output channel, in `copy` where they do not lie so.
+  const float* of(int64_t i, float* copy) const {
+    const float* from = data + i * 9 * c;
+    if (last) return from;
+    for (int64_t j = 0; j < c; ++j) {
+      for (int64_t t = 0; t < 9; ++t) copy[t * c + j] = from[j * 9 + t];
+    }
+    return copy;
   }
 };
 
-// As many tiles at a time as keep what is between the transforms in a cache.
-int64_t chunk(int64_t channels_in, int64_t channels_out) {
-  const int64_t bytes = 16 * 4 * (channels_in + channels_out);
-  return std::clamp<int64_t>((8 << 20) / bytes, 64, 1024);
+at::Tensor filters_like(const at::Tensor& w) {
+  return w.is_contiguous() ? w : channels_last(w);
 }
 
-// U of tiles from..to of x, [16][tiles][C].
-void transform_input(const Tiles& tiles, const at::Tensor& x, int64_t from, int64_t to, at::Tensor& u) {
-  const int64_t channels = x.size(1), stride = (to - from) * channels;
-  const std::vector<float> zeros(channels, 0.0f);
-  const float* data = x.const_data_ptr<float>();
-  float* out = u.mutable_data_ptr<float>();
-  tiles.each(from, to, [&](int64_t k, int64_t image, int64_t row, int64_t column) {
-    const float* d[16];
-    for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < 4; ++j) {
-        const int64_t y = row + i - 1, z = column + j - 1;
-        const bool inside = y >= 0 && y < tiles.h && z >= 0 && z < tiles.w;
-        d[4 * i + j] = inside ? data + ((image * tiles.h + y) * tiles.w + z) * channels : zeros.data();
-      }
-    }
-    input_tile(d, out + k * channels, stride, channels);
-  });
-}
+// One convolution's sizes: C channels in, K out.
+template <class S>
+struct Winograd {
+  static constexpr int64_t products = S::products * S::products;
+  int64_t n, h, w, c, k;
 
-// W of all filters, [16][K][C].
-at::Tensor transform_filters(const at::Tensor& weight, bool turned) {
-  const int64_t k = weight.size(0), c = weight.size(1);
-  const at::Tensor w = channels_last(weight);
-  at::Tensor out = at::empty({16, k, c}, w.options().memory_format(std::nullopt));
-  const float* from = w.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, k, 8, [&](int64_t a, int64_t b) {
-    for (int64_t i = a; i < b; ++i) filter(from + i * 9 * c, turned, to + i * c, k * c, c);
-  });
-  return out;
-}
+  Winograd(const at::Tensor& x, int64_t k) : n(x.size(0)), h(x.size(2)), w(x.size(3)), c(x.size(1)), k(k) {}
 
-at::Tensor scratch(const at::Tensor& like, int64_t rows, int64_t channels) {
-  return at::empty({16, rows, channels}, like.options().memory_format(std::nullopt));
-}
+  int64_t tiles() const { return n * (h / 2) * (w / 2); }
 
-// Calls f(from, to, U, m) for as many tiles at a time as a cache holds; m is [16][tiles][K], to be filled.
-template <class F>
-void in_chunks(const Tiles& tiles, const at::Tensor& x, int64_t k, const F& f) {
-  const int64_t c = x.size(1), step = chunk(c, k);
-  at::Tensor u, m;
-  for (int64_t from = 0; from < tiles.count(); from += step) {
-    const int64_t to = std::min(from + step, tiles.count());
-    if (!u.defined() || u.size(1) != to - from) {
-      u = scratch(x, to - from, c);
-      m = scratch(x, to - from, k);
-    }
-    transform_input(tiles, x, from, to, u);
-    f(from, to, u, m);
+  // Rows of channels that do not all fall on the same lines of a cache.
+  static int64_t row(int64_t channels) { return channels % 512 == 0 ? channels + lanes : channels; }
+
+  // As many tiles at a time as keep what is between the transforms near.
+  static int64_t chunk(int64_t count, int64_t most) {
+    const int64_t chunks = (count + most - 1) / most;
+    return (count + chunks * 14 - 1) / (chunks * 14) * 14;
   }
-}
 
-// x [N,C,H,W] with `filters`: [16][C][K] (a view where they are kept the other way round). Channels-last.
-at::Tensor convolve(const at::Tensor& x, const at::Tensor& filters, const at::Tensor& bias) {
-  const Tiles tiles{x.size(0), x.size(2), x.size(3)};
-  const int64_t k = filters.size(2);
-  at::Tensor y = at::empty({tiles.n, k, tiles.h, tiles.w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  float* out = y.mutable_data_ptr<float>();
-  const at::Tensor shift = bias.defined() ? bias.contiguous() : at::zeros({k}, x.options().memory_format(std::nullopt));
-  const float* b = shift.const_data_ptr<float>();
-  in_chunks(tiles, x, k, [&](int64_t from, int64_t to, const at::Tensor& u, at::Tensor& m) {
-    at::bmm_out(m, u, filters);
-    const float* products = m.const_data_ptr<float>();
-    tiles.each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
-      float* at = out + ((image * tiles.h + row) * tiles.w + column) * k;
-      float* const places[4] = {at, at + k, at + tiles.w * k, at + (tiles.w + 1) * k};
-      output_tile(products + t * k, (to - from) * k, b, places, k);
-    });
-  });
-  return y;
-}
+  // Image, row and column of the upper left output of a tile.
+  template <class F>
+  void each(int64_t from, int64_t to, const F& f) const {
+    const int64_t across = w / 2, per = (h / 2) * across;
+    for (int64_t t = from; t < to; ++t) f(t - from, t / per, 2 * (t % per / across), 2 * (t % across));
+  }
 
-// Gradient of the filters, [K,C,3,3], channels-last.
-at::Tensor filters_gradient(const at::Tensor& x, const at::Tensor& dy) {
-  const Tiles tiles{x.size(0), x.size(2), x.size(3)};
-  const int64_t c = x.size(1), k = dy.size(1);
-  at::Tensor sum = scratch(x, k, c);
-  const float* data = dy.const_data_ptr<float>();
-  in_chunks(tiles, x, k, [&](int64_t from, int64_t to, const at::Tensor& u, at::Tensor& m) {
-    float* out = m.mutable_data_ptr<float>();
-    tiles.each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
-      const float* at = data + ((image * tiles.h + row) * tiles.w + column) * k;
-      const float* const places[4] = {at, at + k, at + tiles.w * k, at + (tiles.w + 1) * k};
-      gradient_tile(places, out + t * k, (to - from) * k, k);
+  void inputs(const float* x, const float* zeros, int64_t from, int64_t to, float* u, int64_t step, int64_t stride,
+              int64_t apart) const {
+    each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
+      const float* d[S::inputs * S::inputs];
+      for (int i = 0; i < S::inputs; ++i) {
+        for (int j = 0; j < S::inputs; ++j) {
+          const int64_t y = row + i - S::before, z = column + j - S::before;
+          const bool inside = y >= 0 && y < h && z >= 0 && z < w;
+          d[S::inputs * i + j] = inside ? x + ((image * h + y) * w + z) * c : zeros;
+        }
+      }
+      input_tile<S>(d, u + t * step, stride, apart, c);
     });
-    if (from == 0) {
-      at::bmm_out(sum, m.transpose(1, 2), u);
-    } else {
-      sum.baddbmm_(m.transpose(1, 2), u);
+  }
+
+  // W packed: for each product [C, K], or where `turned` [K, C] of the filters turned round.
+  at::Tensor packed(const Filters& filters, bool turned) const {
+    const int64_t rows = turned ? k : c, columns = turned ? c : k, size = disback::packed_size(rows, columns);
+    at::Tensor out = floats(products * size);
+    float* to = out.mutable_data_ptr<float>();
+    if (turned) {
+      at::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
+        std::vector<float> copy(9 * c);
+        for (int64_t i = a; i < b; ++i) {
+          filter<S>(filters.of(i, copy.data()), true, to + i * disback::panel, size, k * disback::panel, c);
+        }
+      });
+      return out;
     }
-  });
-  at::Tensor w = at::empty({k, c, 3, 3}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  const float* from = sum.const_data_ptr<float>();
-  float* to = w.mutable_data_ptr<float>();
-  at::parallel_for(0, k, 8, [&](int64_t a, int64_t b) {
-    for (int64_t i = a; i < b; ++i) filter_gradient(from + i * c, k * c, to + i * 9 * c, c);
-  });
-  return w;
+    at::parallel_for(0, disback::panels(k), 1, [&](int64_t a, int64_t b) {
+      at::Tensor buffer = floats(products * disback::panel * c);
+      std::vector<float> copy(9 * c);
+      float* some = buffer.mutable_data_ptr<float>();
+      for (int64_t p = a; p < b; ++p) {
+        const int64_t first = p * disback::panel, count = std::min(disback::panel, k - first);
+        for (int64_t i = 0; i < count; ++i) {
+          filter<S>(filters.of(first + i, copy.data()), false, some + i * c, disback::panel * c, disback::panel, c);
+        }
+        for (int64_t q = 0; q < products; ++q) {
+          disback::pack({some + q * disback::panel * c, 1, c}, c, count, 0, 1, to + q * size + first * c);
+        }
+      }
+    });
+    return out;
+  }
+
+  // x [N,C,H,W] with packed filters, [N,K,H,W]; both channels-last.
+  at::Tensor convolve(const at::Tensor& x, const at::Tensor& filters, const at::Tensor& bias) const {
+    at::Tensor y = at::empty({n, k, h, w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const at::Tensor zeros = at::zeros({std::max(c, k)}, at::kFloat);
+    const at::Tensor shift = bias.defined() ? bias.contiguous() : zeros;
+    const float *from_x = x.const_data_ptr<float>(), *packed = filters.const_data_ptr<float>();
+    const float *none = zeros.const_data_ptr<float>(), *b = shift.const_data_ptr<float>();
+    float* out = y.mutable_data_ptr<float>();
+    at::parallel_for(0, tiles(), 28, [&](int64_t first, int64_t last) {
+      const int64_t most = chunk(last - first, 84), rc = row(c), rk = row(k), size = disback::packed_size(c, k);
+      at::Tensor between = floats(products * most * (rc + rk));
+      float *u = between.mutable_data_ptr<float>(), *m = u + products * most * rc;
+      for (int64_t from = first; from < last; from += most) {
+        const int64_t to = std::min(from + most, last);
+        inputs(from_x, none, from, to, u, rc, most * rc, disback::panel);
+        for (int64_t q = 0; q < products; ++q) {
+          disback::multiply({u + q * most * rc, rc, 1}, 0, to - from, packed + q * size, c, k, nullptr, false,
+                            m + q * most * rk, rk);
+        }
+        each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
+          float* at = out + ((image * h + row) * w + column) * k;
+          float* const places[4] = {at, at + k, at + w * k, at + (w + 1) * k};
+          output_tile<S>(m + t * rk, most * rk, b, places, k);
+        });
+      }
+    });
+    return y;
+  }
+
+  // Gradient of the filters, in the memory format of `like`.
+  at::Tensor filters_gradient(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& like) const {
+    const int64_t most = chunk(tiles(), std::clamp<int64_t>((8 << 20) / (4 * products * (c + k)), 112, 1024));
+    const int64_t rk = row(k), wide = disback::packed_size(most, c);
+    at::Tensor between = floats(products * (wide + most * rk)), total = floats(products * k * c);
+    const at::Tensor zeros = at::zeros({c}, at::kFloat);
+    const float *from_x = x.const_data_ptr<float>(), *from_y = dy.const_data_ptr<float>();
+    const float* none = zeros.const_data_ptr<float>();
+    float *u = between.mutable_data_ptr<float>(), *m = u + products * wide, *sum = total.mutable_data_ptr<float>();
+    for (int64_t from = 0; from < tiles(); from += most) {
+      const int64_t count = std::min(most, tiles() - from);
+      at::parallel_for(0, count, 16, [&](int64_t a, int64_t b) {
+        inputs(from_x, none, from + a, from + b, u + a * disback::panel, disback::panel, wide, count * disback::panel);
+        each(from + a, from + b, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
+          const float* at = from_y + ((image * h + row) * w + column) * k;
+          const float* const places[4] = {at, at + k, at + w * k, at + (w + 1) * k};
+          gradient_tile<S>(places, m + (a + t) * rk, most * rk, k);
+        });
+      });
+      at::parallel_for(0, products, 1, [&](int64_t a, int64_t b) {
+        for (int64_t q = a; q < b; ++q) {
+          disback::multiply({m + q * most * rk, 1, rk}, 0, k, u + q * wide, count, c, nullptr, from > 0, sum + q * k * c, c);
+        }
+      });
+    }
+    at::Tensor grad = at::empty_like(like);
+    float* to = grad.mutable_data_ptr<float>();
+    const bool last = !like.is_contiguous();
+    at::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
+      std::vector<float> some(9 * c);
+      for (int64_t i = a; i < b; ++i) {
+        float* at = to + i * 9 * c;
+        filter_gradient<S>(sum + i * c, k * c, last ? at : some.data(), c);
+        for (int64_t j = 0; j < c && !last; ++j) {
+          for (int64_t t = 0; t < 9; ++t) at[j * 9 + t] = some[t * c + j];
+        }
+      }
+    });
+    return grad;
+  }
+};
+
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  const at::Tensor filters = filters_like(weight);
+  const auto with = [&](const auto& plan) { return plan.convolve(x, plan.packed(Filters(filters), false), bias); };
+  if (x.size(2) == 2 && x.size(3) == 2) return with(Winograd<Pair>(x, weight.size(0)));
+  return with(Winograd<Inner>(x, weight.size(0)));
+}
+
+template <class S>
+void backward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dy, bool for_x, bool for_weight,
+              torch::autograd::variable_list& out) {
+  const at::Tensor filters = filters_like(weight);
+  const Winograd<S> plan(x, weight.size(0));
+  if (for_x) {
+    Winograd<S> turned(dy, plan.c);
+    out[0] = turned.convolve(dy, plan.packed(Filters(filters), true), {});
+  }
+  if (for_weight) out[1] = plan.filters_gradient(x, dy, filters);
 }
 
 struct Convolution : torch::autograd::Function<Convolution> {
@@ -256,7 +352,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
                             const at::Tensor& bias) {
     const at::Tensor x = channels_last(input);
     ctx->save_for_backward({x, weight});
-    return convolve(x, transform_filters(weight, false).transpose(1, 2), bias);
+    return convolve(x, weight, bias);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -265,9 +361,14 @@ struct Convolution : torch::autograd::Function<Convolution> {
     const at::Tensor &x = saved[0], &weight = saved[1];
     torch::autograd::variable_list out(3);
     if (!grads[0].defined()) return out;
+    TORCH_CHECK(!at::GradMode::is_enabled(), "a second derivative of a 3x3 convolution on the CPU");
     const at::Tensor dy = channels_last(grads[0]);
-    if (ctx->needs_input_grad(0)) out[0] = convolve(dy, transform_filters(weight, true), {});
-    if (ctx->needs_input_grad(1)) out[1] = filters_gradient(x, dy);
+    const bool for_x = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1);
+    if (x.size(2) == 2 && x.size(3) == 2) {
+      ::backward<Pair>(x, weight, dy, for_x, for_weight, out);
+    } else {
+      ::backward<Inner>(x, weight, dy, for_x, for_weight, out);
+    }
     if (ctx->needs_input_grad(2)) out[2] = dy.sum({0, 2, 3});
     return out;
   }
@@ -277,8 +378,11 @@ struct Convolution : torch::autograd::Function<Convolution> {
 
 extern "C" {
 
+// Whether the processor has the instructions that make it pay.
+bool disback_has_products() { return disback::has_products(); }
+
 // x [N,C,H,W] f32 on the CPU, H and W even, w [K,C,3,3], C and K multiples of 16, bias [K] or nullptr; padded by one, stride 1.
-// A second derivative is refused by libtorch.
+// Differentiable once.
 char* disback_winograd(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return disback::guarded([&] {
     // An autograd function takes no absent tensors.

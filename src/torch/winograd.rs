@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::error::Result;
+use crate::torch::linear::has_products;
 use crate::torch::shim::check;
 
 unsafe extern "C" {
@@ -17,13 +18,14 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-/// Channels from which, and tiles of 2x2 outputs from which, the products saved outweigh the transforms.
-const LEAST_CHANNELS: i64 = 64;
-const LEAST_TILES: i64 = 96;
+/// Channels from which, and tiles of 2x2 outputs from which, the products saved outweigh the transforms; measured with
+/// `gemm.cpp`'s products, without which libtorch's direct convolution is taken.
+const LEAST_CHANNELS: i64 = 16;
+const LEAST_TILES: i64 = 28;
 
 /// Whether a convolution with stride 1, padding 1 and one group goes this way.
 pub fn pays(x: &Tensor, w: &Tensor) -> bool {
-    if x.device() != Device::Cpu || x.kind() != Kind::Float || w.kind() != Kind::Float {
+    if x.device() != Device::Cpu || x.kind() != Kind::Float || w.kind() != Kind::Float || !has_products() {
         return false;
     }
     match (x.size().as_slice(), w.size().as_slice()) {
@@ -58,10 +60,15 @@ mod tests {
     /// Values and all gradients against the direct convolution in f64.
     #[test]
     fn values_and_gradients_are_those_of_the_direct_convolution() {
+        if !has_products() {
+            return;
+        }
         tch::manual_seed(3);
         let options = (Kind::Float, Device::Cpu);
         // The last has more tiles than are done at a time.
-        for (n, c, k, height, width) in [(2, 64, 80, 16, 18), (3, 96, 64, 14, 10), (5, 512, 64, 32, 16)] {
+        for (n, c, k, height, width) in
+            [(2, 64, 80, 16, 18), (3, 96, 64, 14, 10), (5, 512, 64, 32, 16), (40, 48, 32, 2, 2), (19, 16, 112, 4, 2)]
+        {
             for last in [false, true] {
                 let leaf = |t: Tensor| t.detach().set_requires_grad(true);
                 let x = Tensor::randn([n, c, height, width], options);
@@ -77,10 +84,10 @@ mod tests {
                 let ours = grads(&y, &seed, &[&x, &w, &b]);
                 let [x, w, b] = [&x, &w, &b].map(|t| leaf(t.to_kind(Kind::Double)));
                 let expected = x.conv2d(&w, Some(&b), [1, 1], [1, 1], [1, 1], 1);
-                assert!(relative(&y, &expected) < 5e-7, "{}", relative(&y, &expected));
+                assert!(relative(&y, &expected) < 1.5e-6, "{}", relative(&y, &expected));
                 let theirs = grads(&expected, &seed.to_kind(Kind::Double), &[&x, &w, &b]);
                 for (a, b) in ours.iter().zip(&theirs) {
-                    assert!(relative(a, b) < 5e-7, "{n} {c} {k}: {}", relative(a, b));
+                    assert!(relative(a, b) < 1.5e-6, "{n} {c} {k}: {}", relative(a, b));
                 }
             }
         }
@@ -88,6 +95,9 @@ mod tests {
 
     #[test]
     fn without_a_bias_and_with_frozen_operands() {
+        if !has_products() {
+            return;
+        }
         let options = (Kind::Float, Device::Cpu);
         let x = Tensor::randn([2, 64, 16, 16], options);
         let w = Tensor::randn([64, 64, 3, 3], options).set_requires_grad(true);
@@ -106,8 +116,8 @@ mod tests {
     fn what_is_small_or_of_another_form_goes_the_usual_way() {
         let t = |shape: &[i64], kind| Tensor::zeros(shape, (kind, Device::Cpu));
         let w = t(&[64, 64, 3, 3], Kind::Float);
-        assert!(pays(&t(&[2, 64, 16, 16], Kind::Float), &w));
-        for shape in [[2, 64, 15, 16], [1, 64, 8, 8], [2, 32, 16, 16]] {
+        assert_eq!(pays(&t(&[2, 64, 16, 16], Kind::Float), &w), has_products());
+        for shape in [[2, 64, 15, 16], [1, 64, 8, 4], [2, 40, 16, 16]] {
             assert!(!pays(&t(&shape, Kind::Float), &w), "{shape:?}");
         }
         assert!(!pays(&t(&[2, 64, 16, 16], Kind::Double), &t(&[64, 64, 3, 3], Kind::Double)));

@@ -1,10 +1,12 @@
 //! Convolution and transposed convolution in one to three dimensions.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
+use crate::torch::group_norm::is_channels_last;
 use crate::torch::kernel::{Args, Kernel, one};
+use crate::torch::linear;
 use crate::torch::registry::Registry;
 use crate::torch::training::lowered;
 use crate::torch::winograd;
@@ -128,18 +130,23 @@ fn operands(a: &Args) -> Result<(Tensor, Tensor, usize)> {
     Ok((lowered(x)?, lowered(w)?, x.dim() - 2))
 }
 
-/// Whether the channels of a [N,C,H,W] lie side by side in memory, and not the columns.
-fn is_channels_last(x: &Tensor) -> bool {
-    match (x.size().as_slice(), x.stride().as_slice()) {
-        (&[_, c, h, w], &[sn, sc, sh, sw]) => c > 1 && h * w > 1 && (sn, sc, sh, sw) == (c * h * w, 1, c * w, c),
-        _ => false,
-    }
-}
-
-/// A convolution that mixes channels only: one matrix product on channels-last images, and no copy.
+/// A convolution that mixes channels only: one matrix product on channels-last images, which are not copied.
 fn pointwise(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let filters = w.f_flatten(1, 3)?;
-    Ok(x.f_permute([0, 2, 3, 1])?.f_linear(&filters, bias)?.f_permute([0, 3, 1, 2])?)
+    let pixels = x.f_permute([0, 2, 3, 1])?;
+    let turned = filters.f_transpose(0, 1)?;
+    let y = if linear::pays(&pixels, &turned) {
+        linear::linear(&pixels, &turned, bias)?
+    } else {
+        pixels.f_linear(&filters, bias)?
+    };
+    Ok(y.f_permute([0, 3, 1, 2])?)
+}
+
+/// Whether the product is worth a copy into channels-last.
+fn mixes_faster(x: &Tensor, w: &Tensor) -> bool {
+    let small = |t: &Tensor| t.kind() == Kind::Float && t.device() == Device::Cpu;
+    small(x) && small(w) && linear::has_products() && w.size()[..2].iter().all(|&n| n >= 16)
 }
 
 pub fn conv(node: &Node) -> Result<Kernel> {
@@ -162,7 +169,7 @@ pub fn conv(node: &Node) -> Result<Kernel> {
         if plain && padding == [1, 1] && winograd::pays(&x, &w) {
             return one(winograd::convolution(&x, &w, bias.as_ref())?);
         }
-        if plain && padding == [0, 0] && kernel == [1, 1] && is_channels_last(&x) {
+        if plain && padding == [0, 0] && kernel == [1, 1] && (is_channels_last(&x) || mixes_faster(&x, &w)) {
             return one(pointwise(&x, &w, bias.as_ref())?);
         }
         one(x.f_convolution(&w, bias.as_ref(), strides, padding, dilations, false, vec![0; rank], groups)?)

@@ -5,18 +5,14 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::torch::kernel::{Kernel, one};
+use crate::torch::linear;
 use crate::torch::registry::{MANY, Registry};
 
 pub fn register(r: &mut Registry) {
-    r.add("MatMul", 1, (2, 2), |_| Ok(Kernel::new(|a| one(matmul(a.t(0)?, a.t(1)?)?))));
+    r.add("MatMul", 1, (2, 2), |_| Ok(Kernel::new(|a| one(linear::matmul(a.t(0)?, a.t(1)?)?))));
     r.add("Gemm", 1, (2, 3), gemm);
     r.add("Det", 11, (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_det()?))));
     r.add("Einsum", 12, (1, MANY), einsum);
-}
-
-/// libtorch has no integer matrix product on CUDA and half products on the CPU only in some builds; floats take the fast way.
-fn matmul(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    Ok(x.f_matmul(y)?)
 }
 
 /// `alpha op(A) op(B) + beta C`; as `linear` where that is what it is, so that libtorch fuses the bias.
@@ -37,12 +33,13 @@ pub fn gemm(node: &Node) -> Result<Kernel> {
         let c = args.opt(2)?;
         let plain = alpha == 1.0 && beta == 1.0 && !integer;
         one(match c {
+            Some(c) if plain && c.size() == [b.size()[1]] && linear::pays(&a, &b) => linear::linear(&a, &b, Some(c))?,
             Some(c) if plain && c.dim() <= 1 => c.f_addmm(&a, &b)?,
             Some(c) => {
-                let ab = scaled(&a.f_matmul(&b)?, alpha, integer)?;
+                let ab = scaled(&linear::matmul(&a, &b)?, alpha, integer)?;
                 ab.f_add(&scaled(c, beta, integer)?)?
             }
-            None => scaled(&a.f_matmul(&b)?, alpha, integer)?,
+            None => scaled(&linear::matmul(&a, &b)?, alpha, integer)?,
         })
     }))
 }

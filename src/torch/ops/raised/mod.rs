@@ -9,6 +9,7 @@ use tch::Kind;
 use crate::error::Error;
 use crate::torch::activation::gelu;
 use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::linear;
 use crate::torch::ops::util;
 use crate::torch::registry::{Entry, MANY, Registry};
 
@@ -62,6 +63,9 @@ pub fn register(r: &mut Registry) {
             let fits = w.dim() == 2 && size.len() > 1 && b.size() == [columns] && x.is_floating_point();
             if !fits || x.kind() == Kind::Double {
                 return one(x.f_matmul(w)?.f_add(b)?);
+            }
+            if linear::pays(x, w) && b.kind() == Kind::Float {
+                return one(linear::linear(x, w, Some(b))?);
             }
             let rows = if size.len() == 2 { x.shallow_clone() } else { x.f_flatten(0, size.len() as i64 - 2)? };
             let y = b.f_addmm(&rows, w)?;

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
+use crate::torch::group_norm::group_norm;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
 
@@ -114,7 +115,7 @@ impl Normalize {
         let seen = |i: usize| self.view.as_ref().map_or(i as i64, |v| v[i]);
         let spatial = (1..size.len()).filter(|&i| i != channel);
         let order: Vec<i64> = [0, channel].into_iter().chain(spatial).map(seen).collect();
-        let norm = |x: &Tensor| x.f_group_norm(inner[group], scale.as_ref(), bias.as_ref(), self.epsilon, true);
+        let norm = |x: &Tensor| group_norm(x, inner[group], scale.as_ref(), bias.as_ref(), self.epsilon);
         Ok(Some(if order.is_sorted() {
             norm(given)?
         } else {

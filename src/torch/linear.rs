@@ -1,0 +1,146 @@
+//! Linear layers of f32 on the CPU with products of our own, through `linear.cpp`.
+
+use std::ffi::c_char;
+use std::sync::LazyLock;
+
+use tch::{Device, Kind, Tensor};
+use torch_sys::C_tensor;
+
+use crate::error::Result;
+use crate::torch::shim::check;
+use crate::torch::training::autocast_enabled;
+
+unsafe extern "C" {
+    fn disback_has_products() -> bool;
+    fn disback_linear(
+        x: *const C_tensor,
+        w: *const C_tensor,
+        bias: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+}
+
+/// Rows from which the products of `gemm.cpp` are faster than libtorch's, and the least length of the other sides.
+const LEAST_ROWS: i64 = 16;
+const LEAST_SIDE: i64 = 16;
+
+/// Whether the processor has what `gemm.cpp` is written for (AVX-512).
+pub fn has_products() -> bool {
+    // SAFETY: asks the processor.
+    static HAS: LazyLock<bool> = LazyLock::new(|| unsafe { disback_has_products() });
+    *HAS
+}
+
+/// Whether `x [.., K]` times `w [K, N]` goes this way.
+pub fn pays(x: &Tensor, w: &Tensor) -> bool {
+    let f32_here = |t: &Tensor| t.kind() == Kind::Float && t.device() == Device::Cpu;
+    if !f32_here(x) || !f32_here(w) || !has_products() || autocast_enabled(Device::Cpu) {
+        return false;
+    }
+    match (x.size().as_slice(), w.size().as_slice()) {
+        ([rows @ .., k], &[k2, n]) if !rows.is_empty() => {
+            *k == k2 && rows.iter().product::<i64>() >= LEAST_ROWS && k2.min(n) >= LEAST_SIDE
+        }
+        _ => false,
+    }
+}
+
+/// `x [.., K]` times `w [K, N]` of any strides, plus a bias `[N]`: `[.., N]`. Where [`pays`] says so.
+pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    debug_assert!(pays(x, w));
+    let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors in; on success `out` is a new handle that is ours.
+    check(unsafe { disback_linear(x.as_ptr(), w.as_ptr(), bias, &mut out) })?;
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// The product of two tensors by the rules of ONNX's MatMul.
+pub fn matmul(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if pays(x, y) { linear(x, y, None) } else { Ok(x.f_matmul(y)?) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn relative(a: &Tensor, b: &Tensor) -> f64 {
+        let apart = (a.to_kind(Kind::Double) - b).norm().double_value(&[]);
+        apart / b.norm().double_value(&[])
+    }
+
+    fn leaf(t: Tensor) -> Tensor {
+        t.detach().set_requires_grad(true)
+    }
+
+    /// Values and all gradients against the product in f64, for weights of either order in memory. Sizes with rests in every
+    /// direction; one whose rows fall on the same lines of the cache, and one with a long sum.
+    #[test]
+    fn values_and_gradients_are_those_of_the_plain_product() {
+        if !has_products() {
+            return;
+        }
+        tch::manual_seed(5);
+        let options = (Kind::Float, Device::Cpu);
+        for (rows, k, n) in [(33, 17, 45), (130, 64, 48), (40, 1024, 80), (16, 1500, 1030), (3, 100, 77)] {
+            for turned in [false, true] {
+                let x = leaf(Tensor::randn([2, rows, k], options));
+                let kept = leaf(if turned { Tensor::randn([n, k], options) } else { Tensor::randn([k, n], options) });
+                let b = leaf(Tensor::randn([n], options));
+                let seed = Tensor::randn([2, rows, n], options);
+                let view = |w: &Tensor| if turned { w.transpose(0, 1) } else { w.shallow_clone() };
+                let grads = |y: &Tensor, seed: &Tensor, of: &[&Tensor]| {
+                    Tensor::run_backward(&[(y * seed).sum(None)], of, false, false)
+                };
+                let w = view(&kept);
+                if !pays(&x, &w) {
+                    assert!(2 * rows < LEAST_ROWS);
+                    continue;
+                }
+                let y = linear(&x, &w, Some(&b)).unwrap();
+                let without = linear(&x, &w, None).unwrap();
+                let ours = grads(&y, &seed, &[&x, &kept, &b]);
+                assert_eq!(ours[1].stride(), kept.stride());
+                let [x, kept, b] = [&x, &kept, &b].map(|t| leaf(t.to_kind(Kind::Double)));
+                let plain = x.matmul(&view(&kept));
+                let expected = &plain + &b;
+                assert!(relative(&y, &expected) < 2e-6, "{}", relative(&y, &expected));
+                assert!(relative(&without, &plain) < 2e-6);
+                let theirs = grads(&expected, &seed.to_kind(Kind::Double), &[&x, &kept, &b]);
+                for (a, b) in ours.iter().zip(&theirs) {
+                    assert!(relative(a, b) < 2e-6, "{rows} {k} {n}: {}", relative(a, b));
+                }
+            }
+        }
+    }
+
+    /// The gradient of a gradient's norm, as gradient penalties take it.
+    #[test]
+    fn differentiable_twice() {
+        if !has_products() {
+            return;
+        }
+        let options = (Kind::Float, Device::Cpu);
+        let (x, w) = (leaf(Tensor::randn([32, 20], options)), leaf(Tensor::randn([20, 24], options)));
+        let second = |product: &dyn Fn(&Tensor, &Tensor) -> Tensor| {
+            let y = product(&x, &w).square().sum(Kind::Float);
+            let first = Tensor::run_backward(&[y], &[&x], true, true);
+            Tensor::run_backward(&[first[0].square().sum(Kind::Float)], &[&w], false, false).remove(0)
+        };
+        let ours = second(&|x, w| linear(x, w, None).unwrap());
+        let theirs = second(&|x, w| x.matmul(w));
+        assert!(relative(&ours, &theirs.to_kind(Kind::Double)) < 1e-5);
+    }
+
+    #[test]
+    fn what_is_small_or_of_another_kind_goes_the_usual_way() {
+        let t = |shape: &[i64], kind| Tensor::ones(shape, (kind, Device::Cpu));
+        assert!(!pays(&t(&[4, 64], Kind::Float), &t(&[64, 64], Kind::Float)));
+        assert!(!pays(&t(&[64, 64], Kind::Double), &t(&[64, 64], Kind::Double)));
+        assert!(!pays(&t(&[64, 8], Kind::Float), &t(&[8, 64], Kind::Float)));
+        assert!(!pays(&t(&[64, 64], Kind::Float), &t(&[2, 64, 64], Kind::Float)));
+        assert!(!pays(&t(&[64], Kind::Float), &t(&[64, 64], Kind::Float)));
+        assert_eq!(matmul(&t(&[64, 64], Kind::Float), &t(&[64, 32], Kind::Float)).unwrap().double_value(&[3, 3]), 64.0);
+        assert_eq!(matmul(&t(&[4, 64], Kind::Float), &t(&[64], Kind::Float)).unwrap().size(), [4]);
+    }
+}
