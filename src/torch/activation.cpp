@@ -81,8 +81,8 @@ void pieces(int64_t n, const Whole& whole, const Rest& rest) {
 
 struct Gelu : torch::autograd::Function<Gelu> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& input) {
-    const at::Tensor x = input.contiguous();
-    ctx->save_for_backward({x});
+    ctx->save_for_backward({input});
+    const at::Tensor x = input.to(at::kFloat).contiguous();
     at::Tensor y = at::empty_like(x);
     const float* from = x.const_data_ptr<float>();
     float* to = y.mutable_data_ptr<float>();
@@ -94,13 +94,14 @@ struct Gelu : torch::autograd::Function<Gelu> {
           forward_block(in, out, lanes);
           std::copy_n(out, count, to + at);
         });
-    return y;
+    return y.to(input.scalar_type());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     if (!grads[0].defined()) return {at::Tensor()};
-    const at::Tensor x = ctx->get_saved_variables()[0], dy = grads[0].contiguous();
+    const at::Tensor given = ctx->get_saved_variables()[0];
+    const at::Tensor x = given.to(at::kFloat).contiguous(), dy = grads[0].to(at::kFloat).contiguous();
     at::Tensor dx = at::empty_like(x);
     const float *from = x.const_data_ptr<float>(), *seed = dy.const_data_ptr<float>();
     float* to = dx.mutable_data_ptr<float>();
@@ -113,7 +114,7 @@ struct Gelu : torch::autograd::Function<Gelu> {
           backward_block(in, up, out, lanes);
           std::copy_n(out, count, to + at);
         });
-    return {dx};
+    return {dx.to(given.scalar_type())};
   }
 };
 
@@ -121,7 +122,7 @@ struct Gelu : torch::autograd::Function<Gelu> {
 
 extern "C" {
 
-// x f32 on the CPU. Differentiable once.
+// x f32 or bf16 on the CPU. Differentiable once.
 char* disback_gelu_tanh(const at::Tensor* x, at::Tensor** out) {
   return disback::guarded([&] { *out = new at::Tensor(Gelu::apply(*x)); });
 }

@@ -14,7 +14,7 @@ unsafe extern "C" {
 
 /// `x Phi(x)`; `approximate` is `none` or `tanh`, as libtorch has it.
 pub fn gelu(x: &Tensor, approximate: &str) -> Result<Tensor> {
-    let ours = approximate == "tanh" && x.device() == Device::Cpu && x.kind() == Kind::Float;
+    let ours = approximate == "tanh" && x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16);
     if !ours {
         return Ok(x.f_gelu(approximate)?);
     }

@@ -30,7 +30,13 @@ pub fn is_channels_last(x: &Tensor) -> bool {
 
 /// `x [N,C,...]` normalised over each of `groups` groups of channels, then scaled and shifted by `[C]`: our own kernel for
 /// channels-last images of f32 that are as many as threads, else libtorch's.
-pub fn group_norm(x: &Tensor, groups: i64, scale: Option<&Tensor>, bias: Option<&Tensor>, epsilon: f64) -> Result<Tensor> {
+pub fn group_norm(
+    x: &Tensor,
+    groups: i64,
+    scale: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    epsilon: f64,
+) -> Result<Tensor> {
     let ours = |t: &Tensor| t.kind() == Kind::Float && t.device() == Device::Cpu;
     let fits = ours(x)
         && scale.is_none_or(ours)

@@ -1,6 +1,6 @@
 //! Attention as raised from its products. See `graph::raise::attention` for the attributes.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
@@ -9,6 +9,7 @@ use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
 use crate::torch::plan::is_float;
+use crate::torch::training::autocast_enabled;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Mask {
@@ -208,7 +209,10 @@ impl Attention {
             *last = vs[rank - 1];
         }
         let (q, k, v) = (four(&q)?, four(&k)?, four(&v)?);
-        let y = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, scale, false)?;
+        let y = match &mask {
+            None if products_faster(&q, &k) => products(&q, &k, &v, scale)?,
+            _ => Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, scale, false)?,
+        };
         Ok(Some(if y.size() == shape { y } else { y.f_reshape(&shape[..])? }))
     }
 
@@ -300,7 +304,55 @@ impl Attention {
     }
 }
 
+/// Scores from which libtorch's fused kernel needs less time for bf16 on the CPU than two products do, and less memory.
+const MOST_SCORES: i64 = 1 << 18;
+
+/// bf16 on the CPU: the fused kernel's products are slower there than single ones, twice over in the backward pass.
+fn products_faster(q: &Tensor, k: &Tensor) -> bool {
+    let narrow = q.kind() == Kind::BFloat16 || autocast_enabled(Device::Cpu);
+    let scores = q.size().iter().rev().nth(1).zip(k.size().iter().rev().nth(1)).map_or(i64::MAX, |(r, c)| r * c);
+    q.device() == Device::Cpu && narrow && scores <= MOST_SCORES
+}
+
+/// softmax(scale q k') v, its scores and weights kept for the backward pass.
+fn products(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    let scores = q.f_mul_scalar(scale)?.f_matmul(&k.f_transpose(-2, -1)?)?;
+    Ok(scores.f_softmax(-1, None)?.f_matmul(v)?)
+}
+
 /// Whether a tensor of this size broadcasts to `to` without enlarging it.
 fn broadcasts(size: &[i64], to: &[i64]) -> bool {
     size.len() <= to.len() && size.iter().rev().zip(to.iter().rev()).all(|(&a, &b)| a == 1 || a == b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In bf16 the products give what attention in f32 gives, to a few roundings of bf16, and so do their gradients.
+    #[test]
+    fn products_in_bf16_are_those_of_f32() {
+        tch::manual_seed(2);
+        let operands: Vec<Tensor> = (0..3).map(|_| Tensor::randn([2, 3, 40, 16], (Kind::Float, Device::Cpu))).collect();
+        let seed = Tensor::randn([2, 3, 40, 16], (Kind::Float, Device::Cpu));
+        let run = |kind: Kind| {
+            let leaves: Vec<Tensor> = operands.iter().map(|t| t.to_kind(kind).set_requires_grad(true)).collect();
+            let [q, k, v] = &leaves[..] else { unreachable!("three operands") };
+            let y = if products_faster(q, k) {
+                products(q, k, v, 0.25).unwrap()
+            } else {
+                Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, false, 0.25, false)
+            };
+            let loss = (&y * &seed).sum(Kind::Float);
+            let mut out = Tensor::run_backward(&[loss], &[q, k, v], false, false);
+            out.push(y);
+            out
+        };
+        for (narrow, wide) in run(Kind::BFloat16).iter().zip(run(Kind::Float)) {
+            let apart = (narrow.to_kind(Kind::Float) - &wide).norm().double_value(&[]);
+            assert!(apart / wide.norm().double_value(&[]) < 0.012, "{apart}");
+        }
+        let large = Tensor::zeros([1, 1, 1024, 8], (Kind::BFloat16, Device::Cpu));
+        assert!(!products_faster(&large, &large));
+    }
 }
