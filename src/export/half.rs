@@ -19,6 +19,7 @@ use super::edit;
 use super::evaluate::{self, Inputs};
 use super::half_rewrite::{Form, rewrite};
 use super::loss;
+use super::simplify::constants_to_initializers;
 
 /// Largest finite f16.
 const F16_MAX: f64 = 65504.0;
@@ -52,6 +53,10 @@ pub struct Converted {
 /// Errors: a network that gives NaN in f32 already, or in 16 bits whatever is kept.
 pub fn to_half(model: &mut ModelProto, dtype: DType, keep: &[String], calibration: &[Inputs]) -> Result<Converted> {
     let globs = globs(keep)?;
+    if let Some(graph) = model.graph.as_mut() {
+        // Constants in another type are other tensors, as weights are; a node that holds one has no input to cast.
+        constants_to_initializers(graph);
+    }
     gemm_as_matmul(model)?;
     let types = evaluate::dtypes(model)?;
     let ranges = calibrate::ranges(model, &types, calibration)?;

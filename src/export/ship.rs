@@ -11,7 +11,7 @@ use crate::graph::save;
 use crate::onnx::tensor_shape_proto::dimension;
 use crate::onnx::{GraphProto, ModelProto, type_proto};
 use crate::runtime::student::{ConditionKind, StudentInfo};
-use crate::runtime::{Dim, model_values};
+use crate::runtime::{Dim, cast_transpose, model_values};
 use crate::tensor::DType;
 
 use super::evaluate::{self, Inputs};
@@ -214,6 +214,13 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
                     .into(),
             );
         }
+    }
+    // Whatever else was asked for: the file must open in ONNX Runtime, whose optimiser is on by default.
+    let parted = model.graph.as_mut().map_or(0, cast_transpose::part);
+    if parted > 0 {
+        report.portable.push(format!(
+            "{parted} Reshapes to the same shape between Transpose and MatMul: ONNX Runtime's MatmulTransposeFusion fails without"
+        ));
     }
     if options.image {
         attach::image(&mut model)?;

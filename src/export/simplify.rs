@@ -50,7 +50,7 @@ pub fn simplify(model: &mut ModelProto, probes: &[Inputs]) -> Result<Simplified>
 }
 
 /// Constant nodes as initializers: several runtimes take weights in no other form.
-fn constants_to_initializers(graph: &mut GraphProto) {
+pub(super) fn constants_to_initializers(graph: &mut GraphProto) {
     let mut made = Vec::new();
     graph.node.retain(|n| {
         if !edit::is(n, "Constant") || n.attribute.len() != 1 {

@@ -434,3 +434,53 @@ fn products_and_convolutions_are_computed_in_eight_bits() {
     let e = ship(before, &ShipOptions { int8_limit: 1e-9, ..options }).unwrap_err();
     assert!(e.exit_code() == 2 && e.to_string().contains("8 bits move the sample by more than"), "{e}");
 }
+
+/// Attention over sequences first, in 16 bits: ONNX Runtime's optimiser ends the process on Transpose, Cast and MatMul.
+#[test]
+fn a_turned_product_in_16_bits_opens_in_onnx_runtime() {
+    let turn = |from: &str, to: &str, perm: &[i64]| {
+        let mut n = node("Transpose", &[from], to);
+        n.attribute = vec![edit::ints_attribute("perm", perm)];
+        n
+    };
+    let graph = |perm: &[i64], back: &[i64]| GraphProto {
+        node: vec![
+            node("Mul", &["noise", "half"], "x"),
+            turn("x", "turned", perm),
+            node("MatMul", &["turned", "w"], "product"),
+            turn("product", "back", back),
+            node("Identity", &["back"], "sample"),
+        ],
+        initializer: vec![initializer("half", &HostTensor::scalar(0.5f32)), initializer("w", &weights(&[6, 6], 1))],
+        input: vec![value("noise", DType::F32, &["batch", "2", "6", "6"])],
+        output: vec![value("sample", DType::F32, &["batch", "2", "6", "6"])],
+        ..GraphProto::default()
+    };
+    // Batches to the middle; not the first dimension alone; the last two exchanged.
+    for (perm, back, parted) in
+        [([1, 2, 0, 3], [2, 0, 1, 3], 1), ([0, 2, 1, 3], [0, 2, 1, 3], 0), ([0, 1, 3, 2], [0, 1, 3, 2], 0)]
+    {
+        let plain = decode(&model(graph(&perm, &back), METADATA)).unwrap();
+        for optimise in [true, false] {
+            let options = ShipOptions { precision: Precision::Fp16, optimise, ..ShipOptions::default() };
+            let (shipped, report) = ship(plain.clone(), &options).unwrap();
+            let reshapes =
+                shipped.graph.as_ref().unwrap().node.iter().filter(|n| n.output[0].ends_with("/same")).count();
+            assert_eq!(reshapes, parted, "{perm:?}: {report:?}");
+            assert!(!crate::runtime::cast_transpose::is_in(shipped.graph.as_ref().unwrap()));
+            for engine in [EngineKind::Ort, EngineKind::Tract] {
+                let apart = worst(&sample(&plain, engine), &sample(&shipped, engine));
+                assert!(apart < 2e-2, "{perm:?} in {engine:?}: {apart}");
+            }
+            // A file as others write it: what was put in is taken out again.
+            let mut bare = shipped.clone();
+            let g = bare.graph.as_mut().unwrap();
+            let same = g.node.iter().filter(|n| n.output[0].ends_with("/same"));
+            let map = same.map(|n| (n.output[0].clone(), n.input[0].clone())).collect();
+            g.node.retain(|n| !n.output[0].ends_with("/same"));
+            edit::redirect(g, &map);
+            let apart = worst(&sample(&shipped, EngineKind::Ort), &sample(&bare, EngineKind::Ort));
+            assert!(apart < 2e-2, "{perm:?}: {apart}");
+        }
+    }
+}

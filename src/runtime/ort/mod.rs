@@ -19,7 +19,7 @@ use ort::ortsys;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{Session, SessionInputValue};
 
-use super::{Call, Engine, EngineOptions, Source, ValueInfo, arrange, model_values};
+use super::{Call, Engine, EngineOptions, Source, ValueInfo, arrange, cast_transpose, model_values};
 use crate::error::{Context, Error, Result};
 use crate::tensor::HostTensor;
 
@@ -239,6 +239,9 @@ impl OrtEngine {
         let accelerated = !options.provider.eq_ignore_ascii_case("cpu");
         let declared = if accelerated { declared(source, library, options)? } else { Declared::default() };
         let provider = providers::register(&mut builder, library, options, &declared.inputs)?;
+        if fusion_fails(source, !accelerated)? {
+            builder = builder.with_config_entry("optimization.disable_specified_optimizers", cast_transpose::FUSION)?;
+        }
         let checked = options.strict && accelerated;
         if checked {
             builder = builder.with_config_entry(placement::RECORD, "1")?;
@@ -320,6 +323,22 @@ struct Declared {
     stamp: Option<tensorrt::Stamp>,
     /// Names of the nodes that compute sizes.
     shapes: HashSet<String>,
+}
+
+/// Whether ONNX Runtime's optimiser would not survive the file ([`cast_transpose`]).
+fn fusion_fails(source: Source<'_>, cpu: bool) -> Result<bool> {
+    match source {
+        Source::Bytes { bytes, .. } => Ok(cast_transpose::in_file(bytes, cpu)),
+        Source::File(path) => {
+            let file = std::fs::File::open(path)?;
+            if file.metadata()?.len() == 0 {
+                return Ok(false);
+            }
+            // SAFETY: as for every mapped file, nobody may cut it while it is read here.
+            let map = unsafe { memmap2::Mmap::map(&file) }?;
+            Ok(cast_transpose::in_file(&map, cpu))
+        }
+    }
 }
 
 fn declared(source: Source<'_>, library: &Library, options: &EngineOptions) -> Result<Declared> {
