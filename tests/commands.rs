@@ -325,3 +325,14 @@ fn bad_input_is_one_clear_error() {
         std::fs::read_dir(dir).unwrap().flatten().all(|e| !e.file_name().to_string_lossy().starts_with(".disback"))
     );
 }
+
+#[test]
+fn options_of_every_command_stand_behind_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    for command in ["inspect", "export", "verify", "sample", "evaluate", "bench", "serve", "doctor"] {
+        let text = ok(dir.path(), &[command, "--help"]);
+        let (own, global) = text.split_once("Global options:").expect(command);
+        assert!(!own.contains("--json") && !own.contains("--quiet"), "{command}: {own}");
+        assert!(global.contains("--json") && global.contains("--quiet"), "{command}: {global}");
+    }
+}

@@ -89,6 +89,7 @@ const CASES: &[&str] = &[
     "hunyuan-drawn-legacy17-dynamic",
     "cog-drawn-dynamo20-dynamic",
     "sana-drawn-dynamo20-dynamic",
+    "sana-drawn-legacy17-dynamic",
     "t5-drawn-legacy17-dynamic",
     "unet1d-drawn-dynamo20-dynamic",
     "prior-drawn-raw18-static",

@@ -54,10 +54,10 @@ struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Machine-readable output: one JSON document on standard output, nothing else there.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global options")]
     json: bool,
     /// No progress bars and no notes; errors are still printed.
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = "Global options")]
     quiet: bool,
 }
 

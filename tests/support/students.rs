@@ -17,7 +17,7 @@ use crate::exporter::Exporter;
 
 /// A card for the case's network, as `--card` takes it; `None` for what is no teacher (autoencoders, text encoders, `traps`)
 /// and for networks whose sample is no image: Flux takes its latents as rows of tokens, CogVideoX and Wan make videos, UNet1D
-/// sounds, Kandinsky's prior and `branches` vectors. Left out: `sana`, whose drawn weights give NaN at a student's noise level.
+/// sounds, Kandinsky's prior and `branches` vectors.
 pub fn card(case: &str) -> Option<Vec<String>> {
     let vp = "schedule={ kind = \"vp\", betas = \"linear\", beta_start = 0.0001, beta_end = 0.02, steps = 1000 }";
     let edm = "schedule={ kind = \"edm\" }";
@@ -102,6 +102,12 @@ pub fn card(case: &str) -> Option<Vec<String>> {
             &step,
             vec!["sample=hidden_states".into(), "shape=[4, 8, 8]".into(), rows("encoder_hidden_states", "[5, 12]")],
         ),
+        // The exporter's optimiser takes the 1e-15 under its linear attention for a zero and drops it: 0 / 0 where no query is positive.
+        "sana" if case.contains("dynamo") => return None,
+        "sana" => (
+            &step,
+            vec!["sample=hidden_states".into(), "shape=[4, 8, 8]".into(), rows("encoder_hidden_states", "[5, 12]")],
+        ),
         "hunyuan" => (
             &step,
             vec![
@@ -168,6 +174,11 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
         // f16 teachers are rounded in other places once their graph is folded.
         let tolerance = if half { 2e-2 } else { tolerance };
         let (model, report) = export::ship(student.clone(), &options).map_err(|e| format!("{form}: {e}"))?;
+        // Sums of a linear attention that are next to nothing, divided by: off by a few hundredths in f16, and the report says so.
+        if name.starts_with("sana") && form.starts_with("fp16") {
+            let said = report.warnings.iter().any(|w| w.contains("--keep-f32"));
+            return if said { Ok(()) } else { Err(format!("{form}: no warning, off by {:?}", report.max_abs)) };
+        }
         if !report.warnings.is_empty() {
             return Err(format!("{form}: {:?}", report.warnings));
         }
