@@ -168,3 +168,33 @@ fn narrow(graph: &GraphProto) -> bool {
     let mut types = held.filter_map(|t| t.data_type).chain(given).map(i64::from);
     types.any(is) || graph.node.iter().any(|n| edit::is(n, "Cast") && edit::int(n, "to").is_some_and(is))
 }
+
+#[cfg(all(test, feature = "ort"))]
+mod tests {
+    use super::*;
+    use crate::runtime::testing::{initializer, model, node, value};
+    use crate::runtime::{EngineKind, EngineOptions, open_bytes};
+    use crate::tensor::HostTensor;
+
+    /// Opened with every fusion, these three nodes end the process.
+    #[test]
+    fn a_file_of_the_pattern_opens_and_computes() {
+        let mut turn = node("Transpose", &["x"], "turned");
+        turn.attribute = vec![edit::ints_attribute("perm", &[1, 0, 2])];
+        let mut cast = node("Cast", &["turned"], "full");
+        cast.attribute = vec![edit::int_attribute("to", 1)];
+        let graph = GraphProto {
+            node: vec![turn, cast, node("MatMul", &["full", "w"], "z")],
+            initializer: vec![initializer("w", &HostTensor::new(&[2, 1], &[1f32, 10.0]).unwrap())],
+            input: vec![value("x", DType::F16, &["2", "3", "2"])],
+            output: vec![value("z", DType::F32, &["3", "2", "1"])],
+            ..GraphProto::default()
+        };
+        let bytes = model(graph, &[]);
+        let options = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
+        let x: Vec<f32> = (0..12).map(|k| k as f32).collect();
+        let x = HostTensor::new(&[2, 3, 2], &x).unwrap().cast(DType::F16);
+        let found = open_bytes(&bytes, None, &options).unwrap().run(&[("x", &x)]).unwrap();
+        assert_eq!(found[0].1.to_f32(), [10.0, 76.0, 32.0, 98.0, 54.0, 120.0]);
+    }
+}
