@@ -143,11 +143,18 @@ pub fn compare(base: &[Curve], trajectory: &[Curve]) -> Result<Comparison> {
         verdict: String::new(),
         seeds,
     };
-    comparison.verdict = verdict(&comparison);
+    // A looser tolerance than one look's spacing would let a longer run count as a better one.
+    let spent = |c: &Curve| c.points.last().map_or(0, |p| p.forwards) as f64;
+    let no_more = comparison.seeds.iter().all(|s| {
+        let of = |curves: &[Curve]| curves.iter().find(|c| c.seed == s.seed).map_or(0.0, spent);
+        of(trajectory) <= 1.01 * of(base)
+    });
+    comparison.verdict = verdict(&comparison, no_more);
     Ok(comparison)
 }
 
-fn verdict(c: &Comparison) -> String {
+/// `no_more`: the trajectory's arm spent no more forward passes than the base method's, so that their ends can be compared.
+fn verdict(c: &Comparison, no_more: bool) -> String {
     let n = c.seeds.len();
     let ended = match (c.final_ratio.low, c.final_ratio.high) {
         (Some(low), _) if low > 1.0 => "and ends farther from the reference than the base method",
@@ -181,8 +188,9 @@ fn verdict(c: &Comparison) -> String {
         percent(forwards),
         100.0 * own
     );
+    let nearer = no_more && c.final_ratio.high.is_some_and(|high| high < 1.0);
     match (forwards.low, forwards.high) {
-        (_, Some(high)) if high < own => {
+        (_, Some(high)) if high < own || nearer && high < 1.0 => {
             format!("The trajectory pays: the base method's final distance is reached with {share}, {ended}.")
         }
         (Some(low), _) if low > own => {
@@ -242,6 +250,26 @@ mod tests {
             c.verdict
         );
         assert!(compare(&base, &[]).is_err());
+    }
+
+    /// A base method that stalls is at its own level early: at equal forward passes a nearer end decides, at more it does not.
+    #[test]
+    fn a_nearer_end_for_the_same_passes_pays() {
+        let base: Vec<Curve> =
+            (0..3).map(|s| curve(s, 0, &[50.0, 30.0, 10.0 + s as f64, 13.0, 10.0 + s as f64])).collect();
+        let with: Vec<Curve> = (0..3).map(|s| curve(s, 20, &[50.0, 30.0, 12.0, 6.0, 6.0 + 0.1 * s as f64])).collect();
+        let c = compare(&base, &with).unwrap();
+        assert!(c.forwards.unwrap().mean > c.base_updates.mean && c.final_ratio.high.unwrap() < 1.0);
+        assert!(c.verdict.starts_with("Undecided"), "{}", c.verdict);
+        let same: Vec<Curve> = with
+            .into_iter()
+            .map(|mut t| {
+                t.points.pop();
+                t
+            })
+            .collect();
+        let c = compare(&base, &same).unwrap();
+        assert!(c.verdict.starts_with("The trajectory pays") && c.verdict.contains("nearer"), "{}", c.verdict);
     }
 
     #[test]
