@@ -49,7 +49,7 @@ mod train {
         "src/torch/linear.cpp",
         "src/torch/group_norm.cpp",
     ];
-    const HEADERS: [&str; 3] = ["src/torch/border.h", "src/torch/lanes.h", "src/torch/gemm.h"];
+    const HEADERS: [&str; 4] = ["src/torch/border.h", "src/torch/lanes.h", "src/torch/parallel.h", "src/torch/gemm.h"];
 
     /// torch-sys (a direct dependency for this very reason) tells where it linked libtorch.
     pub fn link_libtorch() {

@@ -2,7 +2,7 @@
 // hyperbolic tangent. 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include "parallel.h"
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -75,7 +75,7 @@ CLONES void backward_block(const float* x, const float* dy, float* dx, int64_t n
 template <class Whole, class Rest>
 void pieces(int64_t n, const Whole& whole, const Rest& rest) {
   const int64_t even = n / lanes * lanes;
-  at::parallel_for(0, even / lanes, grain / lanes, [&](int64_t a, int64_t b) { whole(a * lanes, (b - a) * lanes); });
+  disback::parallel_for(0, even / lanes, grain / lanes, [&](int64_t a, int64_t b) { whole(a * lanes, (b - a) * lanes); });
   if (even < n) rest(even, n - even);
 }
 

@@ -5,7 +5,7 @@
 //   dx = r (w dy - (sum of w dy + xh sum of w dy xh) / M) with xh = (x - mean) r and M elements a group
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include "parallel.h"
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -100,7 +100,7 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
     const float *from = x.const_data_ptr<float>(), *s = scale.const_data_ptr<float>(), *t = shift.const_data_ptr<float>();
     float *to = y.mutable_data_ptr<float>(), *means = mean.mutable_data_ptr<float>(), *rs = r.mutable_data_ptr<float>();
     const float count = static_cast<float>(pixels * (channels / groups));
-    at::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+    disback::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
       std::vector<float> sum(channels), zeros(channels, 0.0f), a(channels), b(channels);
       for (int64_t i = first; i < last; ++i) {
         const float* image = from + i * pixels * channels;
@@ -141,7 +141,7 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
     float *to = dx.mutable_data_ptr<float>(), *p = plain.mutable_data_ptr<float>(), *q = with_x.mutable_data_ptr<float>();
     const float count = static_cast<float>(pixels * (channels / groups));
     const bool for_x = ctx->needs_input_grad(0);
-    at::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+    disback::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
       std::vector<float> a(channels), b(channels), c(channels), sum(channels), sum_x(channels);
       for (int64_t i = first; i < last; ++i) {
         const int64_t at = i * pixels * channels, row = i * channels;

@@ -1,7 +1,7 @@
 // Linear layers of f32 on the CPU through the products of gemm.h: y = x W + b, and both gradients.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include "parallel.h"
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -23,9 +23,9 @@ void product(const Matrix& a, const Matrix& b, const float* bias, float* c, int6
   const int64_t panels = disback::panels(n), block = 14, blocks = (m + block - 1) / block;
   at::Tensor buffer = at::empty({disback::packed_size(k, n)}, at::kFloat);
   float* packed = buffer.mutable_data_ptr<float>();
-  at::parallel_for(0, panels, std::max<int64_t>(1, (1 << 14) / (k * disback::panel)),
+  disback::parallel_for(0, panels, std::max<int64_t>(1, (1 << 14) / (k * disback::panel)),
                    [&](int64_t from, int64_t to) { disback::pack(b, k, n, from, to, packed); });
-  at::parallel_for(0, blocks, std::max<int64_t>(1, (1 << 17) / (k * n)), [&](int64_t from, int64_t to) {
+  disback::parallel_for(0, blocks, std::max<int64_t>(1, (1 << 17) / (k * n)), [&](int64_t from, int64_t to) {
     disback::multiply(a, from * block, std::min(to * block, m), packed, k, n, bias, false, c, n);
   });
 }
@@ -83,6 +83,9 @@ struct Linear : torch::autograd::Function<Linear> {
 }  // namespace
 
 extern "C" {
+
+// Whether loops are shared among threads: no runtime of OpenMP in the process, no threads.
+bool disback_has_threads() { return disback::team() != nullptr; }
 
 // x [..., K] and w [K, N] of any strides, f32 on the CPU, bias [N] or nullptr: [..., N]. Where `disback_has_products`.
 char* disback_linear(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {

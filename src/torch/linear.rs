@@ -133,6 +133,15 @@ mod tests {
     }
 
     #[test]
+    fn loops_are_shared_among_the_threads_of_libtorch() {
+        unsafe extern "C" {
+            fn disback_has_threads() -> bool;
+        }
+        // SAFETY: asks the loader.
+        assert!(unsafe { disback_has_threads() }, "no OpenMP runtime found: parallel.h runs on one thread");
+    }
+
+    #[test]
     fn what_is_small_or_of_another_kind_goes_the_usual_way() {
         let t = |shape: &[i64], kind| Tensor::ones(shape, (kind, Device::Cpu));
         assert!(!pays(&t(&[4, 64], Kind::Float), &t(&[64, 64], Kind::Float)));

@@ -6,7 +6,7 @@
 //   gradient of the input: the same with the filter turned round; of the filter: G' (sum over tiles (A dy A') U) G
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include "parallel.h"
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -232,7 +232,7 @@ struct Winograd {
     at::Tensor out = floats(products * size);
     float* to = out.mutable_data_ptr<float>();
     if (turned) {
-      at::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
+      disback::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
         std::vector<float> copy(9 * c);
         for (int64_t i = a; i < b; ++i) {
           filter<S>(filters.of(i, copy.data()), true, to + i * disback::panel, size, k * disback::panel, c);
@@ -240,7 +240,7 @@ struct Winograd {
       });
       return out;
     }
-    at::parallel_for(0, disback::panels(k), 1, [&](int64_t a, int64_t b) {
+    disback::parallel_for(0, disback::panels(k), 1, [&](int64_t a, int64_t b) {
       at::Tensor buffer = floats(products * disback::panel * c);
       std::vector<float> copy(9 * c);
       float* some = buffer.mutable_data_ptr<float>();
@@ -265,7 +265,7 @@ struct Winograd {
     const float *from_x = x.const_data_ptr<float>(), *packed = filters.const_data_ptr<float>();
     const float *none = zeros.const_data_ptr<float>(), *b = shift.const_data_ptr<float>();
     float* out = y.mutable_data_ptr<float>();
-    at::parallel_for(0, tiles(), 28, [&](int64_t first, int64_t last) {
+    disback::parallel_for(0, tiles(), 28, [&](int64_t first, int64_t last) {
       const int64_t most = chunk(last - first, 84), rc = row(c), rk = row(k), size = disback::packed_size(c, k);
       at::Tensor between = floats(products * most * (rc + rk));
       float *u = between.mutable_data_ptr<float>(), *m = u + products * most * rc;
@@ -297,7 +297,7 @@ struct Winograd {
     float *u = between.mutable_data_ptr<float>(), *m = u + products * wide, *sum = total.mutable_data_ptr<float>();
     for (int64_t from = 0; from < tiles(); from += most) {
       const int64_t count = std::min(most, tiles() - from);
-      at::parallel_for(0, count, 16, [&](int64_t a, int64_t b) {
+      disback::parallel_for(0, count, 16, [&](int64_t a, int64_t b) {
         inputs(from_x, none, from + a, from + b, u + a * disback::panel, disback::panel, wide, count * disback::panel);
         each(from + a, from + b, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
           const float* at = from_y + ((image * h + row) * w + column) * k;
@@ -305,7 +305,7 @@ struct Winograd {
           gradient_tile<S>(places, m + (a + t) * rk, most * rk, k);
         });
       });
-      at::parallel_for(0, products, 1, [&](int64_t a, int64_t b) {
+      disback::parallel_for(0, products, 1, [&](int64_t a, int64_t b) {
         for (int64_t q = a; q < b; ++q) {
           disback::multiply({m + q * most * rk, 1, rk}, 0, k, u + q * wide, count, c, nullptr, from > 0, sum + q * k * c, c);
         }
@@ -314,7 +314,7 @@ struct Winograd {
     at::Tensor grad = at::empty_like(like);
     float* to = grad.mutable_data_ptr<float>();
     const bool last = !like.is_contiguous();
-    at::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
+    disback::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
       std::vector<float> some(9 * c);
       for (int64_t i = a; i < b; ++i) {
         float* at = to + i * 9 * c;
