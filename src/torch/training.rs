@@ -251,11 +251,14 @@ mod tests {
     #[test]
     fn the_count_follows_tensors() {
         count_memory();
-        let before = counted_memory(true).current;
-        let t = Tensor::zeros([1 << 20], (Kind::Float, Device::Cpu));
-        let with = counted_memory(false);
-        // Other tests run beside this one.
-        assert!(with.peak >= before.min(with.current) && with.peak >= 4 << 20);
-        drop(t);
+        // Other tests run beside this one, free what they hold and begin the peak anew: one undisturbed look is enough.
+        let seen = (0..50).any(|_| {
+            let before = counted_memory(true).current;
+            let t = Tensor::zeros([1 << 20], (Kind::Float, Device::Cpu));
+            let with = counted_memory(false);
+            drop(t);
+            with.peak >= before.min(with.current) && with.peak >= 4 << 20
+        });
+        assert!(seen);
     }
 }
