@@ -2,7 +2,6 @@
 // hyperbolic tangent. 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
 #include <ATen/ATen.h>
-#include "parallel.h"
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -10,6 +9,7 @@
 
 #include "border.h"
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 

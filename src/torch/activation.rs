@@ -54,4 +54,20 @@ mod tests {
         // Other forms go libtorch's way.
         assert!(gelu(&x, "none").unwrap().equal(&x.gelu("none")));
     }
+
+    /// In bf16 the values and slopes of f32, rounded once: 2^-8 of each, and bf16's own type.
+    #[test]
+    fn gelu_in_bf16_is_that_of_f64_rounded() {
+        let x = (Tensor::arange(1001, (Kind::Float, Device::Cpu)) * 0.02 - 10.0).to_kind(Kind::BFloat16);
+        let x = x.set_requires_grad(true);
+        let wide = x.detach().to_kind(Kind::Double).set_requires_grad(true);
+        let (y, expected) = (gelu(&x, "tanh").unwrap(), wide.gelu("tanh"));
+        y.sum(Kind::BFloat16).backward();
+        expected.sum(Kind::Double).backward();
+        for (ours, theirs) in [(y.detach(), expected.detach()), (x.grad(), wide.grad())] {
+            assert_eq!(ours.kind(), Kind::BFloat16);
+            let apart = (ours.to_kind(Kind::Double) - &theirs).abs();
+            assert_eq!(apart.le_tensor(&(theirs.abs() / 256.0 + 2e-7)).all().int64_value(&[]), 1, "{:?}", apart.max());
+        }
+    }
 }

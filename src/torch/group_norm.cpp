@@ -5,7 +5,6 @@
 //   dx = r (w dy - (sum of w dy + xh sum of w dy xh) / M) with xh = (x - mean) r and M elements a group
 
 #include <ATen/ATen.h>
-#include "parallel.h"
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -16,6 +15,7 @@
 
 #include "border.h"
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 

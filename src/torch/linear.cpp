@@ -1,7 +1,6 @@
 // Linear layers of f32 on the CPU through the products of gemm.h: y = x W + b, and both gradients.
 
 #include <ATen/ATen.h>
-#include "parallel.h"
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -10,6 +9,7 @@
 
 #include "border.h"
 #include "gemm.h"
+#include "parallel.h"
 
 namespace {
 

@@ -6,7 +6,6 @@
 //   gradient of the input: the same with the filter turned round; of the filter: G' (sum over tiles (A dy A') U) G
 
 #include <ATen/ATen.h>
-#include "parallel.h"
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -17,6 +16,7 @@
 #include "border.h"
 #include "gemm.h"
 #include "lanes.h"
+#include "parallel.h"
 
 namespace {
 

@@ -143,7 +143,7 @@ pub fn compare(base: &[Curve], trajectory: &[Curve]) -> Result<Comparison> {
         verdict: String::new(),
         seeds,
     };
-    // A looser tolerance than one look's spacing would let a longer run count as a better one.
+    // Runs end at whole updates: a hundredth more is the same budget.
     let spent = |c: &Curve| c.points.last().map_or(0, |p| p.forwards) as f64;
     let no_more = comparison.seeds.iter().all(|s| {
         let of = |curves: &[Curve]| curves.iter().find(|c| c.seed == s.seed).map_or(0.0, spent);
