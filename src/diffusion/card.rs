@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::tensor::DType;
 
-use super::sampler::Sampler;
 use super::schedule::{Schedule, ScheduleSpec};
 
 /// What the network's output is. `x_t = a x0 + b e`.
@@ -32,13 +31,6 @@ pub enum Prediction {
     /// A consistency model's raw `F`: `f(x) = c_skip x + c_out F(c_in x)` with the boundary condition `f(x, sigma_min) = x`
     /// (Song et al. 2023). Its clean estimate lies on the sample's own trajectory; one evaluation makes an image.
     Consistency,
-}
-
-impl Prediction {
-    /// What samples such a network: a consistency model makes its image in one evaluation, whatever was asked for.
-    pub fn sampler(self, sampler: Sampler, steps: usize) -> (Sampler, usize) {
-        if self == Self::Consistency { (Sampler::Euler, 1) } else { (sampler, steps) }
-    }
 }
 
 /// The number that the network takes as time.
@@ -308,7 +300,7 @@ impl TeacherCard {
         self.conditions.values().find_map(Condition::classes)
     }
 
-    /// Checks every value on its own and against the others.
+    /// Checks every value; whether prediction, time unit and schedule go together is [`super::Conversion::new`]'s to say.
     pub fn validate(&self) -> Result<()> {
         let bad = |what: String| Err(Error::usage(format!("card: {what}")));
         for (key, name) in [("sample", &self.sample), ("time", &self.time), ("output", &self.output)] {
@@ -345,7 +337,6 @@ impl TeacherCard {
         if let Some((name, value)) = self.constants.iter().find(|(_, v)| v.is_nan()) {
             return bad(format!("`constants.{name}` is {value}"));
         }
-        super::conversion::Conversion::new(self)?;
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Context, Error, Result};
 
 use super::card::TeacherCard;
+use super::conversion::Conversion;
 use super::scheduler_config;
 
 /// Where a value was given.
@@ -149,6 +150,7 @@ impl CardSource {
         }
         let card = build(&merged)?;
         card.validate()?;
+        Conversion::new(&card)?;
         let origins = merged.into_iter().map(|(key, leaf)| (key.join("."), leaf.origin)).collect();
         Ok(ResolvedCard { card, origins, extra })
     }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+use super::card::Prediction;
 use super::schedule::{Schedule, karras};
 
 /// What a sampler needs of its state.
@@ -73,6 +74,12 @@ pub struct Sampled<V> {
 }
 
 impl Sampler {
+    /// What samples a network of this kind, in how many steps: a consistency model makes its image in one evaluation,
+    /// whatever was asked for.
+    pub fn fitting(self, prediction: Prediction, steps: usize) -> (Self, usize) {
+        if prediction == Prediction::Consistency { (Self::Euler, 1) } else { (self, steps) }
+    }
+
     /// Evaluations for `n` steps that end at noise level 0.
     pub fn nfe(self, n: usize) -> usize {
         if self == Self::Heun { (2 * n).saturating_sub(1) } else { n }
@@ -156,7 +163,7 @@ impl super::denoiser::Denoiser {
     ) -> Result<Sampled<tch::Tensor>> {
         let guidance = guidance.into();
         let schedule = self.conversion().schedule();
-        let (sampler, steps) = self.card().prediction.sampler(sampler, steps);
+        let (sampler, steps) = sampler.fitting(self.card().prediction, steps);
         let rows = z.size().first().copied().unwrap_or(0) as usize;
         let _no_grad = tch::no_grad_guard();
         let mut sampled = sampler.run(schedule, z, &sampler.sigmas(schedule, steps), |x: &tch::Tensor, sigma| {

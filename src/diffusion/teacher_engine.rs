@@ -185,7 +185,7 @@ impl TeacherOnEngine {
     /// Samples images `start..start + count`: image `k` starts from [`crate::noise::image_noise`] of (seed, k).
     pub fn sample(&mut self, request: &TeacherRequest, start: u64, count: usize) -> Result<TeacherSamples> {
         let schedule = self.conversion.schedule().clone();
-        let (sampler, steps) = self.card.prediction.sampler(request.sampler, request.steps);
+        let (sampler, steps) = request.sampler.fitting(self.card.prediction, request.steps);
         let sigmas = sampler.sigmas(&schedule, steps);
         let [c, h, w] = self.card.shape;
         let len = self.card.sample_len();

@@ -8,7 +8,6 @@ use tch::{Device, Tensor};
 
 use crate::diffusion::{ConditionSource, HostConditions, TeacherCard};
 use crate::distill::config::{Distribution, NoiseConfig};
-use crate::distill::gan::RealImages;
 use crate::error::Result;
 use crate::tensor::HostTensor;
 use crate::torch::shim;
@@ -57,7 +56,8 @@ impl Draws {
         Self { seed, phase, iteration, micro: micro as u32 }
     }
 
-    fn stream(&self, what: Use) -> ChaCha8Rng {
+    /// Random numbers for one use.
+    pub fn stream(&self, what: Use) -> ChaCha8Rng {
         let mut key = [0u8; 32];
         key[..8].copy_from_slice(&self.seed.to_le_bytes());
         key[8..16].copy_from_slice(&self.iteration.to_le_bytes());
@@ -90,11 +90,6 @@ impl Draws {
             seed = stream.next_u64();
         }
         shim::randn(seed, shape, device)
-    }
-
-    /// Real images with their conditions.
-    pub fn real(&self, data: &RealImages, card: &TeacherCard, rows: usize) -> Result<(HostTensor, HostConditions)> {
-        data.draw(card, &mut self.stream(Use::RealImage), rows)
     }
 
     /// `count` noise levels.

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::diffusion::{Condition, Layout, Origin, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
+use crate::diffusion::{Condition, Conversion, Layout, Origin, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
 use crate::error::{Error, Result};
 
 /// What the sources of a card (metadata, side file, command line) already say, by path.
@@ -136,6 +136,7 @@ impl Findings {
             .try_into()
             .map_err(|e: toml::de::Error| Error::usage(format!("proposed card: {}", e.to_string().trim_end())))?;
         card.validate()?;
+        Conversion::new(&card)?;
         Ok(card)
     }
 

@@ -57,15 +57,15 @@ pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
                 bar - 2.0,
                 (bottom - top).max(0.5),
                 COLOURS[k % COLOURS.len()],
-                super::html::esc(&group.label),
-                super::html::esc(names[k])
+                super::text::esc(&group.label),
+                super::text::esc(names[k])
             );
         }
         let _ = writeln!(
             svg,
             "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
             HEIGHT - 25.0,
-            super::html::esc(&group.label)
+            super::text::esc(&group.label)
         );
     }
     let _ = writeln!(
@@ -73,7 +73,7 @@ pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
         "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
         (LEFT + WIDTH) / 2.0,
         HEIGHT - 6.0,
-        super::html::esc(x_label)
+        super::text::esc(x_label)
     );
     for (k, (name, (left, top))) in names.iter().zip(places).enumerate() {
         let _ = writeln!(
@@ -83,7 +83,7 @@ pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
             COLOURS[k % COLOURS.len()],
             left + 20,
             top + 13,
-            super::html::esc(name)
+            super::text::esc(name)
         );
     }
     svg.push_str("</svg>");

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use serde_json::Value;
 
 use super::bars::{Group, bars};
-use super::html::esc;
 use super::plot::{Mark, Series, curves};
 use super::run::Run;
+use super::text::esc;
 use crate::eval::in_loop::Point;
 
 fn plot(svg: Option<String>, title: &str) -> String {

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use super::embed;
-use super::html::{esc, number};
 use super::run::Run;
+use super::text::{esc, number};
 
 /// Widths in pixels at which sheets are embedded.
 const LARGE: u32 = 720;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::run::Run;
+use super::text::{esc, number, plain};
 use super::{curves, gallery, tables};
 use crate::error::Result;
 use crate::eval::in_loop::{self, Point};
@@ -32,32 +33,6 @@ pub fn write_beside(run_dir: &Path, baselines: &[PathBuf]) -> Result<PathBuf> {
 fn name_of(folder: &Path) -> String {
     let real = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
     real.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned())
-}
-
-pub(super) fn esc(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-/// Four significant digits, whole numbers whole.
-pub(super) fn number(v: f64) -> String {
-    if v == v.trunc() && v.abs() < 1e9 {
-        return format!("{v:.0}");
-    }
-    let a = v.abs();
-    if !(1e-4..1e7).contains(&a) {
-        return format!("{v:.3e}");
-    }
-    let digits = (3 - a.log10().floor() as i32).max(0) as usize;
-    format!("{v:.digits$}")
-}
-
-pub(super) fn plain(value: &Value) -> String {
-    match value {
-        Value::Null => "-".into(),
-        Value::String(s) => s.clone(),
-        Value::Number(n) => n.as_f64().map_or_else(|| n.to_string(), number),
-        other => other.to_string(),
-    }
 }
 
 fn section(title: &str, body: &str) -> String {

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use super::html::{esc, plain};
 use super::run::Run;
+use super::text::{esc, plain};
 
 /// Keys by which an object of the summary is known to measure a model.
 const MEASURES: [&str; 3] = ["frechet", "nfe", "ms_per_image"];
@@ -208,7 +208,7 @@ fn sides(run: &Run) -> (Option<Side>, Option<Side>) {
 pub fn headline(run: &Run) -> String {
     let about = run.summary.as_ref().map_or(&Value::Null, |s| &s["run"]);
     let text = |key: &str| about[key].as_str();
-    let count = |key: &str| about[key].as_f64().map(super::html::number);
+    let count = |key: &str| about[key].as_f64().map(super::text::number);
     let mut out = String::new();
     if let Some(method) = text("method") {
         let teacher = text("teacher").map_or(String::new(), |t| format!(" of {}", esc(&short(t))));
@@ -240,16 +240,16 @@ pub fn headline(run: &Run) -> String {
         if let Some(n) = s.nfe {
             tile(
                 "network calls an image",
-                super::html::number(n),
-                beside(t.and_then(|t| t.nfe).map(super::html::number)),
+                super::text::number(n),
+                beside(t.and_then(|t| t.nfe).map(super::text::number)),
             );
         }
         if let Some(ms) = s.ms {
             let other = t.and_then(|t| t.ms).filter(|_| ms > 0.0);
             let below = other.map_or(String::new(), |o| {
-                format!("teacher {}: {} times as long", super::html::number(o), super::html::number((o / ms).round()))
+                format!("teacher {}: {} times as long", super::text::number(o), super::text::number((o / ms).round()))
             });
-            tile("ms an image", super::html::number(ms), below);
+            tile("ms an image", super::text::number(ms), below);
         }
     }
     let seconds: f64 = ["seconds_degrade", "seconds_backtrack"].iter().filter_map(|k| about[*k].as_f64()).sum();
@@ -278,7 +278,7 @@ fn image_cost(run: &Run) -> (Vec<&'static str>, Vec<Vec<String>>) {
         let mib = |v: &Value| v.as_f64().map_or("-".into(), |m| format!("{m:.0}"));
         for t in list("timings") {
             let ms =
-                t["p50_ms"].as_f64().zip(t["batch"].as_f64()).map_or("-".into(), |(p, b)| super::html::number(p / b));
+                t["p50_ms"].as_f64().zip(t["batch"].as_f64()).map_or("-".into(), |(p, b)| super::text::number(p / b));
             let cells = [
                 plain(&t["engine"]),
                 plain(&t["batch"]),
@@ -290,7 +290,7 @@ fn image_cost(run: &Run) -> (Vec<&'static str>, Vec<Vec<String>>) {
             rows.push(std::iter::once("student".to_string()).chain(cells).collect());
         }
         for t in list("teacher") {
-            let rate = t["ms_per_image"].as_f64().map_or("-".into(), |ms| super::html::number(1e3 / ms));
+            let rate = t["ms_per_image"].as_f64().map_or("-".into(), |ms| super::text::number(1e3 / ms));
             let cells = [
                 plain(&t["engine"]),
                 plain(&t["batch"]),
@@ -384,7 +384,7 @@ pub fn hashes(run: &Run) -> String {
             "<tr><th>node {}</th><td>{}</td><td>{}</td><td><code>{}</code></td></tr>",
             node.index,
             node.iteration.map_or("-".into(), |i| i.to_string()),
-            node.loss.map_or("-".into(), super::html::number),
+            node.loss.map_or("-".into(), super::text::number),
             esc(node.hash.as_deref().unwrap_or("-"))
         );
     }

@@ -119,7 +119,7 @@ impl Gan {
         conditions: &Conditions,
     ) -> Result<Tensor> {
         let rows = batches.batch;
-        let (images, real_conditions) = draws.real(&self.data, network.card(), rows)?;
+        let (images, real_conditions) = self.data.draw(network.card(), &mut draws.stream(Use::RealImage), rows)?;
         let images = crate::torch::device::send(&convert::to_torch(&images)?, batches.device)?;
         let real_conditions = Conditions::from_host(&real_conditions, batches.device)?;
         let sigmas = draws.sigmas(Use::DiscriminatorSigma, &self.levels, rows);
