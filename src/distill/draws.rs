@@ -9,7 +9,6 @@ use tch::{Device, Tensor};
 use crate::diffusion::{ConditionSource, HostConditions, TeacherCard};
 use crate::distill::config::{Distribution, NoiseConfig};
 use crate::error::Result;
-use crate::tensor::HostTensor;
 use crate::torch::shim;
 
 /// The part of a run that draws.

@@ -2,10 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use super::run::Run;
-use super::text::{esc, number, plain};
+use super::text::{esc, plain};
 use super::{curves, gallery, tables};
 use crate::error::Result;
 use crate::eval::in_loop::{self, Point};
