@@ -10,7 +10,7 @@ use crate::graph::{Graph, Model, ValueId, lower, tensors};
 use crate::onnx::ModelProto;
 use crate::torch::convert;
 use crate::torch::kernel::{Kernel, Value};
-use crate::torch::registry::Registry;
+use crate::torch::ops;
 
 /// Replaces every node of the main graph that depends on the initializer `source`, and on nothing but constants beside it,
 /// by its value. Other constant arithmetic stays as the exporter wrote it, so that names and weights stay where they were.
@@ -93,7 +93,7 @@ impl<'a> Folder<'a> {
             if !n.outputs.iter().flatten().all(|v| known.contains(v) && wanted.contains(v)) {
                 continue;
             }
-            let kernel: Kernel = Registry::global().build(n).with_context(|| n.label())?;
+            let kernel: Kernel = ops::registry().build(n).with_context(|| n.label())?;
             let args = n.inputs.iter().map(|v| v.and_then(|v| values.get(&v))).collect();
             let out = kernel.call(args, Device::Cpu).with_context(|| n.label())?;
             for (id, v) in n.outputs.iter().zip(out) {

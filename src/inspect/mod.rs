@@ -24,7 +24,7 @@ use crate::error::Result;
 use crate::graph::raise::{NearMiss, Report as Raised};
 use crate::graph::roles::{Buffer, Declared, Parameter};
 use crate::graph::{Graph, Model, TrainableChoice, lower};
-use crate::torch::registry::Registry;
+use crate::torch::ops;
 use crate::torch::{ImportOptions, Network};
 
 /// A graph input or output.
@@ -233,7 +233,7 @@ fn unsupported(graph: &Graph) -> Vec<UnsupportedNode> {
         .nodes
         .iter()
         .filter_map(|n| {
-            let e = Registry::global().build(n).err()?;
+            let e = ops::registry().build(n).err()?;
             Some(UnsupportedNode {
                 operator: if n.domain.is_empty() { n.op.clone() } else { format!("{}.{}", n.domain, n.op) },
                 opset: n.opset,

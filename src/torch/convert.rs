@@ -22,6 +22,11 @@ pub fn kind(dtype: DType) -> Kind {
     }
 }
 
+/// Whether tensors of this kind hold floats.
+pub fn is_float(kind: Kind) -> bool {
+    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
+}
+
 /// The element type that a libtorch tensor has on the host.
 pub fn dtype(kind: Kind) -> Result<DType> {
     Ok(match kind {

@@ -10,16 +10,15 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::graph::{Graph, Port, ValueId};
 use crate::torch::kernel::{Kernel, Value};
-use crate::torch::ops::quant::straight_through;
-use crate::torch::registry::Registry;
+use crate::torch::ops;
 use crate::torch::segments;
 use crate::torch::training;
-use crate::torch::{convert, deciding};
+use crate::torch::{convert, deciding, straight_through};
 
 use specialise::{Specialised, done_after};
 
@@ -89,9 +88,9 @@ impl Plan {
     ///
     /// Errors: all nodes that cannot be imported, each with its reason.
     pub fn new(graph: &Graph, parameters: &[ValueId]) -> Result<Self> {
-        let rewritten = straight_through(graph);
+        let rewritten = straight_through::fake_quantized(graph);
         let nodes = rewritten.as_ref().unwrap_or(&graph.nodes);
-        let kernels = Registry::global().build_all(nodes)?;
+        let kernels = ops::registry().build_all(nodes)?;
         deciding::check(graph, nodes, &kernels, parameters)?;
         let steps: Rc<[Step]> = nodes
             .iter()
@@ -422,9 +421,4 @@ fn check_input(port: &Port, t: &Tensor) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The element type in which a tensor of this kind is computed when a plan asks for "float".
-pub fn is_float(kind: Kind) -> bool {
-    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
 }

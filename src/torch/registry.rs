@@ -2,12 +2,10 @@
 //! holds.
 
 use std::collections::HashMap;
-use std::sync::OnceLock;
 
 use crate::error::{Context, Error, Result};
 use crate::graph::Node;
 use crate::torch::kernel::Kernel;
-use crate::torch::ops;
 
 /// Builds a kernel from a node: reads every attribute, refuses what it cannot do exactly.
 pub type Build = fn(&Node) -> Result<Kernel>;
@@ -35,16 +33,6 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The registry with every family in it.
-    pub fn global() -> &'static Self {
-        static REGISTRY: OnceLock<Registry> = OnceLock::new();
-        REGISTRY.get_or_init(|| {
-            let mut r = Registry::default();
-            ops::register(&mut r);
-            r
-        })
-    }
-
     /// Adds an operator of the default domain whose meaning holds from `since` on.
     pub fn add(&mut self, op: &'static str, since: i64, inputs: (usize, usize), build: Build) {
         self.add_entry(Entry { domain: "", op, since, until: i64::MAX, inputs, build });

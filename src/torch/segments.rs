@@ -8,8 +8,9 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::ValueId;
+use crate::torch::convert::is_float;
 use crate::torch::kernel::Value;
-use crate::torch::plan::{Step, is_float, run_step};
+use crate::torch::plan::{Step, run_step};
 use crate::torch::training::{Autocast, recompute};
 
 /// Sizes that decide about cuts: of each remaining step in order, the bytes that it makes, and the bytes made so far that

@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
+use crate::torch::convert::is_float;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
-use crate::torch::plan::is_float;
 use crate::torch::registry::{MANY, Registry};
 
 type Unary = fn(&Tensor) -> Result<Tensor, tch::TchError>;

@@ -49,7 +49,7 @@ fn gather(node: &Node) -> Result<Kernel> {
         shape.splice(axis as usize..=axis as usize, index.size());
         let flat = wrapped(index, x.size()[axis as usize])?.f_reshape([-1])?;
         // `embedding` has the faster gradient for the common case of a table.
-        let rows = if axis == 0 && x.dim() == 2 && super::super::plan::is_float(x.kind()) {
+        let rows = if axis == 0 && x.dim() == 2 && crate::torch::convert::is_float(x.kind()) {
             Tensor::f_embedding(x, &flat, -1, false, false)?
         } else {
             x.f_index_select(axis, &flat)?

@@ -15,7 +15,7 @@ mod ngram;
 mod norm;
 mod order;
 mod pool;
-pub(super) mod quant;
+mod quant;
 mod raised;
 mod recurrent;
 mod reduce;
@@ -26,10 +26,21 @@ mod shape;
 mod signal;
 mod util;
 
+use std::sync::OnceLock;
+
 use crate::torch::registry::Registry;
 
-/// Registers every family.
-pub fn register(r: &mut Registry) {
+/// The registry with every family in it.
+pub fn registry() -> &'static Registry {
+    static REGISTRY: OnceLock<Registry> = OnceLock::new();
+    REGISTRY.get_or_init(|| {
+        let mut r = Registry::default();
+        register(&mut r);
+        r
+    })
+}
+
+fn register(r: &mut Registry) {
     activation::register(r);
     attention::register(r);
     bits::register(r);

@@ -1,17 +1,15 @@
 //! Quantisation. Integer products are computed in f64, which holds them exactly and which every device multiplies.
 
-use std::collections::HashSet;
-
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Node, ValueId};
+use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
+use crate::torch::convert::is_float;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::conv::{Window, pad_spatial};
 use crate::torch::ops::util;
-use crate::torch::plan::is_float;
 use crate::torch::registry::{Entry, Registry};
 
 pub fn register(r: &mut Registry) {
@@ -59,7 +57,7 @@ pub fn register(r: &mut Registry) {
             requantized(&y.f_mul(&util::per_channel(&scale, y.dim())?)?, a.t(6)?, a.t(7)?, 1)
         }))
     });
-    // What `straight_through` makes of a pair.
+    // What `torch::straight_through` makes of a pair.
     r.add_entry(Entry {
         domain: "disback",
         op: "FakeQuantize",
@@ -234,50 +232,6 @@ fn fake_quantize(node: &Node) -> Result<Kernel> {
     }))
 }
 
-/// Integers carry no gradient. Where a DequantizeLinear undoes a QuantizeLinear with the same scale and zero point, the
-/// pair becomes one operator on floats that has the same values and the straight-through gradient. `None` where there is
-/// no such pair.
-pub fn straight_through(graph: &Graph) -> Option<Vec<Node>> {
-    if !graph.nodes.iter().any(|n| n.is("DequantizeLinear")) {
-        return None;
-    }
-    let producers = graph.producers();
-    let same = |a: Option<ValueId>, b: Option<ValueId>| {
-        let data = |v: Option<ValueId>| v.and_then(|v| graph.constants.get(&v)).map(|c| &c.tensor);
-        a == b || (data(a).is_some() && data(a) == data(b))
-    };
-    let mut nodes = graph.nodes.clone();
-    let mut changed = false;
-    for node in nodes.iter_mut().filter(|n| n.is("DequantizeLinear")) {
-        let source = node.input(0).and_then(|v| producers.get(&v)).map(|&i| &graph.nodes[i]);
-        let Some(q) = source.filter(|q| q.is("QuantizeLinear")) else { continue };
-        let number = |n: &Node, name: &str, default: i64| n.attributes.int_or(name, default).ok();
-        let alike = number(q, "axis", 1) == number(node, "axis", 1)
-            && number(q, "block_size", 0) == number(node, "block_size", 0)
-            && number(q, "precision", 0) == Some(0)
-            && number(node, "output_dtype", 0) == Some(0);
-        if !(alike && same(q.input(1), node.input(1)) && same(q.input(2), node.input(2))) {
-            continue;
-        }
-        node.domain = "disback".to_owned();
-        node.op = "FakeQuantize".to_owned();
-        node.inputs = q.inputs.clone();
-        node.attributes = q.attributes.clone();
-        changed = true;
-    }
-    if !changed {
-        return None;
-    }
-    // What only the other half of a pair read is not computed any more.
-    let read: HashSet<ValueId> = nodes
-        .iter()
-        .flat_map(|n| n.inputs.iter().flatten().copied().chain(n.captures.iter().map(|(_, v)| *v)))
-        .chain(graph.outputs.iter().map(|p| p.value))
-        .collect();
-    nodes.retain(|n| !n.is("QuantizeLinear") || n.outputs.iter().flatten().any(|v| read.contains(v)));
-    Some(nodes)
-}
-
 struct Conv {
     window: Window,
     groups: i64,
@@ -309,6 +263,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::graph::Graph;
     use crate::graph::ir::{Constant, Origin};
     use crate::graph::{Attributes, Port};
     use crate::tensor::HostTensor;

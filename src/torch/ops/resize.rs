@@ -5,9 +5,9 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
+use crate::torch::convert::is_float;
 use crate::torch::kernel::{Args, Kernel, one};
 use crate::torch::ops::util;
-use crate::torch::plan::is_float;
 use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {

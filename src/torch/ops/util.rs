@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::torch::convert;
-use crate::torch::plan::is_float;
+use crate::torch::convert::is_float;
 
 /// `axis` in `-rank..rank` as a non-negative index.
 pub fn axis(axis: i64, rank: usize) -> Result<i64> {
