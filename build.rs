@@ -39,17 +39,27 @@ fn bake_onnxruntime_hint() {
 mod train {
     use std::path::{Path, PathBuf};
 
-    const SOURCES: [&str; 8] = [
+    const SOURCES: [&str; 10] = [
         "src/torch/shim.cpp",
         "src/torch/training.cpp",
         "src/torch/activation.cpp",
         "src/torch/profile.cpp",
         "src/torch/winograd.cpp",
         "src/torch/gemm.cpp",
+        "src/torch/gemm_avx2.cpp",
+        "src/torch/gemm_avx512.cpp",
         "src/torch/linear.cpp",
         "src/torch/group_norm.cpp",
     ];
-    const HEADERS: [&str; 4] = ["src/torch/border.h", "src/torch/lanes.h", "src/torch/parallel.h", "src/torch/gemm.h"];
+    const HEADERS: [&str; 7] = [
+        "src/torch/border.h",
+        "src/torch/lanes.h",
+        "src/torch/parallel.h",
+        "src/torch/gemm.h",
+        "src/torch/gemm_kernel.h",
+        "src/torch/group_norm_passes.h",
+        "src/torch/winograd_tiles.h",
+    ];
 
     /// torch-sys (a direct dependency for this very reason) tells where it linked libtorch.
     pub fn link_libtorch() {

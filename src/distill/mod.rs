@@ -1,5 +1,6 @@
 //! DisBack: stage 1 records how the teacher degrades into the initial student, stage 2 distils back along that path.
 
+mod ahead;
 pub mod backtrack;
 pub mod checkpoint;
 pub mod compare;

@@ -177,19 +177,29 @@ impl Trajectory {
     /// Copies node `index` into `slot`. Every key and shape must fit and the weights must have the recorded hash. (Tensors of
     /// the slot may be bf16: they get the nearest values.)
     pub fn load(&self, index: usize, slot: &ParamSet) -> Result<()> {
+        self.read(index, slot, &mut |k, value| {
+            let slot = &slot.tensors()[k];
+            tch::no_grad(|| slot.shallow_clone().f_copy_(value))?;
+            Ok(())
+        })
+    }
+
+    /// Reads node `index` in the order of a slot whose keys and shapes it must fit: `each` gets the place and the f32 value, on
+    /// the CPU. Errors as in [`Trajectory::load`], that of the hash after the last value.
+    pub(crate) fn read(
+        &self,
+        index: usize,
+        slot: &ParamSet,
+        each: &mut dyn FnMut(usize, &tch::Tensor) -> Result<()>,
+    ) -> Result<()> {
         let node = self.index.nodes.get(index).ok_or_else(|| {
             Error::mismatch(format!("node {index} of a trajectory that ends with node {}", self.last()))
         })?;
         let path = self.dir.join(&node.file);
         let file = TensorFile::open(&path)?;
-        let copy = &mut |k: usize, value: &tch::Tensor| {
-            let slot = &slot.tensors()[k];
-            tch::no_grad(|| slot.shallow_clone().f_copy_(value))?;
-            Ok(())
-        };
         let found = match self.teacher_file(index)? {
-            None => slot.visit(&file, None, copy)?,
-            Some(teacher) => slot.visit(&teacher, Some(&file), copy)?,
+            None => slot.visit(&file, None, each)?,
+            Some(teacher) => slot.visit(&teacher, Some(&file), each)?,
         };
         if found != node.hash {
             return Err(Error::mismatch(format!(

@@ -81,6 +81,7 @@ void pieces(int64_t n, const Whole& whole, const Rest& rest) {
 
 struct Gelu : torch::autograd::Function<Gelu> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& input) {
+    OPERATOR("disback::gelu");
     ctx->save_for_backward({input});
     const at::Tensor x = input.to(at::kFloat).contiguous();
     at::Tensor y = at::empty_like(x);
@@ -99,6 +100,7 @@ struct Gelu : torch::autograd::Function<Gelu> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    OPERATOR("disback::gelu_backward");
     if (!grads[0].defined()) return {at::Tensor()};
     const at::Tensor given = ctx->get_saved_variables()[0];
     const at::Tensor x = given.to(at::kFloat).contiguous(), dy = grads[0].to(at::kFloat).contiguous();

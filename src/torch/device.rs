@@ -39,8 +39,16 @@ pub fn set_threads(count: usize) -> usize {
     tch::get_num_threads().max(1) as usize
 }
 
-/// A tensor of the host on `device`, without waiting for the device: libtorch has read the host's memory when this returns.
+/// Bytes up to which the driver itself copies pageable memory aside and returns at once.
+const ASIDE: usize = 64 << 10;
+
+/// A tensor of the host on `device`, without waiting for the device: libtorch has read the host's memory when this returns, or
+/// keeps a pinned copy of it until the device has.
 pub fn send(t: &Tensor, device: Device) -> Result<Tensor> {
+    let large = t.numel() * t.kind().elt_size_in_bytes() > ASIDE;
+    if device.is_cuda() && large && t.device() == Device::Cpu {
+        return Ok(crate::torch::shim::pin(t)?.f_to_device_(device, t.kind(), true, false)?);
+    }
     Ok(t.f_to_device_(device, t.kind(), true, false)?)
 }
 

@@ -1,4 +1,4 @@
-// Group norm of channels-last f32 images on the CPU: libtorch's kernel for that format goes through one pixel's channels of
+// Group norm of channels-last images on the CPU, in f32 (those of bf16 are widened and rounded): libtorch's kernel for that format goes through one pixel's channels of
 // one group at a time, which are few. Here each pass works on vectors of channels of a whole image.
 //
 //   y = x a + b with a = w r, b = bias - mean a; r = 1 / sqrt(variance + epsilon) of each image's group
@@ -14,68 +14,32 @@
 #include <vector>
 
 #include "border.h"
+#include "gemm.h"
 #include "lanes.h"
 #include "parallel.h"
 
 namespace {
 
-using disback::lanes;
-using disback::Vec;
+// What goes through an image, in group_norm_passes.h.
+struct Passes {
+  void (*sums)(const float* x, const float* shift, int64_t pixels, int64_t channels, float* out);
+  void (*squares)(const float* x, const float* shift, int64_t pixels, int64_t channels, float* out);
+  void (*scaled)(const float* x, const float* a, const float* b, int64_t pixels, int64_t channels, float* y);
+  void (*gradient_sums)(const float* x, const float* dy, const float* mean, const float* r, int64_t pixels, int64_t channels,
+                        float* plain, float* with_x);
+  void (*combined)(const float* x, const float* dy, const float* a, const float* b, const float* c, int64_t pixels,
+                   int64_t channels, float* dx);
+};
 
-// Sums over pixels, for each channel: of x - shift, or of its square.
-template <bool squared>
-WIDE void sums(const float* x, const float* shift, int64_t pixels, int64_t channels, float* out) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const Vec s = LOAD(shift + c);
-    Vec even = {}, odd = {};
-    int64_t p = 0;
-    for (; p + 1 < pixels; p += 2) {
-      const Vec a = LOAD(x + p * channels + c) - s, b = LOAD(x + (p + 1) * channels + c) - s;
-      even += squared ? a * a : a;
-      odd += squared ? b * b : b;
-    }
-    if (p < pixels) {
-      const Vec a = LOAD(x + p * channels + c) - s;
-      even += squared ? a * a : a;
-    }
-    STORE(out + c, even + odd);
-  }
-}
+#define LEVEL wide
+#define TARGET WIDE
+#include "group_norm_passes.h"
 
-WIDE void scaled(const float* x, const float* a, const float* b, int64_t pixels, int64_t channels, float* y) {
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t c = 0; c < channels; c += lanes) {
-      STORE(y + p * channels + c, LOAD(x + p * channels + c) * LOAD(a + c) + LOAD(b + c));
-    }
-  }
-}
+#define LEVEL narrow
+#define TARGET NARROW
+#include "group_norm_passes.h"
 
-// Sums over pixels of dy and of dy xh.
-WIDE void gradient_sums(const float* x, const float* dy, const float* mean, const float* r, int64_t pixels,
-                        int64_t channels, float* plain, float* with_x) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const Vec m = LOAD(mean + c), s = LOAD(r + c);
-    Vec a = {}, b = {};
-    for (int64_t p = 0; p < pixels; ++p) {
-      const Vec g = LOAD(dy + p * channels + c);
-      a += g;
-      b += g * (LOAD(x + p * channels + c) - m);
-    }
-    STORE(plain + c, a);
-    STORE(with_x + c, b * s);
-  }
-}
-
-// dx = a dy + b + c x for each channel.
-WIDE void combined(const float* x, const float* dy, const float* a, const float* b, const float* c, int64_t pixels,
-                   int64_t channels, float* dx) {
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t i = 0; i < channels; i += lanes) {
-      const int64_t at = p * channels + i;
-      STORE(dx + at, LOAD(dy + at) * LOAD(a + i) + LOAD(b + i) + LOAD(x + at) * LOAD(c + i));
-    }
-  }
-}
+const Passes& passes() { return disback::level() == disback::Level::avx512 ? wide::passes : narrow::passes; }
 
 // Every channel gets its group's value of `f` over the group's channels.
 template <class F>
@@ -91,8 +55,10 @@ float total(const float* values, int64_t from, int64_t to) {
 }
 
 struct GroupNorm : torch::autograd::Function<GroupNorm> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& w,
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& given, const std::optional<at::Tensor>& w,
                             const std::optional<at::Tensor>& bias, int64_t groups, double epsilon) {
+    OPERATOR("disback::group_norm");
+    const at::Tensor x = given.to(at::kFloat);
     const int64_t n = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
     at::Tensor y = at::empty_like(x), mean = at::empty({n, channels}, at::kFloat), r = at::empty({n, channels}, at::kFloat);
     const at::Tensor scale = w ? w->contiguous() : at::ones({channels}, at::kFloat);
@@ -105,9 +71,9 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
       for (int64_t i = first; i < last; ++i) {
         const float* image = from + i * pixels * channels;
         float *m = means + i * channels, *inverse = rs + i * channels;
-        sums<false>(image, zeros.data(), pixels, channels, sum.data());
+        passes().sums(image, zeros.data(), pixels, channels, sum.data());
         by_group(channels, groups, m, [&](int64_t k, int64_t e) { return total(sum.data(), k, e) / count; });
-        sums<true>(image, m, pixels, channels, sum.data());
+        passes().squares(image, m, pixels, channels, sum.data());
         by_group(channels, groups, inverse, [&](int64_t k, int64_t e) {
           return 1.0f / std::sqrt(total(sum.data(), k, e) / count + static_cast<float>(epsilon));
         });
@@ -115,26 +81,28 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
           a[c] = s[c] * inverse[c];
           b[c] = t[c] - m[c] * a[c];
         }
-        scaled(image, a.data(), b.data(), pixels, channels, to + i * pixels * channels);
+        passes().scaled(image, a.data(), b.data(), pixels, channels, to + i * pixels * channels);
       }
     });
-    ctx->save_for_backward({x, scale, mean, r});
+    ctx->save_for_backward({given, scale, mean, r});
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["scale"] = w.has_value();
     ctx->saved_data["bias"] = bias.has_value();
-    return y;
+    return y.to(given.scalar_type());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    OPERATOR("disback::group_norm_backward");
     torch::autograd::variable_list out(5);
     if (!grads[0].defined()) return out;
     TORCH_CHECK(!at::GradMode::is_enabled(), "a second derivative of group norm on the CPU");
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &scale = saved[1], &mean = saved[2], &r = saved[3];
+    const at::Tensor &given = saved[0], &scale = saved[1], &mean = saved[2], &r = saved[3];
+    const at::Tensor x = given.to(at::kFloat);
     const int64_t groups = ctx->saved_data["groups"].toInt();
     const int64_t n = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
-    const at::Tensor dy = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
+    const at::Tensor dy = grads[0].contiguous(at::MemoryFormat::ChannelsLast).to(at::kFloat);
     at::Tensor dx = at::empty_like(x), plain = at::empty({n, channels}, at::kFloat), with_x = at::empty_like(plain);
     const float *from = x.const_data_ptr<float>(), *seed = dy.const_data_ptr<float>(), *s = scale.const_data_ptr<float>();
     const float *means = mean.const_data_ptr<float>(), *rs = r.const_data_ptr<float>();
@@ -145,7 +113,7 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
       std::vector<float> a(channels), b(channels), c(channels), sum(channels), sum_x(channels);
       for (int64_t i = first; i < last; ++i) {
         const int64_t at = i * pixels * channels, row = i * channels;
-        gradient_sums(from + at, seed + at, means + row, rs + row, pixels, channels, p + row, q + row);
+        passes().gradient_sums(from + at, seed + at, means + row, rs + row, pixels, channels, p + row, q + row);
         if (!for_x) continue;
         const auto weighted = [&](const float* values) {
           return [=](int64_t k, int64_t e) {
@@ -162,10 +130,10 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
           c[j] = -inverse * inverse * sum_x[j];
           b[j] = -inverse * sum[j] - c[j] * means[row + j];
         }
-        combined(from + at, seed + at, a.data(), b.data(), c.data(), pixels, channels, to + at);
+        passes().combined(from + at, seed + at, a.data(), b.data(), c.data(), pixels, channels, to + at);
       }
     });
-    if (for_x) out[0] = dx;
+    if (for_x) out[0] = dx.to(given.scalar_type());
     // Absent ones are not counted.
     const bool has_scale = ctx->saved_data["scale"].toBool(), has_bias = ctx->saved_data["bias"].toBool();
     if (has_scale && ctx->needs_input_grad(1)) out[1] = with_x.sum(0);
@@ -178,7 +146,7 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
 
 extern "C" {
 
-// x [N,C,H,W] f32 on the CPU, channels-last, C a multiple of 16; scale and bias [C] or nullptr. Differentiable
+// x [N,C,H,W] f32 or bf16 on the CPU, channels-last, C a multiple of 16; scale and bias [C] or nullptr. Differentiable
 // once.
 char* disback_group_norm(const at::Tensor* x, int64_t groups, const at::Tensor* scale, const at::Tensor* bias, double epsilon,
                          at::Tensor** out) {

@@ -29,7 +29,7 @@ pub fn is_channels_last(x: &Tensor) -> bool {
 }
 
 /// `x [N,C,...]` normalised over each of `groups` groups of channels, then scaled and shifted by `[C]`: our own kernel for
-/// channels-last images of f32 that are as many as threads, else libtorch's.
+/// channels-last images of f32 or bf16 that are as many as threads, else libtorch's.
 pub fn group_norm(
     x: &Tensor,
     groups: i64,
@@ -38,7 +38,8 @@ pub fn group_norm(
     epsilon: f64,
 ) -> Result<Tensor> {
     let ours = |t: &Tensor| t.kind() == Kind::Float && t.device() == Device::Cpu;
-    let fits = ours(x)
+    let fits = x.device() == Device::Cpu
+        && matches!(x.kind(), Kind::Float | Kind::BFloat16)
         && scale.is_none_or(ours)
         && bias.is_none_or(ours)
         && has_products()
@@ -92,6 +93,34 @@ mod tests {
                     assert!(relative(a, b) < 5e-6, "{n} {c} {groups}: {}", relative(a, b));
                 }
             }
+        }
+    }
+
+    /// In bf16 the values and gradients of f64 on the same images, rounded once.
+    #[test]
+    fn in_bf16_values_and_gradients_are_those_of_f64_rounded() {
+        tch::manual_seed(12);
+        let options = (Kind::Float, Device::Cpu);
+        let leaf = |t: Tensor| t.detach().set_requires_grad(true);
+        let relative = |a: &Tensor, b: &Tensor| {
+            let apart = (a.to_kind(Kind::Double) - b).norm().double_value(&[]);
+            apart / b.norm().double_value(&[])
+        };
+        let x = leaf(Tensor::randn([4, 6, 6, 48], options).permute([0, 3, 1, 2]).to_kind(Kind::BFloat16));
+        let (scale, bias) = (leaf(Tensor::randn([48], options)), leaf(Tensor::randn([48], options)));
+        let seed = Tensor::randn([4, 48, 6, 6], options).to_kind(Kind::BFloat16);
+        let y = group_norm(&x, 8, Some(&scale), Some(&bias), 1e-5).unwrap();
+        let grads = |y: &Tensor, of: &[&Tensor], seed: &Tensor| {
+            Tensor::run_backward(&[(y * seed).sum(Kind::Double)], of, false, false)
+        };
+        let ours = grads(&y, &[&x, &scale, &bias], &seed);
+        assert_eq!([y.kind(), ours[0].kind(), ours[1].kind()], [Kind::BFloat16, Kind::BFloat16, Kind::Float]);
+        let [x, scale, bias] = [&x, &scale, &bias].map(|t| leaf(t.to_kind(Kind::Double)));
+        let expected = x.group_norm(8, Some(&scale), Some(&bias), 1e-5, false);
+        let theirs = grads(&expected, &[&x, &scale, &bias], &seed.to_kind(Kind::Double));
+        assert!(relative(&y, &expected) < 1.0 / 512.0);
+        for (a, b) in ours.iter().zip(&theirs) {
+            assert!(relative(a, b) < 1.0 / 512.0, "{}", relative(a, b));
         }
     }
 }

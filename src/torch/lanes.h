@@ -11,11 +11,13 @@
 #define CLONES
 #endif
 
-// Functions that are only called where gemm.h's are there, and the pieces of them.
+// Functions that are only called at gemm.h's levels avx512 and avx2, and the pieces of them.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WIDE __attribute__((target("arch=x86-64-v4")))
+#define NARROW __attribute__((target("avx2,fma")))
 #else
 #define WIDE
+#define NARROW
 #endif
 #define ALWAYS inline __attribute__((always_inline))
 
@@ -24,7 +26,18 @@ namespace disback {
 constexpr int64_t lanes = 16;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 
+namespace wide {
+using disback::lanes;
+using disback::Vec;
+}  // namespace wide
+
+namespace narrow {
+constexpr int64_t lanes = 8;
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+}  // namespace narrow
+
 }  // namespace disback
 
-#define LOAD(p) (*reinterpret_cast<const ::disback::Vec*>(p))
-#define STORE(p, v) (*reinterpret_cast<::disback::Vec*>(p) = (v))
+// Of the vectors whose name is `Vec` where they stand.
+#define LOAD(p) (*reinterpret_cast<const Vec*>(p))
+#define STORE(p, v) (*reinterpret_cast<Vec*>(p) = (v))

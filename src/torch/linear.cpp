@@ -20,7 +20,7 @@ Matrix turned(const Matrix& m) { return {m.data, m.column, m.row}; }
 
 // c [M, N] = a [M, K] b [K, N] + bias [N]; rows of c lie N apart.
 void product(const Matrix& a, const Matrix& b, const float* bias, float* c, int64_t m, int64_t k, int64_t n) {
-  const int64_t panels = disback::panels(n), block = 14, blocks = (m + block - 1) / block;
+  const int64_t panels = disback::panels(n), block = disback::unit(), blocks = (m + block - 1) / block;
   at::Tensor buffer = at::empty({disback::packed_size(k, n)}, at::kFloat);
   float* packed = buffer.mutable_data_ptr<float>();
   disback::parallel_for(0, panels, std::max<int64_t>(1, (1 << 14) / (k * disback::panel)),
@@ -34,6 +34,7 @@ void product(const Matrix& a, const Matrix& b, const float* bias, float* c, int6
 struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w,
                             const std::optional<at::Tensor>& bias) {
+    OPERATOR("disback::linear");
     ctx->save_for_backward({x, w});
     ctx->saved_data["bias"] = bias.has_value();
     const int64_t m = x.size(0), k = x.size(1), n = w.size(1);
@@ -45,6 +46,7 @@ struct Linear : torch::autograd::Function<Linear> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    OPERATOR("disback::linear_backward");
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &w = saved[1];
     torch::autograd::variable_list out(3);
@@ -87,7 +89,7 @@ extern "C" {
 // Whether loops are shared among threads: no runtime of OpenMP in the process, no threads.
 bool disback_has_threads() { return disback::team() != nullptr; }
 
-// x [..., K] and w [K, N] of any strides, f32 on the CPU, bias [N] or nullptr: [..., N]. Where `disback_has_products`.
+// x [..., K] and w [K, N] of any strides, f32 on the CPU, bias [N] or nullptr: [..., N]. Where `disback_level` is not 0.
 char* disback_linear(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return disback::guarded([&] {
     const auto along = [](const at::Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous(); };

@@ -1,6 +1,6 @@
 //! Linear layers of f32 on the CPU with products of our own, through `linear.cpp`.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 use std::sync::LazyLock;
 
 use tch::{Device, Kind, Tensor};
@@ -11,7 +11,7 @@ use crate::torch::shim::check;
 use crate::torch::training::autocast_enabled;
 
 unsafe extern "C" {
-    fn disback_has_products() -> bool;
+    fn disback_level() -> c_int;
     fn disback_linear(
         x: *const C_tensor,
         w: *const C_tensor,
@@ -24,11 +24,29 @@ unsafe extern "C" {
 const LEAST_ROWS: i64 = 16;
 const LEAST_SIDE: i64 = 16;
 
-/// Whether the processor has what `gemm.cpp` is written for (AVX-512).
-pub fn has_products() -> bool {
+/// Vectors that the kernels here are written for and the processor has; libtorch's own variable `ATEN_CPU_CAPABILITY`
+/// (`default`, `avx2`) limits them too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    None,
+    Avx2,
+    Avx512,
+}
+
+/// What `gemm.cpp` found.
+pub fn level() -> Level {
     // SAFETY: asks the processor.
-    static HAS: LazyLock<bool> = LazyLock::new(|| unsafe { disback_has_products() });
-    *HAS
+    static LEVEL: LazyLock<Level> = LazyLock::new(|| match unsafe { disback_level() } {
+        0 => Level::None,
+        1 => Level::Avx2,
+        _ => Level::Avx512,
+    });
+    *LEVEL
+}
+
+/// Whether the processor has what `gemm.cpp` is written for.
+pub fn has_products() -> bool {
+    level() > Level::None
 }
 
 /// Whether `x [.., K]` times `w [K, N]` goes this way.
@@ -130,6 +148,30 @@ mod tests {
         let ours = second(&|x, w| linear(x, w, None).unwrap());
         let theirs = second(&|x, w| x.matmul(w));
         assert!(relative(&ours, &theirs.to_kind(Kind::Double)) < 1e-5);
+    }
+
+    /// The tests of all three kernels again, in a process that is told to do without AVX-512.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn avx2_alone_computes_the_same() {
+        const LIMIT: &str = "ATEN_CPU_CAPABILITY";
+        let has = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+        if std::env::var_os(LIMIT).is_some() {
+            let asked = std::env::var(LIMIT).unwrap();
+            assert!(!(asked == "avx2" && has) || level() == Level::Avx2, "{:?}", level());
+            assert!(asked != "default" || level() == Level::None, "{:?}", level());
+            return;
+        }
+        if !has {
+            return;
+        }
+        let again = std::process::Command::new(std::env::current_exe().unwrap())
+            .env(LIMIT, "avx2")
+            .args(["torch::linear::", "torch::winograd::", "torch::group_norm::"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&again.stdout);
+        assert!(again.status.success() && text.contains("avx2_alone_computes_the_same ... ok"), "{text}");
     }
 
     #[test]

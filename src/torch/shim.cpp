@@ -100,6 +100,11 @@ char* disback_randn(uint64_t seed, const int64_t* shape, size_t rank, int device
   });
 }
 
+// A copy in memory that a CUDA device reads by itself, or the tensor where it lies there already.
+char* disback_pin(const at::Tensor* t, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(t->pin_memory()); });
+}
+
 // TF32 for matrix products and convolutions of f32 tensors on CUDA.
 char* disback_set_tf32(bool on) {
   return guarded([&] {

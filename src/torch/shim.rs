@@ -34,6 +34,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn disback_drop_grads(params: *const *const C_tensor, count: usize) -> *mut c_char;
     fn disback_randn(seed: u64, shape: *const i64, rank: usize, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
+    fn disback_pin(t: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     fn disback_keep_memory();
     fn disback_set_tf32(on: bool) -> *mut c_char;
     fn disback_memory_stats(device: c_int, current: *mut i64, peak: *mut i64) -> *mut c_char;
@@ -155,6 +156,15 @@ pub fn randn(seed: u64, shape: &[i64], device: Device) -> Result<Tensor> {
     let noise = unsafe { Tensor::from_ptr(out) };
     debug_assert_eq!(noise.kind(), Kind::Float);
     Ok(noise)
+}
+
+/// A copy of a host tensor in memory that a CUDA device reads by itself (the tensor where it lies there already). libtorch keeps
+/// the memory until copies from it are done.
+pub fn pin(t: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: a live tensor in; on success `out` is a new handle that is ours.
+    check(unsafe { disback_pin(t.as_ptr(), &mut out) })?;
+    Ok(unsafe { Tensor::from_ptr(out) })
 }
 
 /// Lets the C allocator keep what libtorch frees, for good: without it each step faults its large tensors in anew.

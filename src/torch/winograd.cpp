@@ -20,36 +20,38 @@
 
 namespace {
 
-using disback::lanes;
-using disback::Vec;
-
-// Both rules in one dimension: `products` for 2 outputs of `inputs`. The transforms take and give vectors.
+// Both rules in one dimension: `products` for 2 outputs of `inputs`. The transforms take and give vectors of any kind.
 
 // F(2, 3): any two neighbouring outputs.
 struct Inner {
   static constexpr int products = 4, inputs = 4, before = 1;
+  template <class Vec>
   static ALWAYS void input(const Vec* d, Vec* u) {
     u[0] = d[0] - d[2];
     u[1] = d[1] + d[2];
     u[2] = d[2] - d[1];
     u[3] = d[1] - d[3];
   }
+  template <class Vec>
   static ALWAYS void output(const Vec* m, Vec* y) {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] - m[3];
   }
+  template <class Vec>
   static ALWAYS void gradient(const Vec* y, Vec* m) {
     m[0] = y[0];
     m[1] = y[0] + y[1];
     m[2] = y[0] - y[1];
     m[3] = -y[1];
   }
+  template <class Vec>
   static ALWAYS void filter(const Vec* w, Vec* f) {
     f[0] = w[0];
     f[1] = 0.5f * (w[0] + w[1] + w[2]);
     f[2] = 0.5f * (w[0] - w[1] + w[2]);
     f[3] = w[2];
   }
+  template <class Vec>
   static ALWAYS void filter_gradient(const Vec* m, Vec* w) {
     w[0] = m[0] + 0.5f * (m[1] + m[2]);
     w[1] = 0.5f * (m[1] - m[2]);
@@ -60,25 +62,30 @@ struct Inner {
 // All of an image of two, zeros on both sides: y0 = w1 x0 + w2 x1, y1 = w0 x0 + w1 x1.
 struct Pair {
   static constexpr int products = 3, inputs = 2, before = 0;
+  template <class Vec>
   static ALWAYS void input(const Vec* d, Vec* u) {
     u[0] = d[0] + d[1];
     u[1] = d[1];
     u[2] = d[0];
   }
+  template <class Vec>
   static ALWAYS void output(const Vec* m, Vec* y) {
     y[0] = m[0] + m[1];
     y[1] = m[0] + m[2];
   }
+  template <class Vec>
   static ALWAYS void gradient(const Vec* y, Vec* m) {
     m[0] = y[0] + y[1];
     m[1] = y[0];
     m[2] = y[1];
   }
+  template <class Vec>
   static ALWAYS void filter(const Vec* w, Vec* f) {
     f[0] = w[1];
     f[1] = w[2] - w[1];
     f[2] = w[0] - w[1];
   }
+  template <class Vec>
   static ALWAYS void filter_gradient(const Vec* m, Vec* w) {
     w[0] = m[2];
     w[1] = m[0] - m[1] - m[2];
@@ -87,7 +94,7 @@ struct Pair {
 };
 
 // A transform of one dimension, applied to both of a square of vectors.
-template <int from, int to, class F>
+template <int from, int to, class Vec, class F>
 ALWAYS void square(const Vec (&in)[from][from], Vec (&out)[to][to], const F& f) {
   Vec half[from][to];
   for (int i = 0; i < from; ++i) f(in[i], half[i]);
@@ -102,61 +109,26 @@ ALWAYS void square(const Vec (&in)[from][from], Vec (&out)[to][to], const F& f) 
 // Where channel c lies behind its tile: rows of channels are panels that lie 32 apart.
 inline int64_t place(int64_t c, int64_t apart) { return c / disback::panel * apart + c % disback::panel; }
 
-// A tile of the input to its products, `stride` floats apart.
-template <class S>
-WIDE void input_tile(const float* const* d, float* u, int64_t stride, int64_t apart, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    Vec in[S::inputs][S::inputs], out[S::products][S::products];
-    for (int i = 0; i < S::inputs * S::inputs; ++i) in[i / S::inputs][i % S::inputs] = LOAD(d[i] + c);
-    square<S::inputs, S::products>(in, out, S::input);
-    float* to = u + place(c, apart);
-    for (int i = 0; i < S::products * S::products; ++i) STORE(to + i * stride, out[i / S::products][i % S::products]);
-  }
-}
+// The transforms of tiles for one rule, in winograd_tiles.h.
+struct Transforms {
+  void (*input)(const float* const* d, float* u, int64_t stride, int64_t apart, int64_t channels);
+  void (*output)(const float* m, int64_t stride, const float* bias, float* const* y, int64_t channels);
+  void (*gradient)(const float* const* y, float* m, int64_t stride, int64_t channels);
+  void (*filter)(const float* w, bool turned, float* f, int64_t stride, int64_t apart, int64_t channels);
+  void (*filter_gradient)(const float* m, int64_t stride, float* w, int64_t channels);
+};
 
-// Products and a bias to the four places of an output tile.
-template <class S>
-WIDE void output_tile(const float* m, int64_t stride, const float* bias, float* const* y, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    Vec in[S::products][S::products], out[2][2];
-    for (int i = 0; i < S::products * S::products; ++i) in[i / S::products][i % S::products] = LOAD(m + i * stride + c);
-    square<S::products, 2>(in, out, S::output);
-    for (int i = 0; i < 4; ++i) STORE(y[i] + c, out[i / 2][i % 2] + LOAD(bias + c));
-  }
-}
+#define LEVEL wide
+#define TARGET WIDE
+#include "winograd_tiles.h"
 
-// Gradient of an output tile to that of its products.
-template <class S>
-WIDE void gradient_tile(const float* const* y, float* m, int64_t stride, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    Vec in[2][2], out[S::products][S::products];
-    for (int i = 0; i < 4; ++i) in[i / 2][i % 2] = LOAD(y[i] + c);
-    square<2, S::products>(in, out, S::gradient);
-    for (int i = 0; i < S::products * S::products; ++i) STORE(m + i * stride + c, out[i / S::products][i % S::products]);
-  }
-}
+#define LEVEL narrow
+#define TARGET NARROW
+#include "winograd_tiles.h"
 
-// The filters of one output channel, w [9][C], turned round where asked.
 template <class S>
-WIDE void filter(const float* w, bool turned, float* f, int64_t stride, int64_t apart, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    Vec in[3][3], out[S::products][S::products];
-    for (int i = 0; i < 9; ++i) in[i / 3][i % 3] = LOAD(w + (turned ? 8 - i : i) * channels + c);
-    square<3, S::products>(in, out, S::filter);
-    float* to = f + place(c, apart);
-    for (int i = 0; i < S::products * S::products; ++i) STORE(to + i * stride, out[i / S::products][i % S::products]);
-  }
-}
-
-// The gradient of one output channel's filters, to w [9][C].
-template <class S>
-WIDE void filter_gradient(const float* m, int64_t stride, float* w, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += lanes) {
-    Vec in[S::products][S::products], out[3][3];
-    for (int i = 0; i < S::products * S::products; ++i) in[i / S::products][i % S::products] = LOAD(m + i * stride + c);
-    square<S::products, 3>(in, out, S::filter_gradient);
-    for (int i = 0; i < 9; ++i) STORE(w + i * channels + c, out[i / 3][i % 3]);
-  }
+const Transforms& transforms() {
+  return disback::level() == disback::Level::avx512 ? wide::transforms<S> : narrow::transforms<S>;
 }
 
 at::Tensor channels_last(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
@@ -196,12 +168,13 @@ struct Winograd {
   int64_t tiles() const { return n * (h / 2) * (w / 2); }
 
   // Rows of channels that do not all fall on the same lines of a cache.
-  static int64_t row(int64_t channels) { return channels % 512 == 0 ? channels + lanes : channels; }
+  static int64_t row(int64_t channels) { return channels % 512 == 0 ? channels + 16 : channels; }
 
   // As many tiles at a time as keep what is between the transforms near.
   static int64_t chunk(int64_t count, int64_t most) {
     const int64_t chunks = (count + most - 1) / most;
-    return (count + chunks * 14 - 1) / (chunks * 14) * 14;
+    const int64_t rows = chunks * disback::unit();
+    return (count + rows - 1) / rows * disback::unit();
   }
 
   // Image, row and column of the upper left output of a tile.
@@ -222,7 +195,7 @@ struct Winograd {
           d[S::inputs * i + j] = inside ? x + ((image * h + y) * w + z) * c : zeros;
         }
       }
-      input_tile<S>(d, u + t * step, stride, apart, c);
+      transforms<S>().input(d, u + t * step, stride, apart, c);
     });
   }
 
@@ -235,7 +208,7 @@ struct Winograd {
       disback::parallel_for(0, k, 16, [&](int64_t a, int64_t b) {
         std::vector<float> copy(9 * c);
         for (int64_t i = a; i < b; ++i) {
-          filter<S>(filters.of(i, copy.data()), true, to + i * disback::panel, size, k * disback::panel, c);
+          transforms<S>().filter(filters.of(i, copy.data()), true, to + i * disback::panel, size, k * disback::panel, c);
         }
       });
       return out;
@@ -247,7 +220,7 @@ struct Winograd {
       for (int64_t p = a; p < b; ++p) {
         const int64_t first = p * disback::panel, count = std::min(disback::panel, k - first);
         for (int64_t i = 0; i < count; ++i) {
-          filter<S>(filters.of(first + i, copy.data()), false, some + i * c, disback::panel * c, disback::panel, c);
+          transforms<S>().filter(filters.of(first + i, copy.data()), false, some + i * c, disback::panel * c, disback::panel, c);
         }
         for (int64_t q = 0; q < products; ++q) {
           disback::pack({some + q * disback::panel * c, 1, c}, c, count, 0, 1, to + q * size + first * c);
@@ -279,7 +252,7 @@ struct Winograd {
         each(from, to, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
           float* at = out + ((image * h + row) * w + column) * k;
           float* const places[4] = {at, at + k, at + w * k, at + (w + 1) * k};
-          output_tile<S>(m + t * rk, most * rk, b, places, k);
+          transforms<S>().output(m + t * rk, most * rk, b, places, k);
         });
       }
     });
@@ -302,7 +275,7 @@ struct Winograd {
         each(from + a, from + b, [&](int64_t t, int64_t image, int64_t row, int64_t column) {
           const float* at = from_y + ((image * h + row) * w + column) * k;
           const float* const places[4] = {at, at + k, at + w * k, at + (w + 1) * k};
-          gradient_tile<S>(places, m + (a + t) * rk, most * rk, k);
+          transforms<S>().gradient(places, m + (a + t) * rk, most * rk, k);
         });
       });
       disback::parallel_for(0, products, 1, [&](int64_t a, int64_t b) {
@@ -318,7 +291,7 @@ struct Winograd {
       std::vector<float> some(9 * c);
       for (int64_t i = a; i < b; ++i) {
         float* at = to + i * 9 * c;
-        filter_gradient<S>(sum + i * c, k * c, last ? at : some.data(), c);
+        transforms<S>().filter_gradient(sum + i * c, k * c, last ? at : some.data(), c);
         for (int64_t j = 0; j < c && !last; ++j) {
           for (int64_t t = 0; t < 9; ++t) at[j * 9 + t] = some[t * c + j];
         }
@@ -347,22 +320,26 @@ void backward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& d
   if (for_weight) out[1] = plan.filters_gradient(x, dy, filters);
 }
 
+// In bf16 the operands are widened, the result and the gradients rounded: kept for the backward pass is what was given.
 struct Convolution : torch::autograd::Function<Convolution> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
                             const at::Tensor& bias) {
+    OPERATOR("disback::convolution");
     const at::Tensor x = channels_last(input);
     ctx->save_for_backward({x, weight});
-    return convolve(x, weight, bias);
+    return convolve(x.to(at::kFloat), weight.to(at::kFloat), bias.to(at::kFloat)).to(input.scalar_type());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    OPERATOR("disback::convolution_backward");
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &weight = saved[1];
     torch::autograd::variable_list out(3);
     if (!grads[0].defined()) return out;
     TORCH_CHECK(!at::GradMode::is_enabled(), "a second derivative of a 3x3 convolution on the CPU");
-    const at::Tensor dy = channels_last(grads[0]);
+    const auto kind = saved[0].scalar_type();
+    const at::Tensor x = saved[0].to(at::kFloat), weight = saved[1].to(at::kFloat);
+    const at::Tensor dy = channels_last(grads[0]).to(at::kFloat);
     const bool for_x = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1);
     if (x.size(2) == 2 && x.size(3) == 2) {
       ::backward<Pair>(x, weight, dy, for_x, for_weight, out);
@@ -370,6 +347,9 @@ struct Convolution : torch::autograd::Function<Convolution> {
       ::backward<Inner>(x, weight, dy, for_x, for_weight, out);
     }
     if (ctx->needs_input_grad(2)) out[2] = dy.sum({0, 2, 3});
+    for (at::Tensor& t : out) {
+      if (t.defined()) t = t.to(kind);
+    }
     return out;
   }
 };
@@ -378,10 +358,10 @@ struct Convolution : torch::autograd::Function<Convolution> {
 
 extern "C" {
 
-// Whether the processor has the instructions that make it pay.
-bool disback_has_products() { return disback::has_products(); }
+// Vectors that the products here are written for and the processor has: 0 none, 1 AVX2, 2 AVX-512.
+int disback_level() { return static_cast<int>(disback::level()); }
 
-// x [N,C,H,W] f32 on the CPU, H and W even, w [K,C,3,3], C and K multiples of 16, bias [K] or nullptr; padded by one, stride 1.
+// x [N,C,H,W] f32 or bf16 on the CPU like the others, H and W even, w [K,C,3,3], C and K multiples of 16, bias [K] or nullptr; padded by one, stride 1.
 // Differentiable once.
 char* disback_winograd(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return disback::guarded([&] {

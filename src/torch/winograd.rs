@@ -1,4 +1,4 @@
-//! 3x3 convolutions of f32 on the CPU with fewer multiplications, through `winograd.cpp`.
+//! 3x3 convolutions on the CPU with fewer multiplications, through `winograd.cpp`.
 
 use std::ffi::c_char;
 
@@ -22,15 +22,23 @@ unsafe extern "C" {
 /// `gemm.cpp`'s products, without which libtorch's direct convolution is taken.
 const LEAST_CHANNELS: i64 = 16;
 const LEAST_TILES: i64 = 28;
+/// Channels up to which widened operands are convolved faster than those of bf16 by libtorch's direct convolution.
+const MOST_NARROW_CHANNELS: i64 = 128;
 
 /// Whether a convolution with stride 1, padding 1 and one group goes this way.
 pub fn pays(x: &Tensor, w: &Tensor) -> bool {
-    if x.device() != Device::Cpu || x.kind() != Kind::Float || w.kind() != Kind::Float || !has_products() {
+    let narrow = match (x.kind(), w.kind()) {
+        (Kind::Float, Kind::Float) => false,
+        (Kind::BFloat16, Kind::BFloat16) => true,
+        _ => return false,
+    };
+    if x.device() != Device::Cpu || !has_products() {
         return false;
     }
     match (x.size().as_slice(), w.size().as_slice()) {
         (&[n, c, height, width], &[k, c2, 3, 3]) => {
             let channels = c == c2 && c.min(k) >= LEAST_CHANNELS && c % 16 == 0 && k % 16 == 0;
+            let channels = channels && !(narrow && c.max(k) > MOST_NARROW_CHANNELS);
             channels && height % 2 == 0 && width % 2 == 0 && n * (height / 2) * (width / 2) >= LEAST_TILES
         }
         _ => false,
@@ -93,6 +101,35 @@ mod tests {
         }
     }
 
+    /// In bf16 the values and gradients of f64 on the same operands, rounded once: 2^-9 of each at most.
+    #[test]
+    fn in_bf16_values_and_gradients_are_those_of_f64_rounded() {
+        if !has_products() {
+            return;
+        }
+        tch::manual_seed(4);
+        let leaf = |t: Tensor| t.detach().set_requires_grad(true);
+        let draw = |shape: &[i64]| leaf(Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16));
+        for (n, height) in [(3, 8), (40, 2)] {
+            let (x, w, b) = (draw(&[n, 32, height, height]), draw(&[64, 32, 3, 3]), draw(&[64]));
+            let seed = draw(&[n, 64, height, height]).detach();
+            assert!(pays(&x, &w));
+            let grads = |y: &Tensor, seed: &Tensor, of: &[&Tensor]| {
+                Tensor::run_backward(&[(y * seed).sum(None)], of, false, false)
+            };
+            let y = convolution(&x, &w, Some(&b)).unwrap();
+            assert_eq!(y.kind(), Kind::BFloat16);
+            let ours = grads(&y, &seed, &[&x, &w, &b]);
+            let [x, w, b] = [&x, &w, &b].map(|t| leaf(t.to_kind(Kind::Double)));
+            let expected = x.conv2d(&w, Some(&b), [1, 1], [1, 1], [1, 1], 1);
+            let theirs = grads(&expected, &seed.to_kind(Kind::Double), &[&x, &w, &b]);
+            for (a, b) in std::iter::once((&y, &expected)).chain(ours.iter().zip(&theirs)) {
+                assert_eq!(a.kind(), Kind::BFloat16);
+                assert!(relative(a, b) < 1.0 / 512.0, "{n}: {}", relative(a, b));
+            }
+        }
+    }
+
     #[test]
     fn without_a_bias_and_with_frozen_operands() {
         if !has_products() {
@@ -122,5 +159,8 @@ mod tests {
         }
         assert!(!pays(&t(&[2, 64, 16, 16], Kind::Double), &t(&[64, 64, 3, 3], Kind::Double)));
         assert!(!pays(&t(&[2, 64, 16, 16], Kind::Float), &t(&[64, 64, 1, 1], Kind::Float)));
+        let wide = MOST_NARROW_CHANNELS + 16;
+        assert!(!pays(&t(&[2, wide, 16, 16], Kind::BFloat16), &t(&[64, wide, 3, 3], Kind::BFloat16)));
+        assert!(!pays(&t(&[2, 64, 16, 16], Kind::BFloat16), &t(&[64, 64, 3, 3], Kind::Float)));
     }
 }

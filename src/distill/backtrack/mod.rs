@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 
 use self::players::Players;
 use crate::diffusion::Denoiser;
+use crate::distill::ahead::Nodes;
 use crate::distill::checkpoint::{Checkpoint, Stage, State};
 use crate::distill::config::CooldownShape;
 use crate::distill::draws::{Phase, Use};
@@ -57,7 +58,8 @@ pub fn backtrack(
             State { target: last.saturating_sub(1), ..State::new(Stage::Backtrack, trajectory.teacher_hash()) }
         }
     };
-    trajectory.load(state.target, players.target.params())?;
+    let mut nodes = Nodes::new(trajectory, batches.device);
+    nodes.load(state.target, players.target.params())?;
     job.observer.target_entered(state.target, &players.target)?;
 
     let images = config.images();
@@ -71,7 +73,7 @@ pub fn backtrack(
         if let Some(next) = switching::next_target(job, &mut state, update, last, &mut looked)? {
             log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
             job.observer.target_left(state.target, players.average())?;
-            trajectory.load(next, players.target.params())?;
+            nodes.load(next, players.target.params())?;
             (state.target, state.target_since) = (next, update);
             job.observer.target_entered(next, &players.target)?;
         }
