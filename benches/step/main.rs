@@ -4,7 +4,8 @@
 //! rows that were not measured this time stay. With `--check` nothing is written, and a row more than 10 % slower against
 //! eager than the one in `latest.json` fails the run.
 //!
-//! Each contender is a process of its own; peak memory is the highest resident size of each, libraries included.
+//! Each contender is a process of its own; peak memory is the highest resident size of each, libraries included. What our
+//! tensors hold of it stands beside the estimate (`ours_tensors_mb`, `ours_estimate_mb`).
 //!
 //! Environment: `DISBACK_BENCH_NETWORKS` (of digits, cifar, dit; adm is for devices), `DISBACK_BENCH_PRECISIONS` (f32, bf16),
 //! `DISBACK_BENCH_PHASES` (stage1, stage2, stage2r5, call1, call64), `DISBACK_BENCH_EXPORTERS` (legacy, dynamo): lists with
@@ -116,6 +117,8 @@ struct Bench {
 struct Taken {
     ms: Vec<f64>,
     peak: f64,
+    /// Of that, tensors (ours alone counts them).
+    tensors: f64,
 }
 
 fn run(check: bool) -> Result<(), String> {
@@ -360,6 +363,7 @@ impl Bench {
             }
             if phase == "stage1" || phase == "stage2" {
                 let mut estimate = self.ours("--estimate", &self.model(network, exporter), precision, phase, batch)?;
+                put("ours_tensors_mb", json!(taken.tensors));
                 put("ours_estimate_mb", estimate.answer(LONG).map_or(Value::Null, |e| e[phase].clone()));
             }
             out.push(Value::Object(row));
@@ -377,6 +381,7 @@ impl Taken {
         let Some(answer) = answer else { return };
         self.ms.extend(answer["ms"].as_f64());
         self.peak = self.peak.max(answer["peak_mb"].as_f64().unwrap_or(0.0));
+        self.tensors = self.tensors.max(answer["tensors_mb"].as_f64().unwrap_or(0.0));
     }
 }
 

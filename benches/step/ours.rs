@@ -19,6 +19,7 @@ use disback::teacher::Teacher;
 use disback::tensor::HostTensor;
 use disback::torch::Forward;
 use disback::torch::profile::OperatorTimes;
+use disback::torch::training::{count_memory, counted_memory};
 use prost::Message;
 use serde_json::{Value, json};
 
@@ -64,6 +65,7 @@ fn peak_mib() -> f64 {
 
 /// Answers commands until there are none.
 pub fn serve(task: &Task) -> Result<()> {
+    count_memory();
     disback::torch::device::set_threads(task.threads);
     let device = disback::torch::device::parse(&task.device)?;
     let teacher = Teacher::load(Path::new(&task.model), &[], TrainableChoice::default(), device)?;
@@ -142,7 +144,8 @@ impl Clock {
 
     fn answer(&mut self) {
         let took = now() - self.started;
-        let mut answer = json!({"ms": took * 1e3 / self.block as f64, "peak_mb": peak_mib()});
+        let tensors = counted_memory(false).peak as f64 / (1 << 20) as f64;
+        let mut answer = json!({"ms": took * 1e3 / self.block as f64, "peak_mb": peak_mib(), "tensors_mb": tensors});
         if let Some(times) = self.times.take() {
             let times = times.finish();
             let share = |d: std::time::Duration| d.as_secs_f64() / took;
