@@ -1,5 +1,5 @@
-"""large_export.py OUT: a network of about 300 M random parameters (36 transformer blocks of 1024 channels between two
-convolutions) as PyTorch's dynamo exporter writes it, with external data: OUT/model.onnx, OUT/model.onnx.data."""
+"""large_export.py OUT [LAYERS]: a network of about 300 M random parameters (36 transformer blocks of 1024 channels, or LAYERS,
+between two convolutions) as PyTorch's dynamo exporter writes it, with external data: OUT/model.onnx, OUT/model.onnx.data."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     # Fresh scales and biases stay ones and zeros, which the exporter merges: importing parts them.
-    net = Large().eval()
+    net = Large(layers=int(sys.argv[2]) if len(sys.argv) > 2 else 36).eval()
     args = (torch.randn(1, 4, 8, 8), torch.ones(1))
     program = torch.onnx.export(net, args, dynamo=True, opset_version=20, input_names=["sample", "timestep"],
                                 output_names=["epsilon"], verbose=False)  # fmt: skip

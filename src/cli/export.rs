@@ -177,7 +177,8 @@ pub mod from_run {
         let config = run.as_ref().map_or_else(Config::default, |(_, c)| c.clone());
         let file = student::load(&config, &teacher, Device::Cpu)?;
         let origin = Origin { teacher: &teacher, file: file.as_ref() };
-        let params = file.as_ref().map_or(&teacher.network, |f| &f.network).params().deep_copy(Device::Cpu)?;
+        // The network is nobody else's: its weights are overwritten.
+        let params = file.as_ref().map_or(&teacher.network, |f| &f.network).params().alias();
         // With low-rank adaptation, checkpoints and trajectory nodes hold the factors.
         let adapted = config.lora().map(|options| teacher.network.duplicate()?.adapt(&options)).transpose()?;
         let factors = adapted.as_ref().filter(|_| file.is_none());
@@ -196,8 +197,8 @@ pub mod from_run {
                     false => &params,
                 };
                 // A node may be kept as its difference from the teacher: its trajectory knows.
-                let began_with = adapted.as_ref().unwrap_or(&teacher.network).params().hash()?;
-                match node_of(file, &began_with)? {
+                let began_with = || adapted.as_ref().unwrap_or(&teacher.network).params().hash();
+                match node_of(file, began_with)? {
                     Some((trajectory, index)) => trajectory.load(index, into)?,
                     None => into.load(file)?,
                 }
@@ -244,12 +245,12 @@ pub mod from_run {
     }
 
     /// The trajectory that a file is a node of, and which.
-    fn node_of(file: &Path, teacher_hash: &str) -> Result<Option<(Trajectory, usize)>> {
+    fn node_of(file: &Path, teacher_hash: impl Fn() -> Result<String>) -> Result<Option<(Trajectory, usize)>> {
         let folder = file.parent().unwrap_or(Path::new(""));
         if !folder.join(trajectory::INDEX).is_file() {
             return Ok(None);
         }
-        let trajectory = Trajectory::open(folder, teacher_hash)?;
+        let trajectory = Trajectory::open(folder, &teacher_hash()?)?;
         let found = trajectory.nodes().iter().position(|n| file.file_name() == Some(n.file.as_ref()));
         Ok(found.map(|index| (trajectory, index)))
     }

@@ -100,7 +100,7 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
     if !weights.is_file() {
         return Err(Error::io(format!("{}: no such file", weights.display())).hint("the run has not finished"));
     }
-    let params = teacher.network.params().deep_copy(tch::Device::Cpu)?;
+    let params = teacher.network.params().alias();
     params.load(&weights)?;
     let info = std::fs::read(&args.student).map_err(Error::from).and_then(|b| StudentInfo::from_model(&decode(&b)?));
     let info = info.map_err(|e| e.context(args.student.display().to_string()))?;
@@ -138,6 +138,7 @@ fn show(found: &Verification) {
         let verdict = match (&e.error, e.ok) {
             (Some(error), _) => error.clone(),
             (None, true) => "ok".into(),
+            (None, false) if e.max_abs.is_some_and(f64::is_infinite) => "NaN, infinity or another shape".into(),
             (None, false) => format!("more than {:.1e}", found.tolerance),
         };
         table.add_row([&e.name, &e.version, &number, &differ, &verdict]);

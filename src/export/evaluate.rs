@@ -6,7 +6,6 @@ use std::collections::{HashMap, HashSet};
 use prost::Message;
 
 use crate::error::{Context, Error, Result};
-use crate::graph::save;
 use crate::onnx::{ModelProto, ValueInfoProto};
 use crate::runtime::student::{Request, Student, StudentInfo};
 use crate::runtime::{self, Dim, Engine, EngineKind, EngineOptions};
@@ -28,14 +27,16 @@ pub fn student_inputs(model: &ModelProto, seed: u64, batch: usize) -> Result<Inp
     Student::inputs_of(&info, &Request { seed, classes, embeddings, batch }, 0, batch)
 }
 
-/// Opens a model in ONNX Runtime on the CPU; above protobuf's limit by way of a temporary file.
+/// Weights above this size are read where they lie, so that no session has a copy.
+#[cfg(feature = "ort")]
+const IN_PLACE_ABOVE: usize = 128 << 20;
+
+/// Opens a model in ONNX Runtime on the CPU.
 pub fn open(model: &ModelProto) -> Result<Box<dyn Engine>> {
     let options = EngineOptions { engine: EngineKind::Ort, threads: None, ..EngineOptions::default() };
-    if model.encoded_len() > save::EXTERNAL_ABOVE {
-        let dir = tempfile::tempdir()?;
-        let path = dir.path().join("model.onnx");
-        save::write(model, &path)?;
-        return runtime::open(&path, &options);
+    #[cfg(feature = "ort")]
+    if model.encoded_len() > IN_PLACE_ABOVE {
+        return Ok(Box::new(runtime::ort::OrtEngine::open_in_place(model, &options)?));
     }
     runtime::open_bytes(&model.encode_to_vec(), None, &options)
 }

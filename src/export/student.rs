@@ -31,13 +31,13 @@ pub struct StudentOptions {
 const TOLERANCE: f64 = 1e-5;
 
 /// Builds the one-step student from the teacher's graph and the student's weights, and checks it in libtorch against the
-/// training network at two batch sizes.
+/// training network at two batch sizes. Its weights are not copied where they can be shared: `params` must not change as long
+/// as the model is in use.
 ///
 /// Errors: a card that does not fit the graph; a student file that would not compute what was trained.
 pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &StudentOptions) -> Result<ModelProto> {
     let start = Conversion::new(card)?.at_start(options.sigma_init)?;
-    let ours = net.duplicate()?;
-    ours.params().copy_from(params)?;
+    let ours = net.with_weights(params)?;
     let reference = Reference { net: &ours, card, start: &start };
     // A time of shape [1] broadcasts over the batch in every usual network and leaves a constant embedding. Where a graph
     // insists on one time an image, the time is expanded to the batch inside the graph instead.
@@ -114,7 +114,7 @@ fn build(
     start: &StudentStart,
     forms: Forms,
 ) -> Result<ModelProto> {
-    let mut model = net.to_model(params)?;
+    let mut model = net.to_model_shared(params)?;
     needs_opset(&model)?;
     let opset = edit::opset(&model);
     let x = port(net, &card.sample)?;

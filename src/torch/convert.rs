@@ -58,6 +58,25 @@ pub fn to_torch(t: &HostTensor) -> Result<Tensor> {
     Ok(Tensor::f_from_data_size(t.bytes(), &shape, kind)?)
 }
 
+/// A libtorch tensor on the host, sharing its memory where it lies there as it is: whoever holds the result must not change
+/// the tensor.
+pub fn to_host_shared(t: &Tensor) -> Result<HostTensor> {
+    struct Held(Tensor, usize);
+    impl AsRef<[u8]> for Held {
+        fn as_ref(&self) -> &[u8] {
+            // SAFETY: a contiguous tensor on the CPU of this many bytes, which this handle keeps alive.
+            unsafe { std::slice::from_raw_parts(self.0.data_ptr().cast::<u8>(), self.1) }
+        }
+    }
+    let dtype = dtype(t.kind())?;
+    let bytes = t.numel() * dtype.size();
+    if t.device() != Device::Cpu || !t.is_contiguous() || bytes == 0 {
+        return to_host(t);
+    }
+    let shape = t.size().iter().map(|&d| d as usize).collect();
+    HostTensor::from_bytes(dtype, shape, bytes::Bytes::from_owner(Held(t.detach(), bytes)))
+}
+
 /// Copies a libtorch tensor (from any device) to the host.
 pub fn to_host(t: &Tensor) -> Result<HostTensor> {
     let dtype = dtype(t.kind())?;

@@ -197,7 +197,17 @@ impl Network {
 
     /// The original file with this set's weights in the place of its own.
     pub fn to_model(&self, params: &ParamSet) -> Result<ModelProto> {
-        let values = params.tensors().iter().map(convert::to_host).collect::<Result<Vec<HostTensor>>>()?;
+        self.model_of(params, convert::to_host)
+    }
+
+    /// [`Network::to_model`] without a copy of the weights where they are f32 on the CPU: they must not change as long as the
+    /// model is used.
+    pub fn to_model_shared(&self, params: &ParamSet) -> Result<ModelProto> {
+        self.model_of(params, convert::to_host_shared)
+    }
+
+    fn model_of(&self, params: &ParamSet, host: fn(&Tensor) -> Result<HostTensor>) -> Result<ModelProto> {
+        let values = params.tensors().iter().map(host).collect::<Result<Vec<HostTensor>>>()?;
         let shared = &self.shared;
         crate::graph::save::with_parameters(&shared.model.proto, &shared.parameters, &shared.buffers, &values)
     }
@@ -244,6 +254,21 @@ impl Network {
             device: self.device,
             compute: self.compute.clone(),
         }
+    }
+
+    /// The same network with these weights: shared where they are of its kind and on its device, else copied.
+    ///
+    /// Errors: parameters of another network.
+    pub fn with_weights(&self, params: &ParamSet) -> Result<Self> {
+        let alike =
+            |(a, b): (&Tensor, &Tensor)| a.size() == b.size() && a.kind() == b.kind() && a.device() == b.device();
+        let same = self.adapter.is_none() && params.names() == self.params.names();
+        if same && self.params.tensors().iter().zip(params.tensors()).all(alike) {
+            return Ok(Self { params: params.alias(), ..self.alias() });
+        }
+        let copy = self.duplicate()?;
+        copy.params().copy_from(params)?;
+        Ok(copy)
     }
 
     /// The same network with low-rank adaptation: its weights are frozen, its parameters are the factors, and its copies

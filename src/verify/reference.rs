@@ -24,8 +24,7 @@ pub fn of_weights(
     count: usize,
 ) -> Result<Reference> {
     let card = &teacher.card.card;
-    let network = teacher.network.duplicate()?;
-    network.params().copy_from(params)?;
+    let network = teacher.network.with_weights(params)?;
     let start = Conversion::new(card)?.at_start(sigma_init)?;
     let specs: Vec<InputSpec> = teacher.inputs();
     let denoiser = Denoiser::new(Box::new(network), Arc::new(card.clone()), &specs)?;

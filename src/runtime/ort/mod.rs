@@ -1,5 +1,6 @@
 //! ONNX Runtime through `ort`, its library loaded at run time.
 
+mod in_place;
 mod placement;
 mod providers;
 mod recorded;
@@ -13,6 +14,8 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use prost::Message;
+
 use ort::environment::Environment;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::ortsys;
@@ -21,6 +24,7 @@ use ort::session::{Session, SessionInputValue};
 
 use super::{Call, Engine, EngineOptions, Source, ValueInfo, arrange, cast_transpose, model_values};
 use crate::error::{Context, Error, Result};
+use crate::onnx::ModelProto;
 use crate::tensor::HostTensor;
 
 /// The loaded ONNX Runtime library. One a process.
@@ -217,6 +221,8 @@ pub struct OrtEngine {
     recorded: Option<Recorded>,
     /// TensorRT's cache and what it is for.
     sealed: Option<(PathBuf, tensorrt::Stamp)>,
+    /// What the session reads and does not own; dropped after it, as fields are in their order.
+    _weights: Vec<(String, HostTensor)>,
 }
 
 impl OrtEngine {
@@ -229,6 +235,18 @@ impl OrtEngine {
     }
 
     pub(crate) fn open(source: Source<'_>, options: &EngineOptions) -> Result<Self> {
+        Self::open_with(source, Vec::new(), options)
+    }
+
+    /// Opens a decoded model whose weights stay where they are: the session reads them from there, and has no copy. It
+    /// makes no packed copies of them either, so that its calls are slower.
+    pub(crate) fn open_in_place(model: &ModelProto, options: &EngineOptions) -> Result<Self> {
+        let (bare, weights) = in_place::split(model)?;
+        let bytes = bare.encode_to_vec();
+        Self::open_with(Source::Bytes { bytes: &bytes, folder: None }, weights, options)
+    }
+
+    fn open_with(source: Source<'_>, weights: Vec<(String, HostTensor)>, options: &EngineOptions) -> Result<Self> {
         let library = library()?;
         let mut builder = Session::builder(&library.environment)?
             .with_log_level(ort::logging::LogLevel::Error)?
@@ -246,6 +264,10 @@ impl OrtEngine {
         if checked {
             builder = builder.with_config_entry(placement::RECORD, "1")?;
         }
+        let views = in_place::give(&mut builder, &weights)?;
+        if !weights.is_empty() {
+            builder = builder.with_prepacking(false)?;
+        }
         let session = match source {
             Source::File(path) => builder.commit_from_file(path),
             Source::Bytes { bytes, folder } => {
@@ -258,6 +280,7 @@ impl OrtEngine {
         }
         .context("loading the network")
         .map_err(|e| providers::explain_session(e, &provider))?;
+        drop(views);
         let sealed = options.accelerator.cache.clone().zip(declared.stamp);
         if let Some((dir, stamp)) = &sealed {
             tensorrt::seal_cache(dir, stamp)?;
@@ -275,6 +298,7 @@ impl OrtEngine {
             recorded: None,
             sealed,
             session,
+            _weights: weights,
         })
     }
 }
