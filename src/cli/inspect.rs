@@ -193,6 +193,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
             bytes as f64 / (1 << 20) as f64
         );
     }
+    for u in &i.unguarded_divisions {
+        println!("warning: {u}");
+    }
     if !i.unsupported.is_empty() {
         println!("\nnot supported: {} nodes", i.unsupported.len());
         for u in &i.unsupported {

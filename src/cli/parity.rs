@@ -126,6 +126,9 @@ fn show(result: &Parity, source: &str) {
             verdict(d.ok)
         );
     }
+    for u in &result.unguarded_divisions {
+        println!("warning: {u}");
+    }
     if let Some(d) = &result.first_divergence {
         println!("\nfirst value that differs: `{}`, made by {} (max abs {:.2e})", d.value, d.node, d.max_abs);
         println!("  libtorch     mean {:>12.5}  std {:>12.5}", d.libtorch[0], d.libtorch[1]);

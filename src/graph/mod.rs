@@ -11,6 +11,7 @@ pub mod roles;
 pub mod save;
 pub mod tensors;
 pub mod widen;
+pub mod zero;
 
 pub use attributes::{Attribute, Attributes};
 pub use ir::{Graph, Node, Port, ValueId};

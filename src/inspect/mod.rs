@@ -23,6 +23,7 @@ use tch::Device;
 use crate::error::Result;
 use crate::graph::raise::{NearMiss, Report as Raised};
 use crate::graph::roles::{Buffer, Declared, Parameter};
+use crate::graph::zero::{self, Unguarded};
 use crate::graph::{Graph, Model, TrainableChoice, lower};
 use crate::torch::ops;
 use crate::torch::{ImportOptions, Network};
@@ -94,6 +95,9 @@ pub struct Inspection {
     pub raised: BTreeMap<&'static str, usize>,
     pub near_misses: Vec<NearMissRow>,
     pub unsupported: Vec<UnsupportedNode>,
+    /// Divisions by what can be 0.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unguarded_divisions: Vec<Unguarded>,
     /// Null where nobody knows the sizes of the inputs.
     #[serde(flatten)]
     pub cost: Cost,
@@ -148,6 +152,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         raised: BTreeMap::new(),
         near_misses: Vec::new(),
         unsupported,
+        unguarded_divisions: zero::unguarded(&as_read),
         cost: Cost::default(),
         parameter_list: Vec::new(),
     };

@@ -8,7 +8,6 @@ pub use stored::{Stored, stored};
 
 use std::collections::BTreeMap;
 
-use prost::Message;
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 use tch::{Device, Tensor};
@@ -16,9 +15,9 @@ use tch::{Device, Tensor};
 use crate::diffusion::{Condition, TeacherCard, TimeUnit};
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
+use crate::graph::zero::{self, Unguarded};
 use crate::graph::{Model, save};
 use crate::onnx::ValueInfoProto;
-use crate::runtime::{EngineKind, EngineOptions, open_bytes};
 use crate::tensor::{DType, HostTensor};
 use crate::torch::{Forward, ImportOptions, Network, convert};
 
@@ -77,6 +76,9 @@ pub struct Parity {
     /// The CPU against another device, where one was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<devices::DeviceParity>,
+    /// Divisions by what can be 0: both sides give NaN there, and the framework does not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unguarded_divisions: Vec<Unguarded>,
 }
 
 impl Parity {
@@ -239,24 +241,10 @@ pub fn check(
     if let Some(wide) = wide {
         proto = wide;
     }
-    let options = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
     let given: Vec<(String, HostTensor)> = inputs.iter().map(|(n, t)| (n.clone(), bf16::input(t))).collect();
     let named: Vec<(&str, &HostTensor)> = given.iter().map(|(n, t)| (n.as_str(), t)).collect();
     let reference = |proto: &crate::onnx::ModelProto| -> Result<(String, Vec<(String, HostTensor)>)> {
-        let path = &net.shared().model.path;
-        // Above protobuf's limit only files can be opened.
-        let large = proto.encoded_len() > save::EXTERNAL_ABOVE;
-        let folder;
-        let mut engine = if large && in_bf16 {
-            folder = tempfile::tempdir().context("a temporary folder")?;
-            let copy = folder.path().join("f32.onnx");
-            save::write(proto, &copy)?;
-            crate::runtime::open(&copy, &options)?
-        } else if large && path.exists() {
-            crate::runtime::open(path, &options)?
-        } else {
-            open_bytes(&proto.encode_to_vec(), None, &options)?
-        };
+        let mut engine = crate::export::evaluate::open(proto)?;
         let name = if in_bf16 { format!("{}, bf16 as f32", engine.name()) } else { engine.name() };
         Ok((name, engine.run(&named)?))
     };
@@ -293,6 +281,7 @@ pub fn check(
         rounding: rounding.map(|r| r.into_iter().map(|(_, d)| d).fold(0.0, f64::max)),
         engine,
         devices: None,
+        unguarded_divisions: zero::unguarded(&net.shared().graph),
     })
 }
 
