@@ -14,19 +14,19 @@ pub struct ShipArgs {
     /// f32; fp16 or bf16 where it holds (calibrated, the rest in f32); int8 weights; int8-dynamic: arithmetic in 8 bits too.
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: Precision,
-    /// Nodes that stay in f32, by name.
+    /// Nodes that stay in f32 with fp16 and bf16, by name, as in '*/attn/*'.
     #[arg(long, value_name = "GLOB")]
     pub keep_f32: Vec<String>,
-    /// How far int8 may move a value of the sample.
-    #[arg(long, default_value_t = 0.1)]
-    pub int8_limit: f64,
-    /// Images of the calibration noise.
-    #[arg(long, default_value_t = 16)]
-    pub calibrate: usize,
+    /// How far int8 and int8-dynamic may move a value of the sample [default: 0.1].
+    #[arg(long, value_name = "LIMIT")]
+    pub int8_limit: Option<f64>,
+    /// Images of the noise that other precisions than f32 are calibrated on [default: 16].
+    #[arg(long, value_name = "IMAGES")]
+    pub calibrate: Option<usize>,
     /// Fix the batch at this number; `dynamic` keeps it free.
     #[arg(long, default_value = "dynamic")]
     pub batch: String,
-    /// Operator set version; the teacher's where absent.
+    /// Operator set version, 13 to 25; the teacher's where absent.
     #[arg(long)]
     pub opset: Option<i64>,
     /// Leave constants and shape arithmetic as the exporter wrote them.
@@ -45,9 +45,9 @@ pub struct ShipArgs {
     /// ONNX decoder that turns the latents into images.
     #[arg(long, value_name = "FILE.onnx")]
     pub decoder: Option<PathBuf>,
-    /// Value range of the decoder's output.
-    #[arg(long, value_name = "LOW,HIGH", default_value = "-1,1", allow_hyphen_values = true)]
-    pub decoder_range: String,
+    /// Value range of the decoder's output [default: -1,1].
+    #[arg(long, value_name = "LOW,HIGH", allow_hyphen_values = true, requires = "decoder")]
+    pub decoder_range: Option<String>,
     /// Weights in a file of their own (<out>.data), which above 2 GB they are anyway.
     #[arg(long)]
     pub external_data: bool,
@@ -61,19 +61,39 @@ impl ShipArgs {
             "dynamic" => None,
             n => Some(n.parse::<usize>().map_err(|_| bad())?),
         };
-        let range: Option<Vec<f64>> = self.decoder_range.split(',').map(|p| p.trim().parse().ok()).collect();
-        let range = match range.as_deref() {
+        let range = self.decoder_range.as_deref().unwrap_or("-1,1");
+        let numbers: Option<Vec<f64>> = range.split(',').map(|p| p.trim().parse().ok()).collect();
+        let range = match numbers.as_deref() {
             Some([low, high]) if low < high => [*low, *high],
-            _ => return Err(Error::usage(format!("--decoder-range {}: expected LOW,HIGH", self.decoder_range))),
+            _ => return Err(Error::usage(format!("--decoder-range {range}: expected LOW,HIGH"))),
         };
-        if !(self.int8_limit > 0.0) {
-            return Err(Error::usage(format!("--int8-limit {}: expected a number above 0", self.int8_limit)));
+        let int8_limit = self.int8_limit.unwrap_or(0.1);
+        if !(int8_limit > 0.0) {
+            return Err(Error::usage(format!("--int8-limit {int8_limit}: expected a number above 0")));
+        }
+        if self.calibrate == Some(0) {
+            return Err(Error::usage("--calibrate 0: expected 1 or more"));
+        }
+        let (half, int8) = (
+            matches!(self.precision, Precision::Fp16 | Precision::Bf16),
+            matches!(self.precision, Precision::Int8 | Precision::Int8Dynamic),
+        );
+        let idle = [
+            ("--keep-f32", !self.keep_f32.is_empty() && !half, "--precision fp16 or bf16"),
+            ("--int8-limit", self.int8_limit.is_some() && !int8, "--precision int8 or int8-dynamic"),
+            ("--calibrate", self.calibrate.is_some() && !half && !int8, "another --precision than f32"),
+        ];
+        if let Some((name, _, with)) = idle.iter().find(|i| i.1) {
+            return Err(Error::usage(format!("{name} does nothing here: it goes with {with}")));
+        }
+        if self.no_optimise && self.raise == Raise::All {
+            return Err(Error::usage("--raise all and --no-optimise exclude one another"));
         }
         Ok(ShipOptions {
             precision: self.precision,
             keep_f32: self.keep_f32.clone(),
-            int8_limit: self.int8_limit,
-            calibration: self.calibrate,
+            int8_limit,
+            calibration: self.calibrate.unwrap_or(16),
             batch,
             opset: self.opset,
             optimise: !self.no_optimise,
@@ -89,6 +109,8 @@ impl ShipArgs {
         self.precision != Precision::F32
             || self.batch != "dynamic"
             || self.opset.is_some()
+            || self.no_optimise
+            || self.no_portable
             || self.raise != Raise::Auto
             || self.image
             || self.decoder.is_some()
@@ -123,8 +145,11 @@ pub fn show(report: &ShipReport) {
     if let Some(s) = &report.simplified {
         let (before, after) = (s.nodes_before, s.nodes_after);
         println!(
-            "  graph      {before} nodes -> {after} ({} values folded, {} batch sizes left to Reshape)",
-            s.folded, s.reshapes
+            "  graph      {before} nodes -> {after} ({} values folded, {} of them a row for all images; {} batch sizes left to \
+             Reshape)",
+            s.folded + s.rows,
+            s.rows,
+            s.reshapes
         );
     }
     if let Some(r) = &report.raised {

@@ -53,6 +53,12 @@ pub struct Converted {
 /// Errors: a network that gives NaN in f32 already, or in 16 bits whatever is kept.
 pub fn to_half(model: &mut ModelProto, dtype: DType, keep: &[String], calibration: &[Inputs]) -> Result<Converted> {
     let globs = globs(keep)?;
+    if let Some(graph) = &model.graph
+        && let Some(k) = (0..keep.len()).find(|k| !graph.node.iter().any(|n| globs.matches(n.name()).contains(k)))
+    {
+        return Err(Error::usage(format!("--keep-f32 {}: no node of the graph has such a name", keep[k]))
+            .hint("the report of an export without it names nodes; constants that were folded are no nodes any more"));
+    }
     if let Some(graph) = model.graph.as_mut() {
         // Constants in another type are other tensors, as weights are; a node that holds one has no input to cast.
         constants_to_initializers(graph);

@@ -7,12 +7,12 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::error::{Error, Result};
-use crate::graph::save;
+use crate::graph::{save, tensors};
 use crate::onnx::tensor_shape_proto::dimension;
-use crate::onnx::{GraphProto, ModelProto, type_proto};
+use crate::onnx::{GraphProto, ModelProto, TensorProto, type_proto};
 use crate::runtime::student::{ConditionKind, StudentInfo};
 use crate::runtime::{Dim, cast_transpose, model_values};
-use crate::tensor::DType;
+use crate::tensor::{DType, HostTensor};
 
 use super::evaluate::{self, Inputs};
 use super::half::{Converted, gemm_as_matmul, to_half};
@@ -168,6 +168,7 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
         report.warnings.push(format!("neither optimised nor made portable: {reason}"));
     }
     let can = engine.is_none();
+    let expected = if can { Some(Expected::of(&original, &model)?) } else { None };
     let probes = if can && !shipped { Some(probes(&model)?) } else { None };
     if let Some(probes) = &probes {
         if options.optimise {
@@ -227,9 +228,9 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
     }
     let precision = if stored == "f32" { options.precision.name() } else { &stored };
     consumer_metadata(&mut model, precision)?;
-    if can {
+    if let Some(expected) = &expected {
         let rounded = report.half.as_ref().map_or(0.0, |h| h.max_abs);
-        report.max_abs = check(&original, &model, options, &stored, rounded, &mut report.warnings)?;
+        report.max_abs = Some(expected.check(&model, options, &stored, rounded, &mut report.warnings)?);
     }
     let weights = model.graph.iter().flat_map(|g| &g.initializer);
     report.weight_bytes = weights.map(|t| t.raw_data.as_ref().map_or(0, |b| b.len())).sum();
@@ -264,44 +265,69 @@ fn probes(model: &ModelProto) -> Result<Vec<Inputs>> {
     sizes.iter().map(|&n| evaluate::student_inputs(model, 0, n)).collect()
 }
 
-/// The file against the student that came in, on noise that no step has seen, at a batch size that none has seen.
-/// `rounded`: what calibration found where every value is rounded to 16 bits.
-fn check(
-    original: &ModelProto,
-    shipped: &ModelProto,
-    options: &ShipOptions,
-    stored: &str,
-    rounded: f64,
-    warnings: &mut Vec<String>,
-) -> Result<Option<f64>> {
-    let inputs = vec![evaluate::student_inputs(shipped, 77, 5)?, evaluate::student_inputs(shipped, 78, 1)?];
-    let expected = evaluate::samples(original, &inputs)?;
-    let found = match evaluate::samples(shipped, &inputs) {
-        Ok(found) => found,
-        Err(_) if options.precision == Precision::Bf16 => expected.clone(),
-        Err(e) => return Err(e.context("the exported student does not run")),
-    };
-    let max_abs = found.iter().zip(&expected).map(|(a, b)| evaluate::max_abs(a, b)).fold(rounded, f64::max);
-    let size = expected.iter().flat_map(|t| t.to_f32()).fold(1f64, |m, v| m.max(f64::from(v.abs())));
-    let (limit, hard) = match options.precision {
-        // What computes in 16 bits rounds otherwise when constants are folded.
-        Precision::F32 => {
-            (TOLERANCE.max(if stored == "f32" { 0.0 } else { crate::verify::tolerance_of(stored) }), true)
+/// What the student that came in makes of noise that no step sees, at batch sizes that none sees.
+struct Expected {
+    inputs: [Inputs; 2],
+    samples: Vec<HostTensor>,
+}
+
+impl Expected {
+    /// `like` has the batch of the file that ships.
+    ///
+    /// Errors: a student that gives NaN or infinity: nothing could be told of its forms.
+    fn of(original: &ModelProto, like: &ModelProto) -> Result<Self> {
+        let inputs = [evaluate::student_inputs(like, 77, 5)?, evaluate::student_inputs(like, 78, 1)?];
+        let samples = evaluate::samples(original, &inputs)?;
+        if samples.iter().flat_map(HostTensor::to_f32).all(f32::is_finite) {
+            return Ok(Self { inputs, samples });
         }
-        Precision::Fp16 => (2e-2, false),
-        Precision::Bf16 => (2e-1, false),
-        Precision::Int8 | Precision::Int8Dynamic => (options.int8_limit, false),
-    };
-    if !(max_abs <= limit * size) {
-        let what =
-            format!("the sample differs by {max_abs:.2e} from the student as distilled (values reach {size:.2})");
-        if hard || !max_abs.is_finite() {
-            return Err(Error::mismatch(what)
-                .hint("this is a defect of the export: --no-optimise and --no-portable narrow it down"));
+        let broken = |t: &&TensorProto| tensors::from_proto(t).is_ok_and(|t| !t.is_finite());
+        let weight = original.graph.iter().flat_map(|g| &g.initializer).find(broken);
+        let what = "the student gives NaN or infinity, whatever form it is written in";
+        Err(match weight {
+            Some(t) => Error::mismatch(format!("{what}: its weight `{}` holds some", t.name())),
+            None => Error::mismatch(what),
         }
-        warnings.push(format!("{what}; --keep-f32 GLOB keeps nodes in f32"));
+        .hint("its training diverged: take the weights of an earlier checkpoint or another average (--ema)"))
     }
-    Ok(Some(max_abs))
+
+    /// The largest difference of the file that ships. `rounded`: what calibration found where every value is rounded to 16
+    /// bits.
+    fn check(
+        &self,
+        shipped: &ModelProto,
+        options: &ShipOptions,
+        stored: &str,
+        rounded: f64,
+        warnings: &mut Vec<String>,
+    ) -> Result<f64> {
+        let found = match evaluate::samples(shipped, &self.inputs) {
+            Ok(found) => found,
+            Err(_) if options.precision == Precision::Bf16 => self.samples.clone(),
+            Err(e) => return Err(e.context("the exported student does not run")),
+        };
+        let max_abs = found.iter().zip(&self.samples).map(|(a, b)| evaluate::max_abs(a, b)).fold(rounded, f64::max);
+        let size = self.samples.iter().flat_map(|t| t.to_f32()).fold(1f64, |m, v| m.max(f64::from(v.abs())));
+        let (limit, hard) = match options.precision {
+            // What computes in 16 bits rounds otherwise when constants are folded.
+            Precision::F32 => {
+                (TOLERANCE.max(if stored == "f32" { 0.0 } else { crate::verify::tolerance_of(stored) }), true)
+            }
+            Precision::Fp16 => (2e-2, false),
+            Precision::Bf16 => (2e-1, false),
+            Precision::Int8 | Precision::Int8Dynamic => (options.int8_limit, false),
+        };
+        if !(max_abs <= limit * size) {
+            let what =
+                format!("the sample differs by {max_abs:.2e} from the student as distilled (values reach {size:.2})");
+            if hard || !max_abs.is_finite() {
+                return Err(Error::mismatch(what)
+                    .hint("this is a defect of the export: --no-optimise and --no-portable narrow it down"));
+            }
+            warnings.push(format!("{what}; --keep-f32 GLOB keeps nodes in f32"));
+        }
+        Ok(max_abs)
+    }
 }
 
 /// Fixes the first dimension of the inputs and outputs.

@@ -3,7 +3,8 @@
 //!
 //! Nothing is computed by rules of our own: the values are read off runs of the network itself. With a fixed batch every
 //! shape is one. With a free batch the network is run at several batch sizes: what is the same in all of them is a constant,
-//! and a Reshape whose target varies in one place gets -1 there.
+//! a Reshape whose target varies in one place gets -1 there, and what has the same row for every image (the embedding of a
+//! time that a network wants once an image) is that row, expanded. What varies otherwise is looked into, as far as it goes.
 
 use std::collections::{HashMap, HashSet};
 
@@ -17,6 +18,10 @@ use super::evaluate::{self, Inputs};
 
 /// A constant made by folding is at most this large, unless it replaces more.
 const LARGEST: usize = 16 << 20;
+/// How far values that vary are looked into.
+const LEVELS: usize = 48;
+/// Rows that are apart by this much of the largest value are the same: kernels round by the place in a batch.
+const SAME_ROW: f32 = 1e-6;
 
 /// What simplifying did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -27,6 +32,8 @@ pub struct Simplified {
     pub folded: usize,
     /// Reshape targets that got a -1 for the batch.
     pub reshapes: usize,
+    /// Values that are one row for all images.
+    pub rows: usize,
 }
 
 /// Simplifies in place. `probes` are inputs of different batch sizes (one set where the batch is fixed).
@@ -38,15 +45,32 @@ pub fn simplify(model: &mut ModelProto, probes: &[Inputs]) -> Result<Simplified>
     constants_to_initializers(graph);
     remove_identities(graph);
     let (fixed, shapely) = predictable(graph);
-    let frontier = frontier(graph, &shapely);
-    let names: Vec<String> = frontier.iter().cloned().collect();
-    let seen = evaluate::values(model, &names, probes)?;
+    let mut names: Vec<String> = frontier(graph, &shapely).into_iter().collect();
+    let mut tried: HashSet<String> = HashSet::new();
+    let batches: Vec<usize> = probes.iter().filter_map(|p| p.first()?.1.shape().first().copied()).collect();
+    for _ in 0..LEVELS {
+        if names.is_empty() {
+            break;
+        }
+        let seen = evaluate::values(model, &names, probes)?;
+        let Some(graph) = model.graph.as_mut() else { break };
+        let left = replace(graph, &names, &seen, &batches, &fixed, &mut report);
+        edit::remove_dead(graph);
+        tried.extend(names);
+        names = behind(graph, &left, &shapely).into_iter().filter(|v| !tried.contains(v)).collect();
+    }
     if let Some(graph) = model.graph.as_mut() {
-        replace(graph, &names, &seen, &fixed, &mut report);
         edit::remove_dead(graph);
         report.nodes_after = graph.node.len();
     }
     Ok(report)
+}
+
+/// Predictable values that the makers of these read.
+fn behind(graph: &GraphProto, left: &HashSet<String>, shapely: &HashSet<String>) -> std::collections::BTreeSet<String> {
+    let made: HashSet<&str> = graph.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
+    let makers = graph.node.iter().filter(|n| n.output.iter().any(|o| left.contains(o)));
+    makers.flat_map(edit::reads).filter(|v| shapely.contains(v) && made.contains(v.as_str())).collect()
 }
 
 /// Constant nodes as initializers: several runtimes take weights in no other form.
@@ -139,29 +163,47 @@ fn frontier(graph: &GraphProto, shapely: &HashSet<String>) -> std::collections::
         .collect()
 }
 
+/// Returns what could not be replaced everywhere.
 fn replace(
     graph: &mut GraphProto,
     names: &[String],
     seen: &[HashMap<String, HostTensor>],
+    batches: &[usize],
     fixed: &HashSet<String>,
     report: &mut Simplified,
-) {
+) -> HashSet<String> {
     let weights: usize =
         graph.initializer.iter().map(|t| t.raw_data.as_ref().map_or(0, |b| b.len())).max().unwrap_or(0);
+    let largest = LARGEST.max(weights);
     let mut taken = edit::value_names(graph);
+    let mut free = |wanted: String| {
+        let name = edit::free_name(&taken, &wanted);
+        taken.insert(name.clone());
+        name
+    };
+    let expanded: HashSet<String> =
+        graph.node.iter().filter(|n| edit::is(n, "Expand")).flat_map(|n| n.output.clone()).collect();
     let mut map = HashMap::new();
+    let mut left = HashSet::new();
+    let mut rows = Rows::default();
     for name in names {
         let all: Vec<&HostTensor> = seen.iter().filter_map(|s| s.get(name)).collect();
         let Some(first) = all.first().copied() else { continue };
         let steady = fixed.contains(name) || all.iter().all(|t| *t == first);
-        if steady && first.bytes().len() <= LARGEST.max(weights) {
-            let new = edit::free_name(&taken, &format!("{name}/value"));
-            taken.insert(new.clone());
+        if steady && first.bytes().len() <= largest {
+            let new = free(format!("{name}/value"));
             graph.initializer.push(tensors::to_proto(&new, first));
             map.insert(name.clone(), new);
             report.folded += 1;
-        } else if let Some(target) = free_in_one_place(&all) {
-            let new = edit::free_name(&taken, &format!("{name}/target"));
+        } else if let Some(row) =
+            the_row(&all, batches).filter(|r| r.bytes().len() <= largest && !expanded.contains(name))
+        {
+            map.insert(name.clone(), rows.add(graph, name, &row, &mut free));
+            report.rows += 1;
+        } else {
+            left.insert(name.clone());
+            let Some(target) = free_in_one_place(&all) else { continue };
+            let new = free(format!("{name}/target"));
             let mut used = false;
             for n in graph.node.iter_mut().filter(|n| edit::is(n, "Reshape") && edit::int(n, "allowzero") != Some(1)) {
                 if n.input.get(1) == Some(name) {
@@ -170,13 +212,76 @@ fn replace(
                 }
             }
             if used {
-                taken.insert(new.clone());
                 graph.initializer.push(tensors::to_proto(&new, &HostTensor::vec(&target)));
                 report.reshapes += 1;
             }
         }
     }
     edit::redirect(graph, &map);
+    rows.nodes.append(&mut graph.node);
+    graph.node = rows.nodes;
+    left
+}
+
+/// The nodes that expand a row to all images.
+#[derive(Default)]
+struct Rows {
+    nodes: Vec<NodeProto>,
+    batch: Option<String>,
+}
+
+impl Rows {
+    /// Expands the row as often as there are images; the name of the result.
+    fn add(
+        &mut self,
+        graph: &mut GraphProto,
+        name: &str,
+        row: &HostTensor,
+        free: &mut dyn FnMut(String) -> String,
+    ) -> String {
+        let mut hold = |graph: &mut GraphProto, wanted: String, t: &HostTensor| {
+            let name = free(wanted);
+            graph.initializer.push(tensors::to_proto(&name, t));
+            name
+        };
+        let stored = hold(graph, format!("{name}/row"), row);
+        let zero = self.batch.is_none().then(|| hold(graph, "disback/rows/first".into(), &HostTensor::vec(&[0i64])));
+        let rest: Vec<i64> = row.shape()[1..].iter().map(|&d| d as i64).collect();
+        let rest = (!rest.is_empty()).then(|| hold(graph, format!("{name}/row_shape"), &HostTensor::vec(&rest)));
+        if let Some(zero) = zero {
+            let (shape, batch) = (free("disback/rows/shape".into()), free("disback/rows/batch".into()));
+            self.nodes.push(edit::node("Shape", &["noise"], &shape));
+            self.nodes.push(edit::node("Gather", &[&shape, &zero], &batch));
+            self.batch = Some(batch);
+        }
+        let mut shape = self.batch.clone().unwrap_or_default();
+        if let Some(rest) = rest {
+            let whole = free(format!("{name}/rows_shape"));
+            let mut joined = edit::node("Concat", &[&shape, &rest], &whole);
+            joined.attribute.push(edit::int_attribute("axis", 0));
+            self.nodes.push(joined);
+            shape = whole;
+        }
+        let rows = free(format!("{name}/rows"));
+        self.nodes.push(edit::node("Expand", &[&stored, &shape], &rows));
+        rows
+    }
+}
+
+/// The row that a value has for every image, whatever the batch.
+fn the_row(all: &[&HostTensor], batches: &[usize]) -> Option<HostTensor> {
+    let first = all.first()?;
+    if all.len() < 2 || all.len() != batches.len() || !first.dtype().is_float() || first.rank() == 0 {
+        return None;
+    }
+    let row = first.rows(0, 1).ok()?;
+    let values = row.to_f32();
+    let limit = SAME_ROW * values.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let same = |t: &HostTensor, batch: usize| {
+        let fits = t.shape().first() == Some(&batch) && t.shape()[1..] == first.shape()[1..] && !values.is_empty();
+        fits && t.to_f32().chunks(values.len()).all(|r| r.iter().zip(&values).all(|(a, b)| (a - b).abs() <= limit))
+    };
+    all.iter().zip(batches).all(|(t, &b)| same(t, b)).then_some(row)
 }
 
 /// The shape that varies in exactly one place, with -1 there.
@@ -194,5 +299,80 @@ fn free_in_one_place(all: &[&HostTensor]) -> Option<Vec<i64>> {
             Some(target)
         }
         _ => None,
+    }
+}
+
+#[cfg(all(test, feature = "ort", feature = "tract"))]
+mod tests {
+    use super::*;
+    use crate::runtime::student::{Request, Student, decode};
+    use crate::runtime::testing::{initializer, model, node, value};
+    use crate::runtime::{EngineKind, EngineOptions};
+
+    #[test]
+    fn what_is_the_same_for_every_image_is_computed_once() {
+        let number = |name: &str, v: f32| initializer(name, &HostTensor::scalar(v));
+        let ints = |name: &str, v: &[i64]| initializer(name, &HostTensor::vec(v));
+        let mut to_float = node("Cast", &["ramp"], "floats");
+        to_float.attribute.push(edit::int_attribute("to", 1));
+        let graph = GraphProto {
+            node: vec![
+                node("Shape", &["noise"], "shape"),
+                node("Gather", &["shape", "zero"], "batch"),
+                // A time once an image, and its embedding.
+                node("Expand", &["time", "batch"], "times"),
+                node("Unsqueeze", &["times", "last"], "column"),
+                node("Exp", &["powers"], "frequencies"),
+                node("Mul", &["column", "frequencies"], "angles"),
+                node("Sin", &["angles"], "waves"),
+                node("MatMul", &["waves", "w"], "embedding"),
+                node("Reshape", &["embedding", "four"], "shift"),
+                node("Add", &["noise", "shift"], "moved"),
+                // The number of the image is another in each: what it is multiplied with is not.
+                node("Squeeze", &["batch"], "count"),
+                node("Range", &["from", "count", "step"], "ramp"),
+                to_float,
+                node("Cos", &["small"], "factor"),
+                node("Mul", &["floats", "factor"], "ramps"),
+                node("Reshape", &["ramps", "ones"], "steps"),
+                node("Add", &["moved", "steps"], "sample"),
+            ],
+            initializer: vec![
+                ints("zero", &[0]),
+                ints("last", &[1]),
+                ints("four", &[-1, 1, 2, 2]),
+                ints("ones", &[-1, 1, 1, 1]),
+                initializer("from", &HostTensor::scalar(0i64)),
+                initializer("step", &HostTensor::scalar(1i64)),
+                initializer("time", &HostTensor::vec(&[7f32])),
+                initializer("powers", &HostTensor::new(&[1, 3], &[0f32, -1.0, -2.0]).unwrap()),
+                initializer("w", &HostTensor::new(&[3, 4], &[0.5f32; 12]).unwrap()),
+                number("small", 1.5),
+            ],
+            input: vec![value("noise", DType::F32, &["batch", "1", "2", "2"])],
+            output: vec![value("sample", DType::F32, &["batch", "1", "2", "2"])],
+            ..GraphProto::default()
+        };
+        let metadata = [("disback.student.method", "test"), ("disback.range", "[-100.0, 100.0]")];
+        let before = decode(&model(graph, &metadata)).unwrap();
+        let (after, report) = super::super::ship(before.clone(), &super::super::ShipOptions::default()).unwrap();
+        let simplified = report.simplified.unwrap();
+        let left: Vec<&str> = after.graph.as_ref().unwrap().node.iter().map(|n| n.op_type()).collect();
+        assert_eq!(simplified.rows, 1, "{simplified:?} {left:?}");
+        for gone in ["Sin", "MatMul", "Exp", "Cos"] {
+            assert!(!left.contains(&gone), "{left:?}");
+        }
+        assert!(left.contains(&"Range") && left.contains(&"Expand"), "{left:?}");
+        let samples = |m: &ModelProto, engine| {
+            let options = EngineOptions { engine, ..EngineOptions::default() };
+            let request = Request { seed: 4, batch: 5, ..Request::default() };
+            let bytes = prost::Message::encode_to_vec(m);
+            Student::from_bytes(&bytes, &options).unwrap().sample(&request, 0, 5).unwrap()
+        };
+        let expected = samples(&before, EngineKind::Ort);
+        for engine in [EngineKind::Ort, EngineKind::Tract] {
+            let apart = evaluate::max_abs(&samples(&after, engine), &expected);
+            assert!(apart < 1e-5, "{engine:?}: {apart}");
+        }
     }
 }

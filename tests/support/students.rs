@@ -117,6 +117,16 @@ pub fn card(case: &str) -> Option<Vec<String>> {
                 rows("encoder_hidden_states_t5", "[3, 16]"),
             ],
         ),
+        "kandinsky" => (&step, vec!["sample=sample".into(), "shape=[4, 8, 8]".into(), rows("image_embeds", "[10]")]),
+        "cascade" => (
+            &[
+                "time=timestep_ratio",
+                "time_unit=unit",
+                "prediction=epsilon",
+                "schedule={ kind = \"vp\", betas = \"cosine\", steps = 1000 }",
+            ],
+            vec!["sample=sample".into(), "shape=[4, 8, 8]".into(), rows("clip_text_pooled", "[1, 10]")],
+        ),
         "edm_ncsnpp" => (
             &["time=sigma", "time_unit=sigma", "prediction=denoised", edm],
             vec!["sample=x".into(), "output=denoised".into(), "shape=[3, 8, 8]".into()],
@@ -174,11 +184,6 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
         // f16 teachers are rounded in other places once their graph is folded.
         let tolerance = if half { 2e-2 } else { tolerance };
         let (model, report) = export::ship(student.clone(), &options).map_err(|e| format!("{form}: {e}"))?;
-        // Sums of a linear attention that are next to nothing, divided by: off by a few hundredths in f16, and the report says so.
-        if name.starts_with("sana") && form.starts_with("fp16") {
-            let said = report.warnings.iter().any(|w| w.contains("--keep-f32"));
-            return if said { Ok(()) } else { Err(format!("{form}: no warning, off by {:?}", report.max_abs)) };
-        }
         if !report.warnings.is_empty() {
             return Err(format!("{form}: {:?}", report.warnings));
         }
@@ -187,15 +192,19 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
         }
         let path = folder.join(format!("student-{form}.onnx"));
         save::write(&model, &path).map_err(text)?;
-        // As the exporter wrote it, with sequences and negative steps, tract need not take it: that is what `portable` is for.
-        let engines =
-            if form.ends_with("plain") { &[EngineKind::Ort][..] } else { &[EngineKind::Ort, EngineKind::Tract] };
-        for &engine in engines {
-            let found = run(&path, engine, &seen[0]).map_err(|e| format!("{form} in {engine:?}: {e}"))?;
+        // As the exporter wrote it, with sequences, negative steps and Gemm in f16, tract need not take it: that is what the
+        // portable form is for. What it takes must be right.
+        let as_written = form.ends_with("plain");
+        for engine in [EngineKind::Ort, EngineKind::Tract] {
+            let found = match run(&path, engine, &seen[0]) {
+                Err(e) if as_written && engine == EngineKind::Tract => {
+                    println!("student-{name} {form}, not portable: {e}");
+                    continue;
+                }
+                found => found.map_err(|e| format!("{form} in {engine:?}: {e}"))?,
+            };
             let error = evaluate::max_abs(&found, &expected);
             println!("student-{name} {form} {engine:?}: {error:.1e} of {size:.1}");
-            // The sine of the time embedding was put into f16 by that tool, and tract computes it there.
-            let tolerance = if name.contains("-converted-") && engine == EngineKind::Tract { 4e-2 } else { tolerance };
             if !(error <= tolerance * f64::from(size)) {
                 return Err(format!("{form} in {engine:?}: off by {error:.1e} where values reach {size:.1}"));
             }
@@ -207,10 +216,10 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
     Ok(())
 }
 
-/// The case's file; of DiT, PixArt and Hunyuan, which predict a variance too, cut down to the noise, as the converters do it.
+/// The case's file; of DiT, PixArt, Hunyuan and Kandinsky, which predict a variance too, cut down to the noise, as the converters do it.
 fn teacher(name: &str, folder: &Path) -> Result<PathBuf, String> {
     let path = folder.join("model.onnx");
-    if !["dit-", "pixart-", "hunyuan-"].iter().any(|n| name.starts_with(n)) {
+    if !["dit-", "pixart-", "hunyuan-", "kandinsky-"].iter().any(|n| name.starts_with(n)) {
         return Ok(path);
     }
     let mut model = (*Model::load(&path).map_err(text)?.proto).clone();
