@@ -54,10 +54,15 @@ impl Server {
         disback::io::npy::read(&self.dir.path().join("expected.npy")).unwrap().to_f32()
     }
 
-    /// Tells the process to stop as a service manager would, and returns its exit code.
-    fn stop(mut self) -> Option<i32> {
+    /// Tells the process to stop as a service manager would.
+    fn tell(&self) {
         let told = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
         assert!(told.success());
+    }
+
+    /// [`Server::tell`], and its exit code.
+    fn stop(mut self) -> Option<i32> {
+        self.tell();
         self.process.wait().unwrap().code()
     }
 }
@@ -375,4 +380,24 @@ fn npz_compressed() -> Vec<u8> {
     archive.start_file("text.npy", options).unwrap();
     archive.write_all(&array).unwrap();
     archive.finish().unwrap().into_inner()
+}
+
+#[test]
+fn a_server_told_to_stop_lets_its_balancer_know_first() {
+    let server = Server::start(&["--drain", "600"]);
+    assert_eq!(server.get("/health").status, 200);
+    server.tell();
+    let began = std::time::Instant::now();
+    let said = loop {
+        let health = server.get("/health");
+        if health.status != 200 {
+            break health;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "still healthy");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(said.status == 503 && String::from_utf8_lossy(&said.body).contains("stopping"), "{said:?}");
+    assert_eq!(server.get("/sample?n=2").status, 200);
+    // The second time it does not wait.
+    assert_eq!(server.stop(), Some(0));
 }

@@ -27,7 +27,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TEACHER.onnx")]
     teacher: Option<PathBuf>,
     /// Steps of the teacher's sampler (Heun: two network calls a step but for the last).
-    #[arg(long, default_value_t = 18)]
+    #[arg(long, default_value_t = 18, requires = "teacher")]
     steps: usize,
     /// A value of the teacher's card, as in prediction=epsilon.
     #[arg(long = "card", value_name = "KEY=VALUE", requires = "teacher")]

@@ -9,7 +9,7 @@ use super::Globals;
 use crate::doctor::{State, examine};
 use crate::error::Result;
 
-/// Show which libtorch, CUDA devices, ONNX Runtime and providers were found, and what to do about each that is missing.
+/// Show which libtorch, CUDA devices, ONNX Runtime and providers were found; say what to do about each that is missing.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {}
 

@@ -9,6 +9,7 @@ use crate::runtime::{Accelerator, EngineKind, EngineOptions};
 
 /// What runs a network, and how.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
     /// What runs the network; `auto` is ONNX Runtime where its library is found, else tract.
     #[arg(long, value_enum, default_value = "auto")]
@@ -17,7 +18,7 @@ pub struct EngineArgs {
     /// is an error. `bench` takes several by commas.
     #[arg(long, default_value = "cpu")]
     pub provider: String,
-    /// Threads of ONNX Runtime.
+    /// Threads of ONNX Runtime; as many as there are cores where absent.
     #[arg(long)]
     pub threads: Option<usize>,
     /// Device number of the provider.
@@ -71,6 +72,15 @@ impl EngineArgs {
         }
         if self.cuda_graph && !provider.contains("tensorrt") && !provider.contains("cuda") {
             return Err(Error::usage(format!("--cuda-graph needs --provider cuda or tensorrt, not {}", self.provider)));
+        }
+        if self.threads.is_some() && self.engine == EngineKind::Tract {
+            return Err(Error::usage("--threads is an option of --engine ort: tract computes in one thread"));
+        }
+        if self.gpu > 0 && provider == "cpu" {
+            return Err(Error::usage(format!(
+                "--gpu {}: the provider is cpu; --provider cuda takes a device",
+                self.gpu
+            )));
         }
         Ok(EngineOptions {
             engine: self.engine,

@@ -18,6 +18,7 @@ mod estimate;
 pub mod evaluate;
 mod evaluate_table;
 pub mod export;
+mod help;
 #[cfg(feature = "train")]
 pub mod inspect;
 #[cfg(not(feature = "train"))]
@@ -43,7 +44,7 @@ mod watcher;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Result;
 
@@ -95,7 +96,8 @@ enum Command {
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = help::with_help(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("DISBACK_LOG")

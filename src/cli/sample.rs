@@ -134,6 +134,13 @@ fn write(args: &SampleArgs, samples: &mut Samples<'_>, classes: Option<&[usize]>
     if args.uint8 && !matches!(extension.as_str(), "npy" | "npz") {
         return Err(Error::usage("--uint8 is for .npy and .npz; PNG files are 8 bits anyway"));
     }
+    if matches!(
+        extension.as_str(),
+        "jpg" | "jpeg" | "webp" | "gif" | "bmp" | "tif" | "tiff" | "mp4" | "pt" | "safetensors"
+    ) {
+        return Err(Error::usage(format!("{}: .{extension} is not written", args.out.display()))
+            .hint("a .png is one sheet; .npy and .npz hold numbers; a folder or a .zip gets a PNG for each image"));
+    }
     let mut next = || samples.next_u8(args.rounding);
     match extension.as_str() {
         "npy" | "npz" if args.uint8 => image_writer::array(&args.out, classes, &mut next),

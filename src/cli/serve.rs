@@ -37,6 +37,10 @@ pub struct ServeArgs {
     /// Largest body of a request, KiB.
     #[arg(long, default_value_t = 16 * 1024)]
     max_body: usize,
+    /// Seconds for which requests are still taken once the server was told to stop, while /health answers 503: long enough for
+    /// a balancer to see it.
+    #[arg(long, default_value_t = 0)]
+    drain: u64,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -56,6 +60,7 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
         wait: Duration::from_millis(args.max_wait),
         queue: args.queue,
         body: args.max_body.saturating_mul(1024),
+        drain: Duration::from_secs(args.drain),
     };
     serve(student, options, |address| {
         if globals.json {

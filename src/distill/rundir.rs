@@ -36,8 +36,8 @@ impl RunDir {
         let run = Self { path: path.to_owned() };
         let file = run.config_file();
         if !file.is_file() {
-            return Err(Error::usage(format!("{} holds no run to go on with (no config.toml)", path.display()))
-                .hint("leave --resume out to start one"));
+            return Err(Error::usage(format!("{} holds no run (no config.toml)", path.display()))
+                .hint("`disback distill TEACHER -o DIR` starts one; --resume, --run and --out name its folder"));
         }
         for dir in [run.checkpoints(), run.samples()] {
             std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;

@@ -6,6 +6,7 @@ mod metrics;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -42,6 +43,8 @@ pub struct ServeOptions {
     pub queue: usize,
     /// Largest body, bytes.
     pub body: usize,
+    /// How long requests are still taken after the word to stop, while `/health` says so.
+    pub drain: Duration,
 }
 
 struct Service {
@@ -50,10 +53,11 @@ struct Service {
     options: ServeOptions,
     batcher: Batcher,
     metrics: Arc<Metrics>,
+    stopping: AtomicBool,
 }
 
-/// Serves until the process is told to stop (SIGINT, SIGTERM): then no connection is taken any more, and what was asked for
-/// is answered. `ready` hears the address in use.
+/// Serves until the process is told to stop (SIGINT, SIGTERM): then, at once or after [`ServeOptions::drain`], no connection is
+/// taken any more, and what was asked for is answered. A second word to stop ends the waiting. `ready` hears the address in use.
 ///
 /// Errors: an address that is taken; a student that does not run.
 pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
@@ -66,7 +70,8 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
     let limits = Limits { batch: options.batch, wait: options.wait, queue: options.queue };
     let (batcher, thread) = Batcher::start(student, limits, metrics.clone())?;
     let address = options.address;
-    let service = Arc::new(Service { info, engine, batcher, metrics, options });
+    let drain = options.drain;
+    let service = Arc::new(Service { info, engine, batcher, metrics, options, stopping: AtomicBool::new(false) });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async move {
         let listener = TcpListener::bind(address).await.map_err(|e| {
@@ -79,8 +84,20 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
             .route("/metrics", get(page))
             .fallback(unknown)
             .layer(DefaultBodyLimit::max(service.options.body))
-            .with_state(service);
-        axum::serve(listener, app).with_graceful_shutdown(stopped()).await?;
+            .with_state(service.clone());
+        let stop = async move {
+            stopped().await;
+            service.stopping.store(true, Ordering::Relaxed);
+            // The service, and with it the network's thread, ends with the last connection.
+            drop(service);
+            if !drain.is_zero() {
+                tokio::select! {
+                    () = tokio::time::sleep(drain) => {}
+                    () = stopped() => {}
+                }
+            }
+        };
+        axum::serve(listener, app).with_graceful_shutdown(stop).await?;
         Ok::<_, Error>(())
     })?;
     drop(runtime);
@@ -107,10 +124,12 @@ async fn health(State(s): State<Arc<Service>>) -> Response {
     let [c, h, w] = s.info.shape;
     let conditions: serde_json::Map<String, serde_json::Value> =
         s.info.embeddings().map(|c| (c.input.name.clone(), json!(body::wanted(&c.input)))).collect();
-    let body = json!({ "status": "ok", "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": [c, h, w],
+    let stopping = s.stopping.load(Ordering::Relaxed);
+    let (code, status) = if stopping { (StatusCode::SERVICE_UNAVAILABLE, "stopping") } else { (StatusCode::OK, "ok") };
+    let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": [c, h, w],
         "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "conditions": conditions, "range": s.info.range,
         "max_images": s.options.batch, "max_body_bytes": s.options.body });
-    answer(StatusCode::OK, "application/json", body.to_string().into_bytes())
+    answer(code, "application/json", body.to_string().into_bytes())
 }
 
 async fn page(State(s): State<Arc<Service>>) -> Response {
@@ -177,7 +196,8 @@ fn wanted(
     body: std::result::Result<Bytes, BytesRejection>,
 ) -> std::result::Result<Prepared, Response> {
     let bad = |text: &str| failure(StatusCode::BAD_REQUEST, text);
-    let Query(w) = query.map_err(|e| bad(&e.body_text()))?;
+    let plain = |e: QueryRejection| e.body_text().replacen("Failed to deserialize query string", "the query", 1);
+    let Query(w) = query.map_err(|e| bad(&plain(e)))?;
     let body = body.map_err(|e| {
         if e.status() == StatusCode::PAYLOAD_TOO_LARGE {
             failure(e.status(), &format!("the body has more than {} bytes", s.options.body))

@@ -39,8 +39,11 @@ impl TensorFile {
         };
         let map = open().with_context(|| path.display().to_string())?;
         let bad = |e: safetensors::SafeTensorError| {
-            Error::io(format!("{}: not a safetensors file ({e})", path.display()))
-                .hint("the file may have been cut short; start again from an earlier node or checkpoint")
+            let hint = match path.extension().is_some_and(|e| e == "onnx") {
+                true => "weights are .safetensors files: a run's student.safetensors or a node of its trajectory",
+                false => "the file may have been cut short; start again from an earlier node or checkpoint",
+            };
+            Error::io(format!("{}: not a safetensors file ({e})", path.display())).hint(hint)
         };
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(bad)?;
         let tensors = metadata.tensors().into_iter().map(|(name, info)| {

@@ -40,7 +40,7 @@ pub fn register(
                 options.provider,
                 have.join(", ")
             ))
-            .hint(how_to_get(&wanted))
+            .hint(likely(&wanted).map_or_else(|| how_to_get(&wanted), |n| format!("did you mean `{n}`?")))
         })?
         .clone();
     let device = options.device as i32;
@@ -64,11 +64,43 @@ pub fn register(
     Ok(full)
 }
 
+/// Providers of ONNX Runtime by the names that it has for them.
+const KNOWN: [&str; 16] = [
+    "cpu",
+    "cuda",
+    "tensorrt",
+    "nvtensorrtrtx",
+    "openvino",
+    "dml",
+    "coreml",
+    "rocm",
+    "migraphx",
+    "webgpu",
+    "qnn",
+    "dnnl",
+    "xnnpack",
+    "acl",
+    "cann",
+    "azure",
+];
+
+/// The provider that a name of none was meant for.
+fn likely(wanted: &str) -> Option<&'static str> {
+    let near = |n: &&&str| (strsim::damerau_levenshtein(wanted, n), n.len());
+    let best = KNOWN.iter().min_by_key(near).copied()?;
+    let apart = strsim::damerau_levenshtein(wanted, best);
+    (1..=2).contains(&apart).then_some(best).filter(|b| apart * 2 < b.len() && !KNOWN.contains(&wanted))
+}
+
 /// Where a provider comes from.
 fn how_to_get(provider: &str) -> String {
     match provider {
-        "cuda" | "tensorrt" => {
+        "cuda" => {
             "pip install onnxruntime-gpu (its 1.27 to 1.31 want CUDA 13 and cuDNN 9) and set ORT_DYLIB_PATH to its capi folder"
+        }
+        "tensorrt" => {
+            "pip install onnxruntime-gpu (its 1.27 to 1.31 want CUDA 13, cuDNN 9 and TensorRT 10) and tensorrt-cu13==10.*, and set \
+             ORT_DYLIB_PATH to onnxruntime's capi folder"
         }
         "openvino" => "pip install onnxruntime-openvino and set ORT_DYLIB_PATH to its capi folder",
         "dml" | "directml" => "pip install onnxruntime-directml (Windows) and set ORT_DYLIB_PATH to its capi folder",
