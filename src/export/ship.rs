@@ -18,7 +18,7 @@ use super::evaluate::{self, Inputs};
 use super::half::{Converted, gemm_as_matmul, to_half};
 use super::int8::{Quantised, quantise};
 use super::raised::{self, Raise, Written};
-use super::simplify::{Simplified, simplify};
+use super::simplify::{Simplified, remove_identities, simplify};
 use super::{attach, edit, int8_dynamic, opset, portable};
 
 /// Element type of the student's arithmetic or weights.
@@ -176,6 +176,12 @@ pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto,
         }
         if options.portable {
             report.portable = portable::portable(&mut model, probes)?;
+            if let (true, Some(graph)) = (options.optimise, model.graph.as_mut()) {
+                remove_identities(graph);
+                if let Some(s) = report.simplified.as_mut() {
+                    s.nodes_after = graph.node.len();
+                }
+            }
             if stored == "fp16" && gemm_as_matmul(&mut model)? > 0 {
                 report.portable.push("Gemm in f16 is a MatMul and an Add now".into());
             }

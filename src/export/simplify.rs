@@ -101,7 +101,8 @@ pub(super) fn constants_to_initializers(graph: &mut GraphProto) {
     graph.initializer.extend(made);
 }
 
-fn remove_identities(graph: &mut GraphProto) {
+/// Identity and Dropout nodes that make no output of the graph.
+pub(super) fn remove_identities(graph: &mut GraphProto) {
     let outputs: HashSet<String> = graph.output.iter().map(|o| o.name().to_owned()).collect();
     let mut map: HashMap<String, String> = HashMap::new();
     graph.node.retain(|n| {

@@ -102,7 +102,8 @@ pub fn card(case: &str) -> Option<Vec<String>> {
             &step,
             vec!["sample=hidden_states".into(), "shape=[4, 8, 8]".into(), rows("encoder_hidden_states", "[5, 12]")],
         ),
-        // The exporter's optimiser takes the 1e-15 under its linear attention for a zero and drops it: 0 / 0 where no query is positive.
+        // The exporter's optimiser takes the 1e-15 under its linear attention for a zero and drops it: 0 / 0 where no query is
+        // positive. `inspect` and `parity` name these divisions.
         "sana" if case.contains("dynamo") => return None,
         "sana" => (
             &step,
@@ -184,6 +185,12 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
         // f16 teachers are rounded in other places once their graph is folded.
         let tolerance = if half { 2e-2 } else { tolerance };
         let (model, report) = export::ship(student.clone(), &options).map_err(|e| format!("{form}: {e}"))?;
+        // A linear attention whose sums come near nothing, divided by, enlarges what the embedding of the time loses in f16.
+        // Folded, it is computed in f32; as written, the report says how far off the student is.
+        if name.starts_with("sana") && form == "fp16-plain" {
+            let said = report.warnings.iter().any(|w| w.contains("--keep-f32"));
+            return if said { Ok(()) } else { Err(format!("{form}: no warning, off by {:?}", report.max_abs)) };
+        }
         if !report.warnings.is_empty() {
             return Err(format!("{form}: {:?}", report.warnings));
         }
