@@ -36,6 +36,7 @@ pub fn unguarded(graph: &Graph) -> Vec<Unguarded> {
     // What depends on an input, and of that what can be 0 everywhere at once.
     let mut varies: HashSet<ValueId> = graph.inputs.iter().map(|p| p.value).collect();
     let mut zero: HashSet<ValueId> = HashSet::new();
+    let mut above: HashSet<ValueId> = HashSet::new();
     let mut found = Vec::new();
     for n in &graph.nodes {
         if !n.inputs.iter().flatten().any(|v| varies.contains(v)) {
@@ -55,11 +56,32 @@ pub fn unguarded(graph: &Graph) -> Vec<Unguarded> {
         if let Some(v) = divisor.filter(|v| zero.contains(v)) {
             found.push(Unguarded { node: n.label(), divisor: graph.names[v].clone() });
         }
-        if can_be_zero(n, &is_zero, &single) {
+        let is_above = |i: usize| {
+            n.input(i).is_some_and(|v| above.contains(&v)) || single(n.input(i)).is_some_and(|number| number > 0.0)
+        };
+        if is_positive(n, &is_zero, &is_above) {
+            above.extend(n.outputs.iter().flatten());
+        } else if can_be_zero(n, &is_zero, &single) {
             zero.extend(n.outputs.iter().flatten());
         }
     }
     found
+}
+
+/// Whether a node's result is above 0, as what an epsilon was added to is.
+fn is_positive(n: &Node, zero: &dyn Fn(usize) -> bool, above: &dyn Fn(usize) -> bool) -> bool {
+    let inputs = n.inputs.len();
+    match n.op.as_str() {
+        "Exp" | "Sigmoid" | "Softplus" | "Softmax" => true,
+        "Add" => (0..inputs).any(above) && (0..inputs).all(|i| above(i) || zero(i)),
+        "Max" => (0..inputs).any(above),
+        "Clip" => above(1),
+        "Mul" | "Div" => (0..inputs).all(above),
+        "Sqrt" | "Pow" | "Abs" | "Relu" | "Reciprocal" | "Identity" | "Cast" | "Reshape" | "Flatten" | "Squeeze"
+        | "Unsqueeze" | "Transpose" | "Slice" | "Split" | "Gather" | "Expand" | "Tile" | "ReduceSum" | "ReduceMean"
+        | "ReduceMax" | "ReduceL1" | "ReduceL2" | "ReduceSumSquare" => above(0),
+        _ => false,
+    }
 }
 
 /// Whether a node's whole result can be 0: it rectifies or squares, or it is linear in what can be.
@@ -133,6 +155,16 @@ mod tests {
         };
         assert_eq!(divisions(norm("none")), ["safe"]);
         assert!(divisions(norm("eps")).is_empty());
+        // Preconditioning: a root of what is above 0, squared again.
+        let scales = vec![
+            node("Mul", &["x", "x"], "squares"),
+            node("Add", &["squares", "two"], "sum"),
+            node("Sqrt", &["sum"], "root"),
+            node("Pow", &["root", "two"], "again"),
+            node("Reciprocal", &["again"], "scale"),
+            node("Mul", &["x", "scale"], "y"),
+        ];
+        assert!(divisions(scales).is_empty());
         // Of weights alone: they are what they are.
         let weights = vec![
             node("ReduceL2", &["w"], "length"),
