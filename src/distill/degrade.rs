@@ -4,9 +4,10 @@
 use tch::Tensor;
 
 use crate::diffusion::{Conditions, Denoiser};
+use crate::distill::blame::{self, Culprit, Scene, Suspect};
 use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
 use crate::distill::config::{DegradeConfig, Spacing};
-use crate::distill::draws::{Phase, Use};
+use crate::distill::draws::{Draws, Phase, Use};
 use crate::distill::student::Student;
 use crate::distill::trainer::{At, Batches, Begin, Job, Log, Step, adamw, denoising_loss};
 use crate::distill::trajectory::{Node, Trajectory};
@@ -105,7 +106,9 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
         if done.is_multiple_of(config.log.every) || ended {
             log.skips(["skipped_fake", "in_a_row_fake"], &adam)?;
             let node = trajectory.last();
-            log.row(At { iteration: done, node, lr, updates: 0, images: done * images }, job.observer)?;
+            let at = At { iteration: done, node, lr, updates: 0, images: done * images };
+            let draws = batches.draws(Phase::Degrade, done - 1, 0);
+            log.row(at, job.observer, &|| culprit(&batches, &draws, teacher, &copy, &initial))?;
         }
         let wish = job.observer.after_step(&Step {
             stage: Stage::Degrade,
@@ -173,6 +176,27 @@ impl Probe {
         let loss = tch::no_grad(|| denoising_loss(denoiser, &self.x0, &self.sigmas, &self.noise, &self.conditions))?;
         Ok(loss.f_double_value(&[])? as f32)
     }
+}
+
+/// Which network gives what is not finite.
+fn culprit(
+    batches: &Batches,
+    draws: &Draws,
+    teacher: &Denoiser,
+    copy: &Denoiser,
+    initial: &Student,
+) -> Result<Option<Culprit>> {
+    let suspect = |name: &str, network, hint| Suspect {
+        name: name.into(),
+        network,
+        levels: &batches.degrade_levels,
+        guidance: 1.0.into(),
+        hint,
+    };
+    let hint = "it has diverged: a lower degrade.lr, a smaller optimizer.clip or a longer optimizer.warmup";
+    let suspects = [suspect("the teacher", teacher, blame::TEACHER), suspect("the degraded copy", copy, hint)];
+    let hint = "a student.sigma_init that the network knows, or another student.file";
+    Scene { batches, draws, student: initial, hint, judge: None }.culprit(&suspects)
 }
 
 /// Whether nodes are chosen from candidates once the whole course is known.

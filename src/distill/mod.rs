@@ -2,6 +2,7 @@
 
 mod ahead;
 pub mod backtrack;
+mod blame;
 pub mod checkpoint;
 pub mod compare;
 pub mod config;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{ConditionSource, Conditions, Denoiser, Guidance, Prediction, TeacherCard};
+use crate::distill::blame::Culprit;
 use crate::distill::checkpoint::{self, Stage, State};
 use crate::distill::config::{Config, Distribution, FakeDistribution};
 use crate::distill::draws::{Draws, Levels, Phase, Use};
@@ -269,12 +270,15 @@ pub(crate) struct Log {
     seconds_before: f64,
     row_at: Instant,
     row_images: u64,
-    max_skips: u64,
+    /// Steps in a row that may be skipped: of the generator, and of the others.
+    max_skips: [u64; 2],
 }
 
 impl Log {
     /// Opens `metrics.jsonl`, dropping the rows after the checkpoint that the stage goes on from.
     pub fn new(job: &Job, state: &State, total: u64, last: usize, images: u64) -> Result<Self> {
+        // A run that is shorter than what may be skipped must not end well either where nothing was ever done.
+        let most = |steps: u64| job.config.optimizer.max_skips.min(steps);
         let keep = |row: &Row| match (row.stage, state.stage) {
             (Stage::Degrade, Stage::Backtrack) => true,
             (Stage::Backtrack, Stage::Degrade) => false,
@@ -289,7 +293,7 @@ impl Log {
             seconds_before: state.seconds,
             row_at: Instant::now(),
             row_images: images,
-            max_skips: job.config.optimizer.max_skips,
+            max_skips: [most(total / job.config.backtrack.ratio), most(total)],
         })
     }
 
@@ -306,8 +310,13 @@ impl Log {
     }
 
     /// Reads the meters, writes a row, shows it. Fails where a network has had nothing but gradients that are not finite
-    /// for too long.
-    pub fn row(&mut self, at: At, observer: &mut dyn Observer) -> Result<Means> {
+    /// for too long; `culprit` tells which network is at fault.
+    pub fn row(
+        &mut self,
+        at: At,
+        observer: &mut dyn Observer,
+        culprit: &dyn Fn() -> Result<Option<Culprit>>,
+    ) -> Result<Means> {
         let means = self.meters.take()?;
         let seconds = self.row_at.elapsed().as_secs_f64().max(1e-9);
         let skips = |names: &[&str]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
@@ -334,20 +343,26 @@ impl Log {
         self.file.append(&row)?;
         self.progress.row(&row);
         observer.metrics(&row)?;
-        for (name, network) in [
-            ("in_a_row_generator", "the generator"),
-            ("in_a_row_head", "the discriminator's head"),
-            ("in_a_row_fake", if self.stage == Stage::Degrade { "the degraded copy" } else { "the fake score" }),
+        let [most_generator, most] = self.max_skips;
+        let trained = if self.stage == Stage::Degrade { "the degraded copy" } else { "the fake score" };
+        for (name, network, most) in [
+            ("in_a_row_generator", "the generator", most_generator),
+            ("in_a_row_fake", trained, most),
+            ("in_a_row_head", "the discriminator's head", most),
         ] {
-            if means.get(name).is_some_and(|n| n >= self.max_skips as f64) {
-                return Err(Error::backend(format!(
-                    "{}, iteration {}: the gradient of {network} has not been finite for {} steps in a row",
-                    self.stage.name(),
-                    at.iteration,
-                    means.get(name).unwrap_or_default()
+            let Some(steps) = means.get(name).filter(|n| *n >= most as f64) else { continue };
+            let what = format!(
+                "{}, iteration {}: the gradient of {network} has not been finite for {steps} steps in a row",
+                self.stage.name(),
+                at.iteration
+            );
+            return Err(match culprit()? {
+                Some(c) => Error::backend(format!("{what}: {}", c.found)).hint(c.hint),
+                None => Error::backend(format!(
+                    "{what}, though each network gives finite values: it overflows on its way back"
                 ))
-                .hint("a lower learning rate, a smaller optimizer.clip, or NaN in the teacher's output at some noise level"));
-            }
+                .hint("a lower learning rate, a smaller optimizer.clip, or f32 where precision is bf16"),
+            });
         }
         Ok(means)
     }

@@ -138,7 +138,8 @@ pub fn backtrack(
             players.log_skips(&mut log)?;
             let at =
                 At { iteration: done, node: state.target, lr, updates: done / settings.ratio, images: done * images };
-            log.row(at, job.observer)?;
+            let draws = batches.draws(Phase::Backtrack, done - 1, 0);
+            log.row(at, job.observer, &|| players.culprit(&batches, &draws, guidance, state.target))?;
         }
         let wish = job.observer.after_step(&Step {
             stage: Stage::Backtrack,

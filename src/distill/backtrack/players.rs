@@ -2,9 +2,11 @@
 
 use tch::Tensor;
 
-use crate::diffusion::Denoiser;
+use crate::diffusion::{Denoiser, Guidance};
+use crate::distill::blame::{self, Culprit, Scene, Suspect};
 use crate::distill::checkpoint::{Checkpoint, named};
 use crate::distill::config::Config;
+use crate::distill::draws::Draws;
 use crate::distill::gan::Gan;
 use crate::distill::objective::Objective;
 use crate::distill::student::Student;
@@ -125,6 +127,37 @@ impl Players {
             Some(gan) => log.skips(["skipped_head", "in_a_row_head"], &gan.adam),
             None => Ok(()),
         }
+    }
+
+    /// Which network gives what is not finite; `node` is the target's.
+    pub fn culprit(
+        &self,
+        batches: &Batches,
+        draws: &Draws,
+        guidance: Guidance,
+        node: usize,
+    ) -> Result<Option<Culprit>> {
+        let (name, hint) = match node {
+            0 => ("the teacher".to_owned(), blame::TEACHER),
+            node => (
+                format!("the target, node {node} of the trajectory,"),
+                "a teacher that overflows there, or a copy that diverged in stage 1: fewer noise levels (noise.fake), a lower degrade.lr",
+            ),
+        };
+        let mut suspects =
+            vec![Suspect { name, network: &self.target, levels: &batches.generator_levels, guidance, hint }];
+        let hint = "it has diverged: a lower backtrack.lr_fake, a smaller optimizer.clip or a longer optimizer.warmup";
+        suspects.extend(self.fake.as_ref().map(|fake| Suspect {
+            name: "the fake score".into(),
+            network: &fake.network,
+            levels: &batches.fake_levels,
+            guidance: 1.0.into(),
+            hint,
+        }));
+        let hint =
+            "a lower backtrack.lr_generator, a smaller optimizer.clip, or a student.sigma_init that the network knows";
+        let judge = self.gan.as_ref().zip(self.fake.as_ref().map(|f| &f.network));
+        Scene { batches, draws, student: &self.student, hint, judge }.culprit(&suspects)
     }
 
     /// Everything that a checkpoint holds of the networks.
