@@ -315,6 +315,14 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
     std::fs::write(dir.join("bad.toml"), "batch = \n").unwrap();
     let text = disback::tensor::HostTensor::vec(&[1i64, 2]);
     disback::io::npy::write_npz(&dir.join("labels.npz"), &[("text", &text)]).unwrap();
+    let images = |value: f32| disback::HostTensor::new(&[2, 1, 8, 8], &[value; 128]).unwrap();
+    for (name, value) in [("nan.npz", f32::NAN), ("far.npz", 255.0), ("good.npz", 0.5)] {
+        let arrays = [("images", &images(value)), ("labels", &text)];
+        disback::io::npy::write_npz(&dir.join(name), &arrays).unwrap();
+    }
+    let shapes = disback::HostTensor::new(&[3, 16, 16, 3], &[7u8; 3 * 16 * 16 * 3]).unwrap();
+    disback::io::npy::write_npz(&dir.join("shapes.npz"), &[("images", &shapes)]).unwrap();
+    let gan = ["--objective", "dmd2", "--set", "gan.taps=[\"conv2d_5\"]"];
     for (args, code, says) in [
         (vec!["--set", "degrade.stepz=3"], 2, "degrade.steps"),
         (vec!["--config", "c.toml"], 2, "degrade.steps"),
@@ -332,6 +340,19 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--set", "lora.rank=2", "--set", "lora.include=[\"attn.*\"]"], 2, "`attn.*` matches no weight"),
         (vec!["--objective", "dmd2", "--set", "gan.data=labels.npz"], 2, "labels.npz"),
         (vec!["--objective", "sds", "--set", "gan.data=labels.npz"], 2, "no fake score"),
+        (vec!["--set", "backtrack.ratio=-1"], 2, "expected a whole number of 0 or more"),
+        (vec!["--set", "backtrac.lr=1"], 2, "backtrack.lr_"),
+        (vec!["--set", "gan.taps=[\"conv2d_5\"]"], 2, "gan.data is empty"),
+        (vec!["--set", "lora.include=[\"*\"]", "--set", "lora.alpha=3"], 2, "lora.rank is 0"),
+        (vec!["--set", "lora.rank=100000"], 2, "no adapted weight has a rank above 128"),
+        (vec!["--set", "guidance=2", "--set", "guidance_interval=[500, 900]"], 2, "none of the noise levels"),
+        (vec!["--set", "student.sigma_init=500"], 2, "the teacher's noise levels are 0.0020 to 80.0000, 500 is none"),
+        (vec!["--set", "student.sigmas=[2, 1e-7]"], 2, "student.sigmas: the teacher's noise levels"),
+        (vec!["--set", "student.sigmas=[1, 2]"], 2, "does not lie below"),
+        (with(&gan, &["--set", "gan.data=nan.npz"]), 2, "holds NaN or infinity in row 0"),
+        (with(&gan, &["--set", "gan.data=far.npz"]), 2, "holds 255 in row 0, the teacher's samples lie in -1 to 1"),
+        (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]), 2, "did you mean"),
+        (vec!["--set", "evaluate.reference=shapes.npz"], 1, "the reference holds images of 16x16, colour"),
         (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),
         (vec!["--set", "conditions.weights=[1, 2]"], 2, "`labels` has 10 classes"),
         (vec!["--set", "log.decoder=none.onnx"], 1, "log.decoder: none.onnx"),

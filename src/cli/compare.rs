@@ -177,6 +177,12 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     if args.samples < 2 || args.seeds.is_empty() {
         return Err(Error::usage("a comparison needs two samples and one seed at least"));
     }
+    if let Some(twice) = args.seeds.iter().find(|s| args.seeds.iter().filter(|o| o == s).count() > 1) {
+        return Err(Error::usage(format!("--seeds has {twice} twice: the same runs would count as two")));
+    }
+    if args.every == Some(0) {
+        return Err(Error::usage("--every is 0, expected 1 or more generator updates between two looks"));
+    }
     let place = device::parse(&config.device)?;
     device::set_threads(config.threads);
     let teacher = args.teacher.load(place)?;

@@ -242,17 +242,38 @@ fn open_run(
 /// What can be known to fail later is refused before anything is written.
 fn check_stages(config: &Config, plan: &Plan, teacher: &Denoiser) -> Result<()> {
     if plan.stages == Stages::Degrade {
+        check_student(config, teacher)?;
         return crate::distill::trainer::conditions(config, teacher.card()).map(drop);
     }
     check_stage_two(config, teacher)
+}
+
+/// The noise levels of a student that is the teacher's copy; one from a file was made with them.
+fn check_student(config: &Config, teacher: &Denoiser) -> Result<()> {
+    if config.student.file.is_empty() {
+        crate::distill::student::start(teacher, &config.student)?;
+        crate::distill::student::levels(teacher.conversion(), &config.student)?;
+    }
+    Ok(())
 }
 
 /// [`check_stages`] for runs that come to stage 2.
 pub(super) fn check_stage_two(config: &Config, teacher: &Denoiser) -> Result<()> {
     let batches = crate::distill::trainer::Batches::new(config, teacher)?;
     crate::distill::gan::Gan::new(config, teacher, &batches)?;
+    check_student(config, teacher)?;
     if config.guidance != 1.0 {
         teacher.check_guidance()?;
+        let guidance = crate::distill::trainer::guidance(config)?;
+        if !batches.generator_levels.any(|sigma| guidance.at(sigma) != 1.0) {
+            let [low, high] = config.guidance_interval;
+            return Err(Error::usage(format!(
+                "guidance_interval is [{low}, {high}], which holds none of the noise levels that are drawn"
+            ))
+            .hint(
+                "the interval is in noise levels (sigma), not in steps; noise.generator says which of them are drawn",
+            ));
+        }
     }
     Ok(())
 }
@@ -294,9 +315,17 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     }
     let (run, config) = open_run(args, &sets, &plan, &denoiser, given.as_ref())?;
     watch_signals()?;
-    let sheets = Sheets::new(&run, &config, &teacher.card.card, given.as_ref(), decoder)?;
+    // What turns out to be unfit now leaves no half of a run.
+    let fresh = !goes_on;
+    let undo = |e: Error| {
+        if fresh {
+            run.discard();
+        }
+        e
+    };
+    let sheets = Sheets::new(&run, &config, &teacher.card.card, given.as_ref(), decoder).map_err(undo)?;
     let shared = args.tui.then(|| Shared::new(&STOP));
-    let mut watcher = Watcher::new(origin, &config, &run, sheets, shared.clone(), device)?;
+    let mut watcher = Watcher::new(origin, &config, &run, sheets, shared.clone(), device).map_err(undo)?;
     let view = shared.map(View::start).transpose()?;
     let silent = globals.quiet || globals.json || args.tui;
     let student = given.as_ref();

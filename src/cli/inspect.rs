@@ -209,7 +209,7 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
         Ok(c) => {
             println!("\nteacher card");
             for (key, value, origin) in c.rows()? {
-                println!("  {key:<28} = {value:<22} ({origin})");
+                println!("  {key:<28} = {:<22} ({origin})", shortened(&value.to_string()));
             }
         }
         Err(e) => println!("\n{e}"),
@@ -244,6 +244,16 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
         println!("\nprobe: {e}");
     }
     Ok(())
+}
+
+/// A value of the card for one line: long lists by their beginning and their length.
+fn shortened(value: &str) -> String {
+    const MOST: usize = 120;
+    if value.len() <= MOST || !value.starts_with('[') {
+        return value.to_owned();
+    }
+    let begin: Vec<&str> = value.trim_start_matches('[').split(", ").take(4).collect();
+    format!("[{}, ... {} numbers]", begin.join(", "), value.matches(", ").count() + 1)
 }
 
 /// `1 234 567`.

@@ -174,7 +174,11 @@ fn check_file(card: &TeacherCard, file: &RowFile) -> Result<usize> {
     }
     match rows {
         Some((_, n)) if n > 0 => Ok(n),
-        _ => fail("no rows of conditions".into()),
+        Some((name, _)) => fail(format!("array `{name}` has no rows")),
+        None => {
+            let known: Vec<_> = card.conditions.keys().map(|k| format!("`{k}`")).collect();
+            fail(format!("no arrays in it; the teacher's conditions are {}", known.join(", ")))
+        }
     }
 }
 

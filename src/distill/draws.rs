@@ -166,6 +166,17 @@ impl Levels {
         }
     }
 
+    /// Whether some level of the distribution's range is one of these.
+    pub fn any(&self, wanted: impl Fn(f64) -> bool) -> bool {
+        match self {
+            Self::Table(entries) | Self::Lognormal { snap: Some(entries), .. } => entries.iter().any(|s| wanted(*s)),
+            Self::Lognormal { low, high, .. } => {
+                let ratio = (high / low).ln();
+                (0..=1000).any(|k| wanted(low * (ratio * f64::from(k) / 1000.0).exp()))
+            }
+        }
+    }
+
     /// `count` levels spread evenly over the distribution's range, for probes.
     pub fn spread(&self, count: usize) -> Vec<f64> {
         let at = |i: usize| (i as f64 + 0.5) / count as f64;

@@ -31,6 +31,11 @@ impl RunDir {
         Ok(run)
     }
 
+    /// Removes a run that has not begun.
+    pub fn discard(&self) {
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+
     /// An existing run, with the configuration it was started with.
     pub fn open(path: &Path) -> Result<(Self, Config)> {
         let run = Self { path: path.to_owned() };

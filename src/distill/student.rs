@@ -3,7 +3,9 @@
 
 use tch::{Device, Tensor};
 
-use crate::diffusion::{Conditions, Conversion, Denoiser, Generator, HostConditions, StudentStart, TeacherCard};
+use crate::diffusion::{
+    Conditions, Conversion, Denoiser, Generator, HostConditions, Schedule, StudentStart, TeacherCard,
+};
 use crate::distill::config::{Config, Init, StudentConfig};
 use crate::distill::draws::{Draws, Use};
 use crate::error::{Context, Error, Result};
@@ -208,8 +210,25 @@ impl AtLevels {
 }
 
 /// Where the student starts under this configuration.
+///
+/// Errors: a noise level that the teacher's schedule does not have.
 pub fn start(denoiser: &Denoiser, config: &StudentConfig) -> Result<StudentStart> {
+    if config.sigma_init > 0.0 {
+        known(denoiser.conversion(), "student.sigma_init", config.sigma_init)?;
+    }
     denoiser.conversion().at_start((config.sigma_init > 0.0).then_some(config.sigma_init))
+}
+
+/// Refuses noise levels beyond the schedule, by more than what rounding a number for a person does.
+fn known(conversion: &Conversion, key: &str, sigma: f64) -> Result<()> {
+    let schedule = conversion.schedule();
+    let (low, high) = (schedule.sigma_min(), schedule.sigma_max());
+    let beyond = sigma > 1.01 * high && !matches!(schedule, Schedule::Flow { .. });
+    match beyond || sigma < 0.99 * low {
+        true => Err(Error::usage(format!("{key}: the teacher's noise levels are {low:.4} to {high:.4}, {sigma} is none of them"))
+            .hint("levels are in sigma, the noise beside a sample of scale 1, not in steps; the card's schedule says where they end")),
+        false => Ok(()),
+    }
 }
 
 /// The noise levels of the steps after the first.
@@ -226,6 +245,7 @@ pub fn levels(conversion: &Conversion, config: &StudentConfig) -> Result<Vec<f64
         if !(sigma.is_finite() && sigma > 0.0) {
             return bad(format!("{sigma} is no noise level"));
         }
+        known(conversion, "student.sigmas", sigma)?;
         let level = schedule.snap(sigma);
         if level >= before {
             return bad(match levels.is_empty() {

@@ -36,7 +36,7 @@ pub struct Adapter {
 impl Adapter {
     /// The adapter of these weights and its first factors: `A` random, `B` zero, so that nothing is changed yet.
     ///
-    /// Errors: a glob that names no weight of a Conv, Gemm or MatMul.
+    /// Errors: a glob that names no weight of a Conv, Gemm or MatMul; a rank above every such weight's.
     pub fn new(base: ParamSet, parameters: &[Parameter], options: &LoraOptions) -> Result<(Rc<Self>, ParamSet)> {
         let adaptable: Vec<usize> = parameters
             .iter()
@@ -61,6 +61,18 @@ impl Adapter {
         let places: Vec<usize> = adaptable.into_iter().filter(|&k| globs.is_match(&parameters[k].name)).collect();
         if places.is_empty() {
             return Err(Error::usage("lora.include is empty: there is nothing to train"));
+        }
+        let least = |k: &usize| {
+            let rows = base.tensors()[*k].size()[0].max(1);
+            rows.min(base.tensors()[*k].numel() as i64 / rows)
+        };
+        let most = places.iter().map(least).max().unwrap_or(0);
+        if options.rank as i64 > most {
+            return Err(Error::usage(format!(
+                "lora.rank is {}, but no adapted weight has a rank above {most}",
+                options.rank
+            ))
+            .hint("4 to 64 are usual; 0 trains all weights"));
         }
         let (mut names, mut tensors) = (Vec::new(), Vec::new());
         for (n, &k) in places.iter().enumerate() {

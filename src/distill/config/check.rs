@@ -1,6 +1,6 @@
 //! Values that make no sense, refused before the first step.
 
-use super::{Config, Init, ObjectiveKind};
+use super::{Config, Init, LoraConfig, ObjectiveKind};
 use crate::diffusion::Guidance;
 use crate::error::{Error, Result};
 
@@ -135,6 +135,18 @@ impl Config {
         if adversarial && self.gan.data.is_empty() {
             return Err(Error::usage("this objective has a discriminator, which needs real images: gan.data is empty")
                 .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
+        }
+        if !self.gan.taps.is_empty() && self.gan.data.is_empty() {
+            return Err(Error::usage(
+                "gan.taps is given, but gan.data is empty: there is no discriminator to read them",
+            )
+            .hint("gan.data is a folder, .zip, .npz or latents of real images; leave gan.taps out otherwise"));
+        }
+        if self.lora.rank == 0 && (self.lora.alpha > 0.0 || self.lora.include != LoraConfig::default().include) {
+            return Err(Error::usage(
+                "lora.alpha or lora.include is given, but lora.rank is 0: all weights are trained",
+            )
+            .hint("set lora.rank, 4 to 64 are usual, or leave them out"));
         }
         if self.objective == ObjectiveKind::Sds && !self.gan.data.is_empty() {
             return Err(Error::usage("gan.data is given, but the objective `sds` has no fake score to tap")

@@ -43,7 +43,16 @@ fn unknown_key(key: &str, known: &[String]) -> Error {
     let last = |k: &str| k.rsplit('.').next().unwrap_or(k).to_owned();
     let likeness = |k: &String| {
         let whole = strsim::normalized_damerau_levenshtein(key, k);
-        whole.max(0.95 * strsim::normalized_damerau_levenshtein(&last(key), &last(k)))
+        let alone = 0.95 * strsim::normalized_damerau_levenshtein(&last(key), &last(k));
+        // With a section that is nearly one: a short key's beginning counts too (`lr` for `lr_fake`).
+        match (key.rsplit_once('.'), k.rsplit_once('.')) {
+            (Some((section, name)), Some((other, full))) => {
+                let begins = if full.starts_with(name) { 0.9 } else { 0.0 };
+                let name = strsim::normalized_damerau_levenshtein(name, full).max(begins);
+                whole.max(0.9 * alone).max(0.5 * (name + strsim::normalized_damerau_levenshtein(section, other)))
+            }
+            _ => whole.max(alone),
+        }
     };
     let nearest = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
     let error = Error::usage(format!("unknown key `{key}`"));

@@ -94,6 +94,13 @@ impl Default for Config {
     }
 }
 
+/// The names that Rust has for numbers, for people.
+fn in_words(text: &str) -> String {
+    ["usize", "u64"]
+        .iter()
+        .fold(text.to_owned(), |t, name| t.replace(&format!("expected {name}"), "expected a whole number of 0 or more"))
+}
+
 impl Config {
     /// Defaults, then the file, then `key=value` pairs in order; checked.
     pub fn resolve(file: Option<&Path>, sets: &[String]) -> Result<Self> {
@@ -111,9 +118,9 @@ impl Config {
         for set in sets {
             keys::apply(&mut table, set).with_context(|| format!("--set {set}"))?;
         }
-        let config: Self = Value::Table(table)
-            .try_into()
-            .map_err(|e: toml::de::Error| Error::usage(format!("configuration: {}", e.to_string().trim_end())))?;
+        let config: Self = Value::Table(table).try_into().map_err(|e: toml::de::Error| {
+            Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end())))
+        })?;
         config.validate()?;
         Ok(config)
     }

@@ -32,6 +32,31 @@ const SAMPLES: [&str; 6] = ["images", "latents", "samples", "x", "arr_0", ""];
 /// Names of the array that holds their classes.
 const LABELS: [&str; 4] = ["labels", "label", "y", "arr_1"];
 
+/// Rows that are looked at before a run begins.
+const LOOKED_AT: usize = 256;
+
+/// Refuses samples that are no numbers, or far from the card's range, by some of their rows.
+fn check_values(file: &RowFile, name: &str, len: usize, range: Option<[f64; 2]>) -> Result<()> {
+    let some: Vec<usize> = (0..len.min(LOOKED_AT)).map(|k| k * len / len.min(LOOKED_AT)).collect();
+    let values = file.rows(name, &some)?.to_f64();
+    let width = values.len() / some.len().max(1);
+    let row = |at: usize| some[at / width.max(1)];
+    if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+        return Err(Error::usage(format!("array `{name}` holds NaN or infinity in row {}", row(at))));
+    }
+    let Some([low, high]) = range else { return Ok(()) };
+    let beyond = 4.0 * (high - low);
+    match values.iter().position(|v| *v < low - beyond || *v > high + beyond) {
+        None => Ok(()),
+        Some(at) => Err(Error::usage(format!(
+            "array `{name}` holds {} in row {}, the teacher's samples lie in {low} to {high}",
+            values[at],
+            row(at)
+        ))
+        .hint("floats are taken as they stand: scale them, or give 8-bit images, which are mapped to the range")),
+    }
+}
+
 impl RealImages {
     /// Opens a data set for the teacher of this card.
     ///
@@ -68,6 +93,7 @@ impl RealImages {
                     array.map(|n| column(&file, n, len, classes))
                 });
                 let labels = labels.transpose()?;
+                check_values(&file, &name, len, card.range)?;
                 let this = Self { source: Source::Rows(file, name), len, labels };
                 this.check_conditions(card)?;
                 return Ok(this);
