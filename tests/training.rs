@@ -11,8 +11,8 @@ use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
 use disback::graph::TrainableChoice;
 use disback::student_file::StudentFile;
 use disback::teacher::Teacher;
+use disback::torch::shim;
 use disback::torch::training::{Compute, count_memory, counted_memory};
-use disback::torch::{Forward, shim};
 use tch::{Device, Kind, Tensor};
 
 fn teacher() -> Denoiser {
@@ -20,8 +20,17 @@ fn teacher() -> Denoiser {
 }
 
 fn teacher_of(path: &str) -> Denoiser {
+    adapted(path, &Config::default())
+}
+
+/// The teacher, with low-rank adaptation where the configuration says so.
+fn adapted(path: &str, config: &Config) -> Denoiser {
     let t = Teacher::load(Path::new(path), &[], TrainableChoice::default(), Device::Cpu).unwrap();
-    Denoiser::new(t.network.copy().unwrap(), Arc::new(t.card.card.clone()), &t.inputs()).unwrap()
+    let network = match config.lora() {
+        Some(options) => t.network.alias().adapt(&options).unwrap(),
+        None => t.network.duplicate().unwrap(),
+    };
+    Denoiser::new(Box::new(network), Arc::new(t.card.card.clone()), &t.inputs()).unwrap()
 }
 
 /// Loss, gradients of all parameters, and the bytes held between forward and backward.
@@ -98,8 +107,8 @@ fn memory_and_precision_of_training() {
     net.network().configure(Compute::default());
     drop((net, grads, half, again));
 
-    // The estimate against a run of both stages: with and without recomputation, in bf16, with narrow nodes, and with students
-    // of another architecture, smaller and larger than the teacher.
+    // The estimate against a run of both stages: with and without recomputation, in bf16, with narrow nodes, low-rank factors, and
+    // with students of another architecture, smaller and larger than the teacher.
     let large = "examples/digits/teacher.onnx";
     let small = "converters/teachers/paddle_unet/teacher.onnx";
     let plain = |sets: &[&'static str]| (large, "", sets.to_vec());
@@ -109,6 +118,11 @@ fn memory_and_precision_of_training() {
         plain(&["precision=bf16"]),
         plain(&["precision=bf16", "memory.nodes=bf16"]),
         plain(&["memory.target=bf16", "memory.nodes=bf16", "accumulate=2"]),
+        // Low-rank factors: the merged weights are inner values of every forward. Few images, so that weights count.
+        plain(&["lora.rank=4"]),
+        plain(&["lora.rank=4", "batch=6"]),
+        plain(&["lora.rank=8", "batch=6", "objective=sid"]),
+        plain(&["lora.rank=4", "batch=6", "precision=bf16", "accumulate=2"]),
         (large, small, vec![]),
         (large, small, vec!["objective=sid"]),
         (small, large, vec!["accumulate=2"]),
@@ -118,7 +132,7 @@ fn memory_and_precision_of_training() {
         let sets: Vec<String> = fixed.iter().chain(&sets).map(|s| (*s).to_owned()).chain([own]).collect();
         let config = Config::resolve(None, &sets).unwrap();
         let start = counted_memory(true).current;
-        let teacher = teacher_of(teacher);
+        let teacher = adapted(teacher, &config);
         let file = StudentFile::load(&config.student, teacher.card(), Device::Cpu).unwrap();
         let student = file.as_ref().map(|f| f.student(&config.student).unwrap());
         let told = estimate(&teacher, student.as_ref(), &config).unwrap();

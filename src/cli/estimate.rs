@@ -15,7 +15,7 @@ use crate::distill::estimate::{Stage, estimate};
 use crate::error::{Error, Result};
 use crate::inspect;
 use crate::torch::device;
-use crate::torch::training::count_memory;
+use crate::torch::training::Hollow;
 
 /// Estimate memory and arithmetic of a run, for this machine or one that is not at hand.
 #[derive(Debug, Args)]
@@ -48,12 +48,15 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     sets.extend(args.sets.iter().cloned());
     let config = Config::resolve(args.config.as_deref(), &sets)?;
     device::set_threads(config.threads);
-    count_memory();
+    // The teacher's weights are looked at, and not held.
+    let hollow = Hollow::new();
     let teacher = args.teacher.load(Device::Cpu)?;
     let card = Arc::new(teacher.card.card.clone());
     // Multiply-adds of one image; none where a size is free.
     let macs = inspect::cost(&teacher.network, Some(&card), 1).ok().and_then(|c| c.macs_of_one());
     let denoiser = super::distill::denoiser(&teacher, &config)?;
+    drop(hollow);
+    // A student of its own is tried out.
     let file = student::load(&config, &teacher, Device::Cpu)?;
     let given = student::given(file.as_ref(), &denoiser, &config)?;
     let student_macs = match &file {

@@ -1,21 +1,23 @@
 //! What a run will take: memory and arithmetic, for this machine or one that is not at hand.
 //!
 //! Weights, gradients and optimiser states are counted. What a forward keeps for its backward pass is measured: the network
-//! runs on the CPU with two small batches under a counting allocator, and the line through the two is drawn on. libtorch
-//! keeps the same tensors on every device; what a device adds of its own (kernels, work space, fragmentation) is not in it,
-//! nor what a discriminator (`gan`) adds.
+//! runs on the CPU with two small batches under a counting allocator, and the line through the two is drawn on. Its large
+//! tensors are hollow ([`Hollow`], but for `precision = "bf16"`): neither memory nor much time is needed for a network that this
+//! machine could not train.
+//! libtorch keeps the same tensors on every device; what a device adds of its own (kernels, work space, fragmentation) is not
+//! in it, nor what a discriminator (`gan`) adds.
 
 use serde::Serialize;
 use tch::{Device, Tensor};
 
 use crate::diffusion::Denoiser;
-use crate::distill::config::Config;
+use crate::distill::config::{Config, Precision};
 use crate::distill::draws::{Phase, Use};
 use crate::distill::objective::{objective, surrogate};
 use crate::distill::student::Student;
 use crate::distill::trainer::{Batches, denoising_loss};
 use crate::error::{Error, Result};
-use crate::torch::training::{Compute, count_memory, counted_memory};
+use crate::torch::training::{Compute, Hollow, count_memory, counted_memory};
 use crate::torch::{Forward, ParamSet, shim};
 
 /// The larger of the two batches that are measured: at most so many images, and about so many bytes.
@@ -80,6 +82,8 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
     if tensors.into_iter().any(|t| t.device() != Device::Cpu) {
         return Err(Error::usage("an estimate is measured on the CPU"));
     }
+    // (bf16 goes through oneDNN, whose work space comes from the same allocator and must not be hollow.)
+    let _hollow = (config.precision == Precision::F32).then(Hollow::new);
     count_memory();
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
@@ -167,13 +171,16 @@ fn drawn_on(config: &Config, network: &dyn Forward, measure: &dyn Fn(&Config) ->
         network.configure(Compute { activation_bytes: bytes.ceil() as u64, ..config.compute() });
         measure(&Config { batch, ..config.clone() })
     };
+    if config.batch <= 2 {
+        return at(config.batch);
+    }
     let two = at(2)?;
     let high = ((2.0 * MOST_BYTES / two.training.max(1.0)) as usize).clamp(4, MOST_IMAGES);
     if config.batch <= high {
         return at(config.batch);
     }
     let low = high / 2;
-    let (a, b) = (at(low)?, at(high)?);
+    let (a, b) = (if low == 2 { two } else { at(low)? }, at(high)?);
     let line = |a: f64, b: f64| a + (b - a) / (high - low) as f64 * (config.batch as f64 - low as f64);
     Ok(Measured {
         kept: line(a.kept, b.kept),

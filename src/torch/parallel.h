@@ -15,6 +15,9 @@
 
 namespace disback {
 
+// While tensors have no content (training.cpp), there is nothing to compute.
+inline std::atomic<bool> hollow{false};
+
 // GCC's entry point into OpenMP, which LLVM's and Intel's runtimes have too; null where there is none: one thread then.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 inline Team team() {
@@ -49,7 +52,7 @@ struct Shared {
 // `body(from, to)` over pieces of [begin, end) of at least `grain` (but the last), as many as libtorch's threads.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-  if (begin >= end) return;
+  if (begin >= end || hollow) return;
   const int64_t most = (end - begin + std::max<int64_t>(grain, 1) - 1) / std::max<int64_t>(grain, 1);
   const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), most);
   if (threads <= 1 || team() == nullptr) return body(begin, end);

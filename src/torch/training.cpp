@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -18,13 +19,19 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "border.h"
+#include "parallel.h"
 
 namespace {
 
@@ -114,6 +121,56 @@ struct Recomputed : torch::autograd::Function<Recomputed> {
 std::atomic<int64_t> held{0};
 std::atomic<int64_t> highest{0};
 
+// Hollow memory: allocations of this size and more all lie on the same few pages. They have addresses, and no content.
+constexpr size_t hollow_least = 1 << 20, hollow_pages = 32 << 20;
+std::mutex hollow_lock;
+std::unordered_map<void*, size_t> hollow_places;
+std::atomic<size_t> hollow_count{0};
+
+// nullptr where the system gives none.
+void* hollow_allocate(size_t n) {
+#ifdef __linux__
+  static const int file = [] {
+    const int made = memfd_create("disback-hollow", MFD_CLOEXEC);
+    return made >= 0 && ftruncate(made, hollow_pages) == 0 ? made : -1;
+  }();
+  n = (n + 4095) / 4096 * 4096;
+  void* p = file < 0 ? MAP_FAILED : mmap(nullptr, n, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+  for (size_t at = 0; at < n; at += hollow_pages) {
+    const size_t length = std::min(hollow_pages, n - at);
+    void* part = mmap(static_cast<char*>(p) + at, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0);
+    if (part == MAP_FAILED) {
+      munmap(p, n);
+      return nullptr;
+    }
+  }
+  std::lock_guard<std::mutex> guard(hollow_lock);
+  hollow_places.emplace(p, n);
+  ++hollow_count;
+  return p;
+#else
+  return nullptr;
+#endif
+}
+
+// Bytes of a hollow allocation, 0 for any other; `forget`: it is given back.
+size_t hollow_size(void* p, bool forget) {
+  if (hollow_count == 0) return 0;
+  std::lock_guard<std::mutex> guard(hollow_lock);
+  const auto found = hollow_places.find(p);
+  if (found == hollow_places.end()) return 0;
+  const size_t n = found->second;
+#ifdef __linux__
+  if (forget) {
+    hollow_places.erase(found);
+    --hollow_count;
+    munmap(p, n);
+  }
+#endif
+  return n;
+}
+
 // Counts what tensors of the CPU hold.
 struct Counting final : c10::Allocator {
   static size_t size(void* p) {
@@ -125,13 +182,19 @@ struct Counting final : c10::Allocator {
   }
   static void release(void* p) {
     if (p == nullptr) return;
+    if (const size_t n = hollow_size(p, true)) {
+      held -= static_cast<int64_t>(n);
+      return;
+    }
     held -= static_cast<int64_t>(size(p));
     c10::free_cpu(p);
   }
   c10::DataPtr allocate(size_t n) override {
-    void* p = c10::alloc_cpu(n);
+    void* p = disback::hollow && n >= hollow_least ? hollow_allocate(n) : nullptr;
+    const size_t nothing = p == nullptr ? 0 : hollow_size(p, false);
+    if (p == nullptr) p = c10::alloc_cpu(n);
     if (p != nullptr) {
-      const int64_t now = held += static_cast<int64_t>(size(p));
+      const int64_t now = held += static_cast<int64_t>(nothing > 0 ? nothing : size(p));
       int64_t before = highest.load();
       while (before < now && !highest.compare_exchange_weak(before, now)) {
       }
@@ -140,6 +203,45 @@ struct Counting final : c10::Allocator {
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t n) const override { default_copy_data(to, from, n); }
+};
+
+// What attention leaves for its backward pass, and takes there, without computing anything: its operands, its result and the
+// logarithms of its sums, as libtorch's kernel for the CPU has them.
+struct HollowAttention : torch::autograd::Function<HollowAttention> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+    const at::Tensor y = at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
+    const at::Tensor sums = at::empty({q.size(0), q.size(2), q.size(1)}, q.options()).transpose(1, 2);
+    ctx->save_for_backward({q, k, v, y, sums});
+    return y;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list) {
+    const auto saved = ctx->get_saved_variables();
+    const auto like = [](const at::Tensor& t) {
+      return at::empty({t.size(0), t.size(2), t.size(1), t.size(3)}, t.options()).transpose(1, 2);
+    };
+    return {like(saved[0]), like(saved[1]), like(saved[2])};
+  }
+};
+
+// The same of a convolution. (oneDNN keeps addresses in its work space, which comes from the same allocator and must not be
+// hollow.)
+struct HollowConvolution : torch::autograd::Function<HollowConvolution> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w,
+                            const std::optional<at::Tensor>& bias, std::vector<int64_t> sizes) {
+    ctx->save_for_backward({x, w});
+    ctx->saved_data["filters"] = bias ? bias->size(0) : int64_t{0};
+    return at::empty(sizes, x.options().memory_format(x.suggest_memory_format()));
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list) {
+    const auto saved = ctx->get_saved_variables();
+    torch::autograd::variable_list out(4);
+    for (int i : {0, 1}) {
+      if (ctx->needs_input_grad(i)) out[i] = at::empty_like(saved[i]);
+    }
+    const int64_t filters = ctx->saved_data["filters"].toInt();
+    if (filters > 0 && ctx->needs_input_grad(2)) out[2] = at::empty({filters}, saved[0].options());
+    return out;
+  }
 };
 
 struct InsideAdamW : at::ObserverContext {};
@@ -182,6 +284,25 @@ bool disback_autocast(bool cuda, bool on) {
 }
 
 bool disback_autocast_enabled(bool cuda) { return at::autocast::is_autocast_enabled(cuda ? at::kCUDA : at::kCPU); }
+
+// Whether large tensors made from now on are hollow: they count as always, share a few pages, and what our kernels would
+// compute is left out. Only with the counting allocator.
+void disback_hollow(bool on) { disback::hollow = on; }
+bool disback_is_hollow() { return disback::hollow; }
+
+// Attention [B, H, T, D] without a mask, for hollow tensors.
+char* disback_hollow_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(HollowAttention::apply(*q, *k, *v)); });
+}
+
+// A convolution to these sizes, for hollow tensors; bias or nullptr.
+char* disback_hollow_convolution(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, const int64_t* sizes,
+                                 size_t rank, at::Tensor** out) {
+  return guarded([&] {
+    const std::optional<at::Tensor> b = bias == nullptr ? std::nullopt : std::optional<at::Tensor>(*bias);
+    *out = new at::Tensor(HollowConvolution::apply(*x, *w, b, std::vector<int64_t>(sizes, sizes + rank)));
+  });
+}
 
 // From now on the CPU's tensors are counted (those made before are not).
 void disback_count_memory() {

@@ -30,6 +30,22 @@ unsafe extern "C" {
     fn disback_autocast_enabled(cuda: bool) -> bool;
     fn disback_count_memory();
     fn disback_counted_memory(current: *mut i64, peak: *mut i64, reset: bool);
+    fn disback_hollow(on: bool);
+    fn disback_is_hollow() -> bool;
+    fn disback_hollow_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn disback_hollow_convolution(
+        x: *const C_tensor,
+        w: *const C_tensor,
+        bias: *const C_tensor,
+        sizes: *const i64,
+        rank: usize,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
     fn disback_watch_host_reads() -> u64;
     fn disback_host_reads() -> i64;
     fn disback_note_host_read();
@@ -162,6 +178,93 @@ pub fn counted_memory(reset: bool) -> Memory {
     // SAFETY: writes two integers.
     unsafe { disback_counted_memory(&mut current, &mut peak, reset) };
     Memory { current: current.max(0) as u64, peak: peak.max(0) as u64 }
+}
+
+/// While it lives, large tensors that are made on the CPU have no content of their own: they count in [`counted_memory`] as
+/// always, lie on the same few pages, and the greater part of what would be computed with them is left out. A network that no
+/// memory holds can so be measured; its values are nonsense. Small tensors, which decide about shapes, are as always.
+#[derive(Debug)]
+pub struct Hollow {
+    before: bool,
+}
+
+impl Hollow {
+    #[allow(clippy::new_without_default, reason = "it changes the process")]
+    pub fn new() -> Self {
+        count_memory();
+        // SAFETY: reads and sets a flag.
+        let before = unsafe { disback_is_hollow() };
+        unsafe { disback_hollow(true) };
+        Self { before }
+    }
+}
+
+impl Drop for Hollow {
+    fn drop(&mut self) {
+        // SAFETY: as above; tensors made meanwhile know how they are given back.
+        unsafe { disback_hollow(self.before) };
+    }
+}
+
+/// Whether operators on tensors of this kind are left out under [`Hollow`].
+fn left_out(t: &Tensor) -> bool {
+    // SAFETY: reads a flag.
+    let hollow = unsafe { disback_is_hollow() };
+    hollow && t.kind() == tch::Kind::Float && t.device() == Device::Cpu && !autocast_enabled(Device::Cpu)
+}
+
+/// Settings of a convolution of any rank.
+#[derive(Debug, Clone)]
+pub struct Convolution {
+    pub strides: Vec<i64>,
+    pub padding: Vec<i64>,
+    pub dilations: Vec<i64>,
+    pub transposed: bool,
+    pub output_padding: Vec<i64>,
+    pub groups: i64,
+}
+
+/// libtorch's convolution; without computing it under [`Hollow`].
+pub fn convolution(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, c: Convolution) -> Result<Tensor> {
+    if !left_out(x) {
+        let Convolution { strides, padding, dilations, transposed, output_padding, groups } = c;
+        return Ok(x.f_convolution(w, bias, strides, padding, dilations, transposed, output_padding, groups)?);
+    }
+    let (from, filters) = (x.size(), w.size());
+    let mut sizes = vec![from[0], if c.transposed { filters[1] * c.groups } else { filters[0] }];
+    for i in 0..from.len() - 2 {
+        let reach = c.dilations[i] * (filters[i + 2] - 1) + 1;
+        sizes.push(match c.transposed {
+            true => (from[i + 2] - 1) * c.strides[i] - 2 * c.padding[i] + reach + c.output_padding[i],
+            false => (from[i + 2] + 2 * c.padding[i] - reach).div_euclid(c.strides[i]) + 1,
+        });
+    }
+    if sizes.iter().any(|n| *n < 0) {
+        return Err(Error::invalid(format!("images of {from:?} under filters of {filters:?}")));
+    }
+    let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors and as many sizes as said go in; on success `out` is a new handle that is ours.
+    check(unsafe { disback_hollow_convolution(x.as_ptr(), w.as_ptr(), bias, sizes.as_ptr(), sizes.len(), &mut out) })?;
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// libtorch's attention on `[B, H, T, D]`, f32; without computing it under [`Hollow`].
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Option<Tensor>,
+    causal: bool,
+    scale: impl Into<Option<f64>>,
+) -> Result<Tensor> {
+    if [q, k, v].iter().all(|t| t.dim() == 4 && left_out(t)) && mask.is_none() {
+        // SAFETY: live tensors in; on success `out` is a new handle that is ours.
+        let mut out = std::ptr::null_mut();
+        check(unsafe { disback_hollow_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), &mut out) })?;
+        return Ok(unsafe { Tensor::from_ptr(out) });
+    }
+    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, false)?)
 }
 
 /// Counts, on this thread and while it lives, what makes the host wait for values of the device: operators of libtorch

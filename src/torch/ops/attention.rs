@@ -9,7 +9,7 @@ use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
 use crate::torch::registry::Registry;
-use crate::torch::training::lowered;
+use crate::torch::training::{self, lowered};
 
 pub fn register(r: &mut Registry) {
     r.add("Attention", 23, (3, 7), attention);
@@ -108,7 +108,7 @@ impl Attention {
         let (y, shown) = if fused {
             let causal = self.causal && bias.is_none();
             let mask = bias.map(|b| b.f_to_kind(q.kind())).transpose()?;
-            (Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, scale, false)?, None)
+            (training::attention(&q, &k, &v, mask, causal, scale)?, None)
         } else {
             self.stages(&q, &k, &v, bias, scale, past)?
         };
@@ -318,16 +318,16 @@ fn causal_conv(node: &Node) -> Result<Kernel> {
             None => x.f_pad([kept, 0], "constant", 0.0)?,
         };
         let bias = a.opt(2)?.map(lowered).transpose()?;
-        let y = lowered(&padded)?.f_convolution(
-            &lowered(w)?,
-            bias.as_ref(),
-            [1i64],
-            [0i64],
-            [1i64],
-            false,
-            [0i64],
-            channels,
-        )?;
+        let (one, none) = (vec![1], vec![0]);
+        let c = training::Convolution {
+            strides: one.clone(),
+            padding: none.clone(),
+            dilations: one,
+            transposed: false,
+            output_padding: none,
+            groups: channels,
+        };
+        let y = training::convolution(&lowered(&padded)?, &lowered(w)?, bias.as_ref(), c)?;
         let state = padded.f_narrow(2, padded.size()[2] - kept, kept)?;
         Ok(vec![Value::device(if silu { y.f_silu()? } else { y }), Value::device(state)])
     }))

@@ -8,7 +8,7 @@ use crate::torch::group_norm::is_channels_last;
 use crate::torch::kernel::{Args, Kernel, one};
 use crate::torch::linear;
 use crate::torch::registry::Registry;
-use crate::torch::training::lowered;
+use crate::torch::training::{Convolution, convolution, lowered};
 use crate::torch::winograd;
 
 pub fn register(r: &mut Registry) {
@@ -172,7 +172,9 @@ pub fn conv(node: &Node) -> Result<Kernel> {
         if plain && padding == [0, 0] && kernel == [1, 1] && (is_channels_last(&x) || mixes_faster(&x, &w)) {
             return one(pointwise(&x, &w, bias.as_ref())?);
         }
-        one(x.f_convolution(&w, bias.as_ref(), strides, padding, dilations, false, vec![0; rank], groups)?)
+        let output_padding = vec![0; rank];
+        let c = Convolution { strides, padding, dilations, transposed: false, output_padding, groups };
+        one(convolution(&x, &w, bias.as_ref(), c)?)
     }))
 }
 
@@ -231,8 +233,8 @@ fn conv_transpose(node: &Node) -> Result<Kernel> {
             .map(|i| if extra[i] < strides[i].max(dilations[i]) { (extra[i], 0) } else { (0, extra[i]) })
             .unzip();
         let late_any = late.iter().any(|&n| n > 0) || pads.iter().any(|&(b, e)| b < 0 || e < 0);
-        let y =
-            x.f_convolution(&w, if late_any { None } else { bias }, strides, padding, dilations, true, native, groups)?;
+        let c = Convolution { strides, padding, dilations, transposed: true, output_padding: native, groups };
+        let y = convolution(&x, &w, if late_any { None } else { bias }, c)?;
         let mut y = y;
         if late_any || !symmetric {
             let crop: Vec<(i64, i64)> =

@@ -8,7 +8,7 @@ use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::attention::{join_heads, split_heads};
 use crate::torch::ops::{conv, linear, norm, util};
 use crate::torch::registry::{Build, Entry, Registry};
-use crate::torch::training::lowered;
+use crate::torch::training::{Convolution, convolution, lowered};
 
 pub fn register(r: &mut Registry) {
     // ONNX Runtime writes this one without a domain.
@@ -139,7 +139,9 @@ fn nhwc_conv(node: &Node) -> Result<Kernel> {
         let (x, padding) = conv::split_padding(&x, &pads, 0.0)?;
         let (strides, dilations) = (window.strides(2)?, window.dilations(2)?);
         let bias = a.opt(2)?.map(lowered).transpose()?;
-        let y = x.f_convolution(&w, bias.as_ref(), strides, padding, dilations, false, [0i64, 0], groups)?;
+        let output_padding = vec![0; 2];
+        let c = Convolution { strides, padding, dilations, transposed: false, output_padding, groups };
+        let y = convolution(&x, &w, bias.as_ref(), c)?;
         one(y.f_permute([0, 2, 3, 1])?)
     }))
 }

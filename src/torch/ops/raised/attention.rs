@@ -9,7 +9,7 @@ use crate::torch::convert;
 use crate::torch::convert::is_float;
 use crate::torch::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
-use crate::torch::training::autocast_enabled;
+use crate::torch::training::{self, autocast_enabled};
 
 #[derive(Clone, Copy, PartialEq)]
 enum Mask {
@@ -211,7 +211,7 @@ impl Attention {
         let (q, k, v) = (four(&q)?, four(&k)?, four(&v)?);
         let y = match &mask {
             None if products_faster(&q, &k) => products(&q, &k, &v, scale)?,
-            _ => Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, scale, false)?,
+            _ => training::attention(&q, &k, &v, mask, false, scale)?,
         };
         Ok(Some(if y.size() == shape { y } else { y.f_reshape(&shape[..])? }))
     }
