@@ -1,9 +1,10 @@
 """Writes a network of a recipe's true size, weights at random, as teacher.onnx with its card, through the converters.
 
-    make.py NAME FOLDER    NAME: edm-cifar10, edm-ffhq64 (AFHQv2's network is the same), edm-imagenet64, sd15
+    make.py NAME FOLDER    NAME: edm-cifar10, edm-ffhq64 (AFHQv2's network is the same), edm-imagenet64, sd15, sdxl
 
 For `disback distill FOLDER/teacher.onnx --config recipes/NAME.toml --dry-run -o run`. sd15 takes 7 GB of disk and several
-times its 3.4 GB of weights in memory; it also writes FOLDER/prompts.npz, random rows in the place of prompts' embeddings (conditions.file).
+times its 3.4 GB of weights in memory; sdxl 10 GB of disk and 2 GB of memory (sdxl.py). Both also write FOLDER/prompts.npz, random
+rows in the place of prompts' embeddings (conditions.file).
 """
 
 import json
@@ -71,4 +72,12 @@ def sd15(folder, channels=(320, 640, 1280, 1280), size=64, embedding=768):
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    sd15(folder) if name == "sd15" else edm(name, folder)
+    match name:
+        case "sd15":
+            sd15(folder)
+        case "sdxl":
+            from sdxl import sdxl
+
+            sdxl(folder)
+        case _:
+            edm(name, folder)
