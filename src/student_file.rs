@@ -58,7 +58,7 @@ impl StudentFile {
         let own_card = own_card.then(|| teacher::card(&model, &[])).transpose()?.map(|resolved| resolved.card);
         let hash = model.hash();
         let network = Network::import(model, &ImportOptions::default(), device)?;
-        let (inputs, outputs) = (specs(network.inputs()), specs(network.outputs()));
+        let (inputs, outputs) = (specs(&network.fed_inputs()), specs(network.outputs()));
         let kind = match own_card {
             Some(own) => {
                 own.check_against(&inputs, &outputs)?;
@@ -88,7 +88,7 @@ impl StudentFile {
         let network = Box::new(self.network.alias());
         match &self.kind {
             Kind::Levels(card) => {
-                Student::new(Denoiser::new(network, card.clone(), &specs(self.network.inputs()))?, config)
+                Student::new(Denoiser::new(network, card.clone(), &specs(&self.network.fed_inputs()))?, config)
             }
             Kind::Generator(ports) => Student::of_generator(Generator::new(network, ports.clone()), config),
         }

@@ -43,7 +43,7 @@ impl Teacher {
         let hash = model.hash();
         let options = ImportOptions { trainable, ..ImportOptions::default() };
         let network = Network::import(model, &options, device)?;
-        let inputs: Vec<InputSpec> = network.inputs().iter().map(spec).collect();
+        let inputs: Vec<InputSpec> = network.fed_inputs().iter().map(spec).collect();
         let outputs: Vec<InputSpec> = network.outputs().iter().map(spec).collect();
         card.card.check_against(&inputs, &outputs).with_context(|| path.display().to_string())?;
         Ok(Self { network, card, hash })
@@ -51,6 +51,6 @@ impl Teacher {
 
     /// Inputs of the graph as specs, for the denoiser.
     pub fn inputs(&self) -> Vec<InputSpec> {
-        self.network.inputs().iter().map(spec).collect()
+        self.network.fed_inputs().iter().map(spec).collect()
     }
 }

@@ -40,6 +40,11 @@ impl DType {
         matches!(self, Self::F32 | Self::F64 | Self::F16 | Self::BF16)
     }
 
+    /// The type that half precision is computed in; others stay.
+    pub fn widened(self) -> Self {
+        if matches!(self, Self::F16 | Self::BF16) { Self::F32 } else { self }
+    }
+
     /// ONNX's number for it (`TensorProto.DataType`).
     pub fn to_onnx(self) -> i32 {
         match self {

@@ -26,7 +26,7 @@ fn load(data: &[u8]) -> disback::Result<()> {
     let trained = roles.parameters.iter().map(|p| p.value).collect();
     raise::raise(&mut graph, &trained);
     graph.remove_dead();
-    let written = save::with_parameters(&model.proto, &roles.parameters, &roles.buffers, &values)?;
+    let written = save::with_parameters(&model.proto, &roles.parameters, &roles.buffers, &values, false)?;
     // What we write, we read.
     lower(&Model::from_proto(written)).expect("a model that was read and written back is read again");
     let _ = model.hash();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
+use super::base;
 use super::edit::{self, node, value_info};
 use super::student::{StudentOptions, batch_symbol, clip, compare, describe, needs_opset, read_back};
 use crate::diffusion::{Conditions, Generator, GeneratorPorts, HostConditions, Layout, TeacherCard};
@@ -26,7 +27,7 @@ pub fn generator(
     card: &TeacherCard,
     options: &StudentOptions,
 ) -> Result<ModelProto> {
-    let mut model = net.to_model(params)?;
+    let mut model = base::base(net, params)?;
     needs_opset(&model)?;
     let opset = edit::opset(&model);
     // What an earlier life left: the file may have been a student before.

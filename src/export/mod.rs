@@ -2,6 +2,8 @@
 //! file that ships: optimised, portable, in the precision asked for.
 
 pub mod attach;
+#[cfg(feature = "train")]
+pub mod base;
 pub mod calibrate;
 pub mod edit;
 pub mod evaluate;
@@ -15,6 +17,7 @@ pub mod int8;
 pub mod int8_dynamic;
 pub mod loss;
 pub mod opset;
+pub mod plain;
 pub mod portable;
 pub mod raised;
 pub mod ship;
@@ -23,6 +26,8 @@ pub mod simplify;
 pub mod student;
 #[cfg(feature = "train")]
 pub mod unroll;
+#[cfg(feature = "train")]
+pub mod wide;
 
 #[cfg(all(test, feature = "ort", feature = "tract"))]
 mod tests;

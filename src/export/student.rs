@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Coefficients, Conversion, Layout, StudentStart, TeacherCard};
 use crate::error::{Context, Error, Result};
+use crate::export::base;
 use crate::export::edit::{self, float_attribute, ints_attribute, node, value_info};
 use crate::export::fold;
 use crate::graph::ir::Port;
@@ -42,12 +43,14 @@ pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &S
     // A time of shape [1] broadcasts over the batch in every usual network and leaves a constant embedding. Where a graph
     // insists on one time an image, the time is expanded to the batch inside the graph instead.
     // The same goes for inputs that the card fixes to a number.
+    let base = base::base(net, params)?;
+    needs_opset(&base)?;
     let mut failure = None;
     for forms in FORMS {
         if forms.constants == Form::Expanded && card.constants.is_empty() && forms.time == Form::Folded {
             continue;
         }
-        let built = build(net, params, card, &start, forms)?;
+        let built = build(net, &base, card, &start, forms)?;
         match reference.check(&built) {
             Ok(()) => return describe(built, card, options, &[("sigma_init", start.sigma.to_string())]),
             Err(e) => failure = Some(e),
@@ -109,17 +112,15 @@ fn declared_types(model: &ModelProto) -> HashMap<String, DType> {
 
 fn build(
     net: &Network,
-    params: &ParamSet,
+    base: &ModelProto,
     card: &TeacherCard,
     start: &StudentStart,
     forms: Forms,
 ) -> Result<ModelProto> {
-    let mut model = net.to_model_shared(params)?;
-    needs_opset(&model)?;
+    let mut model = base.clone();
     let opset = edit::opset(&model);
     let x = port(net, &card.sample)?;
     let t = port(net, &card.time)?;
-    // What the file declares: a network of f16 is trained in f32, and its ports say so.
     let declared = declared_types(&model);
     let dtype_of = |p: &Port| declared.get(&p.name).copied().or(p.dtype).unwrap_or(DType::F32);
     let x_dtype = dtype_of(x);
@@ -377,6 +378,12 @@ impl Reference<'_> {
         Ok(())
     }
 
+    /// The element type in which training feeds an input.
+    fn fed(&self, p: &Port) -> Kind {
+        let dtype = p.dtype.unwrap_or(DType::F32);
+        crate::torch::convert::kind(if self.net.shared().widened { dtype.widened() } else { dtype })
+    }
+
     fn noise(&self, batch: usize) -> Result<Tensor> {
         let [c, h, w] = self.card.shape;
         let values = crate::noise::batch_noise(0, 0, batch, c * h * w);
@@ -395,7 +402,7 @@ impl Reference<'_> {
                 if let Some(first) = size.first_mut() {
                     *first = batch as i64;
                 }
-                let kind = crate::torch::convert::kind(p.dtype.unwrap_or(DType::F32));
+                let kind = self.fed(p);
                 let classes = condition.classes().unwrap_or(1).max(1) as i64;
                 let t = if kind == Kind::Int64 || kind == Kind::Int {
                     let n: i64 = size.iter().product();
@@ -413,9 +420,7 @@ impl Reference<'_> {
         let x = noise.f_mul_scalar(self.start.init_scale)?;
         let nhwc = self.card.layout == Layout::Nhwc;
         let x_port = port(self.net, &self.card.sample)?;
-        let cast = |t: &Tensor, p: &Port| -> Result<Tensor> {
-            Ok(t.f_to_kind(crate::torch::convert::kind(p.dtype.unwrap_or(DType::F32)))?)
-        };
+        let cast = |t: &Tensor, p: &Port| -> Result<Tensor> { Ok(t.f_to_kind(self.fed(p))?) };
         let x_in = cast(&if nhwc { x.f_permute([0, 2, 3, 1])? } else { x.shallow_clone() }, x_port)?;
         let full = |p: &Port, v: f64| -> Result<Tensor> {
             let size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(batch, |n| n as i64)).collect();

@@ -19,12 +19,13 @@ pub const EXTERNAL_ABOVE: usize = 1_900_000_000;
 
 /// Returns the model with the parameters' new values (f32 masters, in the order of `parameters`), cast to the element type
 /// of the file. Parted copies become initializers of their own, also those that are not trained: what they were merged with
-/// is.
+/// is. `wide`: weights that the file has in half precision stay in f32, for a graph that is widened too.
 pub fn with_parameters(
     original: &ModelProto,
     parameters: &[Parameter],
     buffers: &[Buffer],
     values: &[HostTensor],
+    wide: bool,
 ) -> Result<ModelProto> {
     if parameters.len() != values.len() {
         return Err(Error::mismatch(format!("{} values for {} parameters", values.len(), parameters.len())));
@@ -40,17 +41,17 @@ pub fn with_parameters(
                 p.shape
             )));
         }
+        let value = value.cast(if wide { p.dtype.widened() } else { p.dtype });
         if !p.rewire.is_empty() {
-            part(graph, &p.name, &value.cast(p.dtype), &p.rewire)?;
+            part(graph, &p.name, &value, &p.rewire)?;
             continue;
         }
-        let value = value.cast(p.dtype);
         let lost = || Error::unsupported(format!("parameter `{}` has no tensor in the file to write to", p.name));
         for twin in &p.twins {
-            let bytes = twin.how.of(&value)?.bytes().clone();
-            set_raw(tensor_at(graph, &twin.origin).ok_or_else(lost)?, bytes);
+            let twisted = twin.how.of(&value)?;
+            set_raw(tensor_at(graph, &twin.origin).ok_or_else(lost)?, &twisted);
         }
-        set_raw(tensor_at(graph, &p.origin).ok_or_else(lost)?, value.bytes().clone());
+        set_raw(tensor_at(graph, &p.origin).ok_or_else(lost)?, &value);
     }
     for (name, value, slots) in buffers.iter().filter_map(|b| b.parted.as_ref().map(|(v, s)| (&b.name, v, s))) {
         part(graph, name, value, slots)?;
@@ -101,13 +102,14 @@ fn constant_tensor(a: &mut AttributeProto) -> Option<&mut TensorProto> {
     a.t.as_mut()
 }
 
-fn set_raw(t: &mut TensorProto, bytes: Bytes) {
+fn set_raw(t: &mut TensorProto, value: &HostTensor) {
+    t.data_type = Some(value.dtype().to_onnx());
     t.float_data.clear();
     t.double_data.clear();
     t.int32_data.clear();
     t.int64_data.clear();
     t.uint64_data.clear();
-    t.raw_data = Some(bytes);
+    t.raw_data = Some(value.bytes().clone());
 }
 
 /// Forgets where external data came from: its bytes are in `raw_data` since loading.

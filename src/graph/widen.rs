@@ -127,7 +127,7 @@ fn widen_attributes(node: &mut Node) {
     for (name, a) in changed {
         node.attributes.set(&name, a);
     }
-    for name in ["to", "dtype", "output_dtype", "stash_type"] {
+    for name in ["to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision", "precision"] {
         if half_code(&node.attributes, name) {
             node.attributes.set(name, Attribute::Int(i64::from(DType::F32.to_onnx())));
         }

@@ -20,12 +20,13 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use tch::Device;
 
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::graph::raise::{NearMiss, Report as Raised};
 use crate::graph::roles::{Buffer, Declared, Parameter};
 use crate::graph::zero::{self, Unguarded};
 use crate::graph::{Graph, Model, TrainableChoice, lower};
 use crate::torch::ops;
+use crate::torch::registry::advice;
 use crate::torch::{ImportOptions, Network};
 
 /// A graph input or output.
@@ -128,7 +129,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
     let graph = lower::lower(model)?;
     let as_read = graph.clone();
     let mut network = None;
-    let unsupported = unsupported(&graph);
+    let unsupported = unsupported(&graph, model.proto.producer_name());
     let declared = Declared::of(model)?;
     let choice = &TrainableChoice { declared: choice.declared.clone().or(declared.parameters), ..choice.clone() };
     let proto = &model.proto;
@@ -233,7 +234,7 @@ fn signature(p: &crate::graph::Port) -> Signature {
     }
 }
 
-fn unsupported(graph: &Graph) -> Vec<UnsupportedNode> {
+fn unsupported(graph: &Graph, producer: &str) -> Vec<UnsupportedNode> {
     graph
         .nodes
         .iter()
@@ -244,7 +245,7 @@ fn unsupported(graph: &Graph) -> Vec<UnsupportedNode> {
                 opset: n.opset,
                 node: n.name.clone(),
                 reason: e.to_string().lines().next().unwrap_or_default().to_owned(),
-                way_out: e.hint_text().map(str::to_owned),
+                way_out: e.hint_text().or((e.kind() == Kind::Unsupported).then(|| advice(producer))).map(str::to_owned),
             })
         })
         .collect()

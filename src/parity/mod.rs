@@ -288,10 +288,15 @@ pub fn check(
 /// What ONNX Runtime has no kernel for on the CPU is nothing that a comparison could tell.
 fn no_kernel(e: Error) -> Error {
     // What it says, and what to do about it. The second: its Attention of opset 23 wants a row of the mask for each query.
-    const REFUSALS: [(&str, &str); 2] = [
+    const REFUSALS: [(&str, &str); 3] = [
         (
             "Could not find an implementation for",
             "the file was optimised for another device than the CPU: compare the export from before, or give --expected values",
+        ),
+        (
+            "No Op registered for",
+            "the exporter left an operator of its framework in the file, which ONNX does not define: give --expected values. \
+             Students are written without it",
         ),
         (
             "inconsistent q_sequence_length (between attn_mask and Q)",

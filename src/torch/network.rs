@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::graph::raise::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
 use crate::graph::{Graph, Model, Port, TrainableChoice, lower, widen};
@@ -17,7 +17,7 @@ use crate::torch::lora::{Adapter, LoraOptions};
 use crate::torch::params::ParamSet;
 use crate::torch::plan::Plan;
 use crate::torch::training::{Autocast, Compute};
-use crate::torch::{convert, deciding, narrow};
+use crate::torch::{convert, deciding, narrow, registry};
 
 /// Tensors by the names of graph outputs.
 pub type NamedTensors = Vec<(String, Tensor)>;
@@ -149,7 +149,11 @@ impl Network {
         let raised = if options.raise { raise::raise(&mut graph, &trained) } else { Report::default() };
         graph.remove_dead();
         deciding::check_branches(&graph)?;
-        let plan = Plan::new(&graph, &values)?;
+        let advice = |e: Error| match e.kind() {
+            ErrorKind::Unsupported => e.hint(registry::advice(model.proto.producer_name())),
+            _ => e,
+        };
+        let plan = Plan::new(&graph, &values).map_err(advice)?;
         let mut tensors = Vec::with_capacity(values.len());
         for p in &roles.parameters {
             let constant = graph
@@ -195,21 +199,28 @@ impl Network {
         self.shared.plan.outputs()
     }
 
+    /// Inputs as training feeds them: in f32 where the file has them in half precision and its layers are widened.
+    pub fn fed_inputs(&self) -> Vec<Port> {
+        let widened = |p: &Port| Port { dtype: p.dtype.map(|d| d.widened()), ..p.clone() };
+        self.inputs().iter().map(|p| if self.shared.widened { widened(p) } else { p.clone() }).collect()
+    }
+
     /// The original file with this set's weights in the place of its own.
     pub fn to_model(&self, params: &ParamSet) -> Result<ModelProto> {
-        self.model_of(params, convert::to_host)
+        self.model_of(params, convert::to_host, false)
     }
 
-    /// [`Network::to_model`] without a copy of the weights where they are f32 on the CPU: they must not change as long as the
-    /// model is used.
-    pub fn to_model_shared(&self, params: &ParamSet) -> Result<ModelProto> {
-        self.model_of(params, convert::to_host_shared)
+    /// [`Network::to_model`], but the weights that the file has in half precision are in f32, as they are trained; the graph
+    /// around them is as it was. Without a copy of the weights where they are f32 on the CPU: they must not change as long as
+    /// the model is used.
+    pub(crate) fn with_wide_weights(&self, params: &ParamSet) -> Result<ModelProto> {
+        self.model_of(params, convert::to_host_shared, self.shared.widened)
     }
 
-    fn model_of(&self, params: &ParamSet, host: fn(&Tensor) -> Result<HostTensor>) -> Result<ModelProto> {
+    fn model_of(&self, params: &ParamSet, host: fn(&Tensor) -> Result<HostTensor>, wide: bool) -> Result<ModelProto> {
         let values = params.tensors().iter().map(host).collect::<Result<Vec<HostTensor>>>()?;
         let shared = &self.shared;
-        crate::graph::save::with_parameters(&shared.model.proto, &shared.parameters, &shared.buffers, &values)
+        crate::graph::save::with_parameters(&shared.model.proto, &shared.parameters, &shared.buffers, &values, wide)
     }
 
     /// The master weights, cast where the graph computes in another element type. `bf16`: products round their operands.

@@ -50,6 +50,8 @@ pub struct Plan {
     parameters: Vec<ValueId>,
     /// Values of an enclosing graph, for the plan of a subgraph.
     captures: Vec<ValueId>,
+    /// Inputs in half precision that the graph computes in f32: given in f32 they are taken as they are.
+    widened: HashSet<ValueId>,
     /// Graph inputs whose elements decide about shapes.
     host_inputs: HashSet<ValueId>,
     dynamic: bool,
@@ -113,6 +115,11 @@ impl Plan {
             .collect::<Result<_>>()?;
         Ok(Self {
             captures: graph.captures.iter().map(|(_, v)| *v).collect(),
+            widened: nodes
+                .iter()
+                .filter(|n| n.domain == "disback" && n.op == "Widen")
+                .filter_map(|n| n.input(0))
+                .collect(),
             host_inputs,
             dynamic: steps.iter().any(|s| s.kernel.dynamic),
             done_after: done_after(&steps, &graph.outputs),
@@ -287,7 +294,7 @@ impl Plan {
                 continue;
             }
             let t = v.tensor(Device::Cpu)?;
-            check_input(port, t)?;
+            check_input(port, t, self.widened.contains(&port.value))?;
             signature.inputs.push((t.size(), t.kind() as i32));
             values[port.value] = Some(if self.host_inputs.contains(&port.value) {
                 if t.requires_grad() {
@@ -406,10 +413,11 @@ fn wanted_on_host(steps: &[Step], seeds: impl IntoIterator<Item = ValueId>) -> H
 }
 
 /// Rank, element type and fixed dimensions of an input against what the graph declares.
-fn check_input(port: &Port, t: &Tensor) -> Result<()> {
+fn check_input(port: &Port, t: &Tensor, widened: bool) -> Result<()> {
     let bad = |what: String| Err(Error::usage(format!("input `{}`: {what}, expected {}", port.name, port.describe())));
     if let Some(dtype) = port.dtype
         && convert::kind(dtype) != t.kind()
+        && !(widened && t.kind() == Kind::Float)
     {
         return bad(format!("element type {:?}", t.kind()));
     }

@@ -81,9 +81,8 @@ impl Registry {
                 "this file was optimised for one machine's memory layout: save it with graph_optimization_level = \
                  ORT_ENABLE_EXTENDED, or take the export from before",
             ),
-            "" => e.hint(
-                "export with the dynamo exporter at opset 20 or newer, or rewrite the layer with common operators",
-            ),
+            // The way out depends on who wrote the file: [`advice`].
+            "" => e,
             _ => e.hint("custom operators cannot be trained; export the layer with standard operators"),
         }
     }
@@ -115,6 +114,22 @@ impl Registry {
                 })
             }
         }
+    }
+}
+
+/// What to do about an operator that is not there, for a file that this program wrote (the model's `producer_name`).
+pub fn advice(producer: &str) -> &'static str {
+    match producer.to_ascii_lowercase().as_str() {
+        "pytorch" => "export with the dynamo exporter at opset 20 or newer, or rewrite the layer with common operators",
+        "tf2onnx" => {
+            "tf2onnx leaves operators of TensorFlow that it does not know in the file: write the layer with others, or convert a \
+             Keras model with `disback-convert keras --backend jax`"
+        }
+        p if p.contains("paddle") => {
+            "write the layer with other operators of Paddle, and export with paddle2onnx again"
+        }
+        p if p.contains("jax") => "write the layer with other operations of JAX, and convert it again",
+        _ => "write the layer with operators that ONNX defines, and export the network again",
     }
 }
 

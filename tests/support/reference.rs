@@ -73,7 +73,8 @@ pub fn gradients(
     tolerance: f64,
 ) -> Result<Agreement, String> {
     let all = load_tensors(&folder.join("grads.safetensors")).map_err(|e| e.to_string())?;
-    let (factors, natives): (Vec<_>, Vec<_>) = all.into_iter().partition(|(n, _)| n.starts_with("R."));
+    let all = all.into_iter().filter(|(n, _)| !n.starts_with("file."));
+    let (factors, natives): (Vec<_>, Vec<_>) = all.partition(|(n, _)| n.starts_with("R."));
     let factors: HashMap<String, Tensor> = factors.into_iter().collect();
     let mut loss = Tensor::from(0f32);
     for (name, out) in outputs {
@@ -147,6 +148,35 @@ pub fn gradients(
     }
     let total: f64 = natives.iter().map(|n| n.2 * n.2).sum();
     Ok(Agreement { worst, together: (squares / total).sqrt() })
+}
+
+/// The gradients that [`gradients`] left, against those of the file as it is, computed in f64 (`said.py`), tensor by tensor of
+/// the file: parts of a merged one together. Returns the largest relative L2 error.
+pub fn file_gradients(net: &Network, folder: &Path, tolerance: f64) -> Result<f64, String> {
+    let all = load_tensors(&folder.join("grads.safetensors")).map_err(|e| e.to_string())?;
+    let said = all.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("file.")?.to_owned(), flat(&t))));
+    let said: HashMap<String, Tensor> = said.collect();
+    let mut ours: HashMap<&str, Tensor> = HashMap::new();
+    for (name, p) in net.params().names().iter().zip(net.params().tensors()) {
+        let grad = if p.grad().defined() { flat(&p.grad()) } else { flat(&p.zeros_like()) };
+        let sum = ours.remove(base(name)).map_or_else(|| grad.shallow_clone(), |g| g + &grad);
+        ours.insert(base(name), sum);
+    }
+    let largest = said.values().map(norm).fold(0.0, f64::max);
+    let (mut worst, mut compared) = (0f64, 0);
+    for (name, theirs) in &said {
+        // One native tensor that the file has twice is one parameter, under the first one's name.
+        let Some(ours) = ours.get(name.as_str()) else { continue };
+        compared += 1;
+        let (error, size) = (norm(&(ours - theirs)), norm(theirs));
+        if !(error <= tolerance * size + 1e-6 * largest) {
+            return Err(format!("gradient of the file's `{name}` is off by {:.1e}, of size {size:.1e}", error / size));
+        }
+        if size > 1e-3 * largest {
+            worst = worst.max(error / size);
+        }
+    }
+    if compared < ours.len() { Err(format!("{compared} of {} tensors compared", ours.len())) } else { Ok(worst) }
 }
 
 /// What is trained and what is not, with shapes: for messages.

@@ -41,10 +41,20 @@ fn half_of(a: &Pattern, b: &Pattern) -> Vec<Pattern> {
     ]
 }
 
-/// `0.5 x (1 + erf(x / sqrt 2))`
+/// `0.5 x (1 + erf(x / sqrt 2))`, or with the complement
 fn gelu_erf() -> Vec<Pattern> {
     let scaled = either([op("Div", [x(), number(SQRT_2)]), op("Mul", [x(), number(FRAC_1_SQRT_2)])]);
-    half_of(&x(), &op("Add", [op("Erf", [scaled]), number(1.0)]))
+    let mut forms = half_of(&x(), &op("Add", [op("Erf", [scaled]), number(1.0)]));
+    // With erfc(-x / sqrt 2), as TensorFlow has it.
+    let minus = || op("Neg", [x()]);
+    let turned = either([
+        op("Div", [minus(), number(SQRT_2)]),
+        op("Mul", [minus(), number(FRAC_1_SQRT_2)]),
+        op("Mul", [x(), number(-FRAC_1_SQRT_2)]),
+        op("Div", [x(), number(-SQRT_2)]),
+    ]);
+    forms.extend(half_of(&x(), &op("Erfc", [turned])));
+    forms
 }
 
 /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`

@@ -23,6 +23,7 @@ const KEEPING: &[&str] = &[
     "Einsum",
     "Elu",
     "Erf",
+    "Erfc",
     "Exp",
     "Expand",
     "Flatten",

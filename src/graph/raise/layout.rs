@@ -18,6 +18,7 @@ const ELEMENTWISE: &[&str] = &[
     "Div",
     "Elu",
     "Erf",
+    "Erfc",
     "Exp",
     "Gelu",
     "HardSigmoid",

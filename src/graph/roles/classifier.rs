@@ -34,6 +34,7 @@ const FUNCTIONS: &[&str] = &[
     "ReduceL2",
     "ReduceSumSquare",
     "Erf",
+    "Erfc",
     "Split",
     "SplitToSequence",
     "SequenceAt",

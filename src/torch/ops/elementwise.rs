@@ -94,6 +94,8 @@ pub fn register(r: &mut Registry) {
     r.add("Acosh", 9, (1, 1), |_| Ok(unary(|x| x.f_acosh())));
     r.add("Atanh", 9, (1, 1), |_| Ok(unary(|x| x.f_atanh())));
     r.add("Erf", 9, (1, 1), |_| Ok(unary(|x| x.f_erf())));
+    // TensorFlow's 1 - erf, which tf2onnx leaves in the file under this name.
+    r.add("Erfc", 1, (1, 1), |_| Ok(unary(|x| x.f_erfc())));
     r.add("Floor", 1, (1, 1), |_| Ok(unary(|x| x.f_floor())));
     r.add("Ceil", 1, (1, 1), |_| Ok(unary(|x| x.f_ceil())));
     // Both round halves to even.

@@ -20,6 +20,8 @@ Its folder holds
     traced.npz              inputs of the exporter's own shapes, with traced_expected.npz
     grads.safetensors       for every parameter the gradient of the sum over outputs of `output * R.<output>`, computed in
                             f64, under its native name; a parameter that takes no part is absent
+                            f16 and bf16 cases: `file.<tensor>` too, of the file as it is, computed in f64 (`said.py`), with its
+                            outputs in said.npz
     map.json                [{"onnx": initializer or Constant output, "natives": [names], "permutation": [axes]}]: the
                             tensors that hold native parameters, found by value. `natives` has several names where equal
                             ones were merged; the tensor has the native's elements after permuting its axes. With `piece`:
@@ -39,6 +41,7 @@ from families import FAMILIES
 from networks import NETWORKS
 from onnx import numpy_helper
 from safetensors.torch import save_file
+from said import what_it_says
 
 
 def draw_weights(module):
@@ -247,9 +250,13 @@ def write_case(case, folder):
     factors = {f"R.{n}": torch.randn(v.shape) for n, v in values.items()}
     sum((v * factors[f"R.{n}"]).sum() for n, v in values.items()).backward()
     grads = {n: p.grad.float().contiguous() for n, p in double.named_parameters() if p.grad is not None}
-    save_file(grads | factors, folder / "grads.safetensors")
     weights = {n: p.detach() for n, p in module.named_parameters() if n in grads}
     mapping, missing = match_parameters(model, arrays(weights, weights.values()))
+    said = {}
+    if half:
+        outputs, said = what_it_says(model, mapping, arrays(net.inputs, args), factors)
+        np.savez(folder / "said.npz", **{n: v.astype(np.float32) for n, v in outputs.items()})
+    save_file(grads | factors | said, folder / "grads.safetensors")
     (folder / "map.json").write_text(json.dumps(mapping, indent=1))
     return {"nodes": len(model.graph.node), "parameters": sum(g.numel() for g in grads.values()), "missing": missing}
 
