@@ -3,7 +3,7 @@
 //!
 //! One test an export, and one more for the student of each that is a teacher. Exports are made as tests ask for them, by
 //! one Python process, and kept in cargo's target folder until the scripts or the pinned wheels change. `DISBACK_CORPUS=full`
-//! runs the whole matrix, a list of names with commas those.
+//! runs the whole matrix, a list of names with commas those; a name may be the path of a folder that another program wrote.
 
 #[path = "support/exporter.rs"]
 mod exporter;
