@@ -12,7 +12,7 @@ use crate::torch::{Network, ParamSet};
 pub(super) fn base(net: &Network, params: &ParamSet) -> Result<ModelProto> {
     let mut model = net.with_wide_weights(params)?;
     if net.shared().widened {
-        wide::widen(&mut model)?;
+        wide::widen(&mut model, &net.shared().model)?;
     }
     plain::plain(&mut model);
     Ok(model)

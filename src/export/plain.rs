@@ -21,9 +21,11 @@ pub fn plain(model: &mut ModelProto) -> usize {
         return 0;
     }
     let dims = graph.initializer.iter().map(|t| (t.name().to_owned(), t.dims.clone())).collect();
+    let by_head = attention::by_head(graph, &dims);
     let mut w = Writer {
         opset,
         dims,
+        by_head,
         nodes: Vec::new(),
         made: Vec::new(),
         taken: edit::value_names(graph),
@@ -64,6 +66,8 @@ struct Writer {
     opset: i64,
     /// Shapes of the initializers.
     dims: HashMap<String, Vec<i64>>,
+    /// Values of four axes.
+    by_head: HashSet<String>,
     nodes: Vec<NodeProto>,
     made: Vec<TensorProto>,
     taken: HashSet<String>,

@@ -4,23 +4,18 @@ use std::collections::HashSet;
 
 use crate::error::Result;
 use crate::export::edit::{self, int_attribute, node};
-use crate::graph::roles::layers::Flow;
-use crate::graph::{Model, lower, tensors};
+use crate::graph::{Model, lower, tensors, widen};
 use crate::onnx::type_proto::Value;
 use crate::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use crate::tensor::DType;
 
 /// Widens in place. Casts to half precision before the first layer (features of time) still round, and are cast back; all
-/// others are gone.
-pub(super) fn widen(model: &mut ModelProto) -> Result<()> {
-    let lowered = lower::lower(&Model::from_proto(model.clone()))?;
-    let features = Flow::new(&lowered).features;
-    let rounding: HashSet<usize> = lowered
-        .nodes
-        .iter()
-        .filter(|n| n.is("Cast") && n.output(0).is_some_and(|v| !features.contains(&v)))
-        .filter_map(|n| n.origin)
-        .collect();
+/// others are gone. `original`: the same nodes with weights as the file has them.
+pub(super) fn widen(model: &mut ModelProto, original: &Model) -> Result<()> {
+    let lowered = lower::lower(original)?;
+    let rounding = widen::rounding(&lowered);
+    let rounds = |n: &&crate::graph::ir::Node| n.output(0).is_some_and(|v| rounding.contains(&v));
+    let rounding: HashSet<usize> = lowered.nodes.iter().filter(rounds).filter_map(|n| n.origin).collect();
     let Some(graph) = model.graph.as_mut() else { return Ok(()) };
     let taken = edit::value_names(graph);
     let mut nodes = Vec::with_capacity(graph.node.len());

@@ -2,9 +2,10 @@
 //! underflow, and activations overflow.
 //!
 //! What a file rounds on purpose before its first layer stays rounded: a Cast of time features to f16 is one to the grid of
-//! f16 here too. (ONNX Runtime computes a chain of f16 operators in f32 on the CPU as well, and rounds at such Casts.)
+//! f16 here too. (ONNX Runtime computes a chain of f16 operators in f32 on the CPU as well, and rounds at such Casts.) A Cast
+//! of what the file has in half precision already rounds nothing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use crate::graph::attributes::{Attribute, Attributes};
@@ -21,7 +22,7 @@ pub fn widen(graph: &mut Graph) -> bool {
     if !any_half(graph) {
         return false;
     }
-    let features = Flow::new(graph).features;
+    let rounding = rounding(graph);
     // Inputs in half precision, and what is rounded before the first layer: the f32 form of each.
     let mut forms: HashMap<ValueId, ValueId> = HashMap::new();
     let mut nodes = Vec::with_capacity(graph.nodes.len());
@@ -29,7 +30,7 @@ pub fn widen(graph: &mut Graph) -> bool {
     for v in narrow {
         nodes.push(form(graph, v, &mut forms));
     }
-    let rounds = |n: &Node| casts_to_half(n) && n.output(0).is_some_and(|v| !features.contains(&v));
+    let rounds = |n: &Node| n.output(0).is_some_and(|v| rounding.contains(&v));
     for mut node in std::mem::take(&mut graph.nodes) {
         for v in node.inputs.iter_mut().flatten().chain(node.captures.iter_mut().map(|(_, v)| v)) {
             *v = forms.get(v).copied().unwrap_or(*v);
@@ -49,6 +50,32 @@ pub fn widen(graph: &mut Graph) -> bool {
         port.value = forms.get(&port.value).copied().unwrap_or(port.value);
     }
     true
+}
+
+/// Results of the Casts to half precision that still round in f32: those of wider values before the first layer.
+pub fn rounding(graph: &Graph) -> HashSet<ValueId> {
+    let features = Flow::new(graph).features;
+    let constants = graph.constants.iter().filter(|(_, c)| is_half(c.tensor.dtype())).map(|(&v, _)| v);
+    let inputs = graph.inputs.iter().filter(|p| p.dtype.is_some_and(is_half)).map(|p| p.value);
+    // Values that the file has in half precision.
+    let mut narrow: HashSet<ValueId> = constants.chain(inputs).collect();
+    let mut rounding = HashSet::new();
+    for n in &graph.nodes {
+        let reads_narrow = n.inputs.iter().flatten().any(|v| narrow.contains(v));
+        let made = match n.op.as_str() {
+            "Cast" => casts_to_half(n),
+            "CastLike" => n.input(1).is_some_and(|v| narrow.contains(&v)),
+            "Shape" | "Size" | "ArgMax" | "ArgMin" | "NonZero" => false,
+            _ => reads_narrow,
+        };
+        if made {
+            narrow.extend(n.outputs.iter().flatten());
+        }
+        if casts_to_half(n) && !reads_narrow {
+            rounding.extend(n.output(0).filter(|v| !features.contains(v)));
+        }
+    }
+    rounding
 }
 
 fn any_half(graph: &Graph) -> bool {

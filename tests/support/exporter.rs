@@ -14,6 +14,8 @@ use crate::support;
 pub struct Exporter {
     folder: PathBuf,
     process: Mutex<Option<Process>>,
+    /// Held while a case is exported.
+    making: Mutex<()>,
 }
 
 struct Process {
@@ -59,7 +61,7 @@ impl Exporter {
         }
         let folder = parent.join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        Self { folder, process: Mutex::new(None) }
+        Self { folder, process: Mutex::new(None), making: Mutex::new(()) }
     }
 
     /// The folder of a case, exported where it is not there yet.
@@ -69,6 +71,8 @@ impl Exporter {
         }
         let folder = self.folder.join(name);
         let done = folder.join("done");
+        // Two tests of one case: a file that is read must not be written again.
+        let _one = self.making.lock().unwrap_or_else(|e| e.into_inner());
         if !done.exists() {
             let answer = self.ask(name)?;
             let missing = answer["missing"].as_array().cloned().unwrap_or_default();

@@ -213,6 +213,9 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
                 }
                 found => found.map_err(|e| format!("{form} in {engine:?}: {e}"))?,
             };
+            // tract sums in f16 where ONNX Runtime sums in f32, and a linear attention divides by what was summed.
+            let summed = name.starts_with("sana") && form == "fp16" && engine == EngineKind::Tract;
+            let tolerance = if summed { 1.5 * tolerance } else { tolerance };
             let error = evaluate::max_abs(&found, &expected);
             println!("student-{name} {form} {engine:?}: {error:.1e} of {size:.1}");
             if !(error <= tolerance * f64::from(size)) {

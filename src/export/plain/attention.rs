@@ -1,11 +1,43 @@
 //! Attention of ONNX Runtime's optimiser as products of matrices: without past keys, masks only as a bias of the scores.
 
+use std::collections::{HashMap, HashSet};
+
 use super::Writer;
 use crate::export::edit::{self, int_attribute, ints_attribute, node};
-use crate::onnx::NodeProto;
+use crate::onnx::{GraphProto, NodeProto};
+
+/// Values that are known to have four axes: turned or reshaped so, and what is made of them element by element, joined or
+/// normalised. Keys and values may come that way, [B, heads, L, D].
+pub(super) fn by_head(graph: &GraphProto, dims: &HashMap<String, Vec<i64>>) -> HashSet<String> {
+    let mut found = HashSet::new();
+    for n in &graph.node {
+        let four = match n.op_type() {
+            "Transpose" => edit::ints(n, "perm").is_some_and(|p| p.len() == 4),
+            "Reshape" => n.input.get(1).and_then(|s| dims.get(s)).is_some_and(|d| d[..] == [4]),
+            "Concat"
+            | "Identity"
+            | "Cast"
+            | "Neg"
+            | "Slice"
+            | "Add"
+            | "Sub"
+            | "Mul"
+            | "Div"
+            | "LayerNormalization"
+            | "SimplifiedLayerNormalization"
+            | "RMSNormalization"
+            | "RotaryEmbedding" => n.input.iter().any(|i| found.contains(i)),
+            _ => false,
+        };
+        if four {
+            found.extend(n.output.first().cloned());
+        }
+    }
+    found
+}
 
 impl Writer {
-    /// q, k, v [B, T, heads D] apart, or k and v in one [B, L, heads, 2, D], or all three in one [B, T, heads, 3, D].
+    /// q, k, v [B, T, heads D] apart, k and v also [B, heads, L, D], or k and v in one [B, L, heads, 2, D], or all three in one [B, T, heads, 3, D].
     pub(super) fn multi_head(&mut self, n: &NodeProto, out: &str) -> Option<()> {
         let given = |i: usize| n.input.get(i).map(String::as_str).filter(|s| !s.is_empty());
         let only_one = n.output.iter().skip(1).all(String::is_empty);
@@ -14,6 +46,8 @@ impl Writer {
         }
         let heads = heads(n)?;
         let parts = match (given(0)?, given(1), given(2), given(3)) {
+            // A bias speaks of rows, not of heads.
+            (_, Some(k), Some(v), Some(_)) if [k, v].iter().any(|x| self.by_head.contains(*x)) => return None,
             (q, Some(k), Some(v), bias) => {
                 let size = bias.map(|b| self.dims.get(b).and_then(|d| d.first()).copied());
                 // Where v is narrower, the bias says nothing of the widths.
@@ -30,7 +64,10 @@ impl Writer {
                         }
                         _ => x.to_owned(),
                     };
-                    parts.push(self.split_heads(&biased, heads, out));
+                    parts.push(match self.by_head.contains(&biased) {
+                        true => biased,
+                        false => self.split_heads(&biased, heads, out),
+                    });
                 }
                 parts
             }
