@@ -8,7 +8,7 @@ use tch::Device;
 use crate::diffusion::{Condition, Denoiser, Generator, GeneratorNames, GeneratorPorts, InputSpec, TeacherCard};
 use crate::distill::config::{Config, StudentConfig};
 use crate::distill::{Student, student};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::export::{self, Steps, StudentOptions, unroll};
 use crate::graph::Model;
 use crate::onnx::ModelProto;
@@ -45,7 +45,11 @@ impl StudentFile {
             return Ok(None);
         }
         let path = Path::new(&config.file);
-        Self::open(config, path, card, device).with_context(|| format!("student.file: {}", path.display())).map(Some)
+        let shown = path.display().to_string();
+        Self::open(config, path, card, device).map(Some).map_err(|e| {
+            let named = e.to_string().contains(&shown);
+            e.context(if named { "student.file".to_owned() } else { format!("student.file: {shown}") })
+        })
     }
 
     fn open(config: &StudentConfig, path: &Path, card: &TeacherCard, device: Device) -> Result<Self> {

@@ -4,10 +4,12 @@ use std::path::Path;
 
 use tch::Device;
 
-use crate::diffusion::{CardSource, InputSpec, ResolvedCard};
-use crate::error::{Context, Result};
+use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCard};
+use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
+use crate::graph::lower::lower;
 use crate::graph::{Model, TrainableChoice};
+use crate::inspect::rows_looked_up;
 use crate::tensor::DType;
 use crate::torch::{ImportOptions, Network};
 
@@ -35,6 +37,30 @@ pub fn card(model: &Model, overrides: &[String]) -> Result<ResolvedCard> {
     card_source(model, overrides).resolve()
 }
 
+/// Refuses classes beyond the rows of the table that the graph picks them from.
+fn check_classes(model: &Model, card: &TeacherCard) -> Result<()> {
+    if !card.conditions.values().any(|c| matches!(c, Condition::ClassIndex { .. })) {
+        return Ok(());
+    }
+    // As the file has it: in an imported graph the table is a parameter.
+    let graph = lower(model)?;
+    for (name, condition) in &card.conditions {
+        let Condition::ClassIndex { classes, null } = condition else { continue };
+        let Some(port) = graph.inputs.iter().find(|p| p.name == *name) else { continue };
+        let Some((rows, what)) = rows_looked_up(&graph, port.value) else { continue };
+        let highest = null.unwrap_or(0).max(*classes as i64 - 1);
+        if highest >= rows as i64 {
+            return Err(Error::usage(format!(
+                "the card contradicts the graph: `conditions.{name}` goes up to {highest} (classes = {classes}{}), but the graph knows 0 to {} ({what})",
+                null.map_or(String::new(), |n| format!(", null = {n}")),
+                rows - 1
+            ))
+            .hint("correct the card: --card key=value, <model>.card.toml, or the model's metadata_props"));
+        }
+    }
+    Ok(())
+}
+
 impl Teacher {
     /// Loads the file, resolves its card (command line first) and checks one against the other.
     pub fn load(path: &Path, overrides: &[String], trainable: TrainableChoice, device: Device) -> Result<Self> {
@@ -46,6 +72,7 @@ impl Teacher {
         let inputs: Vec<InputSpec> = network.fed_inputs().iter().map(spec).collect();
         let outputs: Vec<InputSpec> = network.outputs().iter().map(spec).collect();
         card.card.check_against(&inputs, &outputs).with_context(|| path.display().to_string())?;
+        check_classes(&network.shared().model, &card.card).with_context(|| path.display().to_string())?;
         Ok(Self { network, card, hash })
     }
 

@@ -122,4 +122,11 @@ fn without_nodes_there_is_nothing_to_compare() {
     let text = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.code() == Some(2) && text.contains("no trajectory"), "{text}");
     assert!(!dir.path().join("out").exists());
+    // A folder of something else is left as it is.
+    std::fs::create_dir(dir.path().join("out")).unwrap();
+    std::fs::write(dir.path().join("out/config.toml"), "").unwrap();
+    let out = compare(dir.path(), &[]);
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(2) && text.contains("something other than a comparison"), "{text}");
+    assert_eq!(std::fs::read_dir(dir.path().join("out")).unwrap().count(), 1);
 }

@@ -142,8 +142,15 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
     ok(dir, &with(&["degrade", TEACHER, "-o", "parts"], &stage_one));
     ok(dir, &with(&["backtrack", TEACHER, "-o", "parts"], &stage_two[stage_two.len() - 4..]));
     assert!(weights(&dir.join("parts")) == weights(&whole), "parts");
-    ok(dir, &with(&["backtrack", TEACHER, "-o", "else", "--trajectory", "whole/trajectory"], &stage_two));
+    // The folder of a run stands for the trajectory in it. No stage 1 has made the teacher's sheet there.
+    ok(dir, &with(&["backtrack", TEACHER, "-o", "else", "--trajectory", "whole"], &stage_two));
     assert!(weights(&dir.join("else")) == weights(&whole), "else");
+    let sheet = |run: &Path| std::fs::read(run.join("samples/teacher.png")).unwrap();
+    assert!(sheet(&dir.join("else")) == sheet(&whole), "the teacher's samples from the same noise");
+    let other = ["backtrack", TEACHER, "-o", "new", "--trajectory", "whole/trajectory", "--sigma-init", "3"];
+    let (code, text) = fails(dir, &with(&other, &stage_two));
+    assert!(code == 2 && text.contains("recorded with student.sigma_init = 0.0, now it is 3"), "{text}");
+    assert!(!dir.join("new").exists());
     let (code, text) = fails(dir, &["backtrack", TEACHER, "-o", "parts"]);
     assert!(code == 2 && text.contains("--resume"), "{text}");
 
@@ -335,6 +342,14 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--card", "prediktion=v"], 2, "prediction"),
         (vec!["--resume"], 2, "no run"),
         (vec!["--set", "student.sigma_init=-1"], 2, "sigma_init"),
+        (vec!["--set", "guidance_interval=[1, 2]"], 2, "guidance is 1"),
+        (
+            vec!["--card", "conditions.labels.classes=20"],
+            2,
+            "goes up to 19 (classes = 20, null = 10), but the graph knows 0 to 10",
+        ),
+        (vec!["--card", "conditions.labels.null=11"], 2, "goes up to 11 (classes = 10, null = 11)"),
+        (vec!["--student", "none.onnx"], 1, "student.file: cannot read none.onnx"),
         (vec!["--set", "conditions.file=labels.npz"], 2, "`text` is no condition of the teacher, which has `labels`"),
         (vec!["--objective", "dmd2"], 2, "gan.data is empty"),
         (vec!["--set", "lora.rank=2", "--set", "lora.include=[\"attn.*\"]"], 2, "`attn.*` matches no weight"),

@@ -17,7 +17,7 @@ pub struct BacktrackArgs {
     run: RunArgs,
     #[command(flatten)]
     backtrack: BacktrackOptions,
-    /// Trajectory of another run of the same teacher and student; without it the one in the run directory.
+    /// Another run of the same teacher and student, or its trajectory/; without it the trajectory in the run directory.
     #[arg(long, value_name = "DIR")]
     trajectory: Option<PathBuf>,
 }

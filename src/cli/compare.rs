@@ -198,6 +198,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     let beside = args.beside.iter().map(|dir| Finished::read(dir)).collect::<Result<Vec<_>>>()?;
     arm(0, true)?;
     let mut judge = args.judge(&config, &denoiser, student.as_ref())?;
+    check_out(&args.out)?;
     watch_signals()?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let (mut base, mut trajectory): (Vec<Curve>, Vec<Curve>) = (Vec::new(), Vec::new());
@@ -271,6 +272,21 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
         println!("{text}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a folder of something else.
+fn check_out(out: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(out) {
+        Ok(entries) => entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect::<Vec<_>>(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::from(e).context(out.display().to_string())),
+    };
+    let ours = |name: &String| ["base-seed-", "trajectory-seed-", "compare."].iter().any(|s| name.starts_with(s));
+    match entries.is_empty() || entries.iter().any(ours) {
+        true => Ok(()),
+        false => Err(Error::usage(format!("output folder {} holds something other than a comparison", out.display()))
+            .hint("give a new folder, or that of a comparison that was interrupted")),
+    }
 }
 
 /// The table, a column for each comparison, with the verdicts and the commands.

@@ -201,8 +201,10 @@ fn open_run(
         let mut config = Config::resolve(args.config.as_deref(), sets)?;
         check_stages(&config, plan, teacher)?;
         let hash = teacher.params().hash()?;
-        let trajectory = plan.trajectory.map(|dir| crate::distill::Trajectory::open(dir, &hash)).transpose()?;
+        let trajectory =
+            plan.trajectory.map(|dir| crate::distill::Trajectory::open(&of_run(dir), &hash)).transpose()?;
         if let Some(trajectory) = &trajectory {
+            check_recorded(trajectory.dir(), &config)?;
             trajectory.check_student(Student::hash_of_initial(student, teacher, &config)?.as_deref())?;
             config.degrade.nodes = trajectory.last();
             config.degrade.steps = config.degrade.steps.max(trajectory.last() as u64);
@@ -237,6 +239,29 @@ fn open_run(
     check_stages(&wanted, plan, teacher)?;
     run.write_config(&wanted)?;
     Ok((run, wanted))
+}
+
+/// The trajectory's folder, where a run's was given.
+fn of_run(dir: &Path) -> PathBuf {
+    let inside = dir.join("trajectory");
+    if !dir.join("trajectory.json").is_file() && inside.is_dir() { inside } else { dir.to_owned() }
+}
+
+/// Refuses a trajectory that a run recorded on the samples of other noise levels of the student. (Its weights have a hash.)
+fn check_recorded(trajectory: &Path, config: &Config) -> Result<()> {
+    let file = trajectory.join("../config.toml");
+    if !file.is_file() {
+        return Ok(());
+    }
+    let levels = ["student.sigma_init", "student.sigmas", "student.stochastic"];
+    let recorded = Config::resolve(Some(&file), &[])?;
+    match recorded.differences(config)?.into_iter().find(|d| levels.contains(&d.0.as_str())) {
+        None => Ok(()),
+        Some((key, before, now)) => Err(Error::usage(format!(
+            "the trajectory was recorded with {key} = {before}, now it is {now}"
+        ))
+        .hint("stage 1 follows the initial student's samples: record it for this student with `disback degrade`")),
+    }
 }
 
 /// What can be known to fail later is refused before anything is written.

@@ -205,6 +205,14 @@ impl Observer for Sheets {
         self.write(&name, &self.noise.clone(), sample, device_of(denoiser))
     }
 
+    /// The teacher's sheet where no stage 1 has made it: the base method, a trajectory of another run.
+    fn target_entered(&mut self, node: usize, target: &Denoiser) -> Result<()> {
+        if node > 0 || self.folder.join("teacher.png").is_file() {
+            return Ok(());
+        }
+        self.node_recorded(0, target)
+    }
+
     fn looked_into(&mut self, node: usize, updates: u64, look: &Look) -> Result<()> {
         let rows = look.x_t.size()[0].min(LOOK_ROWS);
         // A row a sample: x_t, x0 by the target, x0 by the fake score, the gradient; x_t and gradient each scaled to

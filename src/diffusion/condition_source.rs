@@ -128,6 +128,9 @@ fn below(word: u64, n: usize) -> usize {
     ((u128::from(word) * n as u128) >> 64) as usize
 }
 
+/// Rows of embeddings that are looked at before a run begins.
+const LOOKED_AT: usize = 64;
+
 /// Every array of the file must be a condition of the card in the right shape, all with the same number of rows, which
 /// is given back.
 fn check_file(card: &TeacherCard, file: &RowFile) -> Result<usize> {
@@ -162,6 +165,16 @@ fn check_file(card: &TeacherCard, file: &RowFile) -> Result<usize> {
                 return fail(format!("array `{name}` has {} rows and `{other}` has {n}", shape[0]));
             }
             _ => rows = Some((name.to_owned(), shape[0])),
+        }
+        if !class && shape[0] > 0 {
+            // Some of the rows, spread over the file: it may be larger than memory.
+            let some: Vec<usize> =
+                (0..shape[0].min(LOOKED_AT)).map(|k| k * shape[0] / shape[0].min(LOOKED_AT)).collect();
+            let values = file.rows(name, &some)?.to_f64();
+            if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                let row = some[at * some.len() / values.len()];
+                return fail(format!("array `{name}` holds NaN or infinity in row {row}"));
+            }
         }
         if class {
             let all: Vec<usize> = (0..shape[0]).collect();

@@ -104,6 +104,10 @@ fn what_does_not_fit_is_one_clear_error() {
         (vec![("txt", numbers(&[1, 2, 3]))], "`txt` is no condition of the teacher, which has `label`, `text`"),
         (vec![("label", int(&[0, 1]))], "`text` is an embedding"),
         (vec![("text", numbers(&[0, 2, 3]))], "no rows"),
+        (
+            vec![("text", HostTensor::new(&[3, 2, 3], &[[0.0f32; 12].as_slice(), &[f32::NAN; 6]].concat()).unwrap())],
+            "NaN or infinity in row 2",
+        ),
     ] {
         let path = npz(&dir, &arrays);
         let e = ConditionSource::new(&two, Some(&path), &[]).unwrap_err();
@@ -121,6 +125,8 @@ fn what_does_not_fit_is_one_clear_error() {
     }
     let e = ConditionSource::new(&card(&[]), None, &[1.0]).unwrap_err();
     assert!(e.to_string().contains("no classes"), "{e}");
+    let e = ConditionSource::new(&one, Some(dir.path()), &[]).unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("is a folder"), "{e}");
     assert!(
         ConditionSource::new(&one, Some(&dir.path().join("none.npz")), &[])
             .unwrap_err()

@@ -65,7 +65,7 @@ impl Progress {
         let mut text = format!("node {}/{}  {:.0} images/s", row.node, self.last, row.images_per_s);
         let mut number = |name: &str, v: Option<f64>| {
             if let Some(v) = v {
-                text.push_str(&format!("  {name} {v:.4}"));
+                text.push_str(&format!("  {name} {}", crate::report::text::number(v)));
             }
         };
         number("loss", row.loss_fake);

@@ -14,6 +14,7 @@ pub use cost::{Cost, cost};
 pub use findings::{Finding, Findings, How};
 pub use probe::{Options as ProbeOptions, Report as ProbeReport};
 pub use proposal::{Proposal, propose};
+pub use structure::rows_looked_up;
 
 use std::collections::BTreeMap;
 

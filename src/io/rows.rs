@@ -40,6 +40,9 @@ impl RowFile {
     pub fn open(path: &Path) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         let run = || {
+            if path.is_dir() {
+                return Err(Error::usage("is a folder, expected a .safetensors, .npz or .npy file"));
+            }
             let file = std::fs::File::open(path)?;
             // SAFETY: a file that is cut short while it is mapped ends the process (SIGBUS), as for any mapped model.
             let map = unsafe { Mmap::map(&file)? };

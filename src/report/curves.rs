@@ -35,6 +35,8 @@ pub fn losses(run: &Run) -> String {
     add("Stage 1, degradation: losses", "degrade", &losses, &[]);
     add(&stage2("loss of the fake score"), "backtrack", &losses[..1], &marks);
     add(&stage2("loss of the generator"), "backtrack", &losses[1..], &marks);
+    let adversarial = [("loss_gan", "generator"), ("loss_discriminator", "discriminator")];
+    add(&stage2("adversarial losses, weighted"), "backtrack", &adversarial, &marks);
     add(&stage2("score mismatch to the current target"), "backtrack", &[("mismatch", "mismatch")], &marks);
     add(&stage2("gradient norm of the fake score"), "backtrack", &[("grad_norm_fake", "fake score")], &marks);
     add(&stage2("gradient norm of the generator"), "backtrack", &[("grad_norm_generator", "generator")], &marks);

@@ -9,7 +9,7 @@ pub mod html;
 pub mod plot;
 mod run;
 mod tables;
-mod text;
+pub(crate) mod text;
 pub mod tfevents;
 
 pub use html::{write, write_beside};

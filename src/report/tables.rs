@@ -213,12 +213,18 @@ pub fn headline(run: &Run) -> String {
     if let Some(method) = text("method") {
         let teacher = text("teacher").map_or(String::new(), |t| format!(" of {}", esc(&short(t))));
         let how = match (method, count("nodes")) {
-            ("disback", Some(nodes)) => format!("by DisBack along a trajectory of {nodes} nodes"),
+            ("disback", Some(nodes)) => {
+                let s = if nodes == "1" { "" } else { "s" };
+                format!("by DisBack along a trajectory of {nodes} node{s}")
+            }
             ("base", _) => "without a trajectory".to_string(),
             (other, _) => format!("by {}", esc(other)),
         };
         let objective = text("objective").map_or(String::new(), |o| format!(", objective {}", esc(o)));
-        let updates = count("generator_updates").map_or(String::new(), |n| format!(", {n} generator updates"));
+        let updates = count("generator_updates").map_or(String::new(), |n| {
+            let s = if n == "1" { "" } else { "s" };
+            format!(", {n} generator update{s}")
+        });
         let _ = writeln!(out, "<p class=\"lead\">A student{teacher}, distilled {how}{objective}{updates}.</p>");
     }
     let mut tiles = String::new();

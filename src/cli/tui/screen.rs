@@ -54,7 +54,7 @@ fn bar(state: &State, width: usize) -> String {
 }
 
 fn numbers(state: &State) -> Vec<String> {
-    let number = |v: Option<f64>| v.map_or("-".to_string(), |v| format!("{v:.4}"));
+    let number = |v: Option<f64>| v.map_or("-".to_string(), crate::report::text::number);
     let row = state.row.as_ref();
     let of = |f: fn(&crate::distill::metrics::Row) -> String| row.map_or("-".to_string(), f);
     let mut third = format!("memory {}", state.memory.map_or("-".into(), bytes));
@@ -209,7 +209,7 @@ mod tests {
             "321.5",
             "0.0123",
             "distance 6.250",
-            "best 6.2500",
+            "best 6.250",
             "update 20: target 4 -> 3",
             "c checkpoint",
             "p pause",

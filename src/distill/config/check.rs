@@ -94,6 +94,10 @@ impl Config {
             return Err(Error::usage(format!("backtrack.cooldown is {}, expected 0 to 1", self.backtrack.cooldown)));
         }
         Guidance::new(self.guidance, self.guidance_interval)?;
+        if self.guidance == 1.0 && self.guidance_interval != Self::default().guidance_interval {
+            return Err(Error::usage("guidance_interval is given, but guidance is 1: nothing is guided")
+                .hint("set guidance, or leave the interval out"));
+        }
         if !self.noise.log_mean.is_finite() {
             return Err(Error::usage(format!("noise.log_mean is {}, expected a number", self.noise.log_mean)));
         }

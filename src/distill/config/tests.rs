@@ -85,6 +85,7 @@ fn values_that_make_no_sense_are_refused() {
         ("degrade.steps=2", "degrade.nodes is 3"),
         ("guidance_interval=[3.0, 2.0]", "guidance_interval"),
         ("guidance_interval=[nan, 2.0]", "guidance_interval"),
+        ("guidance_interval=[1.0, 2.0]", "guidance is 1"),
         ("conditions.weights=3", "weights"),
         ("objective=dmd2", "gan.data is empty"),
         ("objective=f-distill", "gan.data is empty"),

@@ -78,7 +78,10 @@ impl RealImages {
             let found = SAMPLES.iter().find_map(|k| file.arrays().find(|(n, ..)| n == k));
             let (name, dtype, shape) = found.ok_or_else(|| {
                 let names: Vec<_> = file.arrays().map(|(n, ..)| format!("`{n}`")).collect();
-                Error::usage(format!("none of the arrays {} is called `images` or `latents`", names.join(", ")))
+                Error::usage(match names.is_empty() {
+                    true => "no arrays in it, expected one called `images` or `latents`".into(),
+                    false => format!("none of the arrays {} is called `images` or `latents`", names.join(", ")),
+                })
             })?;
             if dtype.is_float() {
                 let [c, h, w] = card.shape;
