@@ -187,7 +187,8 @@ pub struct TeacherCard {
     pub sample: String,
     /// Graph input that takes the noise level or time: rank 0, `[1]` or `[B]`.
     pub time: String,
-    /// Graph output to use.
+    /// Graph output to use. Of twice the channels the first half is taken: a network that learns its variance (improved
+    /// diffusion, ADM, DiT, PixArt) gives that in the second.
     pub output: String,
     pub prediction: Prediction,
     pub time_unit: TimeUnit,
@@ -340,6 +341,23 @@ impl TeacherCard {
         Ok(())
     }
 
+    /// The prediction in an output of `rows` samples, which may have a learned variance behind it; in the card's layout.
+    /// `None` where it is of another size.
+    pub fn prediction_of(&self, output: Vec<f32>, rows: usize) -> Option<Vec<f32>> {
+        let [c, h, w] = self.shape;
+        let len = rows * c * h * w;
+        // Each run of channels, or of whole images, and as much of the variance behind it.
+        let run = match self.layout {
+            Layout::Nchw => c * h * w,
+            Layout::Nhwc => c,
+        };
+        match output.len() {
+            n if n == len => Some(output),
+            n if n == 2 * len => Some(output.chunks_exact(2 * run).flat_map(|both| &both[..run]).copied().collect()),
+            _ => None,
+        }
+    }
+
     /// Checks that the graph has what the card names and that every graph input is covered. `inputs` without
     /// initializers.
     pub fn check_against(&self, inputs: &[InputSpec], outputs: &[InputSpec]) -> Result<()> {
@@ -374,8 +392,16 @@ impl TeacherCard {
             return Err(fail(format!("sample `{sample}` does not fit [B, {}, {}, {}]", row[0], row[1], row[2])));
         }
         // Exporters may leave an output's shape out; it reads like a scalar then.
-        if !output.shape.is_empty() && !fits(&output.shape, &row) {
-            return Err(fail(format!("output `{output}` does not fit [B, {}, {}, {}]", row[0], row[1], row[2])));
+        let both = match self.layout {
+            Layout::Nchw => [2 * c, h, w],
+            Layout::Nhwc => [h, w, 2 * c],
+        };
+        if !output.shape.is_empty() && !fits(&output.shape, &row) && !fits(&output.shape, &both) {
+            return Err(fail(format!(
+                "output `{output}` does not fit [B, {}, {}, {}], nor twice the channels, of which the second half is a \
+                 learned variance",
+                row[0], row[1], row[2]
+            )));
         }
         let batch = sample.shape[0];
         let lead = time.shape.first().copied().flatten();

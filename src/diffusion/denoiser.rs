@@ -267,7 +267,7 @@ impl Denoiser {
             Layout::Nchw => output,
             Layout::Nhwc => output.f_permute([0, 3, 1, 2])?,
         };
-        let output = output.f_to_kind(Kind::Float)?;
+        let output = without_variance(output, self.card.shape[0])?.f_to_kind(Kind::Float)?;
         if output.size() != x.size() {
             return Err(Error::mismatch(format!(
                 "output `{}` has shape {:?}, expected {:?} (in the order B, C, H, W)",
@@ -296,6 +296,14 @@ impl Denoiser {
             *lead = count as i64;
         }
         Ok(tensor.f_to_kind(convert::kind(spec.dtype))?.f_reshape(&shape)?)
+    }
+}
+
+/// The prediction of `[B, C, H, W]`, or of `[B, 2 C, H, W]` with a learned variance behind it.
+pub(crate) fn without_variance(output: Tensor, channels: usize) -> Result<Tensor> {
+    match output.size().get(1) {
+        Some(&n) if n == 2 * channels as i64 => Ok(output.f_narrow(1, 0, channels as i64)?),
+        _ => Ok(output),
     }
 }
 

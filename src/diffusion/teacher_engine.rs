@@ -133,10 +133,10 @@ impl TeacherOnEngine {
         let outputs = runtime::run_batched(self.engine.as_mut(), &named, total)?;
         let output = outputs.into_iter().find(|(n, _)| *n == self.card.output).map(|(_, t)| t);
         let output = output.ok_or_else(|| Error::backend(format!("no output `{}`", self.card.output)))?;
-        let mut f = output.to_f32();
-        if f.len() != total * c * h * w {
-            return Err(Error::mismatch(format!("output {output:?} for {total} samples of {:?}", self.card.shape)));
-        }
+        let f = self.card.prediction_of(output.to_f32(), total);
+        let mut f = f.ok_or_else(|| {
+            Error::mismatch(format!("output {output:?} for {total} samples of {:?}", self.card.shape))
+        })?;
         if self.card.layout == Layout::Nhwc {
             f = transpose(&f, h * w, c);
         }

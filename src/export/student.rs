@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::diffusion::denoiser::without_variance;
 use crate::diffusion::{Coefficients, Conversion, Layout, StudentStart, TeacherCard};
 use crate::error::{Context, Error, Result};
 use crate::export::base;
@@ -45,12 +46,13 @@ pub fn student(net: &Network, params: &ParamSet, card: &TeacherCard, options: &S
     // The same goes for inputs that the card fixes to a number.
     let base = base::base(net, params)?;
     needs_opset(&base)?;
+    let variance = reference.learns_variance()?;
     let mut failure = None;
     for forms in FORMS {
         if forms.constants == Form::Expanded && card.constants.is_empty() && forms.time == Form::Folded {
             continue;
         }
-        let built = build(net, &base, card, &start, forms)?;
+        let built = build(net, &base, card, &start, forms, variance)?;
         match reference.check(&built) {
             Ok(()) => return describe(built, card, options, &[("sigma_init", start.sigma.to_string())]),
             Err(e) => failure = Some(e),
@@ -116,6 +118,7 @@ fn build(
     card: &TeacherCard,
     start: &StudentStart,
     forms: Forms,
+    variance: bool,
 ) -> Result<ModelProto> {
     let mut model = base.clone();
     let opset = edit::opset(&model);
@@ -229,6 +232,18 @@ fn build(
         n.attribute.push(ints_attribute("perm", &[0, 3, 1, 2]));
         after.push(n);
         out = "disback/f_nchw".into();
+    }
+    if variance {
+        let mut n = node("Slice", &[&out], "disback/f_mean");
+        for (name, at) in [("starts", 0), ("ends", c as i64), ("axes", 1)] {
+            if opset < 10 {
+                n.attribute.push(ints_attribute(name, &[at]));
+            } else {
+                n.input.push(number(graph, &format!("disback/mean_{name}"), HostTensor::vec(&[at])));
+            }
+        }
+        after.push(n);
+        out = "disback/f_mean".into();
     }
     let Coefficients { skip, out: scale, .. } = start.coefficients;
     if scale != 1.0 {
@@ -415,7 +430,35 @@ impl Reference<'_> {
             .collect()
     }
 
+    /// Whether the network gives a variance behind its prediction, which has no place in a student.
+    fn learns_variance(&self) -> Result<bool> {
+        let axis = if self.card.layout == Layout::Nhwc { 3 } else { 1 };
+        let output = self.net.outputs().iter().find(|p| p.name == self.card.output);
+        let channels = match output.and_then(|p| p.dims()).and_then(|d| d.get(axis).copied().flatten()) {
+            Some(n) => n,
+            // Exporters may leave it open.
+            None => {
+                let dims = port(self.net, &self.card.sample)?.dims();
+                let batch = dims.and_then(|d| d.first().copied().flatten()).unwrap_or(1);
+                tch::no_grad(|| self.raw(&self.noise(batch)?, &self.conditions(batch)?))?.size()[1] as usize
+            }
+        };
+        Ok(channels == 2 * self.card.shape[0])
+    }
+
     fn forward(&self, noise: &Tensor, conditions: &[(String, Tensor)]) -> Result<Tensor> {
+        let x = noise.f_mul_scalar(self.start.init_scale)?;
+        let f = without_variance(self.raw(noise, conditions)?, self.card.shape[0])?;
+        let Coefficients { skip, out, .. } = self.start.coefficients;
+        let x0 = f.f_mul_scalar(out)?.f_add(&x.f_mul_scalar(skip)?)?;
+        Ok(match self.card.range {
+            Some([low, high]) => x0.f_clamp(low, high)?,
+            None => x0,
+        })
+    }
+
+    /// The network's own output on this noise, as [B, C, H, W] in f32.
+    fn raw(&self, noise: &Tensor, conditions: &[(String, Tensor)]) -> Result<Tensor> {
         let batch = noise.size()[0];
         let x = noise.f_mul_scalar(self.start.init_scale)?;
         let nhwc = self.card.layout == Layout::Nhwc;
@@ -446,12 +489,6 @@ impl Reference<'_> {
             .find(|(n, _)| *n == self.card.output)
             .ok_or_else(|| Error::usage(format!("the graph has no output `{}`", self.card.output)))?;
         let f = f.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-        let f = if nhwc { f.f_permute([0, 3, 1, 2])? } else { f };
-        let Coefficients { skip, out, .. } = self.start.coefficients;
-        let x0 = f.f_mul_scalar(out)?.f_add(&x.f_mul_scalar(skip)?)?;
-        Ok(match self.card.range {
-            Some([low, high]) => x0.f_clamp(low, high)?,
-            None => x0,
-        })
+        Ok(if nhwc { f.f_permute([0, 3, 1, 2])? } else { f })
     }
 }

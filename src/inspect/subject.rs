@@ -45,7 +45,7 @@ pub enum Feed {
 /// See the module's text.
 pub struct Subject<'a> {
     run: &'a mut dyn Run,
-    output: String,
+    card: TeacherCard,
     sample: InputSpec,
     time: InputSpec,
     others: Vec<(InputSpec, Other)>,
@@ -90,7 +90,7 @@ impl<'a> Subject<'a> {
         let fixed = sample.shape.first().copied().flatten();
         Ok(Self {
             run,
-            output: card.output.clone(),
+            card: card.clone(),
             time: find(&card.time)?,
             others,
             layout: card.layout,
@@ -166,16 +166,15 @@ impl<'a> Subject<'a> {
             inputs.push((&spec.name, tensor.cast(spec.dtype)));
         }
         let started = Instant::now();
-        let y = self.run.run(&inputs, &self.output)?;
+        let y = self.run.run(&inputs, &self.card.output)?;
         self.seconds += started.elapsed().as_secs_f64();
         self.evaluated += rows;
-        let y32 = y.to_f32();
-        if y32.len() != x.len() {
-            return Err(Error::mismatch(format!(
+        let y32 = self.card.prediction_of(y.to_f32(), rows).ok_or_else(|| {
+            Error::mismatch(format!(
                 "output `{}` is {y:?} for samples of [{rows}, {c}, {h}, {w}]: not one value a value of the sample",
-                self.output
-            )));
-        }
+                self.card.output
+            ))
+        })?;
         Ok(match self.layout {
             Layout::Nchw => y32,
             Layout::Nhwc => transposed(&y32, h * w, c),

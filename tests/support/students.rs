@@ -1,12 +1,11 @@
 //! Students of the corpus: each network with a card that fits it, in every form that `export` writes of it, in ONNX Runtime
 //! and tract.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use disback::export::raised::Raise;
-use disback::export::{self, Precision, ShipOptions, StudentOptions, edit, evaluate};
-use disback::graph::{Model, save, tensors};
-use disback::onnx::type_proto::Value::TensorType;
+use disback::export::{self, Precision, ShipOptions, StudentOptions, evaluate};
+use disback::graph::save;
 use disback::runtime::{self, EngineKind, EngineOptions};
 use disback::teacher::Teacher;
 use disback::tensor::{DType, HostTensor};
@@ -153,8 +152,7 @@ fn text(e: impl std::fmt::Display) -> String {
 /// The student of a case, plain, with every raised operator that its operator set has, and in f16.
 pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), String> {
     let folder = exporter.case(name)?;
-    let teacher = teacher(name, &folder)?;
-    let teacher = Teacher::load(&teacher, card, Default::default(), Device::Cpu).map_err(text)?;
+    let teacher = Teacher::load(&folder.join("model.onnx"), card, Default::default(), Device::Cpu).map_err(text)?;
     // A low noise level keeps the skip path from hiding the network.
     let flow = name.starts_with("sd3");
     let options =
@@ -227,35 +225,6 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
         }
     }
     Ok(())
-}
-
-/// The case's file; of DiT, PixArt, Hunyuan and Kandinsky, which predict a variance too, cut down to the noise, as the converters do it.
-fn teacher(name: &str, folder: &Path) -> Result<PathBuf, String> {
-    let path = folder.join("model.onnx");
-    if !["dit-", "pixart-", "hunyuan-", "kandinsky-"].iter().any(|n| name.starts_with(n)) {
-        return Ok(path);
-    }
-    let mut model = (*Model::load(&path).map_err(text)?.proto).clone();
-    save::internalise(&mut model);
-    let Some(graph) = model.graph.as_mut() else { return Err("no graph".into()) };
-    let declared = graph.output.first().cloned().ok_or("no output")?;
-    edit::rename(graph, "out_sample", "both");
-    for (name, v) in [("cut_from", 0i64), ("cut_to", 4), ("cut_axis", 1)] {
-        graph.initializer.push(tensors::to_proto(name, &HostTensor::vec(&[v])));
-    }
-    graph.node.push(edit::node("Slice", &["both", "cut_from", "cut_to", "cut_axis"], "out_sample"));
-    let mut output = edit::value_info("out_sample", DType::F32, &[Err("batch"), Ok(4), Ok(8), Ok(8)]);
-    // A fixed batch stays one.
-    if let (Some(TensorType(new)), Some(TensorType(old))) =
-        (output.r#type.as_mut().and_then(|t| t.value.as_mut()), declared.r#type.and_then(|t| t.value))
-        && let (Some(new), Some(first)) = (new.shape.as_mut(), old.shape.and_then(|s| s.dim.into_iter().next()))
-    {
-        new.dim[0] = first;
-    }
-    graph.output = vec![output];
-    let path = folder.join("noise-only.onnx");
-    save::write(&model, &path).map_err(text)?;
-    Ok(path)
 }
 
 fn run(path: &Path, engine: EngineKind, inputs: &[(String, HostTensor)]) -> Result<HostTensor, String> {
