@@ -8,7 +8,7 @@ use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCa
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
 use crate::graph::lower::lower;
-use crate::graph::{Model, TrainableChoice};
+use crate::graph::{Model, TrainableChoice, quantised};
 use crate::inspect::rows_looked_up;
 use crate::tensor::DType;
 use crate::torch::{ImportOptions, Network};
@@ -69,6 +69,7 @@ impl Teacher {
         let hash = model.hash();
         let options = ImportOptions { trainable, ..ImportOptions::default() };
         let network = Network::import(model, &options, device)?;
+        quantised::refuse(&network.shared().graph).with_context(|| path.display().to_string())?;
         let inputs: Vec<InputSpec> = network.fed_inputs().iter().map(spec).collect();
         let outputs: Vec<InputSpec> = network.outputs().iter().map(spec).collect();
         card.card.check_against(&inputs, &outputs).with_context(|| path.display().to_string())?;

@@ -193,6 +193,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
             bytes as f64 / (1 << 20) as f64
         );
     }
+    if let Some(q) = &i.quantised {
+        println!("warning: {q}");
+    }
     for u in &i.unguarded_divisions {
         println!("warning: {u}");
     }

@@ -22,6 +22,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::error::{Kind, Result};
+use crate::graph::quantised::{self, Quantised};
 use crate::graph::raise::{NearMiss, Report as Raised};
 use crate::graph::roles::{Buffer, Declared, Parameter};
 use crate::graph::zero::{self, Unguarded};
@@ -97,6 +98,9 @@ pub struct Inspection {
     pub raised: BTreeMap<&'static str, usize>,
     pub near_misses: Vec<NearMissRow>,
     pub unsupported: Vec<UnsupportedNode>,
+    /// Weights in whole numbers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantised: Option<Quantised>,
     /// Divisions by what can be 0.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unguarded_divisions: Vec<Unguarded>,
@@ -154,6 +158,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         raised: BTreeMap::new(),
         near_misses: Vec::new(),
         unsupported,
+        quantised: quantised::quantised(&as_read),
         unguarded_divisions: zero::unguarded(&as_read),
         cost: Cost::default(),
         parameter_list: Vec::new(),

@@ -74,6 +74,13 @@ impl Registry {
             Error::unsupported(format!("operator {} of domain `{}` is not implemented", node.op, node.domain))
         };
         match node.domain.as_str() {
+            "com.microsoft"
+                if ["Quant", "QLinear", "QGemm", "QAttention", "NBits", "Integer", "Bnb4"]
+                    .iter()
+                    .any(|part| node.op.contains(part)) =>
+            {
+                e.hint("whole numbers cannot be trained: take the export from before it was quantised")
+            }
             "com.microsoft" => {
                 e.hint("export without ONNX Runtime's graph optimisations: they introduce com.microsoft operators")
             }

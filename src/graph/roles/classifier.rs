@@ -235,7 +235,7 @@ impl<'a> Classifier<'a> {
                     self.assign(i(2), Role::Buffer, "zeros of a norm without a bias");
                 } else {
                     self.assign(i(1), Role::Scale, "");
-                    self.assign(i(2), Role::Bias, "");
+                    self.norm_bias(i(1), i(2));
                 }
                 self.assign(i(3), Role::Buffer, "running statistics");
                 self.assign(i(4), Role::Buffer, "running statistics");
@@ -246,7 +246,7 @@ impl<'a> Classifier<'a> {
                     self.assign(i(3), Role::Buffer, "zeros of a norm without a bias");
                 } else {
                     self.assign(i(2), Role::Scale, "");
-                    self.assign(i(3), Role::Bias, "");
+                    self.norm_bias(i(2), i(3));
                 }
                 self.assign(i(4), Role::Bias, "");
                 self.elementwise(node, Role::Bias);
@@ -364,12 +364,7 @@ impl<'a> Classifier<'a> {
     /// decomposed GroupNorm that has no scale and bias.
     fn neutral_affine(&self, mine: Option<ValueId>, other: Option<ValueId>, role: Role) -> bool {
         let neutral = if role == Role::Scale { 1.0 } else { 0.0 };
-        let made_up = self.source(mine).is_some_and(|v| {
-            let in_code =
-                matches!(self.graph.constants[&v].origin, Origin::ConstantNode(_)) && self.weights_are_initializers;
-            in_code || tables::made_up(&self.graph.names[v])
-        });
-        if !made_up || !self.behind(mine).is_some_and(|t| tables::all(t, neutral)) {
+        if !self.made_up(mine) || !self.behind(mine).is_some_and(|t| tables::all(t, neutral)) {
             return false;
         }
         let mut v = other;
@@ -455,12 +450,6 @@ impl<'a> Classifier<'a> {
         if !is(scale, 1.0) || bias.is_some() && !is(bias, 0.0) {
             return false;
         }
-        let made_up = |v: ValueId| {
-            let Some(v) = self.source(Some(v)) else { return false };
-            let in_code =
-                matches!(self.graph.constants[&v].origin, Origin::ConstantNode(_)) && self.weights_are_initializers;
-            in_code || tables::made_up(&self.graph.names[v])
-        };
         // A merged tensor has the name of one of its readers; what has no bias beside it is not that one.
         let others = || {
             let name = scale.map_or("", |v| self.graph.names[v].as_str());
@@ -472,7 +461,26 @@ impl<'a> Classifier<'a> {
                     .as_ref()
                     .is_some_and(|m| tables::given_name(name).is_some() && !m.contains(&format!("'{path}'")))
         };
-        scale.is_some_and(made_up) || others()
+        self.made_up(scale) || others()
+    }
+
+    /// The bias of a norm; where its scale has a name and it is zeros without one, the framework's norm has none.
+    fn norm_bias(&mut self, scale: Option<ValueId>, bias: Option<ValueId>) {
+        let zeros = self.behind(bias).is_some_and(|t| tables::all(t, 0.0));
+        if zeros && self.made_up(bias) && self.source(scale).is_some() && !self.made_up(scale) {
+            self.assign(bias, Role::Buffer, "zeros of a norm without a bias");
+        } else {
+            self.assign(bias, Role::Bias, "");
+        }
+    }
+
+    /// A constant that the exporter made up: a number of the code where weights are initializers, or without a name.
+    fn made_up(&self, v: Option<ValueId>) -> bool {
+        self.source(v).is_some_and(|v| {
+            let in_code =
+                matches!(self.graph.constants[&v].origin, Origin::ConstantNode(_)) && self.weights_are_initializers;
+            in_code || tables::made_up(&self.graph.names[v])
+        })
     }
 
     /// Instance norm with scale 1 and bias 0 whose result is reshaped, or multiplied by a weight where there is nothing to

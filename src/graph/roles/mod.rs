@@ -200,3 +200,6 @@ impl Globs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -200,6 +200,11 @@ pub fn named_like_a_buffer(name: &str) -> bool {
         "shift_factor",
         "scale_factor",
         "sigma_data",
+        "sigma_min",
+        "sigma_max",
+        "eps",
+        "epsilon",
+        "steps",
         "sigmas",
         "betas",
         "alphas",
@@ -247,8 +252,18 @@ pub fn named_like_a_weight(name: &str) -> bool {
         "res_scale",
         "layer_scale",
         "tau",
+        "temp",
+        "fac",
+        "factor",
+        "resweight",
+        "g",
     ];
-    given_name(name).is_some_and(|last| NAMES.iter().any(|n| last == *n || last.ends_with(&format!("_{n}"))))
+    let Some(last) = given_name(name) else { return false };
+    // Two functions that name an argument alike are told apart by a number: `weight_0` of a lerp.
+    let stem = last.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
+    let listed = NAMES.iter().any(|n| last == *n || stem == *n || last.ends_with(&format!("_{n}")));
+    // What has a place among the modules is a weight or what they keep beside the weights; numbers of the code have none.
+    !named_like_a_buffer(name) && (listed || name.contains('.'))
 }
 
 #[cfg(test)]
@@ -342,6 +357,12 @@ mod tests {
             assert_eq!(given_name(made_up), None, "{made_up}");
         }
         assert!(named_like_a_weight("a.logit_scale") && !named_like_a_weight("a.scale_factor"));
+        assert!(named_like_a_weight("weight_0") && named_like_a_weight("blocks.0.blend"));
+        assert!(
+            !named_like_a_weight("val_0")
+                && !named_like_a_weight("/blocks.0/Constant")
+                && !named_like_a_weight("blend")
+        );
         assert!(named_like_a_buffer("vae.latents_mean") && !named_like_a_buffer("a.weight"));
     }
 }
