@@ -11,7 +11,7 @@ use crate::cli::Globals;
 use crate::error::{Error, Result};
 use crate::graph::Model;
 use crate::io::npy;
-use crate::parity::{self, Parity, Tolerance};
+use crate::parity::{self, OutputError, Parity, Tolerance};
 use crate::teacher;
 use crate::torch::{ImportOptions, Network};
 
@@ -101,18 +101,23 @@ fn show(result: &Parity, source: &str) {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
     table.set_header(["output", "against", "max abs", "of its std", ""]);
-    let verdict = |ok| if ok { "agrees" } else { "DIFFERS" };
+    let verdict = |o: &OutputError| match (o.ok, o.nan) {
+        (true, 0.0) => "agrees".to_owned(),
+        (true, nan) => format!("agrees, {:.0} % are NaN on both sides", 100.0 * nan),
+        (false, 1.0) => "NaN on both sides: nothing to compare (give --inputs FILE.npz)".to_owned(),
+        (false, _) => "DIFFERS".to_owned(),
+    };
     for o in &result.outputs {
         table.add_row([
             &o.name,
             &result.engine,
             &format!("{:.2e}", o.max_abs),
             &format!("{:.2e}", o.max_rel),
-            verdict(o.ok),
+            &verdict(o),
         ]);
     }
     for o in result.expected.iter().flatten() {
-        table.add_row([&o.name, source, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), verdict(o.ok)]);
+        table.add_row([&o.name, source, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), &verdict(o)]);
     }
     println!("{table}");
     if let Some(d) = &result.devices {
@@ -123,7 +128,7 @@ fn show(result: &Parity, source: &str) {
             d.gradient_rel_l2,
             d.worst_parameter,
             d.worst_gradient_rel_l2,
-            verdict(d.ok)
+            if d.ok { "agrees" } else { "DIFFERS" }
         );
     }
     for u in &result.unguarded_divisions {

@@ -30,11 +30,12 @@ impl ConditionSource {
         for (name, condition) in card.conditions.iter().filter(|(n, _)| !in_file(n)) {
             let Some(classes) = condition.classes() else {
                 let shape = condition.row_shape();
+                let dims: String = shape.iter().map(|n| format!(", {n}")).collect();
                 return Err(Error::usage(format!(
                     "condition `{name}` is an embedding of shape {shape:?}, which cannot be drawn"
                 ))
                 .hint(format!(
-                    "conditions.file names a .safetensors or .npz file with an array `{name}` of shape [rows, ...{shape:?}]"
+                    "conditions.file names a .safetensors or .npz file with an array `{name}` of shape [rows{dims}]"
                 )));
             };
             if !weights.is_empty() && weights.len() != classes {

@@ -42,6 +42,13 @@ pub struct OutputError {
     pub max_abs: f64,
     /// `max_abs` over the reference's standard deviation.
     pub max_rel: f64,
+    /// Share of the values that are NaN on both sides, which says nothing about either.
+    #[serde(skip_serializing_if = "none")]
+    pub nan: f64,
+}
+
+fn none(share: &f64) -> bool {
+    *share == 0.0
 }
 
 /// The first value, in the order of computation, on which the two disagree.
@@ -108,9 +115,13 @@ pub fn compare(name: &str, ours: &HostTensor, theirs: &HostTensor, tolerance: To
     let (a, b) = (ours.to_f64(), theirs.to_f64());
     let [_, std] = statistics(&b);
     let floor = tolerance.atol * std.max(1.0);
-    let (mut ok, mut max_abs) = (true, 0f64);
+    let (mut ok, mut max_abs, mut nan) = (true, 0f64, 0usize);
     for (x, y) in a.iter().zip(&b) {
-        if x.is_nan() && y.is_nan() || x == y {
+        if x.is_nan() && y.is_nan() {
+            nan += 1;
+            continue;
+        }
+        if x == y {
             continue;
         }
         let d = (x - y).abs();
@@ -121,7 +132,7 @@ pub fn compare(name: &str, ours: &HostTensor, theirs: &HostTensor, tolerance: To
         max_abs = if d.is_nan() { f64::INFINITY } else { max_abs.max(d) };
     }
     let max_rel = if std > 0.0 { max_abs / std } else { max_abs };
-    Ok(OutputError { name: name.to_owned(), ok, max_abs, max_rel })
+    Ok(OutputError { name: name.to_owned(), ok, max_abs, max_rel, nan: nan as f64 / a.len().max(1) as f64 })
 }
 
 /// More elements than an input of any diffusion network has for a small batch: a file may declare 2^60.
@@ -185,6 +196,10 @@ pub fn random_inputs(
             (InputRole::Constant(v), _) => vec![v; len],
             (InputRole::Free, DType::Bool) => (0..len).map(|_| f64::from(u8::from(rng.random::<bool>()))).collect(),
             (InputRole::Free, d) if !d.is_float() => (0..len).map(|_| rng.random_range(0..2) as f64).collect(),
+            // One number a sample, most likely its noise level or time: not below zero, where logarithms and roots end.
+            (InputRole::Free, _) if shape.iter().skip(1).product::<usize>() == 1 && ports.len() > 1 => {
+                (0..len).map(|_| 0.02 + 0.96 * rng.random::<f64>()).collect()
+            }
             (InputRole::Free, _) => crate::noise::image_noise(seed, k as u64, len).into_iter().map(f64::from).collect(),
         };
         out.push((p.name.clone(), HostTensor::new(&shape, &values)?.cast(dtype)));
@@ -355,7 +370,10 @@ fn pairs(
                 let names: Vec<_> = ours.iter().map(|(n, _)| format!("`{n}`")).collect();
                 Error::usage(format!("`{name}` is no output of the graph; it has {}", names.join(", ")))
             })?;
-            compare(name, mine, t, tolerance)
+            let mut error = compare(name, mine, t, tolerance)?;
+            // Nothing but NaN is no agreement.
+            error.ok &= error.nan < 1.0;
+            Ok(error)
         })
         .collect()
 }
@@ -428,4 +446,32 @@ pub fn check_model(model: Model, card: Option<&TeacherCard>, batch: usize, toler
     let net = Network::import(model, &ImportOptions::default(), Device::Cpu)?;
     let inputs = random_inputs(net.inputs(), card, batch, &BTreeMap::new(), 0)?;
     check(&net, &inputs, None, tolerance)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_but_nan_is_no_agreement() {
+        let given = |values: &[f32]| vec![("y".to_owned(), HostTensor::vec(values))];
+        let of = |values: &[f32]| pairs(&given(values), &given(values), Tolerance::default()).unwrap().remove(0);
+        let (half, all) = (of(&[f32::NAN, 1.0]), of(&[f32::NAN, f32::NAN]));
+        assert_eq!((half.ok, half.nan), (true, 0.5));
+        assert_eq!((all.ok, all.nan), (false, 1.0));
+    }
+
+    #[test]
+    fn one_number_a_sample_is_drawn_above_zero() {
+        let port = |name: &str, shape: &[Result<usize, &str>]| Port {
+            name: name.to_owned(),
+            value: 0,
+            dtype: Some(DType::F32),
+            shape: Some(shape.iter().map(|d| d.map_err(str::to_owned)).collect()),
+        };
+        let ports = [port("x", &[Err("batch"), Ok(3), Ok(8), Ok(8)]), port("sigma", &[Err("batch")])];
+        let drawn = random_inputs(&ports, None, 64, &BTreeMap::new(), 0).unwrap();
+        assert!(drawn[0].1.to_f32().iter().any(|v| *v < 0.0));
+        assert!(drawn[1].1.to_f32().iter().all(|v| *v > 0.0 && *v < 1.0));
+    }
 }

@@ -25,7 +25,14 @@ fn instance_norm(node: &Node) -> Result<Kernel> {
     Ok(Kernel::new(move |a| {
         let (x, scale, bias) = (a.t(0)?, a.t(1)?, a.t(2)?);
         let channels = *x.size().get(1).ok_or_else(|| Error::invalid("input of rank below 2"))?;
-        // Instance norm is group norm with one channel a group; libtorch's group norm is the faster of its two.
+        // Instance norm is group norm with one channel a group; libtorch's group norm is the faster of its two. It computes
+        // x * a + b, which loses digits where a channel of an image lies far from zero: its mean is taken off first, which
+        // changes neither value nor gradient.
+        if x.dim() > 3 {
+            let sides: Vec<i64> = (2..x.dim() as i64).collect();
+            let mean = tch::no_grad(|| x.f_mean_dim(&sides[..], true, x.kind()))?;
+            return one(x.f_sub(&mean)?.f_group_norm(channels, Some(scale), Some(bias), eps, true)?);
+        }
         one(x.f_group_norm(channels, Some(scale), Some(bias), eps, true)?)
     }))
 }
