@@ -11,10 +11,10 @@ build: setup
 demo: build
 	cargo run --release --quiet --example digits
 
-# One thread a test: the test runner itself runs as many tests as there are cores.
+# One thread a test: the test runners themselves run several at a time.
 test: setup
 	OMP_NUM_THREADS=1 cargo test --release
-	.venv/bin/python -m pytest -q converters/tests tests/python --ignore=converters/tests/frameworks
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 converters/tests tests/python --ignore=converters/tests/frameworks
 
 # The frameworks that disagree about versions, each in an environment of its own: trained networks converted live, imported,
 # distilled.
