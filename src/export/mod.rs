@@ -4,6 +4,7 @@
 pub mod attach;
 #[cfg(feature = "train")]
 pub mod base;
+mod branches;
 pub mod calibrate;
 pub mod edit;
 pub mod evaluate;

@@ -13,6 +13,7 @@ use crate::graph::tensors;
 use crate::onnx::{GraphProto, ModelProto, NodeProto};
 use crate::tensor::{DType, HostTensor};
 
+use super::branches;
 use super::edit;
 use super::evaluate::{self, Inputs};
 
@@ -41,6 +42,22 @@ pub fn simplify(model: &mut ModelProto, probes: &[Inputs]) -> Result<Simplified>
     let Some(graph) = model.graph.as_mut() else { return Ok(Simplified::default()) };
     let mut report = Simplified { nodes_before: graph.node.len(), ..Simplified::default() };
     graph.value_info.clear();
+    // Conditions become constants, and what follows from the branch that is taken does then.
+    loop {
+        once(model, probes, &mut report)?;
+        let Some(graph) = model.graph.as_mut() else { break };
+        let inlined = branches::inline_decided(graph);
+        edit::remove_dead(graph);
+        report.nodes_after = graph.node.len();
+        if inlined == 0 {
+            break;
+        }
+    }
+    Ok(report)
+}
+
+fn once(model: &mut ModelProto, probes: &[Inputs], report: &mut Simplified) -> Result<()> {
+    let Some(graph) = model.graph.as_mut() else { return Ok(()) };
     edit::sort(graph);
     constants_to_initializers(graph);
     remove_identities(graph);
@@ -54,16 +71,12 @@ pub fn simplify(model: &mut ModelProto, probes: &[Inputs]) -> Result<Simplified>
         }
         let seen = evaluate::values(model, &names, probes)?;
         let Some(graph) = model.graph.as_mut() else { break };
-        let left = replace(graph, &names, &seen, &batches, &fixed, &mut report);
+        let left = replace(graph, &names, &seen, &batches, &fixed, report);
         edit::remove_dead(graph);
         tried.extend(names);
         names = behind(graph, &left, &shapely).into_iter().filter(|v| !tried.contains(v)).collect();
     }
-    if let Some(graph) = model.graph.as_mut() {
-        edit::remove_dead(graph);
-        report.nodes_after = graph.node.len();
-    }
-    Ok(report)
+    Ok(())
 }
 
 /// Predictable values that the makers of these read.
