@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::diffusion::TeacherCard;
 use crate::error::Result;
-use crate::graph::ValueId;
+use crate::graph::{Node, ValueId};
 use crate::parity;
 use crate::tensor::HostTensor;
 use crate::torch::{Network, convert};
@@ -71,10 +71,13 @@ pub fn cost(net: &Network, card: Option<&TeacherCard>, batch: usize) -> Result<C
     for n in &graph.nodes {
         let (a, b, y) = (of(n.input(0)), of(n.input(1)), of(n.output(0)));
         macs += match n.op.as_str() {
-            "Conv" if b.len() > 2 => product(&y) * product(&b[1..]),
+            "Conv" | "FusedConv" | "NhwcConv" if b.len() > 2 => product(&y) * product(&b[1..]),
             "ConvTranspose" if b.len() > 2 => product(&a) * product(&b[1..]),
-            "MatMul" if !a.is_empty() => product(&y) * a.last().copied().unwrap_or(0).max(0) as u64,
-            "Gemm" if b.len() == 2 && y.len() == 2 => product(&b) * y[0].max(0) as u64,
+            "MatMul" | "FusedMatMul" | "Linear" if !a.is_empty() => {
+                product(&y) * a.last().copied().unwrap_or(0).max(0) as u64
+            }
+            "Einsum" => einsum(n, &n.inputs.iter().map(|v| of(*v)).collect::<Vec<_>>()),
+            "Gemm" | "FusedGemm" if b.len() == 2 && y.len() == 2 => product(&b) * y[0].max(0) as u64,
             // Every element of q, and of the result, takes part in a product with each of the keys.
             "Attention" if n.domain == "disback" && a.len() > 1 && b.len() > 1 => {
                 let keys = match n.attributes.ints("k_perm") {
@@ -83,8 +86,62 @@ pub fn cost(net: &Network, card: Option<&TeacherCard>, batch: usize) -> Result<C
                 };
                 (product(&a) + product(&y)) * b.get(keys).copied().unwrap_or(0).max(0) as u64
             }
+            // The operators have their keys second to last, in heads or not.
+            "Attention" | "MultiHeadAttention" if n.input(2).is_some() && b.len() > 2 => {
+                (product(&a) + product(&y)) * b[b.len() - 2].max(0) as u64
+            }
             _ => 0,
         };
     }
     Ok(Cost { batch: Some(rows), macs: Some(macs), activation_bytes: Some(activation_bytes) })
+}
+
+/// A product over all the letters of two factors; of more or fewer factors, and of dots, nothing is counted.
+fn einsum(node: &Node, shapes: &[Vec<i64>]) -> u64 {
+    let Ok(equation) = node.attributes.string_or("equation", "") else { return 0 };
+    let letters = equation.split("->").next().unwrap_or_default().replace(' ', "");
+    let terms: Vec<&str> = letters.split(',').collect();
+    if terms.len() != 2 || shapes.len() != 2 || letters.contains('.') {
+        return 0;
+    }
+    let sizes: BTreeMap<char, u64> =
+        terms.iter().zip(shapes).flat_map(|(t, s)| t.chars().zip(s.iter().map(|&d| d.max(0) as u64))).collect();
+    sizes.values().product()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::edit::{node, text_attribute, value_info};
+    use crate::graph::{Model, tensors};
+    use crate::onnx::{GraphProto, ModelProto, OperatorSetIdProto};
+    use crate::tensor::DType;
+    use crate::torch::ImportOptions;
+
+    #[test]
+    fn a_layer_counts_whether_it_is_raised_or_not_and_so_does_an_einsum() {
+        let weight = |name: &str, shape: &[usize]| {
+            let values = crate::noise::image_noise(1, 1, shape.iter().product());
+            tensors::to_proto(name, &HostTensor::new(shape, &values).unwrap())
+        };
+        let mut last = node("Einsum", &["h", "v"], "y");
+        last.attribute.push(text_attribute("equation", "ab, bc -> ac"));
+        let graph = GraphProto {
+            name: Some("g".into()),
+            input: vec![value_info("x", DType::F32, &[Err("n"), Ok(4)])],
+            output: vec![value_info("y", DType::F32, &[Err("n"), Ok(3)])],
+            node: vec![node("MatMul", &["x", "w"], "m"), node("Add", &["m", "b"], "h"), last],
+            initializer: vec![weight("w", &[4, 8]), weight("b", &[8]), weight("v", &[8, 3])],
+            ..GraphProto::default()
+        };
+        let opset = OperatorSetIdProto { version: Some(20), ..OperatorSetIdProto::default() };
+        let model =
+            ModelProto { ir_version: Some(9), opset_import: vec![opset], graph: Some(graph), ..ModelProto::default() };
+        for raise in [true, false] {
+            let options = ImportOptions { raise, ..ImportOptions::default() };
+            let net = Network::import(Model::from_proto(model.clone()), &options, Device::Cpu).unwrap();
+            let raised = net.shared().graph.nodes.iter().any(|n| n.op == "Linear");
+            assert_eq!((raised, cost(&net, None, 2).unwrap().macs), (raise, Some(2 * 4 * 8 + 2 * 8 * 3)));
+        }
+    }
 }

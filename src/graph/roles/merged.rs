@@ -147,6 +147,8 @@ pub enum Derived {
     /// `w * w`, as demodulation and variances read it.
     Squared,
     SquaredTransposed,
+    /// The same elements in the same order, with other dimensions of 1: one kernel of a stack of one.
+    Reshaped,
 }
 
 impl Derived {
@@ -155,6 +157,8 @@ impl Derived {
     /// Errors: a transposition of what is no matrix.
     pub fn of(self, weight: &HostTensor) -> Result<HostTensor> {
         match self {
+            // What is written is the elements; the tensor in the file has its own shape.
+            Self::Reshaped => Ok(weight.clone()),
             Self::Transposed => weight.transposed(),
             Self::Squared => squared(weight),
             Self::SquaredTransposed => squared(weight)?.transposed(),
@@ -170,15 +174,18 @@ fn tie_derived(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, 
     let folded = |v: ValueId| {
         let name = graph.names[v].as_str();
         let stem = name.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
-        made_up(name) || ["mul", "pow", "square", "t", "numpy_t", "transpose", "permute"].contains(&stem)
+        const STEMS: &[&str] = &["mul", "pow", "square", "t", "numpy_t", "transpose", "permute", "select", "squeeze"];
+        made_up(name) || STEMS.contains(&stem)
     };
     let mut originals: BTreeMap<&[usize], Vec<ValueId>> = BTreeMap::new();
+    let mut stacked: BTreeMap<Vec<usize>, Vec<ValueId>> = BTreeMap::new();
     let mut copies: Vec<ValueId> = Vec::new();
     for (v, c) in &graph.constants {
         if !c.tensor.dtype().is_float() || c.tensor.len() < 2 || c.tensor.shape().contains(&1) && c.tensor.rank() == 2 {
             continue;
         }
         originals.entry(c.tensor.shape()).or_default().push(*v);
+        stacked.entry(beyond_one(c.tensor.shape())).or_default().push(*v);
         if folded(*v) && !declared.contains(graph.names[*v].as_str()) {
             copies.push(*v);
         }
@@ -197,8 +204,10 @@ fn tie_derived(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, 
         if tensor.rank() == 2 {
             candidates.extend(like(&swapped, &[Derived::Transposed, Derived::SquaredTransposed]));
         }
+        let same = stacked.get(&beyond_one(tensor.shape())).into_iter().flatten();
+        candidates.extend(same.filter(|&&o| o != copy).map(|&o| (o, Derived::Reshaped)));
         let fits = |(original, how): &(ValueId, Derived)| {
-            (*how != Derived::Transposed || !folded(*original))
+            (!matches!(how, Derived::Transposed | Derived::Reshaped) || !folded(*original))
                 && !pairs.iter().any(|(o, c, _)| c == original || *o == copy)
                 && is_derived(&graph.constants[original].tensor, tensor, *how)
         };
@@ -209,10 +218,23 @@ fn tie_derived(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, 
     let mut twins: HashMap<ValueId, Vec<Twin>> = HashMap::new();
     for (original, copy, how) in pairs {
         let Some(constant) = graph.constants.remove(&copy) else { continue };
-        twins.entry(original).or_default().push(Twin { origin: constant.origin, how });
+        twins.entry(original).or_default().push(Twin { origin: constant.origin.clone(), how });
         let name = graph.names[original].clone();
         let mut made = Vec::new();
         let mut source = original;
+        if how == Derived::Reshaped {
+            let ones =
+                |t: &HostTensor| (0..t.rank() as i64).filter(|&k| t.shape()[k as usize] == 1).collect::<Vec<_>>();
+            let axes = |axes: Vec<i64>| [("axes".to_owned(), Attribute::Ints(axes))].into();
+            // In the form of opset 11, which has the axes as an attribute.
+            let plain = graph.add_value(&format!("{name}/squeezed"));
+            let from = ones(&graph.constants[&original].tensor);
+            let to = ones(&constant.tensor);
+            made.push(operator("Squeeze", 11, &format!("{name}/squeezed"), &[original], plain, axes(from)));
+            made.push(operator("Unsqueeze", 11, &format!("{name}/reshaped"), &[plain], copy, axes(to)));
+            graph.nodes.splice(0..0, made);
+            continue;
+        }
         if how != Derived::Transposed {
             let square = if how == Derived::Squared { copy } else { graph.add_value(&format!("{name}/squared")) };
             made.push(operator("Mul", 14, &format!("{name}/squared"), &[source, source], square, BTreeMap::new()));
@@ -225,6 +247,11 @@ fn tie_derived(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, 
         graph.nodes.splice(0..0, made);
     }
     twins
+}
+
+/// The dimensions that are not 1.
+fn beyond_one(shape: &[usize]) -> Vec<usize> {
+    shape.iter().copied().filter(|&d| d != 1).collect()
 }
 
 fn operator(
@@ -267,10 +294,11 @@ fn is_derived(a: &HostTensor, b: &HostTensor, how: Derived) -> bool {
     // Of element (i, j) of `a` the place in `b`.
     let columns = a.shape().last().copied().unwrap_or(1).max(1);
     let rows = a.len() / columns;
-    let place = |i: usize| if how == Derived::Squared { i } else { i % columns * rows + i / columns };
+    let in_place = matches!(how, Derived::Squared | Derived::Reshaped);
+    let place = |i: usize| if in_place { i } else { i % columns * rows + i / columns };
     let made = |i: usize| {
         let own = element(a, i);
-        if how == Derived::Transposed {
+        if matches!(how, Derived::Transposed | Derived::Reshaped) {
             return Some(own);
         }
         let one = HostTensor::from_bytes(a.dtype(), vec![1], own).ok()?;
@@ -278,7 +306,9 @@ fn is_derived(a: &HostTensor, b: &HostTensor, how: Derived) -> bool {
     };
     let same = |i: usize| made(i).is_some_and(|m| m == element(b, place(i)));
     // Zeros and ones are their own squares: a mask is not the square of a mask.
-    let tells = |i: usize| how == Derived::Transposed || made(i).is_some_and(|m| m != element(a, i));
+    let tells = |i: usize| {
+        matches!(how, Derived::Transposed | Derived::Reshaped) || made(i).is_some_and(|m| m != element(a, i))
+    };
     let few = |k: usize| k * 7919 % a.len();
     (0..16).all(|k| same(few(k))) && (0..16).any(|k| tells(few(k))) && how.of(a).is_ok_and(|m| m.bytes() == b.bytes())
 }

@@ -89,3 +89,21 @@ fn quantised_weights_are_found_and_quantised_activations_are_none() {
     ];
     assert_eq!(quantised::quantised(&lowered(nodes, vec![weight("m", &[4, 4]), scale()])), None);
 }
+
+#[test]
+fn one_kernel_of_a_stack_of_one_is_the_weight_of_both_readers() {
+    // `w [1, 4, 4]` scales, and its only matrix, which the exporter folded, multiplies.
+    let stack = weight("w", &[1, 4, 4]);
+    let matrix = tensors::to_proto("onnx::MatMul_7", &tensors::from_proto(&weight("w", &[4, 4])).unwrap());
+    let nodes = || {
+        vec![
+            node("MatMul", &["x", "onnx::MatMul_7"], "h"),
+            node("MatMul", &["h", "m"], "k"),
+            node("Mul", &["w", "k"], "s"),
+            node("ReduceSum", &["s"], "y"),
+        ]
+    };
+    assert_eq!(trained(nodes(), vec![stack.clone(), matrix, weight("m", &[4, 4])]), ["m", "w"]);
+    let other = weight("onnx::MatMul_7", &[4, 4]);
+    assert_eq!(trained(nodes(), vec![stack, other, weight("m", &[4, 4])]).len(), 3);
+}
