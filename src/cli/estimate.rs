@@ -49,7 +49,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     let config = Config::resolve(args.config.as_deref(), &sets)?;
     device::set_threads(config.threads);
     // The teacher's weights are looked at, and not held.
-    let hollow = Hollow::new();
+    let hollow = Hollow::new(false);
     let teacher = args.teacher.load(Device::Cpu)?;
     let card = Arc::new(teacher.card.card.clone());
     // Multiply-adds of one image; none where a size is free.

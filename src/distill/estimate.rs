@@ -2,7 +2,7 @@
 //!
 //! Weights, gradients and optimiser states are counted. What a forward keeps for its backward pass is measured: the network
 //! runs on the CPU with two small batches under a counting allocator, and the line through the two is drawn on. Its large
-//! tensors are hollow ([`Hollow`], but for `precision = "bf16"`): neither memory nor much time is needed for a network that this
+//! tensors are hollow ([`Hollow`]): neither memory nor much time is needed for a network that this
 //! machine could not train.
 //! libtorch keeps the same tensors on every device; what a device adds of its own (kernels, work space, fragmentation) is not
 //! in it, nor what a discriminator (`gan`) adds.
@@ -17,7 +17,7 @@ use crate::distill::objective::{objective, surrogate};
 use crate::distill::student::Student;
 use crate::distill::trainer::{Batches, denoising_loss};
 use crate::error::{Error, Result};
-use crate::torch::training::{Compute, Hollow, count_memory, counted_memory};
+use crate::torch::training::{Compute, Hollow, counted_memory};
 use crate::torch::{Forward, ParamSet, shim};
 
 /// The larger of the two batches that are measured: at most so many images, and about so many bytes.
@@ -82,9 +82,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
     if tensors.into_iter().any(|t| t.device() != Device::Cpu) {
         return Err(Error::usage("an estimate is measured on the CPU"));
     }
-    // (bf16 goes through oneDNN, whose work space comes from the same allocator and must not be hollow.)
-    let _hollow = (config.precision == Precision::F32).then(Hollow::new);
-    count_memory();
+    let _hollow = Hollow::new(config.precision == Precision::Bf16);
     let copy = teacher.copy()?;
     copy.params().set_requires_grad(true)?;
     let net = drawn_on(config, copy.network(), &|at| measure(&copy, at))?;

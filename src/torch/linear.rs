@@ -8,7 +8,7 @@ use torch_sys::C_tensor;
 
 use crate::error::Result;
 use crate::torch::shim::check;
-use crate::torch::training::autocast_enabled;
+use crate::torch::training::{autocast_enabled, hollow_product};
 
 unsafe extern "C" {
     fn disback_level() -> c_int;
@@ -75,7 +75,22 @@ pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 
 /// The product of two tensors by the rules of ONNX's MatMul.
 pub fn matmul(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    if pays(x, y) { linear(x, y, None) } else { Ok(x.f_matmul(y)?) }
+    if pays(x, y) {
+        return linear(x, y, None);
+    }
+    Ok(match hollow_product(x, y, None)? {
+        Some(made) => made,
+        None => x.f_matmul(y)?,
+    })
+}
+
+/// `x [M, K]` times `w [K, N]` plus `c`, by libtorch.
+pub fn addmm(c: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let bias = Some(c).filter(|c| c.dim() == 1 && c.size().last() == w.size().last());
+    Ok(match bias.map(|_| hollow_product(x, w, bias)).transpose()?.flatten() {
+        Some(made) => made,
+        None => c.f_addmm(x, w)?,
+    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 // tensor memory, and a witness of reads that stop the device. The conventions are those of shim.cpp.
 
 #include <ATen/ATen.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
@@ -127,6 +128,11 @@ std::mutex hollow_lock;
 std::unordered_map<void*, size_t> hollow_places;
 std::atomic<size_t> hollow_count{0};
 
+// Inside a product or convolution of bf16 nothing hollow may be made: oneDNN keeps addresses in its work space, which comes
+// from the same allocator. (Those on the way of a network are left out altogether; this is for the others.)
+thread_local int64_t inside_onednn = 0;
+struct InsideOneDnn : at::ObserverContext {};
+
 // nullptr where the system gives none.
 void* hollow_allocate(size_t n) {
 #ifdef __linux__
@@ -190,7 +196,7 @@ struct Counting final : c10::Allocator {
     c10::free_cpu(p);
   }
   c10::DataPtr allocate(size_t n) override {
-    void* p = disback::hollow && n >= hollow_least ? hollow_allocate(n) : nullptr;
+    void* p = disback::hollow && n >= hollow_least && inside_onednn == 0 ? hollow_allocate(n) : nullptr;
     const size_t nothing = p == nullptr ? 0 : hollow_size(p, false);
     if (p == nullptr) p = c10::alloc_cpu(n);
     if (p != nullptr) {
@@ -210,7 +216,7 @@ struct Counting final : c10::Allocator {
 struct HollowAttention : torch::autograd::Function<HollowAttention> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
     const at::Tensor y = at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
-    const at::Tensor sums = at::empty({q.size(0), q.size(2), q.size(1)}, q.options()).transpose(1, 2);
+    const at::Tensor sums = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat)).transpose(1, 2);
     ctx->save_for_backward({q, k, v, y, sums});
     return y;
   }
@@ -223,17 +229,48 @@ struct HollowAttention : torch::autograd::Function<HollowAttention> {
   }
 };
 
-// The same of a convolution. (oneDNN keeps addresses in its work space, which comes from the same allocator and must not be
-// hollow.)
+// The same of a product of matrices, with or without a bias.
+struct HollowProduct : torch::autograd::Function<HollowProduct> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w,
+                            const std::optional<at::Tensor>& bias) {
+    ctx->save_for_backward({x, w});
+    ctx->saved_data["bias"] = bias.has_value();
+    TORCH_CHECK(x.size(-1) == w.size(-2), "a product of ", x.sizes(), " and ", w.sizes());
+    const auto batch = [](const at::Tensor& t) { return t.sizes().slice(0, t.dim() - 2); };
+    auto sizes = at::infer_size(batch(x), batch(w));
+    sizes.push_back(x.size(-2));
+    sizes.push_back(w.size(-1));
+    return at::empty(sizes, x.options());
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list) {
+    const auto saved = ctx->get_saved_variables();
+    torch::autograd::variable_list out(3);
+    for (int i : {0, 1}) {
+      if (ctx->needs_input_grad(i)) out[i] = at::empty_like(saved[i]);
+    }
+    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) {
+      out[2] = at::empty({saved[1].size(-1)}, saved[0].options());
+    }
+    return out;
+  }
+};
+
+// The same of a convolution, with oneDNN's copy of a bf16 weight in an order of its own.
 struct HollowConvolution : torch::autograd::Function<HollowConvolution> {
+  static at::Tensor reordered(const at::Tensor& w) {
+    return w.scalar_type() == at::kBFloat16 ? at::empty_like(w) : at::Tensor();
+  }
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w,
                             const std::optional<at::Tensor>& bias, std::vector<int64_t> sizes) {
     ctx->save_for_backward({x, w});
     ctx->saved_data["filters"] = bias ? bias->size(0) : int64_t{0};
-    return at::empty(sizes, x.options().memory_format(x.suggest_memory_format()));
+    const at::Tensor y = at::empty(sizes, x.options().memory_format(x.suggest_memory_format()));
+    const at::Tensor passing = reordered(w);
+    return y;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list) {
     const auto saved = ctx->get_saved_variables();
+    const at::Tensor passing = reordered(saved[1]);
     torch::autograd::variable_list out(4);
     for (int i : {0, 1}) {
       if (ctx->needs_input_grad(i)) out[i] = at::empty_like(saved[i]);
@@ -243,6 +280,13 @@ struct HollowConvolution : torch::autograd::Function<HollowConvolution> {
     return out;
   }
 };
+
+// Products and convolutions.
+bool goes_to_onednn(const char* name) {
+  static const char* const names[] = {"aten::mm",     "aten::addmm",  "aten::bmm",         "aten::baddbmm",
+                                      "aten::linear", "aten::matmul", "aten::convolution", "aten::convolution_backward"};
+  return std::any_of(std::begin(names), std::end(names), [&](const char* n) { return std::strcmp(name, n) == 0; });
+}
 
 struct InsideAdamW : at::ObserverContext {};
 thread_local int64_t host_reads = 0;
@@ -293,6 +337,32 @@ bool disback_is_hollow() { return disback::hollow; }
 // Attention [B, H, T, D] without a mask, for hollow tensors.
 char* disback_hollow_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, at::Tensor** out) {
   return guarded([&] { *out = new at::Tensor(HollowAttention::apply(*q, *k, *v)); });
+}
+
+// A product of matrices of rank 2 and more, for hollow tensors that libtorch would multiply in bf16; bias [N] or nullptr.
+char* disback_hollow_product(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
+  return guarded([&] {
+    // As autocast does, which keeps a weight's copy until it ends.
+    const auto narrow = [](const at::Tensor& t) {
+      return at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::cached_cast(at::kBFloat16, t, at::kCPU) : t;
+    };
+    const std::optional<at::Tensor> b = bias == nullptr ? std::nullopt : std::optional<at::Tensor>(narrow(*bias));
+    *out = new at::Tensor(HollowProduct::apply(narrow(*x), narrow(*w), b));
+  });
+}
+
+// Keeps hollow memory away from products and convolutions on this thread, until disback_unwatch.
+uint64_t disback_spare_onednn() {
+  const auto start = [](const at::RecordFunction& f) -> std::unique_ptr<at::ObserverContext> {
+    if (!goes_to_onednn(f.name())) return nullptr;
+    ++inside_onednn;
+    return std::make_unique<InsideOneDnn>();
+  };
+  const auto end = [](const at::RecordFunction&, at::ObserverContext* inside) {
+    if (inside != nullptr) --inside_onednn;
+  };
+  return at::addThreadLocalCallback(
+      at::RecordFunctionCallback(start, end).scopes({at::RecordScope::FUNCTION}));
 }
 
 // A convolution to these sizes, for hollow tensors; bias or nullptr.

@@ -38,6 +38,13 @@ unsafe extern "C" {
         v: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    fn disback_hollow_product(
+        x: *const C_tensor,
+        w: *const C_tensor,
+        bias: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn disback_spare_onednn() -> u64;
     fn disback_hollow_convolution(
         x: *const C_tensor,
         w: *const C_tensor,
@@ -186,23 +193,29 @@ pub fn counted_memory(reset: bool) -> Memory {
 #[derive(Debug)]
 pub struct Hollow {
     before: bool,
+    /// Of the callback that spares oneDNN, which belongs to this thread.
+    spared: Option<u64>,
+    _thread: PhantomData<*const ()>,
 }
 
 impl Hollow {
-    #[allow(clippy::new_without_default, reason = "it changes the process")]
-    pub fn new() -> Self {
+    /// `bf16`: products may be in bf16, of which oneDNN computes what is not left out.
+    pub fn new(bf16: bool) -> Self {
         count_memory();
-        // SAFETY: reads and sets a flag.
+        // SAFETY: reads and sets a flag, and adds a callback of this thread.
         let before = unsafe { disback_is_hollow() };
         unsafe { disback_hollow(true) };
-        Self { before }
+        Self { before, spared: bf16.then(|| unsafe { disback_spare_onednn() }), _thread: PhantomData }
     }
 }
 
 impl Drop for Hollow {
     fn drop(&mut self) {
-        // SAFETY: as above; tensors made meanwhile know how they are given back.
+        // SAFETY: as above; tensors made meanwhile know how they are given back. The callback is the one that `new` added.
         unsafe { disback_hollow(self.before) };
+        if let Some(handle) = self.spared {
+            unsafe { disback_unwatch(handle) };
+        }
     }
 }
 
@@ -210,7 +223,21 @@ impl Drop for Hollow {
 fn left_out(t: &Tensor) -> bool {
     // SAFETY: reads a flag.
     let hollow = unsafe { disback_is_hollow() };
-    hollow && t.kind() == tch::Kind::Float && t.device() == Device::Cpu && !autocast_enabled(Device::Cpu)
+    hollow && matches!(t.kind(), tch::Kind::Float | tch::Kind::BFloat16) && t.device() == Device::Cpu
+}
+
+/// The product of matrices under [`Hollow`] where libtorch would compute in bf16, without computing it; `None` anywhere else.
+pub fn hollow_product(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let all = [Some(x), Some(w), bias];
+    let narrow = autocast_enabled(Device::Cpu) || x.kind() == tch::Kind::BFloat16;
+    if !(narrow && x.dim() >= 2 && w.dim() >= 2 && all.iter().flatten().all(|t| left_out(t))) {
+        return Ok(None);
+    }
+    let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors in; on success `out` is a new handle that is ours.
+    check(unsafe { disback_hollow_product(x.as_ptr(), w.as_ptr(), bias, &mut out) })?;
+    Ok(Some(unsafe { Tensor::from_ptr(out) }))
 }
 
 /// Settings of a convolution of any rank.
@@ -249,7 +276,7 @@ pub fn convolution(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, c: Convolution
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-/// libtorch's attention on `[B, H, T, D]`, f32; without computing it under [`Hollow`].
+/// libtorch's attention on `[B, H, T, D]`; without computing it under [`Hollow`].
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -259,6 +286,7 @@ pub fn attention(
     scale: impl Into<Option<f64>>,
 ) -> Result<Tensor> {
     if [q, k, v].iter().all(|t| t.dim() == 4 && left_out(t)) && mask.is_none() {
+        let (q, k, v) = (lowered(q)?, lowered(k)?, lowered(v)?);
         // SAFETY: live tensors in; on success `out` is a new handle that is ours.
         let mut out = std::ptr::null_mut();
         check(unsafe { disback_hollow_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), &mut out) })?;

@@ -7,6 +7,7 @@ use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::linear;
 use crate::torch::ops::util;
 use crate::torch::registry::Registry;
 use crate::torch::training::{self, lowered};
@@ -162,7 +163,7 @@ impl Attention {
         past: i64,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let root = scale.sqrt();
-        let mut scores = q.f_mul_scalar(root)?.f_matmul(&k.f_mul_scalar(root)?.f_transpose(-1, -2)?)?;
+        let mut scores = linear::matmul(&q.f_mul_scalar(root)?, &k.f_mul_scalar(root)?.f_transpose(-1, -2)?)?;
         let mut shown = scores.shallow_clone();
         if self.softcap != 0.0 {
             scores = scores.f_div_scalar(self.softcap)?.f_tanh()?.f_mul_scalar(self.softcap)?;
@@ -188,7 +189,7 @@ impl Attention {
         if self.shown == Some(3) {
             shown = weights.shallow_clone();
         }
-        Ok((weights.f_matmul(v)?, self.shown.map(|_| shown)))
+        Ok((linear::matmul(&weights, v)?, self.shown.map(|_| shown)))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::torch::group_norm::is_channels_last;
 use crate::torch::kernel::{Args, Kernel, one};
 use crate::torch::linear;
 use crate::torch::registry::Registry;
-use crate::torch::training::{Convolution, convolution, lowered};
+use crate::torch::training::{Convolution, convolution, hollow_product, lowered};
 use crate::torch::winograd;
 
 pub fn register(r: &mut Registry) {
@@ -137,6 +137,8 @@ fn pointwise(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let turned = filters.f_transpose(0, 1)?;
     let y = if linear::pays(&pixels, &turned) {
         linear::linear(&pixels, &turned, bias)?
+    } else if let Some(made) = hollow_product(&pixels, &turned, bias)? {
+        made
     } else {
         pixels.f_linear(&filters, bias)?
     };

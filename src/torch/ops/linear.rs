@@ -34,7 +34,7 @@ pub fn gemm(node: &Node) -> Result<Kernel> {
         let plain = alpha == 1.0 && beta == 1.0 && !integer;
         one(match c {
             Some(c) if plain && c.size() == [b.size()[1]] && linear::pays(&a, &b) => linear::linear(&a, &b, Some(c))?,
-            Some(c) if plain && c.dim() <= 1 => c.f_addmm(&a, &b)?,
+            Some(c) if plain && c.dim() <= 1 => linear::addmm(c, &a, &b)?,
             Some(c) => {
                 let ab = scaled(&linear::matmul(&a, &b)?, alpha, integer)?;
                 ab.f_add(&scaled(c, beta, integer)?)?

@@ -8,6 +8,7 @@ use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::convert::is_float;
 use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::linear;
 use crate::torch::ops::util;
 use crate::torch::training::{self, autocast_enabled};
 
@@ -269,7 +270,7 @@ impl Attention {
         let q = permuted(&apply(a.t(0)?, 0)?, self.q_perm.as_ref())?;
         let k = permuted(&apply(a.t(1)?, 1)?, self.k_perm.as_ref())?;
         let k = if self.k_perm.is_some() { k.f_transpose(-2, -1)? } else { k };
-        let product = q.f_matmul(&k)?;
+        let product = linear::matmul(&q, &k)?;
         let at = 4 + self.factors.len();
         let shapes = match &self.parted {
             Some(p) => Some(p.shapes(&product.size(), &a.ints(at)?, &a.ints(at + 1)?)?),
@@ -300,7 +301,7 @@ impl Attention {
         if let Some((_, back)) = &shapes {
             weights = weights.f_reshape(&back[..])?;
         }
-        Ok(weights.f_matmul(&permuted(a.t(2)?, self.v_perm.as_ref())?)?)
+        linear::matmul(&weights, &permuted(a.t(2)?, self.v_perm.as_ref())?)
     }
 }
 
@@ -316,8 +317,8 @@ fn products_faster(q: &Tensor, k: &Tensor) -> bool {
 
 /// softmax(scale q k') v, its scores and weights kept for the backward pass.
 fn products(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
-    let scores = q.f_mul_scalar(scale)?.f_matmul(&k.f_transpose(-2, -1)?)?;
-    Ok(scores.f_softmax(-1, None)?.f_matmul(v)?)
+    let scores = linear::matmul(&q.f_mul_scalar(scale)?, &k.f_transpose(-2, -1)?)?;
+    linear::matmul(&scores.f_softmax(-1, None)?, v)
 }
 
 /// Whether a tensor of this size broadcasts to `to` without enlarging it.

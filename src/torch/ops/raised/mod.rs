@@ -68,7 +68,7 @@ pub fn register(r: &mut Registry) {
                 return one(linear::linear(x, w, Some(b))?);
             }
             let rows = if size.len() == 2 { x.shallow_clone() } else { x.f_flatten(0, size.len() as i64 - 2)? };
-            let y = b.f_addmm(&rows, w)?;
+            let y = linear::addmm(b, &rows, w)?;
             one(if size.len() == 2 { y } else { y.f_view(&[&size[..size.len() - 1], &[columns]].concat()[..])? })
         }))
     });
