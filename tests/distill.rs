@@ -329,6 +329,14 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
     }
     let shapes = disback::HostTensor::new(&[3, 16, 16, 3], &[7u8; 3 * 16 * 16 * 3]).unwrap();
     disback::io::npy::write_npz(&dir.join("shapes.npz"), &[("images", &shapes)]).unwrap();
+    let grey = |name: &str, size: usize| {
+        std::fs::create_dir_all(dir.join("mixed/0")).unwrap();
+        let png = disback::io::images::encode_png(&vec![7; size * size], [1, size, size]).unwrap();
+        std::fs::write(dir.join("mixed/0").join(name), png).unwrap();
+    };
+    for (name, size) in [("a.png", 8), ("b.png", 8), ("c.png", 9)] {
+        grey(name, size);
+    }
     let gan = ["--objective", "dmd2", "--set", "gan.taps=[\"conv2d_5\"]"];
     for (args, code, says) in [
         (vec!["--set", "degrade.stepz=3"], 2, "degrade.steps"),
@@ -365,6 +373,7 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--set", "student.sigmas=[2, 1e-7]"], 2, "student.sigmas: the teacher's noise levels"),
         (vec!["--set", "student.sigmas=[1, 2]"], 2, "does not lie below"),
         (with(&gan, &["--set", "gan.data=nan.npz"]), 2, "holds NaN or infinity in row 0"),
+        (with(&gan, &["--set", "gan.data=mixed"]), 1, "c.png: 9x9, grey where the first image of the set is 8x8"),
         (with(&gan, &["--set", "gan.data=far.npz"]), 2, "holds 255 in row 0, the teacher's samples lie in -1 to 1"),
         (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]), 2, "did you mean"),
         (vec!["--set", "evaluate.reference=shapes.npz"], 1, "the reference holds images of 16x16, colour"),

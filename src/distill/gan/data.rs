@@ -35,9 +35,15 @@ const LABELS: [&str; 4] = ["labels", "label", "y", "arr_1"];
 /// Rows that are looked at before a run begins.
 const LOOKED_AT: usize = 256;
 
+/// Some of the rows, from the first to the last.
+fn some_of(len: usize) -> Vec<usize> {
+    let count = len.min(LOOKED_AT);
+    (0..count).map(|k| if count > 1 { k * (len - 1) / (count - 1) } else { 0 }).collect()
+}
+
 /// Refuses samples that are no numbers, or far from the card's range, by some of their rows.
 fn check_values(file: &RowFile, name: &str, len: usize, range: Option<[f64; 2]>) -> Result<()> {
-    let some: Vec<usize> = (0..len.min(LOOKED_AT)).map(|k| k * len / len.min(LOOKED_AT)).collect();
+    let some = some_of(len);
     let values = file.rows(name, &some)?.to_f64();
     let width = values.len() / some.len().max(1);
     let row = |at: usize| some[at / width.max(1)];
@@ -114,6 +120,8 @@ impl RealImages {
                 card.shape
             )));
         }
+        // A picture of another size, or a broken one, would end the run when it is first drawn.
+        some_of(set.len()).chunks(16).try_for_each(|some| set.gather_u8(some).map(drop))?;
         let labels = set.labels().map(|l| l.iter().map(|v| *v as i64).collect());
         let labels = match (class_condition(card)?, labels) {
             (Some((_, classes)), Some(labels)) => Some(within(labels, classes)?),
