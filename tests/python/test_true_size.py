@@ -30,3 +30,25 @@ def test_a_small_stable_diffusion_is_written_with_prompts_and_null(tmp_path):
 
     null = tomllib.loads((tmp_path / "teacher.card.toml").read_text())["conditions"]["encoder_hidden_states"]["null"]
     assert len(null) == 77 * 16
+
+
+def test_a_small_sdxl_is_written_from_shapes_alone_and_runs(tmp_path):
+    np, ort = pytest.importorskip("numpy"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("diffusers")
+    from sdxl import sdxl
+
+    sdxl(
+        tmp_path, sample_size=16, block_out_channels=(32, 64), attention_head_dim=(2, 4), cross_attention_dim=24,
+        layers_per_block=1, transformer_layers_per_block=(1, 1), addition_time_embed_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        projection_class_embeddings_input_dim=6 * 16 + 40,
+    )  # fmt: skip
+    session = ort.InferenceSession(tmp_path / "teacher.onnx")
+    rows = np.load(tmp_path / "prompts.npz")
+    assert {name: rows[name].shape[1:] for name in rows} == {
+        "encoder_hidden_states": (77, 24), "text_embeds": (40,), "time_ids": (6,),
+    }  # fmt: skip
+    noise = np.random.default_rng(1).standard_normal((2, 4, 16, 16)).astype("f4")
+    feeds = {"sample": noise, "timestep": np.array([3, 700], "f4"), **{name: rows[name][:2] for name in rows}}
+    (made,) = session.run(None, feeds)
+    assert made.shape == noise.shape and np.isfinite(made).all() and made.std() > 1e-3
