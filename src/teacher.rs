@@ -29,7 +29,9 @@ pub fn spec(p: &Port) -> InputSpec {
 
 /// All sources of a model file's card.
 pub fn card_source(model: &Model, overrides: &[String]) -> CardSource {
-    CardSource::new().model(&model.path).metadata(model.metadata()).overrides(overrides.iter().cloned())
+    let outputs = model.proto.graph.iter().flat_map(|g| &g.output).map(|o| o.name());
+    let source = CardSource::new().model(&model.path).metadata(model.metadata());
+    source.overrides(overrides.iter().cloned()).outputs(outputs)
 }
 
 /// The card of a model file from all its sources.

@@ -48,6 +48,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     );
     let student = StudentInfo::from_model(&model.proto).ok();
     let source = CardSource::new().model(&args.model).metadata(model.metadata()).overrides(args.card.iter().cloned());
+    let source = source.outputs(graph.outputs.iter().map(|p| p.name.clone()));
     let card = if student.is_some() { None } else { Some(source.resolve()) };
     if globals.json {
         let card = match &card {

@@ -18,6 +18,8 @@ pub enum Origin {
     SideFile(PathBuf),
     Metadata,
     SchedulerConfig(PathBuf),
+    /// The graph has no other.
+    OnlyOne,
     Default,
 }
 
@@ -28,6 +30,7 @@ impl fmt::Display for Origin {
             Self::CommandLine => f.write_str("from --card"),
             Self::SideFile(path) | Self::SchedulerConfig(path) => write!(f, "from {}", name(path)),
             Self::Metadata => f.write_str("from metadata"),
+            Self::OnlyOne => f.write_str("the only one"),
             Self::Default => f.write_str("default"),
         }
     }
@@ -111,6 +114,7 @@ pub struct CardSource {
     model: Option<PathBuf>,
     metadata: Vec<(String, String)>,
     overrides: Vec<String>,
+    only_output: Option<String>,
 }
 
 impl CardSource {
@@ -139,10 +143,22 @@ impl CardSource {
         self
     }
 
+    /// The graph's outputs: where there is one, a card need not name it.
+    #[must_use]
+    pub fn outputs<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        let mut names = names.into_iter().map(Into::into);
+        self.only_output = names.next().filter(|_| names.next().is_none());
+        self
+    }
+
     /// Merges the sources into one validated card.
     pub fn resolve(&self) -> Result<ResolvedCard> {
         let mut extra = BTreeMap::new();
-        let merged = self.merged(&mut extra)?;
+        let mut merged = self.merged(&mut extra)?;
+        if let Some(name) = self.only_output.as_ref().filter(|_| !merged.is_empty()) {
+            let leaf = || Leaf { value: name.clone().into(), text: None, origin: Origin::OnlyOne };
+            merged.entry(vec!["output".into()]).or_insert_with(leaf);
+        }
         let missing: Vec<_> =
             NEEDED.iter().filter(|n| !merged.contains_key(&n.split('.').map(String::from).collect::<Key>())).collect();
         if !missing.is_empty() {
@@ -184,7 +200,7 @@ impl CardSource {
         let what = if all { "no teacher card" } else { "the teacher card is incomplete" };
         let side = self.model.as_ref().map_or("<model>.card.toml".into(), |m| side_files(m)[0].display().to_string());
         Error::usage(format!("{whose}: {what}: missing {list}")).hint(format!(
-            "give them on the command line (--card key=value), in {side}, or in the model's metadata_props as \
+            "`disback inspect {whose} --write-card` proposes them; or give them on the command line (--card key=value), in {side}, or in the model's metadata_props as \
              `disback.<key>`; a diffusers scheduler_config.json beside the model gives prediction, time_unit and schedule"
         ))
     }

@@ -124,11 +124,34 @@ fn mistakes_are_named_with_the_way_out() {
 fn a_missing_card_says_which_keys_and_the_ways_to_give_them() {
     let error = CardSource::new().model(Path::new("nowhere/teacher.onnx")).resolve().unwrap_err();
     let text = error.to_string();
-    for part in ["no teacher card", "`sample`", "`schedule.kind`", "--card", "teacher.card.toml", "metadata_props"] {
+    for part in [
+        "no teacher card",
+        "`sample`",
+        "`schedule.kind`",
+        "--card",
+        "teacher.card.toml",
+        "metadata_props",
+        "inspect nowhere/",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     let text = CardSource::new().metadata(metadata().split_off(1)).resolve().unwrap_err().to_string();
     assert!(text.contains("incomplete: missing `sample`"), "{text}");
+}
+
+#[test]
+fn the_only_output_need_not_be_named() {
+    let rest: Vec<_> = metadata().into_iter().filter(|(k, _)| !k.ends_with("output")).collect();
+    let source = CardSource::new().metadata(rest);
+    let found = source.clone().outputs(["y"]).resolve().unwrap();
+    assert_eq!((found.card.output.as_str(), &found.origins["output"]), ("y", &Origin::OnlyOne));
+    for several in [vec!["y", "z"], vec![]] {
+        let error = source.clone().outputs(several).resolve().unwrap_err().to_string();
+        assert!(error.contains("missing `output`"), "{error}");
+    }
+    // One that is named stays, and no card at all is none.
+    assert_ne!(CardSource::new().metadata(metadata()).outputs(["y"]).resolve().unwrap().card.output, "y");
+    assert!(CardSource::new().outputs(["y"]).resolve().unwrap_err().to_string().contains("no teacher card"));
 }
 
 #[test]

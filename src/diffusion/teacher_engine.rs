@@ -55,7 +55,8 @@ pub fn card_of(path: &Path, overrides: &[String]) -> Result<ResolvedCard> {
     let model = ModelProto::decode(bytes.as_slice())
         .map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
     let metadata = model.metadata_props.iter().map(|p| (p.key(), p.value()));
-    CardSource::new().model(path).metadata(metadata).overrides(overrides).resolve()
+    let outputs = model.graph.iter().flat_map(|g| &g.output).map(|o| o.name());
+    CardSource::new().model(path).metadata(metadata).overrides(overrides).outputs(outputs).resolve()
 }
 
 impl TeacherOnEngine {
