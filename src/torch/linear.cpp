@@ -89,6 +89,15 @@ extern "C" {
 // Whether loops are shared among threads: no runtime of OpenMP in the process, no threads.
 bool disback_has_threads() { return disback::team() != nullptr; }
 
+// Whether libtorch's products come from a library written for this processor: MKL, which runs at its best on Intel's alone.
+bool disback_mkl_at_home() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("intel") && at::hasMKL();
+#else
+  return false;
+#endif
+}
+
 // x [..., K] and w [K, N] of any strides, f32 on the CPU, bias [N] or nullptr: [..., N]. Where `disback_level` is not 0.
 char* disback_linear(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return disback::guarded([&] {

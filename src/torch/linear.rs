@@ -25,7 +25,8 @@ unsafe extern "C" {
 const LEAST_ROWS: i64 = 16;
 const LEAST_SIDE: i64 = 16;
 /// Weights that are as long on both sides are left to MKL where that is at home: DiT-S/2 took 1.09 of eager's time with the
-/// products here and 0.97 with MKL's, the digits' small ones 0.73 and 0.85 (benches/RESULTS.md).
+/// products here and 0.97 with MKL's; for the digits' small ones the difference was within what the machine varied by
+/// (benches/RESULTS.md).
 const LARGE_SIDE: i64 = 256;
 
 /// Vectors that the kernels here are written for and the processor has; libtorch's own variable `ATEN_CPU_CAPABILITY`

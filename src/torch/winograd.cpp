@@ -361,15 +361,6 @@ extern "C" {
 // Vectors that the products here are written for and the processor has: 0 none, 1 AVX2, 2 AVX-512.
 int disback_level() { return static_cast<int>(disback::level()); }
 
-// Whether libtorch's products come from a library written for this processor: MKL, which runs at its best on Intel's alone.
-bool disback_mkl_at_home() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("intel") && at::hasMKL();
-#else
-  return false;
-#endif
-}
-
 // x [N,C,H,W] f32 or bf16 on the CPU like the others, H and W even, w [K,C,3,3], C and K multiples of 16, bias [K] or nullptr; padded by one, stride 1.
 // Differentiable once.
 char* disback_winograd(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
