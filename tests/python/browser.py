@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -23,7 +24,8 @@ class Browser:
     def __init__(self, path):
         to_browser, self.write = os.pipe()
         self.read, from_browser = os.pipe()
-        self.folder = tempfile.TemporaryDirectory()
+        # Its processes may write a last file while the folder goes.
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
         # The protocol's ends are descriptors 3 (commands) and 4 (answers) of the browser; moved there by way of high ones.
         def place():
@@ -32,8 +34,8 @@ class Browser:
             os.dup2(b, 4, inheritable=True)
 
         command = [path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-                   "--no-first-run", "--hide-scrollbars", f"--user-data-dir={self.folder.name}", "about:blank"]
-        self.process = subprocess.Popen(command, preexec_fn=place, close_fds=False,
+                   "--no-first-run", "--hide-scrollbars", "--font-render-hinting=none", f"--user-data-dir={self.folder.name}", "about:blank"]
+        self.process = subprocess.Popen(command, preexec_fn=place, close_fds=False, start_new_session=True,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(to_browser)
         os.close(from_browser)
@@ -100,18 +102,36 @@ class Browser:
         return found["result"].get("value")
 
     def write_all_in(self, font):
-        """Shows all text of the page in this font, given as bytes: no policy of the page is asked, nothing is fetched."""
+        """Shows all text of the page in this font, given as bytes: no policy of the page is asked, nothing is fetched.
+
+        One weight and true widths: how wide a made-up bold is, and whether widths are rounded, is each browser's own.
+        """
         self.run("""(async () => {
           const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
           document.fonts.add(await new FontFace("Given", bytes).load());
           const style = document.createElement("style");
-          style.textContent = "* { font-family: Given !important; }";
+          style.textContent = "* { font-family: Given !important; font-synthesis: none !important; "
+            + "text-rendering: geometricPrecision !important; }";
           document.head.append(style);
           await document.fonts.ready;
         })()""" % base64.b64encode(font).decode())
 
     def picture(self, whole=False):
-        """PNG bytes of what is seen, or of the whole page."""
+        """PNG bytes of what is seen, or of the whole page, once two in a row are the same.
+
+        A loaded image may still be decoding, a new font not be laid out everywhere: on a busy machine the first one shows that.
+        """
+        self.run("Promise.all([...document.images].map(i => i.decode()))"
+                 ".then(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))).then(() => 0)")
+        last = None
+        for _ in range(10):
+            now = self._picture(whole)
+            if now == last:
+                return now
+            last = now
+        raise TimeoutError("the page does not come to rest")
+
+    def _picture(self, whole):
         more = {}
         if whole:
             size = self.send("Page.getLayoutMetrics")["cssContentSize"]
@@ -119,6 +139,8 @@ class Browser:
         return base64.b64decode(self.send("Page.captureScreenshot", format="png", **more)["data"])
 
     def close(self):
-        self.process.terminate()
+        os.close(self.write)
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        os.close(self.read)
         self.folder.cleanup()
