@@ -25,9 +25,9 @@ test-converters: build
 test-web: setup
 	scripts/test-web
 
-# The build for production hosts, without libtorch.
+# The build for production hosts, without libtorch: does it compile. With the dependencies of the whole build, where there is one.
 check-small:
-	cargo check --release --no-default-features --features ort,tract
+	cargo build --release --no-default-features --features ort,tract --lib --config profile.release.package.disback.opt-level=0
 
 # Step times and peak memory beside native PyTorch, alternating in one run.
 bench: setup
