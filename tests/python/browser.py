@@ -119,7 +119,7 @@ class Browser:
     def picture(self, whole=False):
         """PNG bytes of what is seen, or of the whole page, once two in a row are the same.
 
-        A loaded image may still be decoding, a new font not be laid out everywhere: on a busy machine the first one shows that.
+        A loaded image may still be decoding, and a new font not be laid out everywhere.
         """
         self.run("Promise.all([...document.images].map(i => i.decode()))"
                  ".then(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))).then(() => 0)")
