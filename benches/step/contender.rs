@@ -20,6 +20,8 @@ impl Contender {
     pub fn start(command: &mut Command) -> std::io::Result<Self> {
         let loud = std::env::var_os("DISBACK_BENCH_VERBOSE").is_some();
         let stderr = if loud { Stdio::inherit() } else { Stdio::null() };
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(command, 0);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr).spawn()?;
         let to = child.stdin.take().expect("stdin is piped");
         let from = BufReader::new(child.stdout.take().expect("stdout is piped"));
@@ -62,12 +64,31 @@ impl Contender {
     }
 }
 
+impl Contender {
+    /// Ends a process that takes no further part, with those it has started (torch.compile's compilers).
+    pub fn stop_if_failed(&mut self) {
+        if self.failed.is_some() {
+            kill_group(&self.child);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+#[cfg(unix)]
+fn kill_group(child: &Child) {
+    if let Ok(group) = i32::try_from(child.id()) {
+        // SAFETY: a system call without memory of ours; the child leads a group of its own.
+        unsafe { libc::kill(-group, libc::SIGKILL) };
+    }
+}
+
+#[cfg(not(unix))]
+fn kill_group(_child: &Child) {}
+
 impl Drop for Contender {
     fn drop(&mut self) {
         let _ = writeln!(self.to, "quit");
-        if self.failed.is_some() {
-            let _ = self.child.kill();
-        }
+        self.stop_if_failed();
         let _ = self.child.wait();
     }
 }

@@ -10,7 +10,7 @@
 //! Environment: `DISBACK_BENCH_NETWORKS` (of digits, cifar, dit; adm is for devices), `DISBACK_BENCH_PRECISIONS` (f32, bf16),
 //! `DISBACK_BENCH_PHASES` (stage1, stage2, stage2r5, call1, call64), `DISBACK_BENCH_EXPORTERS` (legacy, dynamo): lists with
 //! commas; `DISBACK_BENCH_THREADS`, `DISBACK_BENCH_ROUNDS`, `DISBACK_BENCH_BATCH` (0: the network's own),
-//! `DISBACK_BENCH_DEVICE`; `DISBACK_BENCH_COMPILE` (seconds to wait for torch.compile, 0: without it);
+//! `DISBACK_BENCH_DEVICE`; `DISBACK_BENCH_COMPILE` (seconds to wait for torch.compile, 300 at first; 0: without it);
 //! `DISBACK_BENCH_CPU=1` counts CPU seconds (one thread on a busy machine); `DISBACK_BENCH_PROFILE=1` prints the operators of our steps instead.
 
 mod contender;
@@ -304,6 +304,8 @@ impl Bench {
             one.ask(&format!("phase {phase}"), LONG);
             // Compiles, and says nothing of the time that takes.
             one.ask("run 1", self.compile);
+            // One that goes on compiling would take the cores from the others.
+            one.stop_if_failed();
         }
         let (mut eagerly, mut compiledly) = (Taken::default(), Taken::default());
         let rounds = if block == 5 && network != "digits" { self.rounds.min(2) } else { self.rounds };

@@ -9,7 +9,7 @@ use crate::graph::ir::{Graph, Node, ValueId};
 use crate::graph::raise::{Report, Rewrite};
 
 /// Elementwise over all their tensors.
-const ELEMENTWISE: &[&str] = &[
+pub(super) const ELEMENTWISE: &[&str] = &[
     "Abs",
     "Add",
     "Cast",
@@ -52,7 +52,7 @@ pub(super) fn cancel(graph: &mut Graph, report: &mut Report) {
     compose(graph, report);
 }
 
-fn perm(node: &Node) -> Option<Vec<i64>> {
+pub(super) fn perm(node: &Node) -> Option<Vec<i64>> {
     node.is("Transpose").then(|| node.attributes.ints("perm").ok().flatten()).flatten().filter(|p| is_permutation(p))
 }
 

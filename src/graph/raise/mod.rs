@@ -1,7 +1,7 @@
 //! Raising: chains of small operators that exporters make of norms, activations and attention become single calls of the
 //! `disback` domain again. Faster, and they save less for the backward pass. Beside that, what exporters write twice is
 //! computed once, casts that change nothing go, transposes that undo each other meet and vanish, slices that part a value are
-//! made together, and a layer's product and bias are one call.
+//! made together and before a transpose, and a layer's product and bias are one call.
 //!
 //! Raising changes the plan only: the file that the weights are written back into keeps its nodes. A rewrite never swallows
 //! a value that something outside the pattern reads (views and host arithmetic, which cost nothing, stay behind for their
@@ -18,6 +18,7 @@ mod pattern;
 mod ranges;
 mod repeats;
 mod rule;
+mod turns;
 mod view;
 
 use std::collections::{BTreeMap, HashSet};
@@ -66,12 +67,14 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
     casts::simplify(graph, &mut report);
     repeats::merge(graph, trained, &mut report);
     let rules: Vec<Rule> =
-        [activation::rules(), norm::rules(), attention::rules(), linear::rules()].into_iter().flatten().collect();
+        [activation::rules(), norm::rules(), turns::rules(), attention::rules(), linear::rules()].into_iter().flatten().collect();
     for rule in &rules {
         rule::exhaust(graph, trained, rule, &mut report);
     }
     layout::cancel(graph, &mut report);
     ranges::join(graph, trained, &mut report);
+    turns::part_first(graph, &mut report);
+    turns::straighten(graph, &mut report);
     // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
     for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
         node.op = norm::final_name(node).to_owned();
@@ -104,4 +107,4 @@ pub(crate) fn raise_for_export(graph: &mut Graph) {
 }
 
 /// Operators of the `disback` domain that stand for a chain of the file.
-const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "Attention", "Linear"];
+const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "TransposeLast", "Attention", "Linear"];

@@ -41,6 +41,8 @@ pub fn register(r: &mut Registry) {
         let approximate = n.attributes.string_or("approximate", "none")?;
         Ok(Kernel::new(move |a| one(gelu(a.t(0)?, &approximate)?)))
     });
+    // Its elements in the order of its axes.
+    add("Contiguous", (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_contiguous()?))));
     // A view of an operand that broadcasts, with its axes where those of the other operand are.
     add("Align", (1, 1), |n| {
         let perm = n.attributes.ints("perm")?.ok_or_else(|| Error::invalid("attribute `perm` is missing"))?;
@@ -93,6 +95,25 @@ pub fn register(r: &mut Registry) {
             }
             ends.iter().map(|&(from, to)| Ok(Value::device(x.f_narrow(axis, from, to - from)?))).collect()
         }))
+    });
+    // x, its shape with three axes, the shape behind the exchange of the last two
+    add("TransposeLast", (3, 3), |_| {
+        let kernel = Kernel::new(|a| {
+            let (x, size) = (a.t(0)?, a.shape(0)?);
+            let flat = normalize::resolve(&a.ints(1)?, &size)?;
+            let &[outer, rows, columns] = flat.as_slice() else {
+                return Err(Error::invalid(format!("a reshape to {flat:?}, expected three axes")));
+            };
+            let back = normalize::resolve(&a.ints(2)?, &[outer, columns, rows])?;
+            let mut own = size.clone();
+            let last = own.len().saturating_sub(2);
+            own[last..].reverse();
+            if size.ends_with(&[rows, columns]) && back == own {
+                return one(x.f_transpose(-2, -1)?);
+            }
+            one(x.f_reshape(&flat[..])?.f_transpose(1, 2)?.f_reshape(&back[..])?)
+        });
+        Ok(kernel.host(&[1, 2]))
     });
     // q, k, v, mask, factors
     add("Attention", (3, MANY), attention::build);

@@ -179,7 +179,7 @@ fn inverse(order: &[i64]) -> Vec<i64> {
 }
 
 /// ONNX's reshape rules (0 copies, -1 is what remains) on the host.
-fn resolve(wanted: &[i64], size: &[i64]) -> Result<Vec<i64>> {
+pub(super) fn resolve(wanted: &[i64], size: &[i64]) -> Result<Vec<i64>> {
     let bad = || Error::invalid(format!("cannot reshape {size:?} to {wanted:?}"));
     let mut out: Vec<i64> = wanted
         .iter()
