@@ -39,11 +39,12 @@ fn bake_onnxruntime_hint() {
 mod train {
     use std::path::{Path, PathBuf};
 
-    const SOURCES: [&str; 10] = [
+    const SOURCES: [&str; 11] = [
         "src/torch/shim.cpp",
         "src/torch/training.cpp",
         "src/torch/activation.cpp",
         "src/torch/profile.cpp",
+        "src/torch/replay.cpp",
         "src/torch/winograd.cpp",
         "src/torch/gemm.cpp",
         "src/torch/gemm_avx2.cpp",
@@ -93,7 +94,15 @@ mod train {
         if !Path::new("src/torch/shim.cpp").exists() {
             return;
         }
-        cc::Build::new()
+        let mut build = cc::Build::new();
+        if root.join("lib/libtorch_cuda.so").exists()
+            && let Some(folders) = cuda_headers(root)
+        {
+            build.define("DISBACK_CUDA", None).includes(folders);
+            println!("cargo:rustc-link-lib=dylib=torch_cuda");
+            println!("cargo:rustc-link-lib=dylib=c10_cuda");
+        }
+        build
             .cpp(true)
             .std("c++20")
             .files(SOURCES)
@@ -103,5 +112,18 @@ mod train {
             .warnings(false)
             .opt_level(3)
             .compile("disback_shim");
+    }
+    /// Folders with the headers of CUDA's runtime and what they include: of a toolkit, or of the wheels beside PyTorch's
+    /// (of which Triton's alone has the compiler's). Without them CUDA graphs are left out.
+    fn cuda_headers(root: &Path) -> Option<Vec<PathBuf>> {
+        println!("cargo:rerun-if-env-changed=CUDA_HOME");
+        let toolkit = std::env::var_os("CUDA_HOME").map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
+        let packages = root.canonicalize().ok().and_then(|r| Some(r.parent()?.to_path_buf()));
+        let beside = packages.into_iter().flat_map(|p| {
+            ["nvidia/cu13/include", "nvidia/cuda_runtime/include", "triton/backends/nvidia/include"].map(|d| p.join(d))
+        });
+        let all: Vec<PathBuf> = std::iter::once(toolkit.join("include")).chain(beside).filter(|d| d.is_dir()).collect();
+        let has = |file: &str| all.iter().any(|d| d.join(file).is_file());
+        (has("cuda_runtime_api.h") && has("crt/host_config.h")).then_some(all)
     }
 }

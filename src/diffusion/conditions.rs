@@ -189,7 +189,8 @@ mod device {
             self.tensors.iter().map(|(n, t)| (n.as_str(), t))
         }
 
-        fn map(&self, rows: i64, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        /// `rows` rows that `f` makes of each tensor, in the order of their names.
+        pub(crate) fn map(&self, rows: i64, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
             let tensors = self.tensors.iter().map(|(n, t)| Ok((n.clone(), f(t)?))).collect::<Result<_>>()?;
             Self::new(rows, tensors)
         }

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::torch::convert;
-use crate::torch::device::send;
 use crate::torch::{Forward, ParamSet};
 
 use super::card::{Condition, InputSpec, Layout, TeacherCard};
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
 use super::guidance::Guidance;
+use super::prepared::{Form, Part, Prepared, Strength};
 
 /// What the graph's inputs want, worked out once.
 #[derive(Debug)]
@@ -101,18 +101,8 @@ impl Denoiser {
         cond: &Conditions,
         taps: &[String],
     ) -> Result<(Tensor, Vec<Tensor>)> {
-        self.check_batch(x_edm, cond, sigma.len())?;
-        let coefficients = self.coefficients(sigma)?;
-        let conditions = self.bind(cond, x_edm.device())?;
-        let (x0, features) = self.run(x_edm, &coefficients, &conditions, taps)?;
-        let rows = sigma.len() as i64;
-        match features.iter().zip(taps).find(|(f, _)| f.size().first() != Some(&rows)) {
-            None => Ok((x0, features)),
-            Some((f, tap)) => Err(Error::usage(format!(
-                "the tensor `{tap}` has shape {:?}, expected a row for each of {rows} samples",
-                f.size()
-            ))),
-        }
+        let prepared = self.prepare(sigma, Form::Short, x_edm.device())?;
+        self.denoise_prepared(x_edm, &prepared, cond, taps)
     }
 
     /// Classifier-free guidance, `D_u + scale (D_c - D_u)`, in one batch of twice the size. Conditions without a null
@@ -125,33 +115,71 @@ impl Denoiser {
         cond: &Conditions,
         guidance: impl Into<Guidance>,
     ) -> Result<Tensor> {
-        let guidance = guidance.into();
-        let scales: Vec<f64> = sigma.iter().map(|s| guidance.at(*s)).collect();
-        if scales.iter().all(|s| *s == 1.0) {
-            return self.denoise(x_edm, sigma, cond);
+        let prepared = self.prepare_guided(sigma, guidance.into(), Form::Short, x_edm.device())?;
+        Ok(self.denoise_prepared(x_edm, &prepared, cond, &[])?.0)
+    }
+
+    /// What an evaluation at these noise levels takes beside samples and conditions, on `device`.
+    pub fn prepare(&self, sigma: &[f64], form: Form, device: Device) -> Result<Prepared> {
+        Prepared::new(&self.coefficients(sigma)?, &self.binding.time, self.single(), form, device)
+    }
+
+    /// [`Denoiser::prepare`] for an evaluation under guidance.
+    pub fn prepare_guided(&self, sigma: &[f64], guidance: Guidance, form: Form, device: Device) -> Result<Prepared> {
+        let none = match form {
+            Form::Short => sigma.iter().all(|s| guidance.at(*s) == 1.0),
+            Form::Fixed => guidance.is_none(),
+        };
+        if none {
+            return self.prepare(sigma, form, device);
         }
         check_guidance(&self.card)?;
-        self.check_batch(x_edm, cond, sigma.len())?;
-        let coefficients = self.coefficients(&[sigma, sigma].concat())?;
+        let mut prepared = self.prepare(&[sigma, sigma].concat(), form, device)?;
+        prepared.guide(guidance, sigma, &self.binding.conditions, form, device)?;
+        Ok(prepared)
+    }
+
+    /// What [`Denoiser::generate`] takes beside noise and conditions.
+    pub fn prepare_start(&self, rows: usize, start: &StudentStart, device: Device) -> Result<Prepared> {
+        let coefficients = vec![Coefficients { c_in: start.init_scale, ..start.coefficients }; rows];
+        Prepared::new(&coefficients, &self.binding.time, self.single(), Form::Short, device)
+    }
+
+    /// The evaluation that was prepared, of `x_edm` `[B, C, H, W]`; and the tensors of these names inside the network, first
+    /// dimension the batch (none under guidance).
+    pub fn denoise_prepared(
+        &self,
+        x_edm: &Tensor,
+        prepared: &Prepared,
+        cond: &Conditions,
+        taps: &[String],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        self.check_batch(x_edm, cond, prepared.samples)?;
         let mut conditions = self.bind(cond, x_edm.device())?;
-        for ((condition, spec), bound) in self.binding.conditions.iter().zip(&mut conditions) {
-            let null = match HostConditions::null(condition, spec, sigma.len())? {
-                Some(host) => send(&convert::to_torch(&host)?, x_edm.device())?,
-                None => bound.shallow_clone(),
+        let Some(guided) = &prepared.guided else {
+            let (x0, features) = self.run(x_edm, prepared, &conditions, taps)?;
+            let rows = prepared.samples as i64;
+            return match features.iter().zip(taps).find(|(f, _)| f.size().first() != Some(&rows)) {
+                None => Ok((x0, features)),
+                Some((f, tap)) => Err(Error::usage(format!(
+                    "the tensor `{tap}` has shape {:?}, expected a row for each of {rows} samples",
+                    f.size()
+                ))),
             };
-            *bound = Tensor::f_cat(&[&*bound, &null], 0)?;
+        };
+        for (bound, null) in conditions.iter_mut().zip(&guided.nulls) {
+            let null = null.as_ref().unwrap_or(bound);
+            *bound = Tensor::f_cat(&[&*bound, null], 0)?;
         }
-        let (both, _) = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, &coefficients, &conditions, &[])?;
-        let rows = sigma.len() as i64;
+        let (both, _) = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, prepared, &conditions, &[])?;
+        let rows = prepared.samples as i64;
         let (with, without) = (both.f_narrow(0, 0, rows)?, both.f_narrow(0, rows, rows)?);
         let difference = with.f_sub(&without)?;
-        if scales.iter().all(|s| *s == guidance.scale) {
-            return Ok(without.f_add(&difference.f_mul_scalar(guidance.scale)?)?);
-        }
-        // Rows outside the interval keep `with`, bit for bit.
-        let extra: Vec<f32> = scales.iter().map(|s| (s - 1.0) as f32).collect();
-        let extra = send(&Tensor::f_from_slice(&extra)?.f_view([rows, 1, 1, 1])?, x_edm.device())?;
-        Ok(with.f_add(&difference.f_mul(&extra)?)?)
+        let guided = match &guided.strength {
+            Strength::Everywhere(scale) => without.f_add(&difference.f_mul_scalar(*scale)?)?,
+            Strength::Extra(extra) => with.f_add(&difference.f_mul(extra)?)?,
+        };
+        Ok((guided, Vec::new()))
     }
 
     /// An error unless the card has a null value for guidance.
@@ -162,10 +190,15 @@ impl Denoiser {
     /// The one-step student: x0 from `z ~ N(0, I)`, `[B, C, H, W]`: `x_net = init_scale z`, `x0 = skip x_net + out F`.
     pub fn generate(&self, z: &Tensor, cond: &Conditions, start: &StudentStart) -> Result<Tensor> {
         let rows = z.size().first().copied().unwrap_or(0) as usize;
-        self.check_batch(z, cond, rows)?;
-        let conditions = self.bind(cond, z.device())?;
-        let coefficients = vec![Coefficients { c_in: start.init_scale, ..start.coefficients }; rows];
-        Ok(self.run(z, &coefficients, &conditions, &[])?.0)
+        Ok(self.denoise_prepared(z, &self.prepare_start(rows, start, z.device())?, cond, &[])?.0)
+    }
+
+    /// Whether the network takes one time for the whole batch.
+    fn single(&self) -> bool {
+        match self.binding.time.shape.first() {
+            None => true,
+            Some(d) => *d == Some(1) && self.binding.sample.shape.first() != Some(&Some(1)),
+        }
     }
 
     fn coefficients(&self, sigma: &[f64]) -> Result<Vec<Coefficients>> {
@@ -195,38 +228,26 @@ impl Denoiser {
     fn run(
         &self,
         x: &Tensor,
-        coefficients: &[Coefficients],
+        prepared: &Prepared,
         conditions: &[Tensor],
         taps: &[String],
     ) -> Result<(Tensor, Vec<Tensor>)> {
-        let Some(first) = coefficients.first() else { return Ok((x.shallow_clone(), Vec::new())) };
-        let single = match self.binding.time.shape.first() {
-            None => true,
-            Some(d) => *d == Some(1) && self.binding.sample.shape.first() != Some(&Some(1)),
+        let Some(back) = &prepared.back else {
+            let Some(part) = prepared.parts.first() else { return Ok((x.shallow_clone(), Vec::new())) };
+            return self.run_together(x, part, conditions, taps);
         };
-        if !single || coefficients.iter().all(|c| c.time == first.time) {
-            return self.run_together(x, coefficients, conditions, single, taps);
+        let mut outputs = Vec::with_capacity(prepared.parts.len());
+        for part in &prepared.parts {
+            let of = |t: &Tensor| -> Result<Tensor> {
+                Ok(match &part.rows {
+                    Some(rows) => t.f_index_select(0, rows)?,
+                    None => t.shallow_clone(),
+                })
+            };
+            let conditions = conditions.iter().map(of).collect::<Result<Vec<_>>>()?;
+            outputs.push(self.run_together(&of(x)?, part, &conditions, taps)?);
         }
-        // One number for the whole batch: the rows of each time run on their own, then go back to their places.
-        let mut groups: Vec<(f64, Vec<i64>)> = Vec::new();
-        for (row, c) in coefficients.iter().enumerate() {
-            match groups.iter_mut().find(|(time, _)| *time == c.time) {
-                Some((_, rows)) => rows.push(row as i64),
-                None => groups.push((c.time, vec![row as i64])),
-            }
-        }
-        let mut outputs = Vec::with_capacity(groups.len());
-        for (_, rows) in &groups {
-            let index = send(&Tensor::from_slice(rows), x.device())?;
-            let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
-            let conditions = conditions.iter().map(|c| Ok(c.f_index_select(0, &index)?)).collect::<Result<Vec<_>>>()?;
-            outputs.push(self.run_together(&x.f_index_select(0, &index)?, &picked, &conditions, true, taps)?);
-        }
-        let order: Vec<i64> = groups.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
-        let mut back = vec![0i64; order.len()];
-        order.iter().enumerate().for_each(|(place, row)| back[*row as usize] = place as i64);
-        let back = send(&Tensor::from_slice(&back), x.device())?;
-        let join = |parts: Vec<&Tensor>| -> Result<Tensor> { Ok(Tensor::f_cat(&parts, 0)?.f_index_select(0, &back)?) };
+        let join = |parts: Vec<&Tensor>| -> Result<Tensor> { Ok(Tensor::f_cat(&parts, 0)?.f_index_select(0, back)?) };
         let features = (0..taps.len()).map(|k| join(outputs.iter().map(|(_, f)| &f[k]).collect()));
         Ok((join(outputs.iter().map(|(t, _)| t).collect())?, features.collect::<Result<_>>()?))
     }
@@ -234,29 +255,27 @@ impl Denoiser {
     fn run_together(
         &self,
         x: &Tensor,
-        coefficients: &[Coefficients],
+        part: &Part,
         conditions: &[Tensor],
-        single: bool,
         taps: &[String],
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let device = x.device();
-        let x_net = scaled(x, coefficients, |c| c.c_in)?;
+        let x_net = part.c_in.times(x)?;
         let wanted = match self.card.layout {
             Layout::Nchw => x_net.shallow_clone(),
             Layout::Nhwc => x_net.f_permute([0, 2, 3, 1])?.f_contiguous()?,
         };
         let sample = wanted.f_to_kind(convert::kind(self.binding.sample.dtype))?;
-        let time = send(&self.time(coefficients, single)?, device)?;
         let constants = self
             .binding
             .constants
             .iter()
             .map(|(spec, value)| {
-                let shape: Vec<i64> = spec.shape.iter().map(|d| d.map_or(coefficients.len(), |d| d) as i64).collect();
+                let shape: Vec<i64> = spec.shape.iter().map(|d| d.map_or(part.count, |d| d) as i64).collect();
                 Ok(Tensor::f_full(&shape[..], *value, (convert::kind(spec.dtype), device))?)
             })
             .collect::<Result<Vec<_>>>()?;
-        let mut inputs = vec![(self.card.sample.as_str(), &sample), (self.card.time.as_str(), &time)];
+        let mut inputs = vec![(self.card.sample.as_str(), &sample), (self.card.time.as_str(), &part.time)];
         inputs.extend(self.binding.conditions.iter().map(|(_, s)| s.name.as_str()).zip(conditions));
         inputs.extend(self.binding.constants.iter().map(|(s, _)| s.name.as_str()).zip(&constants));
         let (outputs, features) = self.network.forward_tapped(&inputs, taps)?;
@@ -276,26 +295,11 @@ impl Denoiser {
                 x.size()
             )));
         }
-        let fresh = scaled(&output, coefficients, |c| c.out)?;
-        if coefficients.iter().all(|c| c.skip == 0.0) {
+        let fresh = part.out.times(&output)?;
+        if part.skip.is_zero() {
             return Ok((fresh, features));
         }
-        Ok((scaled(&x_net, coefficients, |c| c.skip)?.f_add(&fresh)?, features))
-    }
-
-    /// The time input in the graph's element type and rank.
-    fn time(&self, coefficients: &[Coefficients], single: bool) -> Result<Tensor> {
-        let spec = &self.binding.time;
-        let count = if single { 1 } else { coefficients.len() };
-        let times: Vec<f64> = coefficients[..count].iter().map(|c| c.time).collect();
-        let tensor = Tensor::from_slice(&times);
-        // Integer steps are rounded, not cut off.
-        let tensor = if spec.dtype.is_float() { tensor } else { tensor.f_round()? };
-        let mut shape = vec![1i64; spec.shape.len()];
-        if let Some(lead) = shape.first_mut() {
-            *lead = count as i64;
-        }
-        Ok(tensor.f_to_kind(convert::kind(spec.dtype))?.f_reshape(&shape)?)
+        Ok((part.skip.times(&x_net)?.f_add(&fresh)?, features))
     }
 }
 
@@ -305,20 +309,6 @@ pub(crate) fn without_variance(output: Tensor, channels: usize) -> Result<Tensor
         Some(&n) if n == 2 * channels as i64 => Ok(output.f_narrow(1, 0, channels as i64)?),
         _ => Ok(output),
     }
-}
-
-/// `t` times one coefficient a row; where all are 1 it is `t` itself, bit for bit.
-fn scaled(t: &Tensor, coefficients: &[Coefficients], pick: impl Fn(&Coefficients) -> f64) -> Result<Tensor> {
-    let values: Vec<f64> = coefficients.iter().map(pick).collect();
-    if values.iter().all(|v| *v == 1.0) {
-        return Ok(t.shallow_clone());
-    }
-    if values.iter().all(|v| *v == values[0]) {
-        return Ok(t.f_mul_scalar(values[0])?);
-    }
-    let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-    let column = send(&Tensor::from_slice(&values).f_view([values.len() as i64, 1, 1, 1])?, t.device())?;
-    t.f_mul(&column).context("applying the conversion's coefficients")
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ pub mod denoiser;
 #[cfg(feature = "train")]
 pub mod generator;
 pub mod guidance;
+#[cfg(feature = "train")]
+pub mod prepared;
 pub mod sampler;
 pub mod schedule;
 mod scheduler_config;
@@ -28,6 +30,8 @@ pub use denoiser::Denoiser;
 #[cfg(feature = "train")]
 pub use generator::{Generator, GeneratorNames, GeneratorPorts};
 pub use guidance::Guidance;
+#[cfg(feature = "train")]
+pub use prepared::{Form, Prepared};
 pub use sampler::{Sampled, Sampler, VectorSpace};
 pub use schedule::{Betas, Schedule, ScheduleSpec};
 pub use teacher_engine::{TeacherOnEngine, TeacherRequest, TeacherSamples};

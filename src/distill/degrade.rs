@@ -8,8 +8,9 @@ use crate::distill::blame::{self, Culprit, Scene, Suspect};
 use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
 use crate::distill::config::{DegradeConfig, Spacing};
 use crate::distill::draws::{Draws, Phase, Use};
+use crate::distill::inputs::Inputs;
 use crate::distill::student::Student;
-use crate::distill::trainer::{At, Batches, Begin, Job, Log, Step, adamw, denoising_loss};
+use crate::distill::trainer::{At, Batches, Begin, Job, Log, Step, adamw, denoising_loss, recorder};
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
 use crate::torch::optim::AdamW;
@@ -35,6 +36,7 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     copy.params().set_requires_grad(true)?;
     let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade_lr(), &config.degrade.betas))?;
     let probe = Probe::new(&batches, teacher, &initial)?;
+    let (mut recorder, form) = recorder(config, batches.device)?;
 
     let (mut state, mut trajectory) = match resume {
         Some(mut checkpoint) => {
@@ -73,12 +75,21 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
             let draws = batches.draws(Phase::Degrade, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
             let z = batches.latent(&draws, &initial)?;
-            let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
-            let sigmas = draws.sigmas(Use::FakeSigma, &batches.degrade_levels, batches.batch);
-            let noise = batches.noise(&draws, Use::FakeNoise)?;
-            let loss = denoising_loss(&copy, &x0, &sigmas, &noise, &conditions)?;
-            log.meters.add("loss_fake", &loss)?;
-            loss.f_div_scalar(config.accumulate as f64)?.f_backward()?;
+            let uses = [Use::FakeSigma, Use::FakeNoise];
+            let noised = batches.noised(&draws, &batches.degrade_levels, uses, &copy, form)?;
+            let made = recorder.run(
+                "degrade",
+                Inputs::new(&z, &conditions, Some(noised)),
+                Some(copy.params()),
+                &mut |inputs: &Inputs| {
+                    let (z, conditions) = (&inputs.from, &inputs.conditions);
+                    let x0 = tch::no_grad(|| initial.training_images(&draws, z, conditions))?;
+                    let loss = inputs.loss(&copy, &x0)?;
+                    loss.f_div_scalar(config.accumulate as f64)?.f_backward()?;
+                    Ok(vec![loss.detach()])
+                },
+            )?;
+            log.meters.add("loss_fake", &made[0])?;
         }
         adam.step(1.0)?;
         log.meters.add("grad_norm_fake", adam.grad_norm())?;

@@ -10,6 +10,7 @@ pub mod degrade;
 pub mod draws;
 pub mod estimate;
 pub mod gan;
+pub mod inputs;
 pub mod look;
 pub mod metrics;
 pub mod objective;

@@ -1,10 +1,13 @@
 //! The generator: a network at one fixed noise level, or at a few of them in turn (by default a copy of the teacher), or a
 //! network of another kind that makes samples in one call.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use tch::{Device, Tensor};
 
 use crate::diffusion::{
-    Conditions, Conversion, Denoiser, Generator, HostConditions, Schedule, StudentStart, TeacherCard,
+    Conditions, Conversion, Denoiser, Generator, HostConditions, Prepared, Schedule, StudentStart, TeacherCard,
 };
 use crate::distill::config::{Config, Init, StudentConfig};
 use crate::distill::draws::{Draws, Use};
@@ -29,6 +32,8 @@ pub struct AtLevels {
     levels: Vec<f64>,
     /// Fresh noise before each further step, instead of the noise that was found.
     stochastic: bool,
+    /// The first step's evaluation of so many rows, the same for every batch.
+    first: RefCell<Option<(usize, Device, Rc<Prepared>)>>,
 }
 
 /// Seed of the noise of further steps where an image is looked at rather than trained on.
@@ -41,7 +46,13 @@ impl Student {
     pub fn new(denoiser: Denoiser, config: &StudentConfig) -> Result<Self> {
         let start = start(&denoiser, config)?;
         let levels = levels(denoiser.conversion(), config)?;
-        Ok(Self::Levels(Box::new(AtLevels { denoiser, start, levels, stochastic: config.stochastic })))
+        Ok(Self::Levels(Box::new(AtLevels {
+            denoiser,
+            start,
+            levels,
+            stochastic: config.stochastic,
+            first: RefCell::default(),
+        })))
     }
 
     /// A generator of one call.
@@ -66,6 +77,7 @@ impl Student {
                 start: s.start,
                 levels: s.levels.clone(),
                 stochastic: s.stochastic,
+                first: RefCell::default(),
             })),
             Self::Generator(g) => Self::Generator(g.copy()?),
         })
@@ -173,6 +185,21 @@ impl Student {
 }
 
 impl AtLevels {
+    /// The image of the first step.
+    fn begin(&self, z: &Tensor, conditions: &Conditions) -> Result<Tensor> {
+        let (rows, device) = (z.size().first().copied().unwrap_or(0) as usize, z.device());
+        let kept = self.first.borrow().as_ref().filter(|f| (f.0, f.1) == (rows, device)).map(|f| f.2.clone());
+        let prepared = match kept {
+            Some(kept) => kept,
+            None => {
+                let made = Rc::new(self.denoiser.prepare_start(rows, &self.start, device)?);
+                *self.first.borrow_mut() = Some((rows, device, made.clone()));
+                made
+            }
+        };
+        Ok(self.denoiser.denoise_prepared(z, &prepared, conditions, &[])?.0)
+    }
+
     /// The image after `last` further steps; only the last evaluation has a graph.
     fn unroll(
         &self,
@@ -182,11 +209,11 @@ impl AtLevels {
         noise: &dyn Fn(usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
         if last == 0 {
-            return self.denoiser.generate(z, conditions, &self.start);
+            return self.begin(z, conditions);
         }
         let rows = conditions.len() as usize;
         let (x_edm, sigma) = tch::no_grad(|| -> Result<(Tensor, f64)> {
-            let mut x0 = self.denoiser.generate(z, conditions, &self.start)?;
+            let mut x0 = self.begin(z, conditions)?;
             // The noise in the starting point: at an infinite level it is z itself.
             let StudentStart { init_scale, sigma: first, coefficients } = self.start;
             let mut found = match first.is_finite() {

@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
-use crate::diffusion::{ConditionSource, Conditions, Denoiser, Guidance, Prediction, TeacherCard};
+use crate::diffusion::{ConditionSource, Conditions, Denoiser, Form, Guidance, Prediction, TeacherCard};
 use crate::distill::blame::Culprit;
 use crate::distill::checkpoint::{self, Stage, State};
 use crate::distill::config::{Config, Distribution, FakeDistribution};
 use crate::distill::draws::{Draws, Levels, Phase, Use};
+use crate::distill::inputs::{Inputs, Noised};
 use crate::distill::look::Look;
 use crate::distill::metrics::{Means, Meters, MetricsFile, Row};
 use crate::distill::progress::Progress;
@@ -18,6 +19,7 @@ use crate::distill::rundir::RunDir;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
 use crate::torch::optim::{AdamW, AdamWConfig};
+use crate::torch::replay::Recorder;
 
 /// Learns of a run's landmarks: sample grids, event files, a person's interface.
 pub trait Observer {
@@ -175,6 +177,19 @@ impl Batches {
         })
     }
 
+    /// Noise levels and noise of a loss of `denoiser`; `form` as the step is to have it.
+    pub fn noised(
+        &self,
+        draws: &Draws,
+        levels: &Levels,
+        uses: [Use; 2],
+        denoiser: &Denoiser,
+        form: Form,
+    ) -> Result<Noised> {
+        let [sigma, noise] = uses;
+        Noised::new(denoiser, &draws.sigmas(sigma, levels, self.batch), &self.noise(draws, noise)?, form)
+    }
+
     /// Draws of one micro-batch.
     pub fn draws(&self, phase: Phase, iteration: u64, micro: usize) -> Draws {
         Draws::new(self.seed, phase, iteration, micro)
@@ -201,6 +216,13 @@ impl Batches {
 pub fn conditions(config: &Config, card: &TeacherCard) -> Result<ConditionSource> {
     let file = Some(Path::new(&config.conditions.file)).filter(|p| !p.as_os_str().is_empty());
     ConditionSource::new(card, file, &config.conditions.weights)
+}
+
+/// What runs the pieces of a step on this device: as they are written, or as CUDA graphs where that is configured.
+pub(crate) fn recorder(config: &Config, device: Device) -> Result<(Recorder<Inputs>, Form)> {
+    let recorder = Recorder::new(config.cuda_graphs, device)?;
+    let form = if recorder.records() { Form::Fixed } else { Form::Short };
+    Ok((recorder, form))
 }
 
 /// The configured guidance of the targets.
@@ -241,9 +263,7 @@ pub fn denoising_loss(
     noise: &Tensor,
     conditions: &Conditions,
 ) -> Result<Tensor> {
-    let x_t = x0.f_add(&noise.f_mul(&column(sigmas, x0.device())?)?)?;
-    let error = denoiser.denoise(&x_t, sigmas, conditions)?.f_sub(x0)?.f_square()?;
-    Ok(error.f_mul(&weights(denoiser, sigmas, x0.device())?)?.f_mean(Kind::Float)?)
+    Noised::new(denoiser, sigmas, noise, Form::Short)?.loss(denoiser, x0, conditions)
 }
 
 /// AdamW settings with this learning rate, and these betas where they are given.

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::tensor::HostTensor;
 use crate::torch::convert;
+use crate::torch::device::send;
 
 /// A value while a plan runs.
 #[derive(Debug, Clone)]
@@ -55,7 +56,7 @@ impl Value {
             Self::Host(h) if device == Device::Cpu => Ok(&h.cpu),
             Self::Host(h) => {
                 if h.moved.get().is_none() {
-                    let moved = h.cpu.f_to_device(device)?;
+                    let moved = send(&h.cpu, device)?;
                     let _ = h.moved.set(moved);
                 }
                 Ok(h.moved.get().expect("set above"))

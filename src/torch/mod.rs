@@ -18,6 +18,7 @@ pub mod params;
 pub mod plan;
 pub mod profile;
 pub mod registry;
+pub mod replay;
 mod segments;
 pub mod shim;
 mod straight_through;

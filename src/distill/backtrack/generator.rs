@@ -3,10 +3,11 @@
 use tch::{Kind, Tensor};
 
 use super::players::Players;
-use crate::diffusion::{Conditions, Guidance};
+use crate::diffusion::{Conditions, Form, Guidance};
 use crate::distill::draws::{Draws, Use};
+use crate::distill::inputs::{Inputs, Noised};
 use crate::distill::objective::{Objective, Terms};
-use crate::distill::trainer::{Batches, column, weights};
+use crate::distill::trainer::Batches;
 use crate::error::Result;
 
 /// One micro-batch of the generator's images and what belongs to them.
@@ -15,7 +16,28 @@ pub(super) struct Batch<'a> {
     pub draws: &'a Draws,
     /// With the generator's graph.
     pub x0: &'a Tensor,
-    pub conditions: &'a Conditions,
+    pub inputs: &'a Inputs,
+}
+
+/// What an update of the generator takes, and its noise levels.
+pub(super) fn inputs(
+    players: &Players,
+    batches: &Batches,
+    draws: &Draws,
+    conditions: &Conditions,
+    guidance: Guidance,
+    form: Form,
+) -> Result<(Inputs, Vec<f64>)> {
+    let z = batches.latent(draws, &players.student)?;
+    let sigmas = draws.sigmas(Use::GeneratorSigma, &batches.generator_levels, batches.batch);
+    let noise = batches.noise(draws, Use::GeneratorNoise)?;
+    let noised = Noised::new(&players.target, &sigmas, &noise, form)?;
+    // Guidance is the target's alone.
+    let guided = match guidance.is_none() {
+        true => None,
+        false => Some(players.target.prepare_guided(&sigmas, guidance, form, batches.device)?),
+    };
+    Ok((Inputs { guided, ..Inputs::new(&z, conditions, Some(noised)) }, sigmas))
 }
 
 /// Losses of one micro-batch, all of rank 0.
@@ -27,32 +49,24 @@ pub(super) struct Made {
     /// The score mismatch to the target: the excess of the target's denoising loss over the fake score's on the student's
     /// samples (the target's alone where an objective has no fake score). Without a graph.
     pub mismatch: Tensor,
-    pub sigmas: Vec<f64>,
     /// Noised samples, and x0 by target and fake score, without a graph.
     pub seen: (Tensor, Tensor, Option<Tensor>),
 }
 
 /// What the generator descends. The gradient reaches the generator alone: the parameters of fake score and discriminator
 /// are held still while they are differentiated through. `last`: the target is the teacher itself.
-pub(super) fn loss(
-    players: &Players,
-    objective: &dyn Objective,
-    batch: &Batch,
-    guidance: Guidance,
-    last: bool,
-) -> Result<Made> {
-    let Batch { batches, draws, x0, conditions } = *batch;
-    let sigmas = draws.sigmas(Use::GeneratorSigma, &batches.generator_levels, batches.batch);
-    let sigma = column(&sigmas, batches.device)?;
-    let noise = batches.noise(draws, Use::GeneratorNoise)?;
-    let x_t = x0.f_add(&noise.f_mul(&sigma)?)?;
+pub(super) fn loss(players: &Players, objective: &dyn Objective, batch: &Batch, last: bool) -> Result<Made> {
+    let Batch { batches, draws, x0, inputs } = *batch;
+    let (noised, conditions) = (inputs.noised()?, &inputs.conditions);
+    let x_t = noised.add_to(x0)?;
     let gan = players.gan.as_ref().filter(|_| objective.needs_ratio() && last);
     let taps = gan.map_or(&[][..], |g| g.taps());
     type Tapped = (Tensor, Vec<Tensor>);
     let scores = || -> Result<(Tensor, Option<Tapped>)> {
-        // Guidance is the target's alone.
-        let target = players.target.guided(&x_t, &sigmas, conditions, guidance)?;
-        let fake = players.fake.as_ref().map(|f| f.network.denoise_tapped(&x_t, &sigmas, conditions, taps));
+        let guided = inputs.guided.as_ref().unwrap_or(&noised.prepared);
+        let (target, _) = players.target.denoise_prepared(&x_t, guided, conditions, &[])?;
+        let fake = players.fake.as_ref();
+        let fake = fake.map(|f| f.network.denoise_prepared(&x_t, &noised.prepared, conditions, taps));
         Ok((target, fake.transpose()?))
     };
     let (target, fake) = if objective.through_scores() { players.held_still(scores)? } else { tch::no_grad(scores)? };
@@ -69,13 +83,13 @@ pub(super) fn loss(
         if let Some(fake) = &fake {
             excess = excess.f_sub(&fake.f_sub(x0)?.f_square()?)?;
         }
-        Ok(excess.f_mul(&weights(&players.target, &sigmas, batches.device)?)?.f_mean(Kind::Float)?)
+        Ok(excess.f_mul(&noised.weights)?.f_mean(Kind::Float)?)
     })?;
     let terms = Terms {
         x0,
         x_t: &x_t,
-        noise: &noise,
-        sigma: &sigma,
+        noise: &noised.noise,
+        sigma: &noised.sigma,
         target: &target,
         fake: fake.as_ref(),
         log_ratio: log_ratio.as_ref(),
@@ -89,5 +103,5 @@ pub(super) fn loss(
     };
     let loss = objective.loss(&terms)?;
     let seen = (x_t.detach(), target.detach(), fake.as_ref().map(Tensor::detach));
-    Ok(Made { loss, gan, mismatch, sigmas, seen })
+    Ok(Made { loss, gan, mismatch, seen })
 }

@@ -13,10 +13,11 @@ use crate::distill::ahead::Nodes;
 use crate::distill::checkpoint::{Checkpoint, Stage, State};
 use crate::distill::config::CooldownShape;
 use crate::distill::draws::{Phase, Use};
+use crate::distill::inputs::Inputs;
 use crate::distill::look::Look;
 use crate::distill::objective::objective;
 use crate::distill::student::Student;
-use crate::distill::trainer::{self, At, Batches, Begin, Job, Log, Running, Step, denoising_loss};
+use crate::distill::trainer::{self, At, Batches, Begin, Job, Log, Running, Step};
 use crate::distill::trajectory::Trajectory;
 use crate::error::Result;
 
@@ -58,6 +59,7 @@ pub fn backtrack(
             State { target: last.saturating_sub(1), ..State::new(Stage::Backtrack, trajectory.teacher_hash()) }
         }
     };
+    let (mut recorder, form) = trainer::recorder(config, batches.device)?;
     let mut nodes = Nodes::new(trajectory, batches.device);
     nodes.load(state.target, players.target.params())?;
     job.observer.target_entered(state.target, &players.target)?;
@@ -84,41 +86,63 @@ pub fn backtrack(
         for micro in 0..config.accumulate {
             let draws = batches.draws(Phase::Backtrack, state.iteration, micro);
             let conditions = batches.conditions(&draws, teacher)?;
-            let z = batches.latent(&draws, &players.student)?;
             let share = 1.0 / config.accumulate as f64;
             // One batch of images for both updates.
             let x0 = if generator_steps {
-                let x0 = players.student.training_images(&draws, &z, &conditions)?;
-                let batch = generator::Batch { batches: &batches, draws: &draws, x0: &x0, conditions: &conditions };
-                let made = generator::loss(&players, &*objective, &batch, guidance, state.target == 0)?;
-                log.meters.add("loss_generator", &made.loss)?;
-                log.meters.add("mismatch", &made.mismatch)?;
-                looked = tch::no_grad(|| looked.f_add(&made.mismatch.f_mul_scalar(share)?))?;
-                let mut loss = made.loss;
-                if let Some(gan) = &made.gan {
-                    log.meters.add("loss_gan", gan)?;
-                    loss = loss.f_add(gan)?;
-                }
+                let (inputs, sigmas) = generator::inputs(&players, &batches, &draws, &conditions, guidance, form)?;
                 let first = update == state.target_since && micro == 0;
                 let last_of_all = update + 1 == settings.updates && micro == 0;
-                if first || last_of_all {
-                    let gradient = Tensor::f_run_backward(&[&loss], &[&x0], true, false)?;
-                    let (x_t, target, fake) = made.seen;
-                    let gradient = gradient.into_iter().next().map_or_else(|| x0.f_zeros_like(), Ok)?;
-                    let look = Look { sigmas: made.sigmas, x_t, target, fake, gradient };
+                let looks = first || last_of_all;
+                let mut seen = None;
+                let mut piece = |inputs: &Inputs| -> Result<Vec<Tensor>> {
+                    let x0 = players.student.training_images(&draws, &inputs.from, &inputs.conditions)?;
+                    let batch = generator::Batch { batches: &batches, draws: &draws, x0: &x0, inputs };
+                    let made = generator::loss(&players, &*objective, &batch, state.target == 0)?;
+                    let mut results = vec![x0.detach(), made.mismatch, made.loss.detach()];
+                    let mut loss = made.loss;
+                    if let Some(gan) = &made.gan {
+                        results.push(gan.detach());
+                        loss = loss.f_add(gan)?;
+                    }
+                    if looks {
+                        let gradient = Tensor::f_run_backward(&[&loss], &[&x0], true, false)?;
+                        let gradient = gradient.into_iter().next().map_or_else(|| x0.f_zeros_like(), Ok)?;
+                        seen = Some((made.seen, gradient));
+                    }
+                    loss.f_mul_scalar(share)?.f_backward()?;
+                    Ok(results)
+                };
+                let mut results = match looks {
+                    true => piece(&inputs)?,
+                    false => recorder.run("generator", inputs, Some(players.student.params()), &mut piece)?,
+                };
+                for (name, value) in ["mismatch", "loss_generator", "loss_gan"].into_iter().zip(&results[1..]) {
+                    log.meters.add(name, value)?;
+                }
+                looked = tch::no_grad(|| looked.f_add(&results[1].f_mul_scalar(share)?))?;
+                if let Some(((x_t, target, fake), gradient)) = seen {
+                    let look = Look { sigmas, x_t, target, fake, gradient };
                     job.observer.looked_into(state.target, update, &look)?;
                 }
-                loss.f_mul_scalar(share)?.f_backward()?;
-                x0.detach()
+                results.swap_remove(0)
             } else {
-                tch::no_grad(|| players.student.training_images(&draws, &z, &conditions))?
+                let z = batches.latent(&draws, &players.student)?;
+                let images = |inputs: &Inputs| {
+                    tch::no_grad(|| players.student.training_images(&draws, &inputs.from, &inputs.conditions))
+                };
+                let inputs = Inputs::new(&z, &conditions, None);
+                recorder.run("images", inputs, None, &mut |i| Ok(vec![images(i)?]))?.swap_remove(0)
             };
             if let Some(fake) = &players.fake {
-                let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, batches.batch);
-                let noise = batches.noise(&draws, Use::FakeNoise)?;
-                let loss = denoising_loss(&fake.network, &x0, &sigmas, &noise, &conditions)?;
-                log.meters.add("loss_fake", &loss)?;
-                loss.f_mul_scalar(share)?.f_backward()?;
+                let (levels, uses) = (&batches.fake_levels, [Use::FakeSigma, Use::FakeNoise]);
+                let noised = batches.noised(&draws, levels, uses, &fake.network, form)?;
+                let inputs = Inputs::new(&x0, &conditions, Some(noised));
+                let made = recorder.run("fake", inputs, Some(fake.network.params()), &mut |inputs| {
+                    let loss = inputs.loss(&fake.network, &inputs.from)?;
+                    loss.f_mul_scalar(share)?.f_backward()?;
+                    Ok(vec![loss.detach()])
+                })?;
+                log.meters.add("loss_fake", &made[0])?;
                 if let Some(gan) = &players.gan {
                     let loss = gan.discriminator_loss(&fake.network, &batches, &draws, &x0, &conditions)?;
                     log.meters.add("loss_discriminator", &loss)?;

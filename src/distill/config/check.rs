@@ -129,6 +129,15 @@ impl Config {
             return Err(Error::usage("student.init is `random`, but lora.rank keeps the student's own weights frozen")
                 .hint("leave one of the two out, or give a network of its own as student.file"));
         }
+        let unrecorded = [
+            ("accumulate is more than 1", self.accumulate > 1),
+            ("student.sigmas gives the student further steps, of which one is drawn each time", !student.sigmas.is_empty()),
+            ("gan.data brings real images into every step", !self.gan.data.is_empty()),
+        ];
+        if let Some((why, _)) = unrecorded.iter().find(|(_, is)| self.cuda_graphs && *is) {
+            return Err(Error::usage(format!("cuda_graphs records a step that is the same each time, but {why}"))
+                .hint("leave one of the two out"));
+        }
         if self.objective == ObjectiveKind::Sds && self.backtrack.ratio != 1 {
             return Err(Error::usage(format!(
                 "backtrack.ratio is {}, but the objective `sds` has no fake score to be stepped: expected 1",

@@ -34,6 +34,9 @@ pub struct Config {
     pub threads: usize,
     /// TF32 for f32 matrix products and convolutions on CUDA.
     pub tf32: bool,
+    /// Records the steps as CUDA graphs, launched with one call each: for networks so small that the host launches kernels
+    /// more slowly than the device computes them. Costs the memory of a further step.
+    pub cuda_graphs: bool,
     /// Of convolutions and matrix products of all networks.
     pub precision: Precision,
     /// Images a forward pass.
@@ -69,6 +72,7 @@ impl Default for Config {
             device: "auto".into(),
             threads: 0,
             tf32: false,
+            cuda_graphs: false,
             precision: Precision::F32,
             batch: 128,
             accumulate: 1,

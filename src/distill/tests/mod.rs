@@ -4,6 +4,7 @@ mod adversarial;
 mod conditions;
 mod generators;
 mod objectives;
+mod replayed;
 mod steps;
 mod sync;
 

@@ -1,0 +1,255 @@
+//! What the host works out before a network is evaluated at some noise levels: the coefficients of the conversion, the times, the
+//! strength of guidance. Made apart from the evaluation, it can be made again for other levels of the same form.
+
+use tch::{Device, Tensor};
+
+use crate::error::{Context, Error, Result};
+use crate::torch::convert;
+use crate::torch::device::send;
+
+use super::card::{Condition, InputSpec};
+use super::conditions::HostConditions;
+use super::conversion::Coefficients;
+use super::guidance::Guidance;
+
+/// How numbers that could be one number are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// As the numbers are: one for all rows where all are equal.
+    Short,
+    /// The same for all noise levels, a number a row.
+    Fixed,
+}
+
+/// What multiplies each row.
+#[derive(Debug)]
+pub(super) enum Factor {
+    One,
+    Number(f64),
+    /// f32 `[B, 1, 1, 1]`.
+    Column(Tensor),
+}
+
+impl Factor {
+    pub(super) fn new(values: &[f64], form: Form, device: Device) -> Result<Self> {
+        if values.iter().all(|v| *v == 1.0) {
+            return Ok(Self::One);
+        }
+        if values.iter().all(|v| *v == values[0]) && (form == Form::Short || values[0] == 0.0) {
+            return Ok(Self::Number(values[0]));
+        }
+        let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+        Ok(Self::Column(send(&Tensor::f_from_slice(&values)?.f_view([values.len() as i64, 1, 1, 1])?, device)?))
+    }
+
+    pub(super) fn is_zero(&self) -> bool {
+        matches!(self, Self::Number(n) if *n == 0.0)
+    }
+
+    /// `t` times the factor; `t` itself where that is 1, bit for bit.
+    pub(super) fn times(&self, t: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::One => Ok(t.shallow_clone()),
+            Self::Number(n) => Ok(t.f_mul_scalar(*n)?),
+            Self::Column(c) => t.f_mul(c).context("applying the conversion's coefficients"),
+        }
+    }
+
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(match self {
+            Self::One => Self::One,
+            Self::Number(n) => Self::Number(*n),
+            Self::Column(c) => Self::Column(f(c)?),
+        })
+    }
+
+    fn form(&self, out: &mut Vec<f64>) {
+        out.extend(match self {
+            Self::One => [1.0, 1.0],
+            Self::Number(n) => [2.0, *n],
+            Self::Column(_) => [3.0, 0.0],
+        });
+    }
+}
+
+/// Rows that are evaluated together.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// Which rows (i64); all of them in their order where there is but one part.
+    pub rows: Option<Tensor>,
+    pub count: usize,
+    /// The network's time input.
+    pub time: Tensor,
+    pub c_in: Factor,
+    pub skip: Factor,
+    pub out: Factor,
+}
+
+impl Part {
+    fn new(coefficients: &[Coefficients], spec: &InputSpec, single: bool, form: Form, device: Device) -> Result<Self> {
+        let factor = |pick: fn(&Coefficients) -> f64| {
+            Factor::new(&coefficients.iter().map(pick).collect::<Vec<_>>(), form, device)
+        };
+        Ok(Self {
+            rows: None,
+            count: coefficients.len(),
+            time: send(&time(coefficients, spec, single)?, device)?,
+            c_in: factor(|c| c.c_in)?,
+            skip: factor(|c| c.skip)?,
+            out: factor(|c| c.out)?,
+        })
+    }
+}
+
+/// Guidance of an evaluation with twice the rows, the second half without conditions.
+#[derive(Debug)]
+pub(super) struct Guided {
+    /// Null values in the card's order; none where a condition has none.
+    pub nulls: Vec<Option<Tensor>>,
+    pub strength: Strength,
+}
+
+#[derive(Debug)]
+pub(super) enum Strength {
+    /// `D_u + scale (D_c - D_u)`.
+    Everywhere(f64),
+    /// `scale - 1` of each row: `D_c + (scale - 1) (D_c - D_u)`, which is `D_c` to the bit where it is 0.
+    Extra(Tensor),
+}
+
+/// An evaluation's levels, ready on the device.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Samples; twice as many are evaluated under guidance.
+    pub(super) samples: usize,
+    pub(super) parts: Vec<Part>,
+    /// Where each row lies among those of all parts.
+    pub(super) back: Option<Tensor>,
+    pub(super) guided: Option<Guided>,
+}
+
+impl Prepared {
+    /// Of these coefficients, one a row. `single`: the network takes one time for the whole batch.
+    ///
+    /// Errors: a fixed form of rows at several times for such a network.
+    pub(super) fn new(
+        coefficients: &[Coefficients],
+        spec: &InputSpec,
+        single: bool,
+        form: Form,
+        device: Device,
+    ) -> Result<Self> {
+        let samples = coefficients.len();
+        let together = !single || coefficients.iter().all(|c| c.time == coefficients[0].time);
+        if single && form == Form::Fixed && samples > 1 {
+            return Err(Error::usage("the network takes one time for the whole batch: its rows are evaluated apart, differently in each step")
+                .hint("leave cuda_graphs out"));
+        }
+        if together {
+            let parts = match samples {
+                0 => Vec::new(),
+                _ => vec![Part::new(coefficients, spec, single, form, device)?],
+            };
+            return Ok(Self { samples, parts, back: None, guided: None });
+        }
+        // The rows of each time are evaluated on their own, then go back to their places.
+        let mut groups: Vec<(f64, Vec<i64>)> = Vec::new();
+        for (row, c) in coefficients.iter().enumerate() {
+            match groups.iter_mut().find(|(time, _)| *time == c.time) {
+                Some((_, rows)) => rows.push(row as i64),
+                None => groups.push((c.time, vec![row as i64])),
+            }
+        }
+        let mut parts = Vec::with_capacity(groups.len());
+        for (_, rows) in &groups {
+            let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
+            let index = send(&Tensor::f_from_slice(rows)?, device)?;
+            parts.push(Part { rows: Some(index), ..Part::new(&picked, spec, true, form, device)? });
+        }
+        let order = groups.iter().flat_map(|(_, rows)| rows.iter().copied());
+        let mut back = vec![0i64; samples];
+        order.enumerate().for_each(|(place, row)| back[row as usize] = place as i64);
+        Ok(Self { samples, parts, back: Some(send(&Tensor::f_from_slice(&back)?, device)?), guided: None })
+    }
+
+    /// The same with `f` of each tensor, in a fixed order.
+    pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let parts = self.parts.iter().map(|p| {
+            Ok(Part {
+                rows: p.rows.as_ref().map(&mut *f).transpose()?,
+                count: p.count,
+                time: f(&p.time)?,
+                c_in: p.c_in.map(f)?,
+                skip: p.skip.map(f)?,
+                out: p.out.map(f)?,
+            })
+        });
+        let parts = parts.collect::<Result<_>>()?;
+        let back = self.back.as_ref().map(&mut *f).transpose()?;
+        let guided = match &self.guided {
+            None => None,
+            Some(g) => Some(Guided {
+                nulls: g.nulls.iter().map(|n| n.as_ref().map(&mut *f).transpose()).collect::<Result<_>>()?,
+                strength: match &g.strength {
+                    Strength::Everywhere(scale) => Strength::Everywhere(*scale),
+                    Strength::Extra(t) => Strength::Extra(f(t)?),
+                },
+            }),
+        };
+        Ok(Self { samples: self.samples, parts, back, guided })
+    }
+
+    /// What is no tensor of it, as numbers.
+    pub fn form(&self, out: &mut Vec<f64>) {
+        out.push(self.samples as f64);
+        for p in &self.parts {
+            out.push(p.count as f64);
+            [&p.c_in, &p.skip, &p.out].iter().for_each(|f| f.form(out));
+        }
+        if let Some(g) = &self.guided {
+            out.extend(g.nulls.iter().map(|n| f64::from(u8::from(n.is_some()))));
+            out.push(if let Strength::Everywhere(scale) = g.strength { scale } else { f64::INFINITY });
+        }
+    }
+
+    /// [`Guidance`] of an evaluation whose coefficients were given twice over; `sigma` is of one half.
+    pub(super) fn guide(
+        &mut self,
+        guidance: Guidance,
+        sigma: &[f64],
+        conditions: &[(Condition, InputSpec)],
+        form: Form,
+        device: Device,
+    ) -> Result<()> {
+        let scales: Vec<f64> = sigma.iter().map(|s| guidance.at(*s)).collect();
+        let nulls = conditions.iter().map(|(condition, spec)| {
+            let host = HostConditions::null(condition, spec, sigma.len())?;
+            host.map(|h| send(&convert::to_torch(&h)?, device)).transpose()
+        });
+        let everywhere = guidance == Guidance::everywhere(guidance.scale);
+        let strength = if everywhere || (form == Form::Short && scales.iter().all(|s| *s == guidance.scale)) {
+            Strength::Everywhere(guidance.scale)
+        } else {
+            // Rows outside the interval keep `D_c`, bit for bit.
+            let extra: Vec<f32> = scales.iter().map(|s| (s - 1.0) as f32).collect();
+            Strength::Extra(send(&Tensor::f_from_slice(&extra)?.f_view([extra.len() as i64, 1, 1, 1])?, device)?)
+        };
+        self.guided = Some(Guided { nulls: nulls.collect::<Result<_>>()?, strength });
+        self.samples = sigma.len();
+        Ok(())
+    }
+}
+
+/// The time input in the graph's element type and rank.
+fn time(coefficients: &[Coefficients], spec: &InputSpec, single: bool) -> Result<Tensor> {
+    let count = if single { 1 } else { coefficients.len() };
+    let times: Vec<f64> = coefficients[..count].iter().map(|c| c.time).collect();
+    let tensor = Tensor::f_from_slice(&times)?;
+    // Integer steps are rounded, not cut off.
+    let tensor = if spec.dtype.is_float() { tensor } else { tensor.f_round()? };
+    let mut shape = vec![1i64; spec.shape.len()];
+    if let Some(lead) = shape.first_mut() {
+        *lead = count as i64;
+    }
+    Ok(tensor.f_to_kind(convert::kind(spec.dtype))?.f_reshape(&shape)?)
+}

@@ -1,0 +1,96 @@
+//! What a piece of a training step computes with beside the weights, all of it on the device: noise, conditions, and what the
+//! host has made of the noise levels. A step that has it computes without the host (see [`crate::torch::replay`]).
+
+use tch::{Device, Kind, Tensor};
+
+use crate::diffusion::{Conditions, Denoiser, Form, Prepared};
+use crate::distill::trainer::{column, weights};
+use crate::error::{Error, Result};
+use crate::torch::replay::Feed;
+
+/// Noise levels of a batch, ready for one denoiser, and the noise.
+#[derive(Debug)]
+pub struct Noised {
+    /// `e ~ N(0, I)`, f32 `[B, C, H, W]`.
+    pub noise: Tensor,
+    /// f32 `[B, 1, 1, 1]`.
+    pub sigma: Tensor,
+    /// Of the denoising loss, f32 `[B, 1, 1, 1]`.
+    pub weights: Tensor,
+    pub prepared: Prepared,
+}
+
+impl Noised {
+    pub fn new(denoiser: &Denoiser, sigmas: &[f64], noise: &Tensor, form: Form) -> Result<Self> {
+        let device: Device = noise.device();
+        Ok(Self {
+            noise: noise.shallow_clone(),
+            sigma: column(sigmas, device)?,
+            weights: weights(denoiser, sigmas, device)?,
+            prepared: denoiser.prepare(sigmas, form, device)?,
+        })
+    }
+
+    /// `x0 + sigma e`.
+    pub fn add_to(&self, x0: &Tensor) -> Result<Tensor> {
+        Ok(x0.f_add(&self.noise.f_mul(&self.sigma)?)?)
+    }
+
+    /// `mean weight(sigma) (D(x0 + sigma e; sigma) - x0)^2`, rank 0.
+    pub fn loss(&self, denoiser: &Denoiser, x0: &Tensor, conditions: &Conditions) -> Result<Tensor> {
+        let x_t = self.add_to(x0)?;
+        let (denoised, _) = denoiser.denoise_prepared(&x_t, &self.prepared, conditions, &[])?;
+        Ok(denoised.f_sub(x0)?.f_square()?.f_mul(&self.weights)?.f_mean(Kind::Float)?)
+    }
+}
+
+/// What a piece of a step is fed with.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The generator's noise, or its images.
+    pub from: Tensor,
+    pub conditions: Conditions,
+    pub noised: Option<Noised>,
+    /// The target's evaluation at the levels of `noised`, where it is guided.
+    pub guided: Option<Prepared>,
+}
+
+impl Inputs {
+    pub fn new(from: &Tensor, conditions: &Conditions, noised: Option<Noised>) -> Self {
+        Self { from: from.shallow_clone(), conditions: conditions.shallow_clone(), noised, guided: None }
+    }
+
+    /// The denoising loss on images at the levels of `noised`.
+    pub fn loss(&self, denoiser: &Denoiser, x0: &Tensor) -> Result<Tensor> {
+        self.noised()?.loss(denoiser, x0, &self.conditions)
+    }
+
+    pub fn noised(&self) -> Result<&Noised> {
+        self.noised.as_ref().ok_or_else(|| Error::mismatch("a loss without noise levels"))
+    }
+}
+
+impl Feed for Inputs {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            from: f(&self.from)?,
+            conditions: self.conditions.map(self.conditions.len(), &mut *f)?,
+            noised: match &self.noised {
+                None => None,
+                Some(n) => Some(Noised {
+                    noise: f(&n.noise)?,
+                    sigma: f(&n.sigma)?,
+                    weights: f(&n.weights)?,
+                    prepared: n.prepared.map(f)?,
+                }),
+            },
+            guided: self.guided.as_ref().map(|p| p.map(f)).transpose()?,
+        })
+    }
+
+    fn form(&self, out: &mut Vec<f64>) {
+        for prepared in [self.noised.as_ref().map(|n| &n.prepared), self.guided.as_ref()].into_iter().flatten() {
+            prepared.form(out);
+        }
+    }
+}
