@@ -93,6 +93,7 @@ pub fn serve(task: &Task) -> Result<()> {
         "backtrack.updates=1000000".into(),
         format!("backtrack.ratio={ratio}"),
         "ema.half_life=10000".into(),
+        format!("cuda_graphs={}", std::env::var_os("DISBACK_BENCH_GRAPHS").is_some()),
     ];
     let config = Config::resolve(None, &sets)?;
     let run = RunDir::create(&folder.path().join("run"), &config)?;

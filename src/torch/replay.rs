@@ -211,7 +211,8 @@ impl<F: Feed> Recorder<F> {
         let (graph, made) = match self.how {
             How::Recorded(device) => {
                 let (graph, made) = Graph::record(device, || sealed(|| body(&feed))).map_err(|e| {
-                    e.context("recording the step as a CUDA graph").hint("without cuda_graphs the step runs as it is written")
+                    e.context("recording the step as a CUDA graph")
+                        .hint("without cuda_graphs the step runs as it is written")
                 })?;
                 (Some(graph), made)
             }
@@ -333,7 +334,11 @@ mod tests {
             let made = recorder.run("sum", feed(&[f32::from(k), 1.0], 2.0), None, &mut body).unwrap();
             sums.push(made[0].double_value(&[]));
         }
-        assert_eq!(sums, (0..7).map(|k| 2.0 * (f64::from(k) + 1.0)).collect::<Vec<_>>(), "each run has its own numbers");
+        assert_eq!(
+            sums,
+            (0..7).map(|k| 2.0 * (f64::from(k) + 1.0)).collect::<Vec<_>>(),
+            "each run has its own numbers"
+        );
         assert!(addresses[3..].iter().all(|a| *a == addresses[3]), "from the fourth on in the same place");
         // Another form or size is computed as it is.
         for (other, expected) in [(feed(&[3.0, 4.0], 10.0), 70.0), (feed(&[3.0, 4.0, 5.0], 2.0), 24.0)] {

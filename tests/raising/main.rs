@@ -9,3 +9,4 @@ mod layers;
 mod layout;
 mod norms;
 mod repeats;
+mod turns;

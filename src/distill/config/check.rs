@@ -131,7 +131,10 @@ impl Config {
         }
         let unrecorded = [
             ("accumulate is more than 1", self.accumulate > 1),
-            ("student.sigmas gives the student further steps, of which one is drawn each time", !student.sigmas.is_empty()),
+            (
+                "student.sigmas gives the student further steps, of which one is drawn each time",
+                !student.sigmas.is_empty(),
+            ),
             ("gan.data brings real images into every step", !self.gan.data.is_empty()),
         ];
         if let Some((why, _)) = unrecorded.iter().find(|(_, is)| self.cuda_graphs && *is) {

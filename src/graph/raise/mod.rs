@@ -66,8 +66,10 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
     let mut report = Report::default();
     casts::simplify(graph, &mut report);
     repeats::merge(graph, trained, &mut report);
-    let rules: Vec<Rule> =
-        [activation::rules(), norm::rules(), turns::rules(), attention::rules(), linear::rules()].into_iter().flatten().collect();
+    let rules: Vec<Rule> = [activation::rules(), norm::rules(), turns::rules(), attention::rules(), linear::rules()]
+        .into_iter()
+        .flatten()
+        .collect();
     for rule in &rules {
         rule::exhaust(graph, trained, rule, &mut report);
     }
@@ -107,4 +109,5 @@ pub(crate) fn raise_for_export(graph: &mut Graph) {
 }
 
 /// Operators of the `disback` domain that stand for a chain of the file.
-const RAISED: &[&str] = &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "TransposeLast", "Attention", "Linear"];
+const RAISED: &[&str] =
+    &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "TransposeLast", "Attention", "Linear"];
