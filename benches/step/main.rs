@@ -11,7 +11,7 @@
 //! `DISBACK_BENCH_PHASES` (stage1, stage2, stage2r5, call1, call64), `DISBACK_BENCH_EXPORTERS` (legacy, dynamo): lists with
 //! commas; `DISBACK_BENCH_THREADS`, `DISBACK_BENCH_ROUNDS`, `DISBACK_BENCH_BATCH` (0: the network's own),
 //! `DISBACK_BENCH_DEVICE`; `DISBACK_BENCH_COMPILE` (seconds to wait for torch.compile, 300 at first; 0: without it);
-//! `DISBACK_BENCH_GRAPHS=1` records our steps as CUDA graphs;
+//! `DISBACK_BENCH_SET` (`key=value` of our configuration, with spaces between);
 //! `DISBACK_BENCH_CPU=1` counts CPU seconds (one thread on a busy machine); `DISBACK_BENCH_PROFILE=1` prints the operators of our steps instead.
 
 mod contender;

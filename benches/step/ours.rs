@@ -93,8 +93,9 @@ pub fn serve(task: &Task) -> Result<()> {
         "backtrack.updates=1000000".into(),
         format!("backtrack.ratio={ratio}"),
         "ema.half_life=10000".into(),
-        format!("cuda_graphs={}", std::env::var_os("DISBACK_BENCH_GRAPHS").is_some()),
     ];
+    let more = std::env::var("DISBACK_BENCH_SET").unwrap_or_default();
+    let sets: Vec<String> = sets.into_iter().chain(more.split_whitespace().map(str::to_owned)).collect();
     let config = Config::resolve(None, &sets)?;
     let run = RunDir::create(&folder.path().join("run"), &config)?;
     let stop = AtomicBool::new(false);

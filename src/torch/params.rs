@@ -82,6 +82,18 @@ impl ParamSet {
         Ok(())
     }
 
+    /// Lays filters (tensors of four dimensions) out with their channels last, in place, as every copy will have them: libtorch
+    /// then convolves images with their channels last, and hands them on so.
+    pub fn channels_last(&self) -> Result<()> {
+        tch::no_grad(|| {
+            for t in self.tensors.iter().filter(|t| t.dim() == 4) {
+                let laid = t.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?;
+                t.shallow_clone().f_set_data(&laid.detach())?;
+            }
+            Ok(())
+        })
+    }
+
     /// Copies values in place from a set with exactly the same keys and shapes; anything else is refused and nothing is
     /// changed.
     pub fn copy_from(&self, other: &Self) -> Result<()> {

@@ -37,6 +37,9 @@ pub struct Config {
     /// Records the steps as CUDA graphs, launched with one call each: for networks so small that the host launches kernels
     /// more slowly than the device computes them. Costs the memory of a further step.
     pub cuda_graphs: bool,
+    /// Filters of convolutions with their channels last in memory, and so the images: what tensor cores read. (The CPU's own
+    /// kernels give images in that order anyway.)
+    pub channels_last: bool,
     /// Of convolutions and matrix products of all networks.
     pub precision: Precision,
     /// Images a forward pass.
@@ -73,6 +76,7 @@ impl Default for Config {
             threads: 0,
             tf32: false,
             cuda_graphs: false,
+            channels_last: false,
             precision: Precision::F32,
             batch: 128,
             accumulate: 1,

@@ -3,6 +3,7 @@
 mod adversarial;
 mod conditions;
 mod generators;
+mod memory_format;
 mod objectives;
 mod replayed;
 mod steps;
@@ -100,6 +101,14 @@ fn plain() -> Denoiser {
 
 fn labelled() -> Denoiser {
     gaussian(labelled_card(), &[0.2], &[0.6])
+}
+
+fn digits() -> Denoiser {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
+    let teacher = crate::teacher::Teacher::load(&path, &[], Default::default(), Device::Cpu).unwrap();
+    let specs = teacher.inputs();
+    let card = Arc::new(teacher.card.card);
+    Denoiser::new(Box::new(teacher.network), card, &specs).unwrap()
 }
 
 fn config() -> Config {

@@ -42,11 +42,7 @@ fn a_rehearsed_run_is_the_plain_one_bit_for_bit() {
 
 #[test]
 fn an_imported_network_is_rehearsed_too() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
-    let teacher = crate::teacher::Teacher::load(&path, &[], Default::default(), Device::Cpu).unwrap();
-    let specs = teacher.inputs();
-    let card = Arc::new(teacher.card.card);
-    let teacher = Denoiser::new(Box::new(teacher.network), card, &specs).unwrap();
+    let teacher = digits();
     same_bytes("digits", &teacher, |c| {
         (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (3, 6, 1, 7);
         c.student.sigma_init = 0.0;
