@@ -15,7 +15,7 @@ use crate::distill::config::{Config, Precision};
 use crate::distill::draws::{Phase, Use};
 use crate::distill::objective::{objective, surrogate};
 use crate::distill::student::Student;
-use crate::distill::trainer::{Batches, denoising_loss};
+use crate::distill::trainer::{self, Batches, denoising_loss};
 use crate::error::{Error, Result};
 use crate::torch::training::{Compute, Hollow, counted_memory};
 use crate::torch::{Forward, ParamSet, shim};
@@ -84,6 +84,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
     }
     let _hollow = Hollow::new(config.precision == Precision::Bf16);
     let copy = teacher.copy()?;
+    trainer::lay_out(config, copy.params())?;
     copy.params().set_requires_grad(true)?;
     let net = drawn_on(config, copy.network(), &|at| measure(&copy, at))?;
     teacher.network().configure(Compute::default());
@@ -92,6 +93,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
         None => net,
         Some(student) => {
             let copy = student.copy()?;
+            trainer::lay_out(config, copy.params())?;
             copy.params().set_requires_grad(true)?;
             let made = drawn_on(config, copy.network(), &|at| measure_student(&copy, teacher, at))?;
             student.network().configure(Compute::default());

@@ -59,10 +59,8 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     let hash = teacher.params().hash()?;
     // Copies compute as the teacher does.
     teacher.network().configure(job.config.compute());
-    if job.config.channels_last {
-        teacher.params().channels_last()?;
-        job.student.map_or(Ok(()), |s| s.params().channels_last())?;
-    }
+    trainer::lay_out(job.config, teacher.params())?;
+    job.student.map_or(Ok(()), |s| trainer::lay_out(job.config, s.params()))?;
     let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
     let dir = job.run.trajectory();
     let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };

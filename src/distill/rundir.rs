@@ -107,7 +107,7 @@ impl RunDir {
 
 /// Keys that may change when a run is resumed: they do not touch what was computed before.
 const CHANGEABLE: [&str; 7] =
-    ["device", "threads", "tf32", "cuda_graphs", "channels_last", "backtrack.updates", "optimizer.max_skips"];
+    ["device", "threads", "tf32", "cuda_graphs", "memory.format", "backtrack.updates", "optimizer.max_skips"];
 
 /// Refuses to go on with a configuration that would make another run of what is there.
 pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {

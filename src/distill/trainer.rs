@@ -18,6 +18,7 @@ use crate::distill::progress::Progress;
 use crate::distill::rundir::RunDir;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
+use crate::torch::ParamSet;
 use crate::torch::optim::{AdamW, AdamWConfig};
 use crate::torch::replay::Recorder;
 
@@ -223,6 +224,14 @@ pub(crate) fn recorder(config: &Config, device: Device) -> Result<(Recorder<Inpu
     let recorder = Recorder::new(config.cuda_graphs, device)?;
     let form = if recorder.records() { Form::Fixed } else { Form::Short };
     Ok((recorder, form))
+}
+
+/// Lays out a network's filters as configured, and with them those of all copies to come.
+pub(crate) fn lay_out(config: &Config, params: &ParamSet) -> Result<()> {
+    match config.channels_last(params.tensors().first().map_or(Device::Cpu, Tensor::device)) {
+        true => params.channels_last(),
+        false => Ok(()),
+    }
 }
 
 /// The configured guidance of the targets.

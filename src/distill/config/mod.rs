@@ -18,8 +18,8 @@ use crate::torch::lora::LoraOptions;
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
-    FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, Precision, Spacing,
-    StudentConfig, Switch,
+    FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, MemoryFormat, NoiseConfig, OptimizerConfig, Precision,
+    Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -37,9 +37,6 @@ pub struct Config {
     /// Records the steps as CUDA graphs, launched with one call each: for networks so small that the host launches kernels
     /// more slowly than the device computes them. Costs the memory of a further step.
     pub cuda_graphs: bool,
-    /// Filters of convolutions with their channels last in memory, and so the images: what tensor cores read. (The CPU's own
-    /// kernels give images in that order anyway.)
-    pub channels_last: bool,
     /// Of convolutions and matrix products of all networks.
     pub precision: Precision,
     /// Images a forward pass.
@@ -76,7 +73,6 @@ impl Default for Config {
             threads: 0,
             tf32: false,
             cuda_graphs: false,
-            channels_last: false,
             precision: Precision::F32,
             batch: 128,
             accumulate: 1,
@@ -164,6 +160,16 @@ impl Config {
     /// Whether the target's weights of convolutions and matrix products are bf16 in memory.
     pub fn narrow_target(&self) -> bool {
         self.memory.nodes == Precision::Bf16 && self.target_compute().bf16
+    }
+
+    /// Whether filters, and so images, have their channels last in memory on this device.
+    pub fn channels_last(&self, device: tch::Device) -> bool {
+        match self.memory.format {
+            MemoryFormat::ChannelsLast => true,
+            MemoryFormat::Contiguous => false,
+            // The kernels for the CPU give images in that order, and tensor cores read it.
+            MemoryFormat::Auto => device == tch::Device::Cpu || self.precision == Precision::Bf16,
+        }
     }
 
     /// What to be told before a run that ends before the teacher itself is the target.

@@ -42,7 +42,19 @@ pub enum Precision {
     Bf16,
 }
 
-/// What memory is spent on.
+/// The order of filters and images in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryFormat {
+    /// Channels last on the CPU, and on CUDA where `precision` is `bf16`.
+    #[default]
+    Auto,
+    ChannelsLast,
+    /// As ONNX has them.
+    Contiguous,
+}
+
+/// What memory is spent on, and how it is laid out.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryConfig {
@@ -55,6 +67,8 @@ pub struct MemoryConfig {
     /// bf16 (`target` or `precision`), its convolutions' and matrix products' weights are bf16 in memory too, the teacher's
     /// among them, which changes nothing of what is computed.
     pub nodes: Precision,
+    /// Of filters and images.
+    pub format: MemoryFormat,
 }
 
 /// How noise levels are drawn.

@@ -1,6 +1,7 @@
 //! Filters with their channels last compute what they compute otherwise, and stay so through copies, nodes and the optimiser.
 
 use super::*;
+use crate::distill::config::MemoryFormat;
 use crate::torch::group_norm::is_channels_last;
 
 #[test]
@@ -11,7 +12,8 @@ fn channels_last_is_the_same_run() {
     (c.degrade.lr, c.backtrack.lr_generator, c.backtrack.lr_fake) = (1e-4, 1e-4, 1e-4);
     c.student.sigma_init = 0.0;
     let run_with = |last: bool| {
-        let c = Config { channels_last: last, ..c.clone() };
+        let mut c = c.clone();
+        c.memory.format = if last { MemoryFormat::ChannelsLast } else { MemoryFormat::Contiguous };
         let (outcome, seen) = run(&dir.path().join(last.to_string()), &c, &digits(), None).unwrap();
         (finished(outcome), seen)
     };
