@@ -317,6 +317,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         super::tui::check()?;
     }
     let device = device::parse(&first.device)?;
+    crate::torch::replay::check_device(first.cuda_graphs, device)?;
     device::set_threads(first.threads);
     shim::set_tf32(first.tf32)?;
     let teacher = args.teacher.load(device)?;

@@ -130,6 +130,15 @@ enum How {
     Rehearsed,
 }
 
+/// Refuses to record on a device without CUDA, before anything is written.
+pub fn check_device(on: bool, device: Device) -> Result<()> {
+    match on && !device.is_cuda() {
+        false => Ok(()),
+        true => Err(Error::usage("cuda_graphs needs a CUDA device")
+            .hint("leave cuda_graphs out, or --device cuda where there is one")),
+    }
+}
+
 /// Runs the pieces of a step, and records them where it is asked to. On a device that records, this thread works on a stream
 /// of its own as long as a recorder lives.
 #[derive(Debug)]
@@ -143,19 +152,16 @@ impl<F: Feed> Recorder<F> {
     ///
     /// Errors: a device that is not CUDA, or a build without CUDA's headers.
     pub fn new(on: bool, device: Device) -> Result<Self> {
+        check_device(on, device)?;
         let how = match (on, device) {
             _ if rehearsing() => How::Rehearsed,
-            (false, _) => How::Plain,
             (true, Device::Cuda(index)) => {
                 let index = index as c_int;
                 // SAFETY: sets the stream of this thread.
                 check(unsafe { disback_own_stream(index, true) })?;
                 How::Recorded(index)
             }
-            (true, _) => {
-                return Err(Error::usage("cuda_graphs needs a CUDA device")
-                    .hint("leave cuda_graphs out, or --device cuda where there is one"));
-            }
+            _ => How::Plain,
         };
         Ok(Self { how, pieces: Vec::new() })
     }
