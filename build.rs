@@ -99,6 +99,7 @@ mod train {
             && let Some(folders) = cuda_headers(root)
         {
             build.define("DISBACK_CUDA", None).includes(folders);
+            // The shim refers to these by symbol: whatever is linked with this crate needs them, not its own binaries alone.
             println!("cargo:rustc-link-lib=dylib=torch_cuda");
             println!("cargo:rustc-link-lib=dylib=c10_cuda");
         }
@@ -113,6 +114,7 @@ mod train {
             .opt_level(3)
             .compile("disback_shim");
     }
+
     /// Folders with the headers of CUDA's runtime and what they include: of a toolkit, or of the wheels beside PyTorch's
     /// (of which Triton's alone has the compiler's). Without them CUDA graphs are left out.
     fn cuda_headers(root: &Path) -> Option<Vec<PathBuf>> {

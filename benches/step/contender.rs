@@ -62,9 +62,7 @@ impl Contender {
         }
         self.answer(seconds)
     }
-}
 
-impl Contender {
     /// Ends a process that takes no further part, with those it has started (torch.compile's compilers).
     pub fn stop_if_failed(&mut self) {
         if self.failed.is_some() {

@@ -63,6 +63,13 @@ fn peak_mib() -> f64 {
     line.trim().trim_end_matches("kB").trim().parse::<f64>().unwrap_or(f64::NAN) / 1024.0
 }
 
+/// The configuration with these keys and those of `DISBACK_BENCH_SET`.
+fn configured(sets: &[String]) -> Result<Config> {
+    let more = std::env::var("DISBACK_BENCH_SET").unwrap_or_default();
+    let sets: Vec<String> = sets.iter().cloned().chain(more.split_whitespace().map(str::to_owned)).collect();
+    Config::resolve(None, &sets)
+}
+
 /// Answers commands until there are none.
 pub fn serve(task: &Task) -> Result<()> {
     count_memory();
@@ -94,9 +101,7 @@ pub fn serve(task: &Task) -> Result<()> {
         format!("backtrack.ratio={ratio}"),
         "ema.half_life=10000".into(),
     ];
-    let more = std::env::var("DISBACK_BENCH_SET").unwrap_or_default();
-    let sets: Vec<String> = sets.into_iter().chain(more.split_whitespace().map(str::to_owned)).collect();
-    let config = Config::resolve(None, &sets)?;
+    let config = configured(&sets)?;
     let run = RunDir::create(&folder.path().join("run"), &config)?;
     let stop = AtomicBool::new(false);
     let mut clock = Clock::new(ratio as u64);
@@ -114,7 +119,7 @@ pub fn estimated(task: &Task) -> Result<()> {
     let card = Arc::new(teacher.card.card);
     let denoiser = Denoiser::new(Box::new(teacher.network), card, &specs)?;
     let sets = [format!("batch={}", task.batch), format!("precision={}", task.precision)];
-    let found = estimate::estimate(&denoiser, None, &Config::resolve(None, &sets)?)?;
+    let found = estimate::estimate(&denoiser, None, &configured(&sets)?)?;
     say(&json!({"stage1": found.degrade.total >> 20, "stage2": found.backtrack.total >> 20}));
     Ok(())
 }
