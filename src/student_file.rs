@@ -10,7 +10,7 @@ use crate::distill::config::{Config, StudentConfig};
 use crate::distill::{Student, student};
 use crate::error::{Error, Result};
 use crate::export::{self, Steps, StudentOptions, unroll};
-use crate::graph::Model;
+use crate::graph::{Model, Sizes, sizes};
 use crate::onnx::ModelProto;
 use crate::teacher;
 use crate::torch::{Forward, ImportOptions, Network, ParamSet};
@@ -53,13 +53,22 @@ impl StudentFile {
     }
 
     fn open(config: &StudentConfig, path: &Path, card: &TeacherCard, device: Device) -> Result<Self> {
-        let model = Model::load(path)?;
+        let mut model = Model::load(path)?;
         let metadata = model.metadata();
         let has = |key: &str| metadata.iter().any(|(k, _)| k == key);
         // A student of ours has the teacher's card in it, but takes no time any more.
         let own_card =
             !has("disback.student.method") && (has("disback.prediction") || path.with_extension("card.toml").is_file());
         let own_card = own_card.then(|| teacher::card(&model, &[])).transpose()?.map(|resolved| resolved.card);
+        match &own_card {
+            Some(own) => teacher::fix_dims(&mut model, own)?,
+            // Conditions that it has under the teacher's names are as long as the teacher's.
+            None => {
+                let inputs = model.proto.graph.as_ref().map(sizes::declared_inputs).unwrap_or_default();
+                let rows = card.conditions.iter().map(|(name, condition)| (name.clone(), condition.row_shape()));
+                model.sizes = Arc::new(Sizes::new(&inputs, &Default::default(), rows)?);
+            }
+        }
         let hash = model.hash();
         let network = Network::import(model, &ImportOptions::default(), device)?;
         let (inputs, outputs) = (specs(&network.fed_inputs()), specs(network.outputs()));

@@ -1,6 +1,7 @@
 //! A teacher as a user brings it: an ONNX file, what its card says, and the network it becomes.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use tch::Device;
 
@@ -8,10 +9,22 @@ use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCa
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
 use crate::graph::lower::lower;
-use crate::graph::{Model, TrainableChoice, quantised};
+use crate::graph::{Model, TrainableChoice, quantised, sizes};
 use crate::inspect::rows_looked_up;
+use crate::io::RowFile;
 use crate::tensor::DType;
 use crate::torch::{ImportOptions, Network};
+
+/// What a caller says about a teacher beside its file.
+#[derive(Debug, Clone, Default)]
+pub struct TeacherOptions {
+    /// Values of the card as `key=value`; they win over every other source.
+    pub card: Vec<String>,
+    /// File of conditions that training draws rows of, whose shapes a card need not repeat; empty: none.
+    pub conditions: String,
+    /// Which of its tensors are trained.
+    pub trainable: TrainableChoice,
+}
 
 /// An imported teacher.
 #[derive(Debug)]
@@ -27,11 +40,27 @@ pub fn spec(p: &Port) -> InputSpec {
     InputSpec { name: p.name.clone(), dtype: p.dtype.unwrap_or(DType::F32), shape: p.dims().unwrap_or_default() }
 }
 
+/// Puts what a card says about free dimensions into the model that it belongs to.
+///
+/// Errors: the card's `dims` names a dimension that the graph does not have.
+pub fn fix_dims(model: &mut Model, card: &TeacherCard) -> Result<()> {
+    let inputs = model.proto.graph.as_ref().map(sizes::declared_inputs).unwrap_or_default();
+    model.sizes = Arc::new(card.sizes(&inputs)?);
+    Ok(())
+}
+
+/// Shapes of one row of each array in a file of conditions.
+fn rows_of(file: &str) -> Result<Vec<(String, Vec<usize>)>> {
+    if file.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = RowFile::open(Path::new(file)).context("conditions.file")?;
+    Ok(rows.arrays().map(|(name, _, shape)| (name.to_owned(), shape.iter().skip(1).copied().collect())).collect())
+}
+
 /// All sources of a model file's card.
 pub fn card_source(model: &Model, overrides: &[String]) -> CardSource {
-    let outputs = model.proto.graph.iter().flat_map(|g| &g.output).map(|o| o.name());
-    let source = CardSource::new().model(&model.path).metadata(model.metadata());
-    source.overrides(overrides.iter().cloned()).outputs(outputs)
+    CardSource::new().model(&model.path).proto(&model.proto).overrides(overrides.iter().cloned())
 }
 
 /// The card of a model file from all its sources.
@@ -65,11 +94,13 @@ fn check_classes(model: &Model, card: &TeacherCard) -> Result<()> {
 
 impl Teacher {
     /// Loads the file, resolves its card (command line first) and checks one against the other.
-    pub fn load(path: &Path, overrides: &[String], trainable: TrainableChoice, device: Device) -> Result<Self> {
-        let model = Model::load(path)?;
-        let card = card(&model, overrides).with_context(|| path.display().to_string())?;
+    pub fn load(path: &Path, given: &TeacherOptions, device: Device) -> Result<Self> {
+        let mut model = Model::load(path)?;
+        let source = card_source(&model, &given.card).rows(rows_of(&given.conditions)?);
+        let card = source.resolve().with_context(|| path.display().to_string())?;
+        fix_dims(&mut model, &card.card).with_context(|| path.display().to_string())?;
         let hash = model.hash();
-        let options = ImportOptions { trainable, ..ImportOptions::default() };
+        let options = ImportOptions { trainable: given.trainable.clone(), ..ImportOptions::default() };
         let network = Network::import(model, &options, device)?;
         quantised::refuse(&network.shared().graph).with_context(|| path.display().to_string())?;
         let inputs: Vec<InputSpec> = network.fed_inputs().iter().map(spec).collect();

@@ -19,7 +19,7 @@ fn made() -> &'static (PathBuf, Vec<f32>) {
     MADE.get_or_init(|| {
         let dir = support::folder("web");
         let path = support::root().join("examples/digits/teacher.onnx");
-        let teacher = Teacher::load(&path, &[], Default::default(), tch::Device::Cpu).unwrap();
+        let teacher = Teacher::load(&path, &Default::default(), tch::Device::Cpu).unwrap();
         let options = StudentOptions { method: "test".into(), sigma_init: Some(2.5), ..StudentOptions::default() };
         let student =
             export::student(&teacher.network, teacher.network.params(), &teacher.card.card, &options).unwrap();

@@ -37,7 +37,7 @@ struct Case {
 }
 
 fn case(path: &Path, sigma: Option<f64>) -> Case {
-    let teacher = Teacher::load(path, &[], Default::default(), Device::Cpu).unwrap();
+    let teacher = Teacher::load(path, &Default::default(), Device::Cpu).unwrap();
     let options = StudentOptions { method: "test".into(), sigma_init: sigma, ..StudentOptions::default() };
     let student = export::student(&teacher.network, teacher.network.params(), &teacher.card.card, &options).unwrap();
     Case { teacher, student, sigma }

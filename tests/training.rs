@@ -8,7 +8,6 @@ use disback::diffusion::{Conditions, Denoiser};
 use disback::distill::estimate::estimate;
 use disback::distill::trainer::denoising_loss;
 use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
-use disback::graph::TrainableChoice;
 use disback::student_file::StudentFile;
 use disback::teacher::Teacher;
 use disback::torch::shim;
@@ -25,7 +24,7 @@ fn teacher_of(path: &str) -> Denoiser {
 
 /// The teacher, with low-rank adaptation where the configuration says so.
 fn adapted(path: &str, config: &Config) -> Denoiser {
-    let t = Teacher::load(Path::new(path), &[], TrainableChoice::default(), Device::Cpu).unwrap();
+    let t = Teacher::load(Path::new(path), &Default::default(), Device::Cpu).unwrap();
     let network = match config.lora() {
         Some(options) => t.network.alias().adapt(&options).unwrap(),
         None => t.network.duplicate().unwrap(),

@@ -12,7 +12,6 @@ use disback::distill::trainer::{Observer, Step, Wish};
 use disback::distill::{Config, Job, RunDir, Stages, distill, estimate};
 use disback::error::{Error, Result};
 use disback::export::{StudentOptions, student};
-use disback::graph::TrainableChoice;
 use disback::runtime::student::Request;
 use disback::runtime::{EngineKind, EngineOptions, Student};
 use disback::teacher::Teacher;
@@ -75,7 +74,7 @@ pub fn serve(task: &Task) -> Result<()> {
     count_memory();
     disback::torch::device::set_threads(task.threads);
     let device = disback::torch::device::parse(&task.device)?;
-    let teacher = Teacher::load(Path::new(&task.model), &[], TrainableChoice::default(), device)?;
+    let teacher = Teacher::load(Path::new(&task.model), &Default::default(), device)?;
     if let Some(batch) = task.phase.strip_prefix("call") {
         return calls(&teacher, batch.parse().unwrap_or(1), task.threads);
     }
@@ -114,7 +113,7 @@ pub fn serve(task: &Task) -> Result<()> {
 
 /// The estimate of both stages, in MiB.
 pub fn estimated(task: &Task) -> Result<()> {
-    let teacher = Teacher::load(Path::new(&task.model), &[], TrainableChoice::default(), tch::Device::Cpu)?;
+    let teacher = Teacher::load(Path::new(&task.model), &Default::default(), tch::Device::Cpu)?;
     let specs = teacher.inputs();
     let card = Arc::new(teacher.card.card);
     let denoiser = Denoiser::new(Box::new(teacher.network), card, &specs)?;

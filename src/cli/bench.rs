@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Globals;
+use super::card_args::CardArgs;
 use super::engine::EngineArgs;
 use crate::error::{Error, Result};
 use crate::runtime::bench::{self, TeacherTiming, Timing};
@@ -29,9 +30,8 @@ pub struct BenchArgs {
     /// Steps of the teacher's sampler (Heun: two network calls a step but for the last).
     #[arg(long, default_value_t = 18, requires = "teacher")]
     steps: usize,
-    /// A value of the teacher's card, as in prediction=epsilon.
-    #[arg(long = "card", value_name = "KEY=VALUE", requires = "teacher")]
-    card: Vec<String>,
+    #[command(flatten)]
+    card: CardArgs,
     /// Keep the figures in this run directory (bench.json): `disback report` shows them.
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
@@ -59,6 +59,11 @@ fn engines(options: &EngineOptions) -> Vec<EngineOptions> {
 }
 
 pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
+    if !args.card.is_empty() && args.teacher.is_none() {
+        return Err(Error::usage("--card and --dim speak of the teacher: give --teacher too"));
+    }
+    let card = args.card.overrides();
+    let card = card.as_slice();
     let engines = engines(&args.engine.options(&args.batch)?);
     if engines.is_empty() {
         return Err(Error::usage("--provider names no provider"));
@@ -68,7 +73,7 @@ pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
         let one = || -> Result<(Vec<Timing>, Vec<TeacherTiming>)> {
             let timings = bench::run(&args.student, options, &args.batch, args.seconds)?;
             let teacher = args.teacher.iter().flat_map(|path| {
-                args.batch.iter().map(move |&b| bench::teacher(path, &args.card, options, b, args.steps, args.seconds))
+                args.batch.iter().map(move |&b| bench::teacher(path, card, options, b, args.steps, args.seconds))
             });
             Ok((timings, teacher.collect::<Result<_>>()?))
         };

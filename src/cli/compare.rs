@@ -170,7 +170,7 @@ impl CompareArgs {
 }
 
 pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
-    let config = Config::resolve(args.config.as_deref(), &args.sets)?;
+    let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &args.sets)?);
     if config.degrade.nodes == 0 {
         return Err(Error::usage("degrade.nodes is 0: there is no trajectory to compare with"));
     }
@@ -185,7 +185,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     }
     let place = device::parse(&config.device)?;
     device::set_threads(config.threads);
-    let teacher = args.teacher.load(place)?;
+    let teacher = args.teacher.load(&config, place)?;
     let denoiser = super::distill::denoiser(&teacher, &config)?;
     super::distill::check_stage_two(&config, &denoiser)?;
     let file = super::student::load(&config, &teacher, place)?;

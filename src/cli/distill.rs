@@ -11,16 +11,18 @@ use tch::Device;
 
 use super::Globals;
 use super::run_observer::{Sheets, decoder};
-use super::student::{self, Origin, method, objective_name};
+use super::student::{self, Forms, Origin, method, objective_name};
 use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
 use super::watcher::Watcher;
-use crate::diffusion::Denoiser;
+use crate::diffusion::{Denoiser, ResolvedCard};
+use crate::distill::checkpoint::{Checkpoint, Stage};
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, distill, metrics};
 use crate::error::{Context, Error, Kind, Result};
 use crate::parity::{self, Tolerance};
 use crate::teacher::Teacher;
+use crate::tensor::DType;
 use crate::torch::{Forward, device, shim};
 
 /// Options of every command that trains.
@@ -131,6 +133,10 @@ pub struct Plan<'a> {
 }
 
 impl Plan<'_> {
+    fn forms(&self) -> Forms {
+        Forms { per_step: self.per_step, same_graph: self.same_graph }
+    }
+
     /// Stage 2 in the directory that `degrade` has filled needs no --resume.
     fn follows(&self, out: &Path) -> bool {
         self.stages == Stages::Backtrack && self.trajectory.is_none() && out.join("config.toml").is_file()
@@ -193,18 +199,19 @@ fn open_run(
     args: &RunArgs,
     sets: &[String],
     plan: &Plan,
+    card: &ResolvedCard,
     teacher: &Denoiser,
     student: Option<&Student>,
 ) -> Result<(RunDir, Config)> {
     let follows = plan.follows(&args.out);
     if !args.resume && !follows {
-        let mut config = Config::resolve(args.config.as_deref(), sets)?;
+        let mut config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), sets)?);
         check_stages(&config, plan, teacher)?;
         let hash = teacher.params().hash()?;
         let trajectory =
             plan.trajectory.map(|dir| crate::distill::Trajectory::open(&of_run(dir), &hash)).transpose()?;
         if let Some(trajectory) = &trajectory {
-            check_recorded(trajectory.dir(), &config)?;
+            check_recorded(trajectory.dir(), &config, card)?;
             trajectory.check_student(Student::hash_of_initial(student, teacher, &config)?.as_deref())?;
             config.degrade.nodes = trajectory.last();
             config.degrade.steps = config.degrade.steps.max(trajectory.last() as u64);
@@ -215,15 +222,20 @@ fn open_run(
             ));
         }
         let run = RunDir::create(&args.out, &config)?;
+        run.write_card(&card.card)?;
         if let Some(trajectory) = trajectory {
             trajectory.copy_to(&run.trajectory())?;
         }
         return Ok((run, config));
     }
     let (run, saved) = RunDir::open(&args.out)?;
+    run.check_card(&card.card, &card.origins)?;
     let base = args.config.clone().unwrap_or_else(|| run.config_file());
-    let wanted = Config::resolve(Some(&base), sets)?;
-    let begun = run.checkpoints().join("latest.json").is_file() || run.student_weights().is_file();
+    // What the card comes out as has been compared; how it was put together is as it was.
+    let wanted = Config { card: saved.card.clone(), ..Config::resolve(Some(&base), sets)? };
+    // (A checkpoint of stage 1 is what `degrade` leaves.)
+    let checkpoint = Checkpoint::latest_state(&run.checkpoints())?;
+    let begun = checkpoint.is_some_and(|c| c.stage == Stage::Backtrack) || run.student_weights().is_file();
     if follows && !args.resume {
         if begun {
             return Err(Error::usage(format!("{} holds a run that has begun", args.out.display()))
@@ -238,6 +250,7 @@ fn open_run(
     }
     check_stages(&wanted, plan, teacher)?;
     run.write_config(&wanted)?;
+    run.write_card(&card.card)?;
     Ok((run, wanted))
 }
 
@@ -247,8 +260,10 @@ fn of_run(dir: &Path) -> PathBuf {
     if !dir.join("trajectory.json").is_file() && inside.is_dir() { inside } else { dir.to_owned() }
 }
 
-/// Refuses a trajectory that a run recorded on the samples of other noise levels of the student. (Its weights have a hash.)
-fn check_recorded(trajectory: &Path, config: &Config) -> Result<()> {
+/// Refuses a trajectory that a run recorded with another reading of the teacher, or on the samples of other noise levels of
+/// the student. (Its weights have a hash.)
+fn check_recorded(trajectory: &Path, config: &Config, card: &ResolvedCard) -> Result<()> {
+    RunDir::at(&trajectory.join("..")).check_card(&card.card, &card.origins)?;
     let file = trajectory.join("../config.toml");
     if !file.is_file() {
         return Ok(());
@@ -311,7 +326,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     let goes_on = args.resume || plan.follows(&args.out);
     let saved = args.out.join("config.toml");
     let config_file = args.config.clone().or_else(|| Some(saved).filter(|p| goes_on && p.is_file()));
-    let first = Config::resolve(config_file.as_deref(), &sets)?;
+    let first = args.teacher.reading.with_card(Config::resolve(config_file.as_deref(), &sets)?);
     super::watcher::check(&first)?;
     if args.tui {
         super::tui::check()?;
@@ -320,8 +335,9 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     crate::torch::replay::check_device(first.cuda_graphs, device)?;
     device::set_threads(first.threads);
     shim::set_tf32(first.tf32)?;
-    let teacher = args.teacher.load(device)?;
+    let teacher = args.teacher.load(&first, device)?;
     let denoiser = denoiser(&teacher, &first)?;
+    check_rows(&teacher, &first)?;
     check_parity(&teacher, globals)?;
     let file = student::load(&first, &teacher, device)?;
     let origin = Origin { teacher: &teacher, file: file.as_ref() };
@@ -337,9 +353,11 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         super::dry_run::check(args.resume)?;
         check_stages(&first, &plan, &denoiser)?;
         let whole = teacher.network.params().elements() as u64;
+        let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
+        rehearse(origin, &denoiser, given.as_ref(), &first, plan.forms(), folder.path())?;
         return super::dry_run::run(&first, &denoiser, whole, given.as_ref(), device, globals);
     }
-    let (run, config) = open_run(args, &sets, &plan, &denoiser, given.as_ref())?;
+    let (run, config) = open_run(args, &sets, &plan, &teacher.card, &denoiser, given.as_ref())?;
     watch_signals()?;
     // What turns out to be unfit now leaves no half of a run.
     let fresh = !goes_on;
@@ -349,6 +367,9 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         }
         e
     };
+    if !args.resume {
+        rehearse(origin, &denoiser, given.as_ref(), &config, plan.forms(), run.path()).map_err(undo)?;
+    }
     let sheets = Sheets::new(&run, &config, &teacher.card.card, given.as_ref(), decoder).map_err(undo)?;
     let shared = args.tui.then(|| Shared::new(&STOP));
     let mut watcher = Watcher::new(origin, &config, &run, sheets, shared.clone(), device).map_err(undo)?;
@@ -366,6 +387,7 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
     // The terminal is given back before anything is printed.
     drop(view);
     let outcome = outcome?;
+    let mut failed = None;
     let (code, text, mut result) = match outcome {
         Outcome::Stopped(stage) => (
             ExitCode::from(130),
@@ -379,18 +401,31 @@ pub fn train(args: &RunArgs, mut sets: Vec<String>, plan: Plan, globals: Globals
         ),
         Outcome::Finished(student) => {
             watcher.finished(&student)?;
-            let files = origin.export(&student, &config, &run, plan.per_step, plan.same_graph)?;
+            let files = origin.export(&student, &config, plan.forms(), run.path()).map_err(|e| {
+                e.context("the student is trained, but cannot be written as ONNX").hint(format!(
+                    "its weights are in {}; `disback export` tries again",
+                    run.student_weights().display()
+                ))
+            })?;
             let skipped = write_summary(origin, &args.teacher.teacher, &config, &run, device)?;
             if skipped > 0 && !globals.quiet {
                 eprintln!(
                     "warning: {skipped} optimiser steps were skipped, their gradients were not finite (`skipped` in metrics.jsonl)"
                 );
             }
-            let shown: Vec<_> = files.iter().map(|p| p.display().to_string()).collect();
-            (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": files[0] }))
+            let shown: Vec<_> = files.iter().map(|w| w.path.display().to_string()).collect();
+            let student = files[0].path.clone();
+            failed = files.into_iter().find_map(|w| Some((w.path, w.failed?)));
+            (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": student }))
         }
     };
     crate::report::write(run.path())?;
+    if let Some((path, why)) = failed {
+        let what = format!("{}: the student is trained and written, but did not pass its check", path.display());
+        return Err(why.context(what).hint(
+            "its weights are in student.safetensors; `disback verify` compares the file in every engine. Please report it",
+        ));
+    }
     if globals.json {
         result["run"] = json!(run.path());
         println!("{result}");
@@ -408,6 +443,61 @@ pub(super) fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
         None => network,
     };
     Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
+}
+
+/// An export that fails must not cost a run either: the untrained student is written, checked and run in a folder that is
+/// removed again.
+fn rehearse(
+    origin: Origin,
+    teacher: &Denoiser,
+    given: Option<&Student>,
+    config: &Config,
+    forms: Forms,
+    place: &Path,
+) -> Result<()> {
+    let folder = tempfile::Builder::new().prefix(".disback-export-").tempdir_in(place);
+    let folder = folder.with_context(|| place.display().to_string())?;
+    let student = Student::initial(given, teacher, &config.student, config.seed)?;
+    origin.rehearse(&student, config, forms, folder.path()).map_err(|e| {
+        let e = e.context("the student could not be exported, so training was not begun");
+        let wide = origin.teacher.network.inputs().iter().any(|p| p.dtype == Some(DType::F64));
+        match wide {
+            true => e.hint(
+                "the network computes in f64, for which ONNX Runtime lacks most operators on the CPU: export the teacher in \
+                 f32 (in PyTorch: model.float())",
+            ),
+            false => e,
+        }
+    })
+}
+
+/// Refuses a file that declares a free batch and takes one number of rows only: libtorch runs it at several.
+fn check_rows(teacher: &Teacher, config: &Config) -> Result<()> {
+    const ROWS: [usize; 3] = [2, 3, 5];
+    let net = &teacher.network;
+    let card = &teacher.card.card;
+    let sample = net.inputs().iter().find(|p| p.name == card.sample);
+    if sample.and_then(|p| p.dims()?.first().copied().flatten()).is_some() {
+        return Ok(());
+    }
+    let runs = |rows: usize| parity::runs(net, card, rows, config.seed);
+    let failed: Vec<(usize, Error)> = ROWS.into_iter().filter_map(|rows| Some((rows, runs(rows).err()?))).collect();
+    let Some((rows, first)) = failed.into_iter().next() else { return Ok(()) };
+    const TRIED: usize = 8;
+    let takes: Vec<String> = (1..=TRIED).filter(|&rows| runs(rows).is_ok()).map(|rows| rows.to_string()).collect();
+    if takes.is_empty() {
+        return Err(first);
+    }
+    Err(first
+        .context(format!(
+            "the file declares a free batch, but does not run with {rows} rows (of 1 to {TRIED} rows it takes: {})",
+            takes.join(", ")
+        ))
+        .hint(
+            "the exporter wrote the batch of its example into the graph: export it again with the batch as a dynamic dimension \
+             (in the forward, -1 for the batch in reshapes and no sizes turned into Python numbers), or declare that batch in the \
+             file's inputs",
+        ))
 }
 
 /// A wrong import must not cost a night of training: a small batch through ONNX Runtime first, where it is installed.

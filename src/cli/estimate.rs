@@ -46,11 +46,11 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     }
     let mut sets: Vec<String> = args.batch.iter().map(|b| format!("batch={b}")).collect();
     sets.extend(args.sets.iter().cloned());
-    let config = Config::resolve(args.config.as_deref(), &sets)?;
+    let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &sets)?);
     device::set_threads(config.threads);
     // The teacher's weights are looked at, and not held.
     let hollow = Hollow::new(false);
-    let teacher = args.teacher.load(Device::Cpu)?;
+    let teacher = args.teacher.load(&config, Device::Cpu)?;
     let card = Arc::new(teacher.card.card.clone());
     // Multiply-adds of one image; none where a size is free.
     let macs = inspect::cost(&teacher.network, Some(&card), 1).ok().and_then(|c| c.macs_of_one());

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Globals;
+use super::card_args::CardArgs;
 use super::engine::EngineArgs;
 use super::evaluate_table as show;
 use crate::diffusion::Sampler;
@@ -77,9 +78,8 @@ pub struct EvaluateArgs {
     /// Classifier-free guidance of teachers.
     #[arg(long, default_value_t = 1.0)]
     guidance: f64,
-    /// A value of a teacher's card, as in prediction=epsilon.
-    #[arg(long = "card", value_name = "KEY=VALUE")]
-    card: Vec<String>,
+    #[command(flatten)]
+    card: CardArgs,
     /// Also measure each class by itself. Holds the features of all images in memory.
     #[arg(long)]
     by_class: bool,
@@ -130,7 +130,7 @@ struct Judge<'a> {
 impl Judge<'_> {
     fn open(&self, path: &Path) -> Result<Source> {
         let options = self.args.engine.options(&[self.args.batch])?;
-        let source = Source::open_with(path, self.range, &self.args.card, &options)?;
+        let source = Source::open_with(path, self.range, &self.args.card.overrides(), &options)?;
         let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
             Source::Images(set) => Source::Images(set.with_rounding(self.args.rounding)),
@@ -236,7 +236,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         guidance: args.guidance,
     };
     let wanted = Wanted { rows: net.is_some(), classes: args.by_class, patches: args.sliced || net.is_none() };
-    let mut source = Source::open_with(reference_path, range, &args.card, &options)?;
+    let mut source = Source::open_with(reference_path, range, &args.card.overrides(), &options)?;
     source = source.decoded(args.decoder.as_deref(), &options)?;
     if let Source::Images(set) = source {
         source = Source::Images(set.with_rounding(args.rounding));

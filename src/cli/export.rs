@@ -115,27 +115,19 @@ pub mod from_run {
 
     use super::*;
     use crate::cli::student::{self, Origin, method, objective_name};
+    use crate::cli::teacher::ReadingArgs;
     use crate::distill::checkpoint::Checkpoint;
     use crate::distill::trajectory::{self, Trajectory};
     use crate::distill::{Config, RunDir};
     use crate::export::StudentOptions;
-    use crate::graph::TrainableChoice;
-    use crate::teacher::Teacher;
     use crate::torch::Forward;
     use crate::torch::tensor_file::TensorFile;
 
     /// Where the weights come from.
     #[derive(Debug, Args)]
     pub struct FromRun {
-        /// A value of the teacher card, as in prediction=epsilon; wins over the side file and the model's metadata.
-        #[arg(long = "card", value_name = "KEY=VALUE")]
-        pub card: Vec<String>,
-        /// Tensors that stay fixed although they act as weights, by name (glob).
-        #[arg(long, value_name = "GLOB")]
-        pub freeze: Vec<String>,
-        /// Tensors that are trained whatever they act as, by name (glob).
-        #[arg(long, value_name = "GLOB")]
-        pub train: Vec<String>,
+        #[command(flatten)]
+        pub reading: ReadingArgs,
         /// Run directory: takes its final weights and its configuration.
         #[arg(long, value_name = "DIR")]
         pub run: Option<PathBuf>,
@@ -172,9 +164,12 @@ pub mod from_run {
             return Err(Error::usage("give --run or --weights").hint("without them the file must be a student.onnx"));
         }
         let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
-        let trainable = TrainableChoice { declared: None, freeze: args.freeze.clone(), train: args.train.clone() };
-        let teacher = Teacher::load(path, &args.card, trainable, Device::Cpu)?;
-        let config = run.as_ref().map_or_else(Config::default, |(_, c)| c.clone());
+        // The run's card is read as the run read it.
+        let config = args.reading.with_card(run.as_ref().map_or_else(Config::default, |(_, c)| c.clone()));
+        let teacher = args.reading.load(path, &config, Device::Cpu)?;
+        if let Some((run, _)) = &run {
+            run.check_card(&teacher.card.card, &teacher.card.origins)?;
+        }
         let file = student::load(&config, &teacher, Device::Cpu)?;
         let origin = Origin { teacher: &teacher, file: file.as_ref() };
         // The network is nobody else's: its weights are overwritten.
@@ -237,6 +232,7 @@ pub mod from_run {
             method: run.as_ref().map_or_else(|| "weights".into(), |(_, c)| method(c).into()),
             objective: run.as_ref().map(|(_, c)| objective_name(c)).unwrap_or_default(),
             teacher_hash: teacher.hash.clone(),
+            unchecked: false,
         };
         match args.same_graph {
             true => origin.same_graph(&params, &options),

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::cli::Globals;
+use crate::cli::card_args::CardArgs;
 use crate::diffusion::ResolvedCard;
 use crate::error::{Context, Error, Result};
 use crate::files;
@@ -25,9 +26,8 @@ pub struct InspectArgs {
     /// List every parameter and buffer.
     #[arg(long)]
     pub parameters: bool,
-    /// A value of the teacher card, over what the file says.
-    #[arg(long = "card", value_name = "KEY=VALUE")]
-    pub card: Vec<String>,
+    #[command(flatten)]
+    pub card: CardArgs,
     /// Save the card beside the model as <model>.card.toml: what its sources say, completed by the proposal. What is
     /// undecided is left out, as comments to fill in.
     #[arg(long)]
@@ -68,9 +68,12 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     if !(args.probe_seconds >= 0.0) {
         return Err(Error::usage(format!("--probe-seconds {}: expected 0 or more", args.probe_seconds)));
     }
-    let model = Model::load(&args.model)?;
-    let source = teacher::card_source(&model, &args.card);
+    let mut model = Model::load(&args.model)?;
+    let source = teacher::card_source(&model, &args.card.overrides());
     let card = source.resolve();
+    if let Ok(card) = &card {
+        teacher::fix_dims(&mut model, &card.card).with_context(|| args.model.display().to_string())?;
+    }
     // A fault in what is there is no lack: it is shown as the card's error, and nothing is proposed over it.
     let known = source.known().unwrap_or_default();
     let choice =

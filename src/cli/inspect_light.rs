@@ -9,6 +9,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Globals;
+use super::card_args::CardArgs;
 use crate::diffusion::CardSource;
 use crate::error::Result;
 use crate::graph::{Model, TrainableChoice, lower, roles};
@@ -19,9 +20,8 @@ use crate::runtime::student::StudentInfo;
 pub struct InspectArgs {
     /// The ONNX file.
     pub model: PathBuf,
-    /// A value of the teacher card, over what the file says.
-    #[arg(long = "card", value_name = "KEY=VALUE")]
-    pub card: Vec<String>,
+    #[command(flatten)]
+    pub card: CardArgs,
 }
 
 /// Runs the command.
@@ -47,8 +47,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         graph.outputs.iter().map(|p| (p.name.clone(), p.describe())).collect(),
     );
     let student = StudentInfo::from_model(&model.proto).ok();
-    let source = CardSource::new().model(&args.model).metadata(model.metadata()).overrides(args.card.iter().cloned());
-    let source = source.outputs(graph.outputs.iter().map(|p| p.name.clone()));
+    let source = CardSource::new().model(&args.model).proto(&model.proto).overrides(args.card.overrides());
     let card = if student.is_some() { None } else { Some(source.resolve()) };
     if globals.json {
         let card = match &card {

@@ -3,6 +3,7 @@
 #[cfg(feature = "train")]
 mod backtrack;
 pub mod bench;
+mod card_args;
 #[cfg(feature = "train")]
 mod compare;
 #[cfg(feature = "train")]

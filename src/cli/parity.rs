@@ -8,7 +8,8 @@ use clap::Args;
 use tch::Device;
 
 use crate::cli::Globals;
-use crate::error::{Error, Result};
+use crate::cli::card_args::CardArgs;
+use crate::error::{Context, Error, Result};
 use crate::graph::Model;
 use crate::io::npy;
 use crate::parity::{self, OutputError, Parity, Tolerance};
@@ -30,9 +31,8 @@ pub struct ParityArgs {
     /// Rows of random inputs.
     #[arg(long, default_value_t = 2)]
     pub batch: usize,
-    /// Size of a symbolic dimension, for random inputs.
-    #[arg(long = "dim", value_name = "NAME=N")]
-    pub dims: Vec<String>,
+    #[command(flatten)]
+    pub card: CardArgs,
     /// Seed of random inputs.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -53,16 +53,26 @@ pub struct ParityArgs {
 /// Runs the command.
 pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     let device: Device = crate::torch::device::parse(&args.device)?;
-    let model = Model::load(&args.model)?;
+    let mut model = Model::load(&args.model)?;
     // A network need not be a teacher to be compared: without a card inputs are plain noise.
-    let card = teacher::card(&model, &[]).ok();
+    let source = teacher::card_source(&model, &args.card.overrides());
+    let (card, lacking) = match source.resolve() {
+        Ok(card) => (Some(card.card), None),
+        Err(e) if !args.card.card.is_empty() => return Err(e),
+        // A card that lacks something says more about a missing size than the size's name does.
+        Err(e) => (None, Some(e).filter(|_| source.known().is_ok_and(|known| !known.is_empty()))),
+    };
+    let dims = dimensions(&args.card.dims)?;
+    if let Some(card) = &card {
+        teacher::fix_dims(&mut model, card).with_context(|| args.model.display().to_string())?;
+    }
     let options = ImportOptions { raise: !args.no_raise, ..ImportOptions::default() };
     let net = Network::import(model.clone(), &options, device)?;
     let inputs = match &args.inputs {
         Some(path) => npy::read_npz(path)?,
         None => {
-            let dims = dimensions(&args.dims)?;
-            parity::random_inputs(net.inputs(), card.as_ref().map(|c| &c.card), args.batch, &dims, args.seed)?
+            let made = parity::random_inputs(net.inputs(), card.as_ref(), args.batch, &dims, args.seed);
+            made.map_err(|e| lacking.unwrap_or(e).context(args.model.display().to_string()))?
         }
     };
     let expected = args.expected.as_ref().map(|p| npy::read_npz(p)).transpose()?;

@@ -1,22 +1,21 @@
 //! The teacher on the command line: its file, its card, which of its tensors are trained.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use tch::Device;
 
+use super::card_args::CardArgs;
+use crate::distill::Config;
 use crate::error::Result;
 use crate::graph::TrainableChoice;
-use crate::teacher::Teacher;
+use crate::teacher::{Teacher, TeacherOptions};
 
-/// The teacher and what its file does not say about itself.
-#[derive(Debug, Args)]
-pub struct TeacherArgs {
-    /// The teacher, an ONNX diffusion model.
-    pub teacher: PathBuf,
-    /// A value of the teacher card, as in prediction=epsilon; wins over the side file and the model's metadata.
-    #[arg(long = "card", value_name = "KEY=VALUE")]
-    pub card: Vec<String>,
+/// How a teacher's file is read.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ReadingArgs {
+    #[command(flatten)]
+    pub card: CardArgs,
     /// Tensors that stay fixed although they act as weights, by name (glob).
     #[arg(long, value_name = "GLOB")]
     pub freeze: Vec<String>,
@@ -25,10 +24,36 @@ pub struct TeacherArgs {
     pub train: Vec<String>,
 }
 
+impl ReadingArgs {
+    /// The configuration with what the command line says about the card: a run remembers it with its other keys.
+    pub fn with_card(&self, mut config: Config) -> Config {
+        config.card.extend(self.card.overrides());
+        config
+    }
+
+    /// Imports the model, resolves its card (`config.card` wins over all other sources) and checks one against the other.
+    pub fn load(&self, path: &Path, config: &Config, device: Device) -> Result<Teacher> {
+        let options = TeacherOptions {
+            card: config.card.clone(),
+            conditions: config.conditions.file.clone(),
+            trainable: TrainableChoice { declared: None, freeze: self.freeze.clone(), train: self.train.clone() },
+        };
+        Teacher::load(path, &options, device)
+    }
+}
+
+/// The teacher and what its file does not say about itself.
+#[derive(Debug, Args)]
+pub struct TeacherArgs {
+    /// The teacher, an ONNX diffusion model.
+    pub teacher: PathBuf,
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+}
+
 impl TeacherArgs {
-    /// Imports the model, resolves its card and checks one against the other.
-    pub fn load(&self, device: Device) -> Result<Teacher> {
-        let trainable = TrainableChoice { declared: None, freeze: self.freeze.clone(), train: self.train.clone() };
-        Teacher::load(&self.teacher, &self.card, trainable, device)
+    /// [`ReadingArgs::load`] of this file.
+    pub fn load(&self, config: &Config, device: Device) -> Result<Teacher> {
+        self.reading.load(&self.teacher, config, device)
     }
 }

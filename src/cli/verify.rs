@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Globals;
+use super::card_args::CardArgs;
 use crate::error::{Error, Result};
 use crate::verify::{self, Target, Verification, VerifyOptions, peers};
 
@@ -20,7 +21,8 @@ pub struct VerifyArgs {
     images: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Largest difference that counts as agreement; by precision where absent (f32 1e-4, fp16 2e-2, bf16 2e-1).
+    /// Largest difference that counts as agreement, relative to the sample's largest value where that is above 1 (in f32 to
+    /// the largest term of the sum that makes the sample); by precision where absent (f32 1e-4, fp16 2e-2, bf16 2e-1).
     #[arg(long)]
     tolerance: Option<f64>,
     /// List the nodes that this runtime will not take; several by commas.
@@ -32,9 +34,8 @@ pub struct VerifyArgs {
     /// Run directory; the student's folder where absent.
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
-    /// A value of the teacher card, as in prediction=epsilon.
-    #[arg(long = "card", value_name = "KEY=VALUE")]
-    card: Vec<String>,
+    #[command(flatten)]
+    card: CardArgs,
     /// Python interpreter with onnx, openvino or cv2; found by itself where absent.
     #[arg(long)]
     python: Option<PathBuf>,
@@ -83,6 +84,7 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
 
 #[cfg(feature = "train")]
 fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> {
+    use crate::cli::teacher::ReadingArgs;
     use crate::distill::RunDir;
     use crate::runtime::student::{Request, StudentInfo, decode, parse_value};
     use crate::torch::Forward;
@@ -93,9 +95,11 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
         }
         return verify::verify(&args.student, options, &args.target, None);
     };
-    let teacher = crate::teacher::Teacher::load(path, &args.card, Default::default(), tch::Device::Cpu)?;
     let beside = args.student.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
     let (run, config) = RunDir::open(args.run.as_deref().unwrap_or(beside))?;
+    let reading = ReadingArgs { card: args.card.clone(), ..ReadingArgs::default() };
+    let teacher = reading.load(path, &reading.with_card(config.clone()), tch::Device::Cpu)?;
+    run.check_card(&teacher.card.card, &teacher.card.origins)?;
     let weights = run.student_weights();
     if !weights.is_file() {
         return Err(Error::io(format!("{}: no such file", weights.display())).hint("the run has not finished"));
@@ -130,7 +134,10 @@ fn show(found: &Verification) {
     let mark = |ok: bool| if ok { "ok" } else { "FAILED" };
     let note = found.checker.error.as_deref().unwrap_or_default();
     println!("file       {}  ({}) {note}", mark(found.checker.ok), found.checker.by);
-    println!("reference  {}, {} images, precision {}", found.reference, found.images, found.precision);
+    println!(
+        "reference  {}, {} images, precision {}; values may differ by {:.1e}",
+        found.reference, found.images, found.precision, found.tolerance
+    );
     let mut table = super::table(["engine", "version", "max abs error", "8-bit values that differ", ""]);
     for e in &found.engines {
         let number = e.max_abs.map_or("-".to_owned(), |v| format!("{v:.1e}"));

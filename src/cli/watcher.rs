@@ -1,20 +1,21 @@
 //! What goes on beside a run: sheets and events, measures, the best student, snapshots, losses by noise level, the terminal view.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tch::Tensor;
 
 use super::run_observer::Sheets;
-use super::student::Origin;
+use super::student::{Origin, Written};
 use super::tui::Shared;
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::Stage;
 use crate::distill::metrics::{self, Row};
 use crate::distill::trainer::{self, Begin};
 use crate::distill::{Config, Look, Observer, RunDir, Running, Step, Student, Wish};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
 use crate::report::tfevents::Hparam;
@@ -176,9 +177,26 @@ impl<'a> Watcher<'a> {
             view.update(|s| s.measured(point.figure()));
         }
         if point.best {
-            self.origin.write(&networks.average.weights()?, self.config, &self.run.best())?;
+            self.write(networks.average, &self.run.best())?;
             let text = serde_json::to_vec_pretty(&point).map_err(|e| Error::io(e.to_string()))?;
             crate::files::write_atomic(&self.run.path().join("best.json"), &text)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a student on the way. One that fails its check is kept all the same, and costs the run nothing.
+    fn write(&self, student: &Student, path: &Path) -> Result<()> {
+        let written = self.origin.write(&student.weights()?, self.config, path);
+        let (path, why) = match written {
+            Ok(Written { failed: None, .. }) => return Ok(()),
+            Ok(Written { path, failed: Some(why) }) => (path, why),
+            Err(e) if e.kind() == Kind::Io => return Err(e),
+            Err(why) => (path.to_owned(), why),
+        };
+        let warning = format!("{}: this student did not pass its check: {why}", path.display());
+        match &self.view {
+            Some(view) => view.update(|s| s.note(warning)),
+            None => eprintln!("warning: {warning}"),
         }
         Ok(())
     }
@@ -190,7 +208,7 @@ impl<'a> Watcher<'a> {
         kept.extend(networks.others.iter().map(|(half_life, s)| (format!("average-{half_life}"), *s)));
         for (kind, student) in kept {
             let path = folder.join(format!("update-{:08}-{kind}.onnx", step.updates));
-            self.origin.write(&student.weights()?, self.config, &path)?;
+            self.write(student, &path)?;
         }
         Ok(())
     }

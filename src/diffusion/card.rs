@@ -1,10 +1,11 @@
 //! The teacher card: what an ONNX file does not say about the diffusion model in it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::graph::{Sizes, sizes};
 use crate::tensor::DType;
 
 use super::schedule::{Schedule, ScheduleSpec};
@@ -214,6 +215,10 @@ pub struct TeacherCard {
     /// Graph inputs that are fixed to a number.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub constants: BTreeMap<String, f64>,
+    /// Sizes of dimensions that the graph leaves free, by the names that the file has for them. What the shapes of the sample
+    /// and of the conditions say need not be said here.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub dims: BTreeMap<String, usize>,
 }
 
 #[cfg(test)]
@@ -235,6 +240,7 @@ impl TeacherCard {
             schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
             conditions: BTreeMap::new(),
             constants: BTreeMap::new(),
+            dims: BTreeMap::new(),
         }
     }
 }
@@ -291,6 +297,19 @@ impl TeacherCard {
         self.shape.iter().product()
     }
 
+    /// Sizes of the free dimensions of a graph with these inputs: `dims`, and the shapes of the sample and of the conditions.
+    ///
+    /// Errors: `dims` names a dimension that no input has.
+    pub fn sizes(&self, inputs: &[sizes::Declared]) -> Result<Sizes> {
+        let [c, h, w] = self.shape;
+        let sample = match self.layout {
+            Layout::Nchw => vec![c, h, w],
+            Layout::Nhwc => vec![h, w, c],
+        };
+        let rows = self.conditions.iter().map(|(name, condition)| (name.clone(), condition.row_shape()));
+        Sizes::new(inputs, &self.dims, rows.chain([(self.sample.clone(), sample)]))
+    }
+
     /// The schedule with its tables.
     pub fn schedule(&self) -> Result<Schedule> {
         Schedule::new(&self.schedule)
@@ -334,6 +353,9 @@ impl TeacherCard {
         }
         for (name, condition) in &self.conditions {
             condition.validate().with_context(|| format!("card key `conditions.{name}`"))?;
+        }
+        if let Some((name, _)) = self.dims.iter().find(|(_, n)| **n == 0) {
+            return bad(format!("`dims.{name}` is 0, expected 1 or more"));
         }
         if let Some((name, value)) = self.constants.iter().find(|(_, v)| v.is_nan()) {
             return bad(format!("`constants.{name}` is {value}"));
@@ -447,6 +469,20 @@ impl TeacherCard {
         let mut leaves = Vec::new();
         flatten(String::new(), toml::Value::Table(table), &mut leaves);
         Ok(leaves)
+    }
+
+    /// Keys with different values, as `(key, here, there)`; a key that one of them leaves out is `unset` there. The name of the
+    /// data set says nothing about the network.
+    pub fn differences(&self, other: &Self) -> Result<Vec<(String, String, String)>> {
+        let table = |card: &Self| -> Result<BTreeMap<String, String>> {
+            let leaves = card.leaves()?.into_iter().filter(|(key, _)| key != "dataset");
+            Ok(leaves.map(|(key, value)| (key, value.to_string())).collect())
+        };
+        let (here, there) = (table(self)?, table(other)?);
+        let keys: BTreeSet<&String> = here.keys().chain(there.keys()).collect();
+        let text = |of: &BTreeMap<String, String>, key: &String| of.get(key).cloned().unwrap_or_else(|| "unset".into());
+        let both = keys.into_iter().map(|key| (key.clone(), text(&here, key), text(&there, key)));
+        Ok(both.filter(|(_, a, b)| a != b).collect())
     }
 
     /// `metadata_props` entries: `disback.<dotted key>` to the value as TOML text.

@@ -6,6 +6,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
+use crate::graph::sizes;
+use crate::onnx::ModelProto;
 
 use super::card::TeacherCard;
 use super::conversion::Conversion;
@@ -18,6 +20,10 @@ pub enum Origin {
     SideFile(PathBuf),
     Metadata,
     SchedulerConfig(PathBuf),
+    /// The rows of the file that `conditions.file` names.
+    ConditionsFile,
+    /// The graph's own shape of an input.
+    Graph,
     /// The graph has no other.
     OnlyOne,
     Default,
@@ -30,6 +36,8 @@ impl fmt::Display for Origin {
             Self::CommandLine => f.write_str("from --card"),
             Self::SideFile(path) | Self::SchedulerConfig(path) => write!(f, "from {}", name(path)),
             Self::Metadata => f.write_str("from metadata"),
+            Self::ConditionsFile => f.write_str("from conditions.file"),
+            Self::Graph => f.write_str("from the graph"),
             Self::OnlyOne => f.write_str("the only one"),
             Self::Default => f.write_str("default"),
         }
@@ -73,7 +81,7 @@ const FOREIGN: [&str; 10] = [
     "version",
     "same_graph",
 ];
-const TOP: [&str; 14] = [
+const TOP: [&str; 15] = [
     "sample",
     "time",
     "output",
@@ -88,6 +96,7 @@ const TOP: [&str; 14] = [
     "schedule",
     "conditions",
     "constants",
+    "dims",
 ];
 const SCHEDULE: [&str; 11] =
     ["kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"];
@@ -114,6 +123,9 @@ pub struct CardSource {
     model: Option<PathBuf>,
     metadata: Vec<(String, String)>,
     overrides: Vec<String>,
+    /// Of the graph, by its file.
+    inputs: Vec<sizes::Declared>,
+    rows: BTreeMap<String, Vec<usize>>,
     only_output: Option<String>,
 }
 
@@ -141,6 +153,23 @@ impl CardSource {
     pub fn overrides<S: Into<String>>(mut self, list: impl IntoIterator<Item = S>) -> Self {
         self.overrides.extend(list.into_iter().map(Into::into));
         self
+    }
+
+    /// Shapes of one row of the arrays in a file of conditions: an embedding whose card says no shape has that.
+    #[must_use]
+    pub fn rows(mut self, rows: impl IntoIterator<Item = (String, Vec<usize>)>) -> Self {
+        self.rows.extend(rows);
+        self
+    }
+
+    /// The file's metadata and graph. Where the graph has one output, a card need not name it; where it says the shape of an
+    /// embedding (with the card's `dims`, where it leaves some free), a card need not repeat it.
+    #[must_use]
+    pub fn proto(mut self, proto: &ModelProto) -> Self {
+        self = self.metadata(proto.metadata_props.iter().map(|p| (p.key(), p.value())));
+        let Some(graph) = &proto.graph else { return self };
+        self.inputs = sizes::declared_inputs(graph);
+        self.outputs(graph.output.iter().map(|o| o.name()))
     }
 
     /// The graph's outputs: where there is one, a card need not name it.
@@ -191,7 +220,31 @@ impl CardSource {
             Err(_) => {}
         }
         layers.extend([metadata, side, command]);
-        Ok(merge(layers))
+        let mut merged = merge(layers);
+        self.add_shapes(&mut merged);
+        Ok(merged)
+    }
+
+    /// Shapes of embeddings that no source says, from the file of conditions or the graph.
+    fn add_shapes(&self, merged: &mut Leaves) {
+        let size = |name: &String| merged.get(&vec!["dims".into(), name.clone()])?.value.as_integer()?.try_into().ok();
+        let in_graph = |(name, dims): &sizes::Declared| {
+            let known = |dim: &Result<usize, String>| match dim {
+                Ok(n) => Some(*n),
+                Err(symbol) => size(symbol),
+            };
+            let row: Option<Vec<usize>> = dims.iter().skip(1).map(known).collect();
+            Some((name.clone(), row?, Origin::Graph))
+        };
+        let in_file = self.rows.iter().map(|(name, row)| (name.clone(), row.clone(), Origin::ConditionsFile));
+        let found: Vec<_> = in_file.chain(self.inputs.iter().filter_map(in_graph)).collect();
+        for (name, row, origin) in found {
+            let key = |leaf: &str| -> Key { vec!["conditions".into(), name.clone(), leaf.into()] };
+            if merged.get(&key("kind")).and_then(|l| l.value.as_str()) == Some("embedding") {
+                let value = row.iter().map(|n| toml::Value::from(*n as i64)).collect::<Vec<_>>().into();
+                merged.entry(key("shape")).or_insert(Leaf { value, text: None, origin });
+            }
+        }
     }
 
     fn missing(&self, all: bool, missing: &[&&str]) -> Error {
@@ -308,7 +361,7 @@ fn split(key: &str) -> Result<Key> {
             // `conditions.labels.clases`: a wrong field, unless the input's own name has the dot (then it is a table).
             _ => vec![head.into(), unquote(rest)],
         },
-        "constants" => vec![head.into(), unquote(rest)],
+        "constants" | "dims" => vec![head.into(), unquote(rest)],
         _ => key.split('.').map(unquote).collect(),
     })
 }
@@ -345,13 +398,13 @@ fn check_known(key: &Key, is_table: bool) -> Result<()> {
     };
     match parts.as_slice() {
         [] => Ok(()),
-        ["schedule" | "conditions" | "constants"] if !is_table => {
+        ["schedule" | "conditions" | "constants" | "dims"] if !is_table => {
             Err(Error::usage(format!("card key `{}` is a table of keys, not a value", parts[0])))
         }
         [top] if TOP.contains(top) => Ok(()),
         ["schedule", field] if SCHEDULE.contains(field) => Ok(()),
         ["schedule", field, ..] => refuse(&SCHEDULE, field),
-        ["constants", _] if !is_table => Ok(()),
+        ["constants" | "dims", _] if !is_table => Ok(()),
         ["conditions", _] if is_table => Ok(()),
         ["conditions", _, field] if CONDITION.contains(field) => Ok(()),
         ["conditions", input] => match input.rsplit_once('.') {
@@ -408,7 +461,7 @@ fn probe(key: &Key, value: &toml::Value) -> Result<()> {
         ["sigma_data" | "latent_scale"] | ["constants", _] => as_type::<f64>(value),
         ["schedule", "betas"] => as_type::<super::schedule::Betas>(value),
         ["schedule", "table"] => as_type::<Vec<f64>>(value),
-        ["schedule", "steps"] | ["conditions", _, "classes"] => as_type::<usize>(value),
+        ["schedule", "steps"] | ["conditions", _, "classes"] | ["dims", _] => as_type::<usize>(value),
         ["schedule", "kind"] | ["conditions", _, "kind"] => as_type::<String>(value),
         ["schedule", _] => as_type::<f64>(value),
         ["conditions", _, "null"] => as_type::<super::card::Null>(value),
@@ -442,7 +495,14 @@ fn check_fields(prefix: &str, table: &toml::Value) -> Result<()> {
         return Err(Error::usage(format!("card key `{prefix}.kind` is `{kind}`, expected one of {}", names())));
     };
     if let Some(field) = needed.iter().find(|f| !table.contains_key(**f)) {
-        return Err(Error::usage(format!("card key `{prefix}.{field}` is missing, which kind `{kind}` needs")));
+        let error = Error::usage(format!("card key `{prefix}.{field}` is missing, which kind `{kind}` needs"));
+        return Err(match kind {
+            "embedding" => error.hint(format!(
+                "the graph leaves it free: give its dimensions by name (--dim NAME=N), or the shape of one row, as in --card \
+                 {prefix}.shape=[77,768]; for training, the rows of conditions.file say it too"
+            )),
+            _ => error,
+        });
     }
     let surplus =
         table.keys().find(|k| *k != "kind" && !needed.contains(&k.as_str()) && !optional.contains(&k.as_str()));

@@ -226,6 +226,7 @@ mod tests {
             schedule,
             conditions: Default::default(),
             constants: Default::default(),
+            dims: Default::default(),
         }
     }
     fn edm() -> ScheduleSpec {

@@ -66,6 +66,7 @@ fn card() -> TeacherCard {
         schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
         conditions: Default::default(),
         constants: Default::default(),
+        dims: Default::default(),
     }
 }
 

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use prost::Message;
 
 use crate::error::{Context, Error, Result};
+use crate::graph::sizes;
 use crate::noise::{batch_noise, image_class};
 use crate::onnx::ModelProto;
 use crate::runtime::student::Request;
-use crate::runtime::{self, Engine, EngineOptions};
+use crate::runtime::{self, Dim, Engine, EngineOptions};
 use crate::tensor::{DType, HostTensor};
 
 use super::card::{Condition, InputSpec, Layout, TeacherCard};
@@ -54,9 +55,15 @@ pub fn card_of(path: &Path, overrides: &[String]) -> Result<ResolvedCard> {
     let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
     let model = ModelProto::decode(bytes.as_slice())
         .map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
-    let metadata = model.metadata_props.iter().map(|p| (p.key(), p.value()));
-    let outputs = model.graph.iter().flat_map(|g| &g.output).map(|o| o.name());
-    CardSource::new().model(path).metadata(metadata).overrides(overrides).outputs(outputs).resolve()
+    CardSource::new().model(path).proto(&model).overrides(overrides.iter().cloned()).resolve()
+}
+
+fn declared(value: &runtime::ValueInfo) -> sizes::Declared {
+    let dim = |d: &Dim| match d {
+        Dim::Fixed(n) => Ok(*n),
+        Dim::Symbol(symbol) => Err(symbol.clone()),
+    };
+    (value.name.clone(), value.shape.iter().map(dim).collect())
 }
 
 impl TeacherOnEngine {
@@ -68,7 +75,17 @@ impl TeacherOnEngine {
 
     /// Checks the card against the engine's graph.
     pub fn new(engine: Box<dyn Engine>, card: Arc<TeacherCard>) -> Result<Self> {
-        let inputs: Vec<InputSpec> = engine.inputs().iter().map(InputSpec::from).collect();
+        let sizes = card.sizes(&engine.inputs().iter().map(declared).collect::<Vec<_>>())?;
+        let sized = |value: &runtime::ValueInfo| {
+            let mut spec = InputSpec::from(value);
+            for (axis, dim) in value.shape.iter().enumerate() {
+                if let Dim::Symbol(symbol) = dim {
+                    spec.shape[axis] = sizes.get(&value.name, axis, symbol);
+                }
+            }
+            spec
+        };
+        let inputs: Vec<InputSpec> = engine.inputs().iter().map(sized).collect();
         let outputs: Vec<InputSpec> = engine.outputs().iter().map(InputSpec::from).collect();
         card.check_against(&inputs, &outputs)?;
         let find = |name: &str| {

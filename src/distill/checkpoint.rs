@@ -72,7 +72,17 @@ impl State {
 
 const LATEST: &str = "latest.json";
 
-/// Saves a checkpoint and removes the one before.
+/// Whether a checkpoint's tensors are in a file of this name: `backtrack-00000100.safetensors`.
+pub fn is_tensor_file(name: &str) -> bool {
+    let stages = [Stage::Degrade, Stage::Backtrack].map(Stage::name);
+    let iteration = |stage: &str| name.strip_prefix(stage)?.strip_prefix('-')?.strip_suffix(".safetensors");
+    stages
+        .into_iter()
+        .filter_map(iteration)
+        .any(|digits| digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Saves a checkpoint and removes the ones before. Files with other names than a checkpoint's, links and folders stay.
 pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)]) -> Result<()> {
     let file = format!("{}-{:08}.safetensors", state.stage.name(), state.iteration);
     let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
@@ -83,7 +93,8 @@ pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)]) -> Result<(
     for entry in std::fs::read_dir(dir)?.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.ends_with(".safetensors") && name != file.as_str() {
+        let plain = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if plain && is_tensor_file(&name) && name != file.as_str() {
             let _ = std::fs::remove_file(entry.path());
         }
     }
@@ -98,16 +109,21 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// The latest one; `None` where there is none yet. A checkpoint of another teacher is refused.
-    pub fn latest(dir: &Path, teacher_hash: &str) -> Result<Option<Self>> {
+    /// What the latest one says of itself, its tensors not read; `None` where there is none yet.
+    pub fn latest_state(dir: &Path) -> Result<Option<State>> {
         let path = dir.join(LATEST);
         if !path.is_file() {
             return Ok(None);
         }
         let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-        let state: State = serde_json::from_slice(&text)
-            .map_err(|e| Error::io(format!("not a checkpoint: {e}")))
-            .with_context(|| path.display().to_string())?;
+        let state = serde_json::from_slice(&text).map_err(|e| Error::io(format!("not a checkpoint: {e}")));
+        state.map(Some).with_context(|| path.display().to_string())
+    }
+
+    /// The latest one; `None` where there is none yet. A checkpoint of another teacher is refused.
+    pub fn latest(dir: &Path, teacher_hash: &str) -> Result<Option<Self>> {
+        let path = dir.join(LATEST);
+        let Some(state) = Self::latest_state(dir)? else { return Ok(None) };
         if state.teacher_hash != teacher_hash {
             return Err(Error::usage(format!(
                 "{}: the run began with another teacher (weights {}, this teacher's are {})",
@@ -117,8 +133,12 @@ impl Checkpoint {
             ))
             .hint("give the teacher that the run began with"));
         }
-        if Path::new(&state.file).file_name() != Some(state.file.as_ref()) {
-            return Err(Error::io(format!("{}: `{}` is not a file name", path.display(), state.file)));
+        if !is_tensor_file(&state.file) {
+            return Err(Error::io(format!(
+                "{}: `{}` is not the name of a checkpoint's file",
+                path.display(),
+                state.file
+            )));
         }
         let tensors = load_tensors(&dir.join(&state.file))?.into_iter().collect();
         Ok(Some(Self { state, tensors }))
@@ -161,11 +181,18 @@ mod tests {
     fn comes_back_whole_and_strict() {
         let dir = tempfile::tempdir().unwrap();
         assert!(Checkpoint::latest(dir.path(), "h").unwrap().is_none());
+        // What others keep in the folder is not a checkpoint of ours, whatever it is called.
+        let theirs = ["mymodel.safetensors", "backtrack-best.safetensors", "backtrack-001.safetensors", "notes.txt"];
+        for name in theirs {
+            std::fs::write(dir.path().join(name), "precious").unwrap();
+        }
         for k in 1..4 {
             let state = State { iteration: k, ..State::new(Stage::Backtrack, "h") };
             save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0))).unwrap();
         }
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "only the latest is kept");
+        let left = std::fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(left, 2 + theirs.len(), "of the checkpoints only the latest is kept, and all else");
+        assert!(theirs.iter().all(|name| std::fs::read(dir.path().join(name)).unwrap() == b"precious"));
         let mut c = Checkpoint::latest(dir.path(), "h").unwrap().unwrap();
         assert_eq!((c.state.iteration, c.state.stage), (3, Stage::Backtrack));
         let into = set(1.0);

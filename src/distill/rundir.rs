@@ -1,8 +1,11 @@
 //! The run directory: what lies where, and when it may be written to.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::diffusion::{Origin, TeacherCard};
 use crate::distill::config::Config;
+use crate::distill::{checkpoint, trajectory};
 use crate::error::{Context, Error, Result};
 
 /// Names of everything in a run directory.
@@ -12,6 +15,11 @@ pub struct RunDir {
 }
 
 impl RunDir {
+    /// The run in this folder, which nothing is known of yet.
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
     /// A new run: the folder must not exist or be empty. Writes `config.toml`.
     pub fn create(path: &Path, config: &Config) -> Result<Self> {
         let occupied = match std::fs::read_dir(path) {
@@ -39,6 +47,7 @@ impl RunDir {
     /// An existing run, with the configuration it was started with.
     pub fn open(path: &Path) -> Result<(Self, Config)> {
         let run = Self { path: path.to_owned() };
+        run.refuse_links()?;
         let file = run.config_file();
         if !file.is_file() {
             return Err(Error::usage(format!("{} holds no run (no config.toml)", path.display()))
@@ -51,9 +60,61 @@ impl RunDir {
         Ok((run, config))
     }
 
+    /// Refuses symbolic links in the places that a run writes to: through them it would write into, or remove, what lies
+    /// elsewhere. The folder itself may be reached through one, and links under other names are none of our business.
+    fn refuse_links(&self) -> Result<()> {
+        for inside in ["", "checkpoints", "trajectory", "samples", "snapshots"] {
+            let folder = self.path.join(inside);
+            // A folder of ours that is a link has been refused with the entries of the run's own folder.
+            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+            for entry in entries.flatten() {
+                let name = entry.file_name();
+                let linked = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+                if linked && writes(inside, &name.to_string_lossy()) {
+                    let path = entry.path();
+                    return Err(Error::usage(format!("{} is a symbolic link", path.display())).hint(
+                        "a run writes and removes files there, so it must be a real file or folder: move what the link \
+                         points to into its place (the folder of the whole run may be a link)",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Saves the configuration as resolved.
     pub fn write_config(&self, config: &Config) -> Result<()> {
         crate::files::write_atomic(&self.config_file(), config.to_toml()?.as_bytes())
+    }
+
+    /// Saves the teacher card as resolved: with another one the run would be another run.
+    pub fn write_card(&self, card: &TeacherCard) -> Result<()> {
+        let head = "# The teacher card that this run reads its teacher by, from all of its sources. A run goes on with this card.\n";
+        crate::files::write_atomic(&self.card_file(), format!("{head}{}", card.to_toml()?).as_bytes())
+    }
+
+    /// Refuses a card that reads the teacher otherwise than the card of this run. `origins`: where its values come from.
+    /// (A run of a version that kept no card has nothing to compare with.)
+    pub fn check_card(&self, now: &TeacherCard, origins: &BTreeMap<String, Origin>) -> Result<()> {
+        let file = self.card_file();
+        if !file.is_file() {
+            return Ok(());
+        }
+        let shown = || file.display().to_string();
+        let text = std::fs::read_to_string(&file).with_context(shown)?;
+        let saved: TeacherCard = toml::from_str(&text)
+            .map_err(|e| Error::io(format!("not a teacher card: {}", e.to_string().trim_end())))
+            .with_context(shown)?;
+        let Some((key, before, after)) = saved.differences(now)?.into_iter().next() else { return Ok(()) };
+        let origin = origins.get(&key).map_or(String::new(), |o| format!(" ({o})"));
+        Err(Error::usage(format!(
+            "{}: the run reads its teacher with the card key `{key}` = {before}, now it is {after}{origin}",
+            self.path.display()
+        ))
+        .hint(format!(
+            "undo the change where the card comes from, or give --card {key}={before}; for another reading of the teacher \
+             start another run"
+        )))
     }
 
     pub fn path(&self) -> &Path {
@@ -61,6 +122,10 @@ impl RunDir {
     }
     pub fn config_file(&self) -> PathBuf {
         self.path.join("config.toml")
+    }
+    /// The teacher card as resolved.
+    pub fn card_file(&self) -> PathBuf {
+        self.path.join("card.toml")
     }
     pub fn trajectory(&self) -> PathBuf {
         self.path.join("trajectory")
@@ -105,6 +170,41 @@ impl RunDir {
     }
 }
 
+/// Whether a run writes something of this name in its folder, or `inside` one of its folders.
+fn writes(inside: &str, name: &str) -> bool {
+    let ends = |suffix: &str| name.ends_with(suffix);
+    match inside {
+        "checkpoints" => name == "latest.json" || checkpoint::is_tensor_file(name),
+        "trajectory" => name == trajectory::INDEX || trajectory::is_node_file(name),
+        "samples" => ends(".png"),
+        "snapshots" => ends(".onnx") || ends(".onnx.data"),
+        _ => {
+            const NAMES: [&str; 16] = [
+                "checkpoints",
+                "trajectory",
+                "samples",
+                "snapshots",
+                "config.toml",
+                "card.toml",
+                "metrics.jsonl",
+                "levels.jsonl",
+                "evaluations.jsonl",
+                "best.json",
+                "summary.json",
+                "report.html",
+                "bench.json",
+                "curve.json",
+                "looks.json",
+                "best.onnx",
+            ];
+            let weights = [".onnx", ".onnx.data", ".safetensors"];
+            NAMES.contains(&name)
+                || name.starts_with("events.out.tfevents.")
+                || (name.starts_with("student") || name.starts_with("best.")) && weights.into_iter().any(ends)
+        }
+    }
+}
+
 /// Keys that may change when a run is resumed: they do not touch what was computed before.
 const CHANGEABLE: [&str; 7] =
     ["device", "threads", "tf32", "cuda_graphs", "memory.format", "backtrack.updates", "optimizer.max_skips"];
@@ -146,6 +246,68 @@ mod tests {
         RunDir::create(&dir.path().join("empty"), &config).unwrap();
         std::fs::write(dir.path().join("file"), "x").unwrap();
         assert!(RunDir::create(&dir.path().join("file"), &config).is_err());
+    }
+
+    #[test]
+    fn a_run_knows_its_card() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::create(&dir.path().join("run"), &Config::default()).unwrap();
+        let card = TeacherCard::plain([1, 8, 8]);
+        let mut other = card.clone();
+        other.sigma_data = 0.9;
+        // A run of an earlier version has no card.
+        run.check_card(&other, &BTreeMap::new()).unwrap();
+        run.write_card(&card).unwrap();
+        run.check_card(&card, &BTreeMap::new()).unwrap();
+        let mut named = card.clone();
+        named.dataset = Some("digits".into());
+        run.check_card(&named, &BTreeMap::new()).unwrap();
+        let origins = BTreeMap::from([("sigma_data".to_owned(), Origin::SideFile("teacher.card.toml".into()))]);
+        let e = run.check_card(&other, &origins).unwrap_err();
+        assert!(e.exit_code() == 2, "{e}");
+        assert!(e.to_string().contains("`sigma_data` = 0.5, now it is 0.9 (from teacher.card.toml)"), "{e}");
+        let mut ranged = card;
+        ranged.range = Some([-1.0, 1.0]);
+        let e = run.check_card(&ranged, &BTreeMap::new()).unwrap_err().to_string();
+        assert!(e.contains("`range` = unset, now it is [-1.0, 1.0]"), "{e}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_in_the_places_of_a_run_are_refused() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        let path = dir.path().join("run");
+        let run = RunDir::create(&path, &Config::default()).unwrap();
+        std::fs::create_dir(run.trajectory()).unwrap();
+        // The folder itself may be reached through a link, and a user may keep links of other names in it.
+        symlink(&path, dir.path().join("link")).unwrap();
+        symlink(&elsewhere, path.join("dataset")).unwrap();
+        symlink(&elsewhere, path.join("checkpoints/favourite.safetensors")).unwrap();
+        RunDir::open(&dir.path().join("link")).unwrap();
+        for name in [
+            "snapshots",
+            "metrics.jsonl",
+            "student.onnx",
+            "student-ema-500.safetensors",
+            "events.out.tfevents.0000000001.host",
+            "checkpoints/latest.json",
+            "checkpoints/backtrack-00000100.safetensors",
+            "trajectory/node-001.safetensors",
+            "samples/teacher.png",
+        ] {
+            // Dangling ones too.
+            symlink(elsewhere.join("nothing"), path.join(name)).unwrap();
+            let e = RunDir::open(&path).unwrap_err();
+            assert!(e.exit_code() == 2 && e.to_string().contains(name) && e.to_string().contains("link"), "{e}");
+            std::fs::remove_file(path.join(name)).unwrap();
+        }
+        std::fs::remove_dir(path.join("samples")).unwrap();
+        symlink(&elsewhere, path.join("samples")).unwrap();
+        assert!(RunDir::open(&path).unwrap_err().to_string().contains("samples"));
+        assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
     }
 
     #[test]

@@ -178,7 +178,7 @@ impl Student {
             Some(merged) => Ok(merged),
             None => {
                 let tensors = self.params().tensors().iter().map(Tensor::detach).collect();
-                ParamSet::new(self.params().names().to_vec(), tensors)
+                self.params().with_tensors(tensors)
             }
         }
     }

@@ -52,6 +52,12 @@ pub struct Trajectory {
 
 pub(crate) const INDEX: &str = "trajectory.json";
 
+/// Whether a node's weights are in a file of this name: `node-001.safetensors`.
+pub(crate) fn is_node_file(name: &str) -> bool {
+    let digits = name.strip_prefix("node-").and_then(|n| n.strip_suffix(".safetensors"));
+    digits.is_some_and(|d| d.len() >= 3 && d.bytes().all(|b| b.is_ascii_digit()))
+}
+
 impl Trajectory {
     /// Starts a trajectory with the teacher as node 0.
     /// `student_hash`: the initial student's, where it is not a copy of the teacher. `precision`: of the nodes to come.
@@ -95,9 +101,9 @@ impl Trajectory {
             if node.index != k {
                 return bad(format!("node {k} is numbered {}", node.index));
             }
-            // A file name, never a path that leaves the folder.
-            if Path::new(&node.file).file_name() != Some(node.file.as_ref()) {
-                return bad(format!("node {k}: `{}` is not a file name", node.file));
+            // Of ours, and never a path that leaves the folder: files of dropped nodes are removed.
+            if !is_node_file(&node.file) {
+                return bad(format!("node {k}: `{}` is not the name of a node's file", node.file));
             }
             if !dir.join(&node.file).is_file() {
                 return bad(format!("node {k}: {} is missing", node.file));
@@ -152,7 +158,7 @@ impl Trajectory {
             Some(teacher) => {
                 let difference = |(name, t): (&str, &tch::Tensor)| {
                     let from = teacher.get(name)?;
-                    let to = t.detach().f_to_device(from.device())?;
+                    let to = params.for_file(name, &t.detach())?.f_to_device(from.device())?;
                     Ok((name.to_owned(), to.f_sub(&from)?.f_to_kind(Kind::BFloat16)?))
                 };
                 let differences = params.iter().map(difference).collect::<Result<Vec<_>>>()?;
@@ -349,7 +355,7 @@ mod tests {
         let text = std::fs::read_to_string(&index).unwrap();
         for (from, to, says) in [
             ("\"index\": 1", "\"index\": 4", "numbered 4"),
-            ("node-002.safetensors", "../node-002.safetensors", "not a file name"),
+            ("node-002.safetensors", "../node-002.safetensors", "not the name of a node's file"),
             ("node-002.safetensors", "node-009.safetensors", "missing"),
             ("\"nodes\"", "\"knots\"", "not a trajectory index"),
         ] {

@@ -8,6 +8,7 @@ use crate::export::edit::{self, node};
 use crate::export::student::{StudentOptions, student};
 use crate::graph::{save, tensors};
 use crate::onnx::{GraphProto, ModelProto};
+use crate::runtime::student::{ROUNDING_SCALE, StudentInfo};
 use crate::tensor::HostTensor;
 use crate::torch::{Network, ParamSet};
 
@@ -51,7 +52,10 @@ pub fn unrolled(
     options: &StudentOptions,
     steps: &Steps,
 ) -> Result<ModelProto> {
-    let mut models = per_step(net, params, card, options, steps)?.into_iter();
+    let models = per_step(net, params, card, options, steps)?;
+    let scales = models.iter().map(|m| Ok(StudentInfo::from_model(m)?.rounding_scale)).collect::<Result<Vec<_>>>()?;
+    let largest = scales.into_iter().fold(1.0, f64::max);
+    let mut models = models.into_iter();
     let mut model = models.next().ok_or_else(|| Error::mismatch("a student without steps"))?;
     if steps.levels.is_empty() {
         return Ok(model);
@@ -111,6 +115,7 @@ pub fn unrolled(
     for (key, value) in card.to_metadata()? {
         save::set_metadata(&mut model, &key, &value);
     }
+    save::set_metadata(&mut model, ROUNDING_SCALE, &format!("{largest:.3e}"));
     save::set_metadata(&mut model, "disback.student.steps", &total.to_string());
     save::set_metadata(&mut model, "disback.student.sigmas", &format!("{:?}", steps.levels));
     save::set_metadata(&mut model, "disback.student.stochastic", &steps.stochastic.to_string());

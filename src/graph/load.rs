@@ -1,6 +1,6 @@
 //! Reading an `.onnx` file: memory-mapped, decoded without copying the weights, external data resolved and guarded.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result};
 use crate::graph::inline::inline;
+use crate::graph::sizes::Sizes;
 use crate::onnx::{GraphProto, ModelProto, TensorProto, tensor_proto::DataLocation};
 
 /// An ONNX model as it came: the decoded file, with every external tensor resolved to a slice of its memory-mapped file.
@@ -21,6 +22,8 @@ pub struct Model {
     pub path: PathBuf,
     /// The decoded file, its functions inlined. `raw_data` of external tensors is filled in; `external_data` still says where it came from.
     pub proto: Arc<ModelProto>,
+    /// Sizes of dimensions that the file leaves free; they are put in where the graph is read.
+    pub sizes: Arc<Sizes>,
 }
 
 impl Model {
@@ -35,6 +38,7 @@ impl Model {
         let bytes = map_file(path).with_context(|| format!("cannot read {shown}"))?;
         let mut proto = decode(&bytes).with_context(|| shown.to_string())?;
         inline(&mut proto).with_context(|| shown.to_string())?;
+        drop_weight_inputs(&mut proto);
         let dir = match path.parent() {
             Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
             _ => PathBuf::from("."),
@@ -43,23 +47,24 @@ impl Model {
         if let Some(graph) = proto.graph.as_mut() {
             resolve_graph(graph, &mut files).with_context(|| shown.to_string())?;
         }
-        Ok(Self { path: path.to_path_buf(), proto: Arc::new(proto) })
+        Ok(Self { path: path.to_path_buf(), ..Self::from_proto(proto) })
     }
 
     /// Takes a model from memory (an exporter of ours, a test); external data is refused.
     pub fn from_bytes(bytes: Bytes) -> Result<Self> {
         let mut proto = decode(&bytes)?;
         inline(&mut proto)?;
+        drop_weight_inputs(&mut proto);
         if let Some(graph) = proto.graph.as_mut() {
             let mut none = ExternalFiles { dir: PathBuf::new(), open: HashMap::new() };
             resolve_graph(graph, &mut none)?;
         }
-        Ok(Self { path: PathBuf::new(), proto: Arc::new(proto) })
+        Ok(Self::from_proto(proto))
     }
 
     /// Takes a decoded model.
     pub fn from_proto(proto: ModelProto) -> Self {
-        Self { path: PathBuf::new(), proto: Arc::new(proto) }
+        Self { path: PathBuf::new(), proto: Arc::new(proto), sizes: Arc::default() }
     }
 
     /// `metadata_props` as pairs, in file order.
@@ -82,6 +87,20 @@ impl Model {
         sha.update(bare.encode_to_vec());
         weights.iter().for_each(|w| sha.update(w));
         sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    }
+}
+
+/// Takes initializers out of the graph's inputs, where IR version 3 and `keep_initializers_as_inputs` list them: a caller who
+/// gives none gets the initializer, and nobody gives weights. From IR version 4 on the file may say so.
+fn drop_weight_inputs(proto: &mut ModelProto) {
+    let Some(graph) = proto.graph.as_mut() else { return };
+    let weights: HashSet<&str> = graph.initializer.iter().map(|t| t.name()).collect();
+    let before = graph.input.len();
+    // (Two inputs of one name are a fault that is told where the graph is read.)
+    let mut seen = HashSet::new();
+    graph.input.retain(|v| !weights.contains(v.name()) || !seen.insert(v.name().to_owned()));
+    if graph.input.len() < before {
+        proto.ir_version = Some(proto.ir_version().max(4));
     }
 }
 

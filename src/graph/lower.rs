@@ -9,7 +9,7 @@ use crate::graph::ir::{Constant, Graph, Node, Origin, Port, ValueId};
 use crate::graph::load::Model;
 use crate::graph::tensors;
 use crate::onnx::attribute_proto::AttributeType;
-use crate::onnx::tensor_shape_proto::dimension;
+use crate::onnx::tensor_shape_proto::{Dimension, dimension};
 use crate::onnx::{AttributeProto, GraphProto, NodeProto, ValueInfoProto, type_proto};
 use crate::tensor::{DType, HostTensor};
 
@@ -29,7 +29,9 @@ pub fn lower(model: &Model) -> Result<Graph> {
         // IR version 1 and 2 had none: operator set 1 was meant.
         opsets.insert(String::new(), 1);
     }
-    lower_graph(proto, &opsets, None).context(shown)
+    let mut graph = lower_graph(proto, &opsets, None).context(shown)?;
+    graph.inputs.iter_mut().chain(&mut graph.outputs).for_each(|port| model.sizes.fill(port));
+    Ok(graph)
 }
 
 fn normal_domain(domain: &str) -> &str {
@@ -133,18 +135,20 @@ fn port(info: &ValueInfoProto, value: ValueId) -> Result<Port> {
             0 => None,
             code => Some(DType::from_onnx(code).with_context(|| format!("`{}`", info.name()))?),
         };
-        port.shape = t.shape.as_ref().map(|s| {
-            s.dim
-                .iter()
-                .map(|d| match &d.value {
-                    Some(dimension::Value::DimValue(n)) if *n >= 0 => Ok(*n as usize),
-                    Some(dimension::Value::DimParam(p)) => Err(p.clone()),
-                    _ => Err(String::new()),
-                })
-                .collect()
-        });
+        port.shape = declared_dims(info);
     }
     Ok(port)
+}
+
+/// The dimensions that the file declares of an input or output, where it does: `Err` holds the name of a free one, or nothing.
+pub(crate) fn declared_dims(info: &ValueInfoProto) -> Option<Vec<Result<usize, String>>> {
+    let Some(type_proto::Value::TensorType(t)) = info.r#type.as_ref()?.value.as_ref() else { return None };
+    let size = |d: &Dimension| match &d.value {
+        Some(dimension::Value::DimValue(n)) if *n >= 0 => Ok(*n as usize),
+        Some(dimension::Value::DimParam(p)) => Err(p.clone()),
+        _ => Err(String::new()),
+    };
+    Some(t.shape.as_ref()?.dim.iter().map(size).collect())
 }
 
 impl Lowering<'_> {

@@ -163,8 +163,12 @@ pub fn random_inputs(
                 Err(_) if i == 0 => Ok(batch),
                 Err(symbol) => match card {
                     Some(c) if c.sample == p.name && declared.len() == 4 => Ok(sample_dim(c, i)),
-                    _ => Err(Error::usage(format!("dimension {i} (`{symbol}`) of input `{}` is free", p.name))
-                        .hint(format!("give it with --dim {symbol}=N, or give --inputs FILE.npz"))),
+                    _ => Err(Error::usage(format!("dimension {i} (`{symbol}`) of input `{}` is free", p.name)).hint(
+                        match symbol.as_str() {
+                            "" => "the card's shape of this input says it, or give --inputs FILE.npz".to_owned(),
+                            _ => format!("give it with --dim {symbol}=N; the card's shape of this input says it too"),
+                        },
+                    )),
                 },
             })
             .collect::<Result<Vec<usize>>>()?;
@@ -298,6 +302,18 @@ pub fn check(
         devices: None,
         unguarded_divisions: zero::unguarded(&net.shared().graph),
     })
+}
+
+/// Runs the network in libtorch on random inputs of this many rows.
+///
+/// Errors: what fails, with its node; a first output of another number of rows.
+pub fn runs(net: &Network, card: &TeacherCard, rows: usize, seed: u64) -> Result<()> {
+    let inputs = random_inputs(net.inputs(), Some(card), rows, &BTreeMap::new(), seed)?;
+    let made = forward(net, &inputs)?;
+    match made.iter().find(|(name, t)| *name == card.output && t.shape().first() != Some(&rows)) {
+        None => Ok(()),
+        Some((name, t)) => Err(Error::mismatch(format!("output `{name}` has shape {:?} for {rows} rows", t.shape()))),
+    }
 }
 
 /// What ONNX Runtime has no kernel for on the CPU is nothing that a comparison could tell.

@@ -14,6 +14,11 @@ use crate::tensor::{DType, HostTensor};
 /// Prefix of our entries in an ONNX file's `metadata_props`.
 pub const PREFIX: &str = "disback.";
 
+/// Metadata of a student: the largest term of the sum `x0 = skip x + out F` that makes its sample. An epsilon network at
+/// sigma 157 subtracts terms of several hundred to get values of order 1, so that two engines, which round differently,
+/// agree to the precision of f32 times this number and no better.
+pub const ROUNDING_SCALE: &str = "disback.student.rounding_scale";
+
 /// A serialised model; what is no ONNX file is an error.
 pub fn decode(bytes: &[u8]) -> Result<ModelProto> {
     let model = ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("not an ONNX model: {e}")))?;
@@ -65,6 +70,9 @@ pub struct StudentInfo {
     pub range: Option<[f64; 2]>,
     pub noise: ValueInfo,
     pub conditions: Vec<Condition>,
+    /// The largest term of the sum that makes a sample, as it was when the file was written; 1 where that is not known.
+    /// Rounding errors of f32 are relative to it ([`ROUNDING_SCALE`]).
+    pub rounding_scale: f64,
     /// All `disback.*` entries without the prefix.
     pub metadata: BTreeMap<String, String>,
 }
@@ -129,7 +137,9 @@ impl StudentInfo {
             };
             conditions.push(Condition { input, kind });
         }
-        Ok(Self { method, shape, noise_shape, range, noise, conditions, metadata })
+        let scale = metadata.get(ROUNDING_SCALE.trim_start_matches(PREFIX)).and_then(|t| t.parse::<f64>().ok());
+        let rounding_scale = scale.filter(|s| s.is_finite()).map_or(1.0, |s| s.max(1.0));
+        Ok(Self { method, shape, noise_shape, range, noise, conditions, rounding_scale, metadata })
     }
 
     fn card_shape(metadata: &BTreeMap<String, String>) -> Result<[usize; 3]> {
@@ -142,6 +152,12 @@ impl StudentInfo {
             Some([c, h, w]) => Ok([*c, *h, *w]),
             _ => Err(Error::invalid("the student's sample shape is neither in its graph nor in disback.shape")),
         }
+    }
+
+    /// The size that a difference between two computations of these samples in f32 is relative to: their largest value, or
+    /// the largest term of the sum that makes them, and at least 1.
+    pub fn size_of(&self, samples: &[HostTensor]) -> f64 {
+        samples.iter().flat_map(HostTensor::to_f32).fold(self.rounding_scale, |m, v| m.max(f64::from(v.abs())))
     }
 
     /// Latents are the autoencoder's output times this.

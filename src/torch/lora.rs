@@ -110,7 +110,7 @@ impl Adapter {
 
     /// [`Adapter::weights`] with the network's names and no graph.
     pub fn merged(&self, factors: &ParamSet) -> Result<ParamSet> {
-        ParamSet::new(self.base.names().to_vec(), tch::no_grad(|| self.weights(factors))?)
+        self.base.with_tensors(tch::no_grad(|| self.weights(factors))?)
     }
 }
 

@@ -5,6 +5,7 @@ pub mod convert;
 pub mod deciding;
 pub mod device;
 pub mod ema;
+pub mod file_layout;
 pub mod group_norm;
 pub mod init;
 pub mod kernel;

@@ -48,7 +48,7 @@ pub fn narrowed(params: &ParamSet, kernels: &[bool]) -> Result<ParamSet> {
         Ok(t.detach().f_to_device_(t.device(), kind, false, true)?)
     };
     let tensors = params.tensors().iter().zip(kernels).map(copy).collect::<Result<_>>()?;
-    ParamSet::new(params.names().to_vec(), tensors)
+    params.with_tensors(tensors)
 }
 
 #[cfg(test)]

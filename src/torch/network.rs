@@ -12,6 +12,7 @@ use crate::graph::roles::{self, Buffer, Parameter};
 use crate::graph::{Graph, Model, Port, TrainableChoice, lower, widen};
 use crate::onnx::ModelProto;
 use crate::tensor::{DType, HostTensor};
+use crate::torch::file_layout::FileLayout;
 use crate::torch::kernel::Value;
 use crate::torch::lora::{Adapter, LoraOptions};
 use crate::torch::params::ParamSet;
@@ -138,8 +139,9 @@ impl Network {
             *operators.entry(name).or_insert(0) += 1;
         }
         let mut trainable = options.trainable.clone();
+        let declared = roles::Declared::of(&model)?;
         if trainable.declared.is_none() {
-            trainable.declared = roles::Declared::of(&model)?.parameters;
+            trainable.declared = declared.parameters;
         }
         let provenance = roles::untangle(&mut graph, trainable.declared.as_deref());
         let roles = roles::classify(&graph, &trainable, &provenance)?;
@@ -172,7 +174,9 @@ impl Network {
             graph.constants.remove(v);
         }
         let names = roles.parameters.iter().map(|p| p.name.clone()).collect();
-        let params = ParamSet::new(names, tensors)?;
+        let laid = roles.parameters.iter().filter_map(|p| Some((p, declared.layouts.get(&p.name)?)));
+        let layouts = laid.map(|(p, stored)| Ok((p.name.clone(), FileLayout::new(&p.name, stored, &p.shape)?)));
+        let params = ParamSet::new(names, tensors)?.in_files(layouts.collect::<Result<_>>()?);
         let shared = Imported {
             model,
             graph,

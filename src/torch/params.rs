@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::torch::file_layout::FileLayouts;
 use crate::torch::tensor_file::tensor_bytes;
 pub use crate::torch::tensor_file::{TensorFile, load_tensors, save_tensors};
 
@@ -17,6 +18,8 @@ pub struct ParamSet {
     tensors: Vec<Tensor>,
     /// Hash of the weights that these are factors of; empty where they stand for themselves.
     base: Arc<str>,
+    /// How they lie in files, where not as in the graph.
+    layouts: Arc<FileLayouts>,
 }
 
 impl ParamSet {
@@ -29,7 +32,36 @@ impl ParamSet {
         if let Some(name) = names.iter().find(|n| !seen.insert(n.as_str())) {
             return Err(Error::invalid(format!("two parameters are named `{name}`")));
         }
-        Ok(Self { names: names.into(), tensors, base: "".into() })
+        Ok(Self { names: names.into(), tensors, base: "".into(), layouts: Arc::default() })
+    }
+
+    /// Other tensors under the same names, of the same layout in files.
+    ///
+    /// Errors: another number of tensors.
+    pub fn with_tensors(&self, tensors: Vec<Tensor>) -> Result<Self> {
+        Ok(Self { layouts: self.layouts.clone(), ..Self::new(self.names.to_vec(), tensors)? })
+    }
+
+    /// Says how parameters lie in files, where not as in the graph.
+    #[must_use]
+    pub fn in_files(self, layouts: FileLayouts) -> Self {
+        Self { layouts: layouts.into(), ..self }
+    }
+
+    /// A tensor of one of these parameters as it lies in files: in the framework's own layout.
+    pub fn for_file(&self, name: &str, t: &Tensor) -> Result<Tensor> {
+        match self.layouts.get(name) {
+            Some(layout) => layout.for_file(t),
+            None => Ok(t.shallow_clone()),
+        }
+    }
+
+    /// The tensor of a file as the graph has it.
+    fn read(&self, file: &TensorFile, name: &str, mine: &Tensor) -> Result<Tensor> {
+        match self.layouts.get(name) {
+            Some(layout) => layout.for_graph(&file.get(name)?, &mine.size()),
+            None => file.get(name),
+        }
     }
 
     /// These are factors of the weights with this hash, which becomes part of their own.
@@ -61,7 +93,7 @@ impl ParamSet {
     /// Another handle on the same tensors.
     pub fn alias(&self) -> Self {
         let tensors = self.tensors.iter().map(Tensor::shallow_clone).collect();
-        Self { names: self.names.clone(), tensors, base: self.base.clone() }
+        Self { names: self.names.clone(), tensors, base: self.base.clone(), layouts: self.layouts.clone() }
     }
 
     /// A deep copy with its own storage on `device`; no gradient is tracked until [`ParamSet::set_requires_grad`].
@@ -71,7 +103,7 @@ impl ParamSet {
             .iter()
             .map(|t| Ok(t.detach().f_to_device_(device, t.kind(), false, true)?))
             .collect::<Result<_>>()?;
-        Ok(Self { names: self.names.clone(), tensors, base: self.base.clone() })
+        Ok(Self { names: self.names.clone(), tensors, base: self.base.clone(), layouts: self.layouts.clone() })
     }
 
     /// Switches gradient tracking of every (leaf) tensor.
@@ -134,9 +166,11 @@ impl ParamSet {
         Ok(hash.finish())
     }
 
-    /// Writes all parameters as f32 safetensors, whole or not at all (temporary file, fsync, rename).
+    /// Writes all parameters as f32 safetensors, each in the framework's own layout, whole or not at all (temporary file, fsync,
+    /// rename).
     pub fn save(&self, path: &Path) -> Result<()> {
-        let named: Vec<(String, &Tensor)> = self.iter().map(|(n, t)| (n.to_owned(), t)).collect();
+        let laid = self.iter().map(|(name, t)| self.for_file(name, &t.detach())).collect::<Result<Vec<_>>>()?;
+        let named: Vec<(String, &Tensor)> = self.names.iter().cloned().zip(&laid).collect();
         save_tensors(path, &named)
     }
 
@@ -144,7 +178,9 @@ impl ParamSet {
     pub fn load(&self, path: &Path) -> Result<()> {
         let file = TensorFile::open(path)?;
         self.check_file(&file)?;
-        tch::no_grad(|| self.iter().try_for_each(|(name, t)| Ok(t.shallow_clone().f_copy_(&file.get(name)?)?)))
+        tch::no_grad(|| {
+            self.iter().try_for_each(|(name, t)| Ok(t.shallow_clone().f_copy_(&self.read(&file, name, t)?)?))
+        })
     }
 
     /// Refuses a file whose keys or shapes are not these.
@@ -156,7 +192,11 @@ impl ParamSet {
         if found != mine {
             return self.check_keys(&found).map_err(refused);
         }
-        self.iter().try_for_each(|(name, t)| same_shape(name, &t.size(), &file.shape(name)?)).map_err(refused)
+        let expected = |name: &str, t: &Tensor| match self.layouts.get(name) {
+            Some(layout) => layout.shape().to_vec(),
+            None => t.size(),
+        };
+        self.iter().try_for_each(|(name, t)| same_shape(name, &expected(name, t), &file.shape(name)?)).map_err(refused)
     }
 
     /// The f32 values of the first file, plus those of the second where there is one, one at a time on the CPU and in this
@@ -172,10 +212,10 @@ impl ParamSet {
         self.check_file(first)?;
         second.map_or(Ok(()), |file| self.check_file(file))?;
         let mut hash = Hash::new(&self.base);
-        for (k, name) in self.names.iter().enumerate() {
-            let mut value = first.get(name)?.f_to_kind(Kind::Float)?;
+        for (k, (name, mine)) in self.iter().enumerate() {
+            let mut value = self.read(first, name, mine)?.f_to_kind(Kind::Float)?;
             if let Some(second) = second {
-                value = value.f_add(&second.get(name)?.f_to_kind(Kind::Float)?)?;
+                value = value.f_add(&self.read(second, name, mine)?.f_to_kind(Kind::Float)?)?;
             }
             hash.add(name, &value)?;
             each(k, &value)?;

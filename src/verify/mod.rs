@@ -24,8 +24,8 @@ pub struct VerifyOptions {
     /// Images compared.
     pub images: usize,
     pub seed: u64,
-    /// Largest difference of a value that counts as agreement, over the sample's largest value where that is above 1;
-    /// by the file's precision where absent.
+    /// Largest difference of a value that counts as agreement, over the sample's largest value where that is above 1 (for
+    /// arithmetic in f32 over the largest term of the sum that makes the sample); by the file's precision where absent.
     pub tolerance: Option<f64>,
     /// Python interpreter for the checker and further runtimes; none are looked for where absent.
     pub python: Option<std::path::PathBuf>,
@@ -183,7 +183,12 @@ pub fn verify(
         }
     };
     let expected = reference.samples.to_f32();
-    let size = expected.iter().fold(1f64, |m, v| m.max(f64::from(v.abs())));
+    // In half precision rounding is to be seen: a sample that is mostly rounding is no good, however rightly it is rounded.
+    let halves = ["fp16", "bf16"].contains(&precision.as_str());
+    let size = match halves {
+        true => expected.iter().fold(1f64, |m, v| m.max(f64::from(v.abs()))),
+        false => info.size_of(std::slice::from_ref(&reference.samples)),
+    };
     let base = match (precision.as_str(), reference.original_weights) {
         ("int8" | "int8-dynamic", true) => 1e-1,
         (p, _) => tolerance_of(p),

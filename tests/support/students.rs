@@ -7,7 +7,7 @@ use disback::export::raised::Raise;
 use disback::export::{self, Precision, ShipOptions, StudentOptions, evaluate};
 use disback::graph::save;
 use disback::runtime::{self, EngineKind, EngineOptions};
-use disback::teacher::Teacher;
+use disback::teacher::{Teacher, TeacherOptions};
 use disback::tensor::{DType, HostTensor};
 use disback::torch::Forward;
 use tch::Device;
@@ -152,7 +152,12 @@ fn text(e: impl std::fmt::Display) -> String {
 /// The student of a case, plain, with every raised operator that its operator set has, and in f16.
 pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), String> {
     let folder = exporter.case(name)?;
-    let teacher = Teacher::load(&folder.join("model.onnx"), card, Default::default(), Device::Cpu).map_err(text)?;
+    let teacher = Teacher::load(
+        &folder.join("model.onnx"),
+        &TeacherOptions { card: card.to_vec(), ..Default::default() },
+        Device::Cpu,
+    )
+    .map_err(text)?;
     // A low noise level keeps the skip path from hiding the network.
     let flow = name.starts_with("sd3");
     let options =

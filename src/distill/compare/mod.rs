@@ -154,7 +154,8 @@ pub fn run_arm(
     let (file, looks_file) = (dir.join(CURVE), dir.join(LOOKS));
     let begun = dir.join("config.toml").is_file();
     if begun {
-        let (_, saved) = RunDir::open(dir)?;
+        let (run, saved) = RunDir::open(dir)?;
+        run.check_card(teacher.card(), &Default::default())?;
         if saved != *config {
             let changed = saved.differences(config)?;
             let what = changed.first().map_or(String::new(), |(k, was, now)| format!(": {k} was {was}, is {now}"));
@@ -169,6 +170,7 @@ pub fn run_arm(
         true => (RunDir::open(dir)?.0, if looks_file.is_file() { read(&looks_file)? } else { Looks::default() }),
         false => (RunDir::create(dir, config)?, Looks::default()),
     };
+    run.write_card(teacher.card())?;
     // (A process that ended between the stages had not written down how long the first one was.)
     if run.trajectory().join(trajectory::INDEX).is_file() && config.degrade.nodes > 0 {
         let recorded = Trajectory::open(&run.trajectory(), &teacher.params().hash()?)?;

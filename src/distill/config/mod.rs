@@ -48,6 +48,8 @@ pub struct Config {
     pub guidance: f64,
     /// Noise levels between which (above the first, up to the second) the targets are guided.
     pub guidance_interval: [f64; 2],
+    /// Values of the teacher card as `key=value`, as `--card` gives them; they win over the card's other sources.
+    pub card: Vec<String>,
     pub conditions: ConditionsConfig,
     pub student: StudentConfig,
     pub lora: LoraConfig,
@@ -79,6 +81,7 @@ impl Default for Config {
             objective: ObjectiveKind::Dmd,
             guidance: 1.0,
             guidance_interval: [0.0, f64::INFINITY],
+            card: Vec::new(),
             conditions: ConditionsConfig::default(),
             student: StudentConfig::default(),
             lora: LoraConfig::default(),

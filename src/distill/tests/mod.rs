@@ -105,7 +105,7 @@ fn labelled() -> Denoiser {
 
 fn digits() -> Denoiser {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
-    let teacher = crate::teacher::Teacher::load(&path, &[], Default::default(), Device::Cpu).unwrap();
+    let teacher = crate::teacher::Teacher::load(&path, &Default::default(), Device::Cpu).unwrap();
     let specs = teacher.inputs();
     let card = Arc::new(teacher.card.card);
     Denoiser::new(Box::new(teacher.network), card, &specs).unwrap()

@@ -15,6 +15,7 @@ use crate::graph::lower::lower;
 use crate::graph::raise::raise_for_export;
 use crate::graph::{Graph, Model, Node, ValueId, tensors};
 use crate::onnx::{AttributeProto, ModelProto, NodeProto, TensorProto};
+use crate::runtime::student::StudentInfo;
 use crate::tensor::{DType, HostTensor};
 
 use super::edit;
@@ -185,7 +186,7 @@ fn checked(
     edit::remove_dead(graph);
     let after = evaluate::samples(&changed, probes).map_err(|e| format!("ONNX Runtime does not take it: {e}"))?;
     let worst = after.iter().zip(before).map(|(a, b)| evaluate::max_abs(a, b)).fold(0.0, f64::max);
-    let size = before.iter().flat_map(|t| t.to_f32()).fold(1f64, |m, v| m.max(f64::from(v.abs())));
+    let size = StudentInfo::from_model(model).map_err(|e| e.to_string())?.size_of(before);
     if worst <= TOLERANCE * size { Ok(changed) } else { Err(format!("it moves the sample by {worst:.1e}")) }
 }
 

@@ -1,15 +1,31 @@
 //! What a converter wrote about the framework's parameters into a model's metadata.
 
+use std::collections::HashMap;
+
+use serde::Deserialize;
+
 use crate::error::{Error, Result};
 use crate::graph::Model;
 
-/// `disback.parameters` and `disback.parameters.tied`.
+/// How the framework has a tensor that the exporter stored otherwise: `stored = own, its axes permuted, reshaped`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredLayout {
+    /// The framework's own shape.
+    pub shape: Vec<usize>,
+    /// Which of its axes come first, second and so on in the file.
+    pub perm: Vec<usize>,
+}
+
+/// `disback.parameters`, `disback.parameters.tied` and `disback.parameters.layout`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Declared {
     /// Initializers that the framework trains; absent where nobody says.
     pub parameters: Option<Vec<String>>,
     /// The framework's names of one tensor each; the first is the initializer's.
     pub tied: Vec<Vec<String>>,
+    /// By initializer, where it does not lie as the framework has it.
+    pub layouts: HashMap<String, StoredLayout>,
 }
 
 impl Declared {
@@ -22,13 +38,17 @@ impl Declared {
         let wrong = |key: &str, form: &str, e: serde_json::Error| {
             Error::invalid(format!("metadata {key} is not a JSON {form} ({e})"))
         };
-        let (parameters, tied) = ("disback.parameters", "disback.parameters.tied");
+        let (parameters, tied, layout) = ("disback.parameters", "disback.parameters.tied", "disback.parameters.layout");
         Ok(Self {
             parameters: find(parameters)
                 .map(|v| serde_json::from_str(v).map_err(|e| wrong(parameters, "list of names", e)))
                 .transpose()?,
             tied: find(tied)
                 .map(|v| serde_json::from_str(v).map_err(|e| wrong(tied, "list of lists of names", e)))
+                .transpose()?
+                .unwrap_or_default(),
+            layouts: find(layout)
+                .map(|v| serde_json::from_str(v).map_err(|e| wrong(layout, "table of shapes and axes", e)))
                 .transpose()?
                 .unwrap_or_default(),
         })

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::fmt;
 
 use classifier::Classifier;
-pub use declared::Declared;
+pub use declared::{Declared, StoredLayout};
 use globset::Glob;
 pub use merged::{Derived, Provenance, Twin, untangle};
 

@@ -1,0 +1,105 @@
+"""Small networks as people's exporters write them, one folder each with a card: python exported_networks.py FOLDER
+
+free: the length of a text is a free dimension, as in Stable Diffusion's files by diffusers' script and optimum.
+baked-1, baked-2: the batch is declared free, but its number stands in the graph.
+halves: the first half of the batch is used twice (forward_with_cfg).
+inputs: weights are listed among the graph's inputs.
+f64: computed in double precision.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+FOLDER = Path(sys.argv[1])
+CARD = """sample = "x"
+time = "t"
+output = "out"
+prediction = "epsilon"
+time_unit = "step"
+shape = [1, 8, 8]
+[schedule]
+kind = "vp"
+betas = "linear"
+"""
+
+
+class Network(nn.Module):
+    """x [B, 1, 8, 8], t [B]."""
+
+    def __init__(self, channels=1):
+        super().__init__()
+        self.first, self.time, self.last = nn.Conv2d(channels, 8, 3, padding=1), nn.Linear(1, 8), nn.Conv2d(8, 1, 3, padding=1)
+
+    def features(self, x, t):
+        return self.first(x) + self.time(t.to(x.dtype)[:, None] / 1000)[:, :, None, None]
+
+    def forward(self, x, t):
+        return self.last(nn.functional.silu(self.features(x, t)))
+
+
+class Text(Network):
+    """Attends to rows of text [B, length, 6]; a mask [B, length] says which count."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.Linear(6, 8)
+
+    def forward(self, x, t, text, mask):
+        h, k = self.features(x, t), self.keys(text)
+        scores = h.flatten(2).transpose(1, 2) @ k.transpose(1, 2) + (1 - mask[:, None]) * -1e4
+        return self.last(h + (torch.softmax(scores, -1) @ k).transpose(1, 2).reshape(h.shape))
+
+
+class Baked(Network):
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def forward(self, x, t):
+        return super().forward(x, t).reshape(self.batch, 64).reshape(self.batch, 1, 8, 8)
+
+
+class Halves(Network):
+    def forward(self, x, t):
+        half = x[: x.shape[0] // 2]
+        first, second = super().forward(torch.cat([half, half]), t).chunk(2)
+        both = second + 4 * (first - second)
+        return torch.cat([both, both])
+
+
+def save(name, network, inputs, card=CARD, dims=None, **options):
+    """One export with its card."""
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(inputs)
+    free = {n: {0: "batch"} | (dims or {}).get(n, {}) for n in [*names, "out"]}
+    torch.onnx.export(
+        network.eval(), tuple(inputs.values()), str(folder / "teacher.onnx"), input_names=names, output_names=["out"],
+        dynamic_axes=free, opset_version=17, dynamo=False, **options,
+    )  # fmt: skip
+    (folder / "teacher.card.toml").write_text(card)
+    return folder
+
+
+def main():
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
+    text = {"x": x, "t": t, "text": torch.randn(2, 7, 6), "mask": torch.ones(2, 7)}
+    free = {"x": {2: "height", 3: "width"}, "text": {1: "sequence"}, "mask": {1: "sequence"}, "out": {2: "height", 3: "width"}}
+    conditions = '[conditions.text]\nkind = "embedding"\n[constants]\nmask = 1.0\n'
+    folder = save("free", Text(), text, card=CARD + conditions, dims=free)
+    rows = np.random.default_rng(0).standard_normal((16, 7, 6)).astype(np.float32)
+    np.savez(folder / "rows.npz", text=rows)
+    np.savez(folder / "longer.npz", text=np.concatenate([rows, rows], 1))
+    for batch in (1, 2):
+        save(f"baked-{batch}", Baked(batch), {"x": x[:batch], "t": t[:batch]})
+    save("halves", Halves(), {"x": torch.cat([x, x]), "t": torch.tensor([3] * 4)})
+    save("inputs", Network(), {"x": x, "t": t}, keep_initializers_as_inputs=True)
+    save("f64", Network().double(), {"x": x.double(), "t": t})
+
+
+main()
