@@ -19,12 +19,10 @@ pub mod noise;
 #[cfg(feature = "train")]
 pub mod parity;
 pub mod report;
+#[cfg(feature = "train")]
+pub mod run;
 pub mod runtime;
 pub mod serve;
-#[cfg(feature = "train")]
-pub mod student_file;
-#[cfg(feature = "train")]
-pub mod teacher;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod torch;

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use disback::export::{self, ShipOptions, StudentOptions};
 use disback::graph::save;
-use disback::teacher::Teacher;
+use disback::run::Teacher;
 use disback::torch::Forward;
 
 /// student.onnx, noise.f32 and what `disback sample` makes of it: ten images, classes 0 to 9.

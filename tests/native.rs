@@ -175,7 +175,7 @@ fn student_errors(folder: &Path, case: &str) -> Result<(f64, f64), String> {
     let trained = net.duplicate().map_err(text)?;
     trained.params().copy_from(&params).map_err(text)?;
     let start = Conversion::new(&card).map_err(text)?.at_start(options.sigma_init).map_err(text)?;
-    let specs: Vec<_> = net.inputs().iter().map(disback::teacher::spec).collect();
+    let specs: Vec<_> = net.inputs().iter().map(disback::run::teacher::spec).collect();
     let denoiser = Denoiser::new(Box::new(trained), Arc::new(card.clone()), &specs).map_err(text)?;
     let rows = if case.ends_with("static") { 3 } else { 5 };
     let request = Request { batch: rows, ..Request::default() };

@@ -8,13 +8,13 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use disback::diffusion::Denoiser;
-use disback::distill::trainer::{Observer, Step, Wish};
 use disback::distill::{Config, Job, RunDir, Stages, distill, estimate};
+use disback::distill::{Observer, Step, Wish};
 use disback::error::{Error, Result};
 use disback::export::{StudentOptions, student};
+use disback::run::Teacher;
 use disback::runtime::student::Request;
 use disback::runtime::{EngineKind, EngineOptions, Student};
-use disback::teacher::Teacher;
 use disback::tensor::HostTensor;
 use disback::torch::Forward;
 use disback::torch::profile::OperatorTimes;

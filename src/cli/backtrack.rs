@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::Globals;
-use super::distill::{BacktrackOptions, Plan, RunArgs, train};
+use super::distill::{BacktrackOptions, RunArgs, train};
 use crate::distill::Stages;
 use crate::error::Result;
+use crate::run::Request;
 
 /// Distil along a recorded trajectory (stage 2) and export the student.
 #[derive(Debug, Args)]
@@ -23,11 +24,6 @@ pub struct BacktrackArgs {
 }
 
 pub fn run(args: &BacktrackArgs, globals: Globals) -> Result<ExitCode> {
-    let plan = Plan {
-        stages: Stages::Backtrack,
-        trajectory: args.trajectory.as_deref(),
-        same_graph: args.backtrack.same_graph,
-        per_step: args.backtrack.per_step,
-    };
-    train(&args.run, args.backtrack.sets(), plan, globals)
+    let asked = args.run.request(args.backtrack.sets(), Stages::Backtrack, args.backtrack.forms());
+    train(&args.run, Request { trajectory: args.trajectory.clone(), ..asked }, globals)
 }

@@ -12,11 +12,12 @@ use super::distill::{STOP, watch_signals};
 use super::teacher::TeacherArgs;
 use crate::diffusion::{Conditions, Denoiser};
 use crate::distill::compare::{self, Comparison, Curve, Interval, Judge, Point};
-use crate::distill::{Config, Student, trainer};
+use crate::distill::{Config, Student, batches};
 use crate::error::{Context, Error, Result};
 use crate::eval::features::FeatureOptions;
 use crate::eval::{FeatureNet, Statistics, frechet};
 use crate::io::ImageSet;
+use crate::run::{self, origin};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
@@ -143,7 +144,7 @@ impl Judge for FrechetJudge {
 impl CompareArgs {
     fn judge(&self, config: &Config, denoiser: &Denoiser, student: Option<&Student>) -> Result<FrechetJudge> {
         let card = denoiser.card();
-        let decoder = super::run_observer::decoder(config, card)?;
+        let decoder = run::sheets::decoder(config, card)?;
         let range = decoder.as_ref().map(|_| Decoder::RANGE).or(card.range).ok_or_else(|| {
             Error::usage("the teacher makes latents, which have no image distance")
                 .hint("log.decoder = \"decoder.onnx\" makes images of them")
@@ -161,7 +162,7 @@ impl CompareArgs {
             network,
             reference,
             noise: HostTensor::new(&[self.samples, c, h, w], &noise)?,
-            conditions: trainer::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
+            conditions: batches::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
             range,
             decoder,
             batch: config.batch,
@@ -186,10 +187,10 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     let place = device::parse(&config.device)?;
     device::set_threads(config.threads);
     let teacher = args.teacher.load(&config, place)?;
-    let denoiser = super::distill::denoiser(&teacher, &config)?;
-    super::distill::check_stage_two(&config, &denoiser)?;
-    let file = super::student::load(&config, &teacher, place)?;
-    let student = super::student::given(file.as_ref(), &denoiser, &config)?;
+    let denoiser = run::denoiser(&teacher, &config)?;
+    run::checks::check_stage_two(&config, &denoiser)?;
+    let file = origin::load(&config, &teacher, place)?;
+    let student = origin::given(file.as_ref(), &denoiser, &config)?;
     let every = args.every.unwrap_or(config.backtrack.updates / 20).max(1);
     let arm = |seed, with| match args.budget {
         Some(budget) => compare::within(compare::arm(&config, seed, with), budget),
@@ -244,7 +245,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
             }
         }
     }
-    let objective = super::student::objective_name(&config);
+    let objective = origin::objective_name(&config);
     let found = Finished {
         ok: true,
         title: format!("{objective}: Frechet distance of {} images, {} seeds", args.samples, args.seeds.len()),

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::Globals;
-use super::distill::{DegradeOptions, Plan, RunArgs, train};
+use super::distill::{DegradeOptions, RunArgs, train};
 use crate::distill::Stages;
 use crate::error::Result;
+use crate::run::Forms;
 
 /// Record how the teacher degrades into the initial student (stage 1); `backtrack` goes on in the same directory.
 #[derive(Debug, Args)]
@@ -19,6 +20,5 @@ pub struct DegradeArgs {
 }
 
 pub fn run(args: &DegradeArgs, globals: Globals) -> Result<ExitCode> {
-    let plan = Plan { stages: Stages::Degrade, trajectory: None, same_graph: false, per_step: false };
-    train(&args.run, args.degrade.sets(), plan, globals)
+    train(&args.run, args.run.request(args.degrade.sets(), Stages::Degrade, Forms::default()), globals)
 }

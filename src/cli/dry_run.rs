@@ -8,14 +8,15 @@ use serde_json::json;
 use tch::Device;
 
 use super::{Globals, table};
-use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::Stage;
+use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{Config, Precision, Switch};
 use crate::distill::metrics::Row;
 use crate::distill::objective::objective;
-use crate::distill::{Job, Observer, RunDir, Stages, Student, compare, distill, estimate};
+use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, estimate};
 use crate::error::{Context, Error, Result};
-use crate::torch::{device, shim};
+use crate::run::Prepared;
+use crate::run::origin::describe;
+use crate::torch::{Forward, device, shim};
 
 /// Steps of each stage that are really made; of stage 2 one more where not every iteration updates the generator.
 const STEPS: u64 = 3;
@@ -35,10 +36,10 @@ impl Observer for Clock {
 impl Clock {
     /// Seconds an image of a stage: of its last step, the first one's preparations left out. In stage 2 the generator is updated
     /// in one of `ratio` iterations; here it was in every second one.
-    fn seconds_an_image(&self, stage: Stage, ratio: u64) -> Option<f64> {
+    fn seconds_an_image(&self, stage: StageKind, ratio: u64) -> Option<f64> {
         let mut last = self.rows.iter().rev().filter(|r| r.stage == stage && r.images_per_s > 0.0);
         let with = 1.0 / last.next()?.images_per_s;
-        if stage == Stage::Degrade || ratio == 1 {
+        if stage == StageKind::Degrade || ratio == 1 {
             return Some(with);
         }
         let without = 1.0 / last.next()?.images_per_s;
@@ -74,15 +75,11 @@ fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
 }
 
 /// Prints the plan after a few steps in a folder that is removed again. Nothing of a run is left.
-/// `whole`: all weights of the teacher; `student`: where it is not the teacher's copy.
-pub fn run(
-    config: &Config,
-    teacher: &Denoiser,
-    whole: u64,
-    student: Option<&Student>,
-    place: Device,
-    globals: Globals,
-) -> Result<ExitCode> {
+pub fn run(prepared: &Prepared, globals: Globals) -> Result<ExitCode> {
+    let Prepared { config, denoiser: teacher, student, device: place, .. } = prepared;
+    let (place, student) = (*place, student.as_ref());
+    // All weights of the teacher; what is trained of them may be less.
+    let whole = prepared.teacher.network.params().elements() as u64;
     let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
     let mut short = config.clone();
     short.degrade.nodes = config.degrade.nodes.min(1);
@@ -107,10 +104,10 @@ pub fn run(
     let degrade_steps = if config.degrade.nodes > 0 { config.degrade.steps } else { 0 };
     let iterations = config.backtrack.updates * config.backtrack.ratio;
     let stages = [
-        ("degrade", Stage::Degrade, degrade_steps, degrade_steps * passes.degrade),
+        ("degrade", StageKind::Degrade, degrade_steps, degrade_steps * passes.degrade),
         (
             "backtrack",
-            Stage::Backtrack,
+            StageKind::Backtrack,
             iterations,
             iterations * passes.iteration + config.backtrack.updates * passes.update,
         ),
@@ -151,7 +148,7 @@ pub fn run(
             "{}",
             json!({
                 "ok": true, "dry_run": true, "device": device::name(place), "trained_parameters": parameters,
-                "student": super::student::describe(config), "student_parameters": of_student,
+                "student": describe(config), "student_parameters": of_student,
                 "stages": plan, "bytes_of_weights": weights, "bytes_of_all_weights": held.iter().map(|(_, n)| n).sum::<u64>(), "peak_bytes": peak,
                 "bytes_on_disk": disk, "switches": switches,
             })
@@ -166,7 +163,7 @@ pub fn run(
         config.accumulate,
         device::name(place)
     );
-    println!("student: {}, {of_student} trained parameters", super::student::describe(config));
+    println!("student: {}, {of_student} trained parameters", describe(config));
     println!("fake score and degrading copy: {parameters} trained parameters of {whole}");
     println!("trajectory: {switches}\n");
     let mut lines = table(["stage", "steps", "images", "forward passes", "ms an image", "time"]);

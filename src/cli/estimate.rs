@@ -8,12 +8,13 @@ use clap::Args;
 use serde_json::json;
 use tch::Device;
 
+use super::Globals;
 use super::teacher::TeacherArgs;
-use super::{Globals, student};
 use crate::distill::Config;
-use crate::distill::estimate::{Stage, estimate};
+use crate::distill::estimate::{StageCost, estimate};
 use crate::error::{Error, Result};
 use crate::inspect;
+use crate::run::{self, origin};
 use crate::torch::device;
 use crate::torch::training::Hollow;
 
@@ -54,26 +55,26 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     let card = Arc::new(teacher.card.card.clone());
     // Multiply-adds of one image; none where a size is free.
     let macs = inspect::cost(&teacher.network, Some(&card), 1).ok().and_then(|c| c.macs_of_one());
-    let denoiser = super::distill::denoiser(&teacher, &config)?;
+    let denoiser = run::denoiser(&teacher, &config)?;
     drop(hollow);
     // A student of its own is tried out.
-    let file = student::load(&config, &teacher, Device::Cpu)?;
-    let given = student::given(file.as_ref(), &denoiser, &config)?;
+    let file = origin::load(&config, &teacher, Device::Cpu)?;
+    let given = origin::given(file.as_ref(), &denoiser, &config)?;
     let student_macs = match &file {
         Some(file) => inspect::cost(&file.network, file.card(), 1).ok().and_then(|c| c.macs_of_one()),
         None => macs,
     };
     let found = estimate(&denoiser, given.as_ref(), &config)?;
     // Two operations a multiply-add, the classifier-free half of guidance counted in the passes.
-    let flops = |s: &Stage| {
+    let flops = |s: &StageCost| {
         let macs = macs? as f64 * s.passes + student_macs? as f64 * s.student_passes;
         Some(2.0 * macs * config.batch as f64)
     };
-    let seconds = |s: &Stage| Some(flops(s)? / (args.tflops? * 1e12));
+    let seconds = |s: &StageCost| Some(flops(s)? / (args.tflops? * 1e12));
     let stages = [("degrade", &found.degrade), ("backtrack", &found.backtrack)];
     if globals.json {
         let mut value = json!({
-            "batch": found.batch, "parameters": found.parameters, "student": student::describe(&config),
+            "batch": found.batch, "parameters": found.parameters, "student": origin::describe(&config),
             "student_parameters": found.student_parameters,
         });
         for (name, s) in stages {
@@ -87,7 +88,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     let mib = |b: u64| format!("{:.0} MiB", b as f64 / (1 << 20) as f64);
     println!("{} trained parameters, batch {}", found.parameters, found.batch);
     if given.is_some() {
-        println!("student: {}, {} parameters", student::describe(&config), found.student_parameters);
+        println!("student: {}, {} parameters", origin::describe(&config), found.student_parameters);
     }
     let mut table =
         super::table(["stage", "weights", "gradients", "optimiser", "activations", "in all", "arithmetic", "time"]);

@@ -114,12 +114,12 @@ pub mod from_run {
     use tch::Device;
 
     use super::*;
-    use crate::cli::student::{self, Origin, method, objective_name};
     use crate::cli::teacher::ReadingArgs;
     use crate::distill::checkpoint::Checkpoint;
     use crate::distill::trajectory::{self, Trajectory};
     use crate::distill::{Config, RunDir};
     use crate::export::StudentOptions;
+    use crate::run::origin::{self, Origin, method, objective_name};
     use crate::torch::Forward;
     use crate::torch::tensor_file::TensorFile;
 
@@ -170,7 +170,7 @@ pub mod from_run {
         if let Some((run, _)) = &run {
             run.check_card(&teacher.card.card, &teacher.card.origins)?;
         }
-        let file = student::load(&config, &teacher, Device::Cpu)?;
+        let file = origin::load(&config, &teacher, Device::Cpu)?;
         let origin = Origin { teacher: &teacher, file: file.as_ref() };
         // The network is nobody else's: its weights are overwritten.
         let params = file.as_ref().map_or(&teacher.network, |f| &f.network).params().alias();

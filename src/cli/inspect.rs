@@ -15,8 +15,8 @@ use crate::graph::{Model, TrainableChoice};
 use crate::inspect::hypothesis::word;
 use crate::inspect::subject::Run;
 use crate::inspect::{self, How, Inspection, ProbeOptions, Proposal};
+use crate::run::teacher;
 use crate::runtime::{self, EngineOptions};
-use crate::teacher;
 
 /// Show inputs, parameters by role, operators, what is raised or unsupported, the cost, and the teacher card.
 #[derive(Debug, Args)]

@@ -28,20 +28,14 @@ pub mod inspect;
 #[cfg(feature = "train")]
 pub mod parity;
 pub mod report;
-#[cfg(feature = "train")]
-mod run_observer;
 pub mod sample;
 pub mod serve;
 mod ship_args;
-#[cfg(feature = "train")]
-mod student;
 #[cfg(feature = "train")]
 mod teacher;
 #[cfg(feature = "train")]
 mod tui;
 pub mod verify;
-#[cfg(feature = "train")]
-mod watcher;
 
 use std::process::ExitCode;
 

@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::graph::Model;
 use crate::io::npy;
 use crate::parity::{self, OutputError, Parity, Tolerance};
-use crate::teacher;
+use crate::run::teacher;
 use crate::torch::{ImportOptions, Network};
 
 /// Run the same inputs through libtorch and ONNX Runtime; exit code 1 where they disagree. What a converter stored beside the

@@ -9,7 +9,7 @@ use super::card_args::CardArgs;
 use crate::distill::Config;
 use crate::error::Result;
 use crate::graph::TrainableChoice;
-use crate::teacher::{Teacher, TeacherOptions};
+use crate::run::{Teacher, TeacherOptions};
 
 /// How a teacher's file is read.
 #[derive(Debug, Clone, Default, Args)]

@@ -12,6 +12,8 @@ pub mod denoiser;
 pub mod generator;
 pub mod guidance;
 #[cfg(feature = "train")]
+pub mod loss_weight;
+#[cfg(feature = "train")]
 pub mod prepared;
 pub mod sampler;
 pub mod schedule;

@@ -15,12 +15,12 @@ use crate::torch::params::{load_tensors, save_tensors};
 /// The stage that a checkpoint belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Stage {
+pub enum StageKind {
     Degrade,
     Backtrack,
 }
 
-impl Stage {
+impl StageKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Degrade => "degrade",
@@ -32,7 +32,7 @@ impl Stage {
 /// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    pub stage: Stage,
+    pub stage: StageKind,
     /// Iterations of the stage that are done.
     pub iteration: u64,
     pub teacher_hash: String,
@@ -53,7 +53,7 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(stage: Stage, teacher_hash: &str) -> Self {
+    pub fn new(stage: StageKind, teacher_hash: &str) -> Self {
         Self {
             stage,
             iteration: 0,
@@ -74,7 +74,7 @@ const LATEST: &str = "latest.json";
 
 /// Whether a checkpoint's tensors are in a file of this name: `backtrack-00000100.safetensors`.
 pub fn is_tensor_file(name: &str) -> bool {
-    let stages = [Stage::Degrade, Stage::Backtrack].map(Stage::name);
+    let stages = [StageKind::Degrade, StageKind::Backtrack].map(StageKind::name);
     let iteration = |stage: &str| name.strip_prefix(stage)?.strip_prefix('-')?.strip_suffix(".safetensors");
     stages
         .into_iter()
@@ -187,14 +187,14 @@ mod tests {
             std::fs::write(dir.path().join(name), "precious").unwrap();
         }
         for k in 1..4 {
-            let state = State { iteration: k, ..State::new(Stage::Backtrack, "h") };
+            let state = State { iteration: k, ..State::new(StageKind::Backtrack, "h") };
             save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0))).unwrap();
         }
         let left = std::fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(left, 2 + theirs.len(), "of the checkpoints only the latest is kept, and all else");
         assert!(theirs.iter().all(|name| std::fs::read(dir.path().join(name)).unwrap() == b"precious"));
         let mut c = Checkpoint::latest(dir.path(), "h").unwrap().unwrap();
-        assert_eq!((c.state.iteration, c.state.stage), (3, Stage::Backtrack));
+        assert_eq!((c.state.iteration, c.state.stage), (3, StageKind::Backtrack));
         let into = set(1.0);
         assert!(c.take_params("ema/", &into).unwrap_err().to_string().contains("ema/a"));
         c.take_params("g/", &into).unwrap();

@@ -3,17 +3,21 @@
 
 use tch::Tensor;
 
-use crate::diffusion::{Conditions, Denoiser};
-use crate::distill::blame::{self, Culprit, Scene, Suspect};
-use crate::distill::checkpoint::{Checkpoint, Stage, State, named};
-use crate::distill::config::{DegradeConfig, Spacing};
-use crate::distill::draws::{Draws, Phase, Use};
-use crate::distill::inputs::Inputs;
+use crate::diffusion::{Conditions, Denoiser, Form};
+use crate::distill::batches::Batches;
+use crate::distill::checkpoint::{Checkpoint, StageKind, State, named};
+use crate::distill::config::{Config, DegradeConfig, Spacing};
+use crate::distill::draws::{Phase, Purpose};
+use crate::distill::inputs::{Inputs, denoising_loss};
+use crate::distill::job::{Job, recorder};
+use crate::distill::log::{At, Log};
+use crate::distill::nonfinite::{self, Candidate, Finding};
+use crate::distill::stage::{self, Ended, Stage};
 use crate::distill::student::Student;
-use crate::distill::trainer::{At, Batches, Begin, Job, Log, Step, adamw, denoising_loss, recorder};
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
 use crate::torch::optim::AdamW;
+use crate::torch::replay::Recorder;
 
 /// Candidates recorded for each node wanted, where the nodes are chosen afterwards.
 const CANDIDATES: u64 = 4;
@@ -23,145 +27,203 @@ const LOWER: f32 = 0.99;
 /// Records the trajectory, or goes on recording it from a checkpoint. `None`: stopped from outside, with a checkpoint.
 pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) -> Result<Option<Trajectory>> {
     let config = job.config;
-    let dir = job.run.trajectory();
     if config.degrade.nodes == 0 {
+        let hash = job.student_hash(teacher)?;
         let mut trajectory =
-            Trajectory::create(&dir, teacher.params(), job.student_hash(teacher)?, None, config.memory.nodes)?;
+            Trajectory::create(&job.run.trajectory(), teacher.params(), hash, None, config.memory.nodes)?;
         trajectory.complete(&[0])?;
         return Ok(Some(trajectory));
     }
-    let batches = Batches::new(config, teacher)?;
-    let initial = job.initial(teacher)?;
-    let copy = teacher.copy()?;
-    copy.params().set_requires_grad(true)?;
-    let mut adam = AdamW::new(copy.params(), adamw(config, config.degrade_lr(), &config.degrade.betas))?;
-    let probe = Probe::new(&batches, teacher, &initial)?;
-    let (mut recorder, form) = recorder(config, batches.device)?;
+    let (mut stage, state) = Degrade::new(job, teacher, resume)?;
+    match stage::run(&mut stage, job, state)? {
+        Ended::Stopped => Ok(None),
+        Ended::Finished => stage.finish(job).map(Some),
+    }
+}
 
-    let (mut state, mut trajectory) = match resume {
-        Some(mut checkpoint) => {
-            checkpoint.take_params("copy/", copy.params())?;
-            adam.restore("adam/", &mut |name| checkpoint.take(name))?;
-            let state = checkpoint.state.clone();
-            checkpoint.finish()?;
-            let mut trajectory = Trajectory::open(&dir, &state.teacher_hash)?;
-            trajectory.truncate(state.iteration)?;
-            (state, trajectory)
-        }
-        None => {
-            let loss = probe.loss(teacher)?;
-            let trajectory = Trajectory::create(
-                &dir,
-                teacher.params(),
-                job.student_hash(teacher)?,
-                Some(loss),
-                config.memory.nodes,
-            )?;
-            job.observer.node_recorded(0, teacher)?;
-            (State::new(Stage::Degrade, trajectory.teacher_hash()), trajectory)
-        }
-    };
-    let steps = config.degrade.steps;
-    let images = config.images();
-    let record_at = recording_plan(&config.degrade);
-    let chosen_later = chooses_later(&config.degrade);
-    let mut log = Log::new(job, &state, steps, config.degrade.nodes, state.iteration * images)?;
-    let (iteration, last) = (state.iteration, config.degrade.nodes);
-    job.observer.stage_begins(&Begin { stage: Stage::Degrade, iteration, total: steps, updates: 0, last })?;
+/// Stage 1 as it runs.
+struct Degrade<'a> {
+    config: &'a Config,
+    teacher: &'a Denoiser,
+    batches: Batches,
+    /// The student as it begins, on whose samples the copy is trained.
+    initial: Student,
+    copy: Denoiser,
+    adam: AdamW,
+    probe: Probe,
+    recorder: Recorder<Inputs>,
+    form: Form,
+    trajectory: Trajectory,
+    /// Steps after which a node (or a candidate) is recorded.
+    record_at: Vec<u64>,
+    /// Of the present iteration.
+    lr: f64,
+}
 
-    while state.iteration < steps {
+impl<'a> Degrade<'a> {
+    /// A copy of the teacher and a trajectory of one node, or both as a checkpoint has them.
+    fn new<'j: 'a>(job: &mut Job<'j>, teacher: &'a Denoiser, resume: Option<Checkpoint>) -> Result<(Self, State)> {
+        let config = job.config;
+        let dir = job.run.trajectory();
+        let batches = Batches::new(config, teacher)?;
+        let initial = job.initial(teacher)?;
+        let copy = teacher.copy()?;
+        copy.params().set_requires_grad(true)?;
+        let mut adam = AdamW::new(copy.params(), config.adamw(config.degrade_lr(), &config.degrade.betas))?;
+        let probe = Probe::new(&batches, teacher, &initial)?;
+        let (recorder, form) = recorder(config, batches.device)?;
+        let (state, trajectory) = match resume {
+            Some(mut checkpoint) => {
+                checkpoint.take_params("copy/", copy.params())?;
+                adam.restore("adam/", &mut |name| checkpoint.take(name))?;
+                let state = checkpoint.state.clone();
+                checkpoint.finish()?;
+                let mut trajectory = Trajectory::open(&dir, &state.teacher_hash)?;
+                trajectory.truncate(state.iteration)?;
+                (state, trajectory)
+            }
+            None => {
+                let (loss, hash) = (probe.loss(teacher)?, job.student_hash(teacher)?);
+                let trajectory = Trajectory::create(&dir, teacher.params(), hash, Some(loss), config.memory.nodes)?;
+                job.observer.node_recorded(0, teacher)?;
+                (State::new(StageKind::Degrade, trajectory.teacher_hash()), trajectory)
+            }
+        };
+        let record_at = recording_plan(&config.degrade);
         let lr = adam.lr(1.0);
-        for micro in 0..config.accumulate {
-            let draws = batches.draws(Phase::Degrade, state.iteration, micro);
-            let conditions = batches.conditions(&draws, teacher)?;
-            let z = batches.latent(&draws, &initial)?;
-            let uses = [Use::FakeSigma, Use::FakeNoise];
-            let noised = batches.noised(&draws, &batches.degrade_levels, uses, &copy, form)?;
-            let made = recorder.run(
-                "degrade",
-                Inputs::new(&z, &conditions, Some(noised)),
-                Some(copy.params()),
-                &mut |inputs: &Inputs| {
-                    let (z, conditions) = (&inputs.from, &inputs.conditions);
-                    let x0 = tch::no_grad(|| initial.training_images(&draws, z, conditions))?;
-                    let loss = inputs.loss(&copy, &x0)?;
-                    loss.f_div_scalar(config.accumulate as f64)?.f_backward()?;
-                    Ok(vec![loss.detach()])
-                },
-            )?;
-            log.meters.add("loss_fake", &made[0])?;
-        }
-        adam.step(1.0)?;
-        log.meters.add("grad_norm_fake", adam.grad_norm())?;
-        state.iteration += 1;
-        let done = state.iteration;
-        log.progress.tick(done);
+        let stage =
+            Self { config, teacher, batches, initial, copy, adam, probe, recorder, form, trajectory, record_at, lr };
+        Ok((stage, state))
+    }
 
-        let mut ended = done == steps;
-        let patience = config.degrade.patience;
-        if patience > 0 && done.is_multiple_of((patience / 4).max(1)) {
-            let loss = probe.loss(&copy)?;
-            if state.best_loss.is_none_or(|best| loss < best * LOWER) {
-                (state.best_loss, state.best_at) = (Some(loss), done);
-            } else if done - state.best_at >= patience {
-                log.progress.note(&format!("stage 1: the loss has stopped falling after {done} steps"));
-                ended = true;
+    /// The complete trajectory: all nodes, or those chosen from the candidates.
+    fn finish(mut self, job: &mut Job) -> Result<Trajectory> {
+        let chosen_later = chooses_later(&self.config.degrade);
+        let which = match chosen_later {
+            true => choose(self.trajectory.nodes(), self.config.degrade.nodes, self.config.degrade.spacing),
+            false => (0..=self.trajectory.last()).collect(),
+        };
+        self.trajectory.complete(&which)?;
+        if chosen_later {
+            for node in 1..=self.trajectory.last() {
+                self.trajectory.load(node, self.copy.params())?;
+                job.observer.node_recorded(node, &self.copy)?;
             }
         }
-        if ended || record_at.contains(&done) {
-            let node = trajectory.record(copy.params(), done, Some(probe.loss(&copy)?))?;
-            if !chosen_later {
-                job.observer.node_recorded(node, &copy)?;
-            }
+        Ok(self.trajectory)
+    }
+
+    /// Whether the loss has not fallen for `degrade.patience` steps.
+    fn out_of_patience(&self, state: &mut State, log: &Log) -> Result<bool> {
+        let (done, patience) = (state.iteration, self.config.degrade.patience);
+        if patience == 0 || !done.is_multiple_of((patience / 4).max(1)) {
+            return Ok(false);
         }
-        if done.is_multiple_of(config.log.every) || ended {
-            log.skips(["skipped_fake", "in_a_row_fake"], &adam)?;
-            let node = trajectory.last();
-            let at = At { iteration: done, node, lr, updates: 0, images: done * images };
-            let draws = batches.draws(Phase::Degrade, done - 1, 0);
-            log.row(at, job.observer, &|| culprit(&batches, &draws, teacher, &copy, &initial))?;
+        let loss = self.probe.loss(&self.copy)?;
+        if state.best_loss.is_none_or(|best| loss < best * LOWER) {
+            (state.best_loss, state.best_at) = (Some(loss), done);
+            return Ok(false);
         }
-        let wish = job.observer.after_step(&Step {
-            stage: Stage::Degrade,
-            iteration: done,
-            total: steps,
-            updates: 0,
-            updated: false,
-            images: done * images,
-            seconds: log.seconds(),
-            node: trajectory.last(),
-            networks: None,
-        })?;
+        let ended = done - state.best_at >= patience;
         if ended {
-            break;
+            log.progress.note(&format!("stage 1: the loss has stopped falling after {done} steps"));
         }
-        let stop = job.stopped();
-        if stop
-            || wish.checkpoint
-            || (config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every))
-        {
-            let mut tensors = named("copy/", copy.params());
-            tensors.extend(adam.state("adam/"));
-            log.checkpoint(job, &mut state, &tensors)?;
-        }
-        if stop {
-            log.progress.finish();
-            return Ok(None);
-        }
+        Ok(ended)
     }
-    log.progress.finish();
-    let which = match chosen_later {
-        true => choose(trajectory.nodes(), config.degrade.nodes, config.degrade.spacing),
-        false => (0..=trajectory.last()).collect(),
-    };
-    trajectory.complete(&which)?;
-    if chosen_later {
-        for node in 1..=trajectory.last() {
-            trajectory.load(node, copy.params())?;
-            job.observer.node_recorded(node, &copy)?;
-        }
+}
+
+impl Stage for Degrade<'_> {
+    fn kind(&self) -> StageKind {
+        StageKind::Degrade
     }
-    Ok(Some(trajectory))
+    fn total(&self) -> u64 {
+        self.config.degrade.steps
+    }
+    fn last_node(&self) -> usize {
+        self.config.degrade.nodes
+    }
+
+    fn begin(&mut self, _job: &mut Job, _state: &mut State, _log: &mut Log) -> Result<()> {
+        self.lr = self.adam.lr(1.0);
+        Ok(())
+    }
+
+    /// Denoising score matching of the copy on the initial student's samples.
+    fn micro_batch(&mut self, _job: &mut Job, state: &State, micro: usize, log: &mut Log) -> Result<()> {
+        let Self { config, teacher, batches, initial, copy, recorder, form, .. } = self;
+        let (initial, copy) = (&*initial, &*copy);
+        let draws = batches.draws(Phase::Degrade, state.iteration, micro);
+        let conditions = batches.conditions(&draws, teacher)?;
+        let z = batches.latent(&draws, initial)?;
+        let purposes = [Purpose::FakeSigma, Purpose::FakeNoise];
+        let noised = batches.noised(&draws, &batches.degrade_levels, purposes, copy, *form)?;
+        let inputs = Inputs::new(&z, &conditions, Some(noised));
+        let made = recorder.run("degrade", inputs, Some(copy.params()), &mut |inputs: &Inputs| {
+            let (z, conditions) = (&inputs.from, &inputs.conditions);
+            let x0 = tch::no_grad(|| initial.training_images(&draws, z, conditions))?;
+            let loss = inputs.loss(copy, &x0)?;
+            loss.f_div_scalar(config.accumulate as f64)?.f_backward()?;
+            Ok(vec![loss.detach()])
+        })?;
+        log.meters.add("loss_fake", &made[0])
+    }
+
+    fn update(&mut self, _state: &State, log: &mut Log) -> Result<()> {
+        self.adam.step(1.0)?;
+        log.meters.add("grad_norm_fake", self.adam.grad_norm())
+    }
+
+    /// Records a node where the plan has one, and at the end.
+    fn after_update(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<bool> {
+        let ended = self.out_of_patience(state, log)? || state.iteration == self.total();
+        if ended || self.record_at.contains(&state.iteration) {
+            let loss = self.probe.loss(&self.copy)?;
+            let node = self.trajectory.record(self.copy.params(), state.iteration, Some(loss))?;
+            if !chooses_later(&self.config.degrade) {
+                job.observer.node_recorded(node, &self.copy)?;
+            }
+        }
+        Ok(ended)
+    }
+
+    fn at(&self, state: &State) -> At {
+        let images = state.iteration * self.config.images();
+        At { iteration: state.iteration, node: self.trajectory.last(), lr: self.lr, updates: 0, images }
+    }
+
+    fn log_skips(&self, log: &mut Log) -> Result<()> {
+        log.skips(["skipped_fake", "in_a_row_fake"], &self.adam)
+    }
+
+    fn find_nonfinite(&self, state: &State) -> Result<Option<Finding>> {
+        let draws = self.batches.draws(Phase::Degrade, state.iteration - 1, 0);
+        let candidate = |name: &str, network, hint| Candidate {
+            name: name.into(),
+            network,
+            levels: &self.batches.degrade_levels,
+            guidance: 1.0.into(),
+            hint,
+        };
+        let hint = "it has diverged: a lower degrade.lr, a smaller optimizer.clip or a longer optimizer.warmup";
+        let candidates = [
+            candidate("the teacher", self.teacher, nonfinite::TEACHER),
+            candidate("the degraded copy", &self.copy, hint),
+        ];
+        let hint = "a student.sigma_init that the network knows, or another student.file";
+        let probe =
+            nonfinite::Probe { batches: &self.batches, draws: &draws, student: &self.initial, hint, judge: None };
+        probe.find_nonfinite(&candidates)
+    }
+
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = named("copy/", self.copy.params());
+        tensors.extend(self.adam.state("adam/"));
+        tensors
+    }
+
+    fn ends_with_a_checkpoint(&self) -> bool {
+        false
+    }
 }
 
 /// The denoising loss on a fixed batch of the initial student's samples with levels spread over the whole range: the
@@ -179,7 +241,7 @@ impl Probe {
         let conditions = batches.conditions(&draws, teacher)?;
         let z = batches.latent(&draws, initial)?;
         let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
-        let noise = batches.noise(&draws, Use::FakeNoise)?;
+        let noise = batches.noise(&draws, Purpose::FakeNoise)?;
         Ok(Self { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })
     }
 
@@ -187,27 +249,6 @@ impl Probe {
         let loss = tch::no_grad(|| denoising_loss(denoiser, &self.x0, &self.sigmas, &self.noise, &self.conditions))?;
         Ok(loss.f_double_value(&[])? as f32)
     }
-}
-
-/// Which network gives what is not finite.
-fn culprit(
-    batches: &Batches,
-    draws: &Draws,
-    teacher: &Denoiser,
-    copy: &Denoiser,
-    initial: &Student,
-) -> Result<Option<Culprit>> {
-    let suspect = |name: &str, network, hint| Suspect {
-        name: name.into(),
-        network,
-        levels: &batches.degrade_levels,
-        guidance: 1.0.into(),
-        hint,
-    };
-    let hint = "it has diverged: a lower degrade.lr, a smaller optimizer.clip or a longer optimizer.warmup";
-    let suspects = [suspect("the teacher", teacher, blame::TEACHER), suspect("the degraded copy", copy, hint)];
-    let hint = "a student.sigma_init that the network knows, or another student.file";
-    Scene { batches, draws, student: initial, hint, judge: None }.culprit(&suspects)
 }
 
 /// Whether nodes are chosen from candidates once the whole course is known.

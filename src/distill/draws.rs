@@ -24,7 +24,7 @@ pub enum Phase {
 /// What a draw is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Use {
+pub enum Purpose {
     Latent = 1,
     Condition = 2,
     GeneratorSigma = 3,
@@ -56,7 +56,7 @@ impl Draws {
     }
 
     /// Random numbers for one use.
-    pub fn stream(&self, what: Use) -> ChaCha8Rng {
+    pub fn stream(&self, what: Purpose) -> ChaCha8Rng {
         let mut key = [0u8; 32];
         key[..8].copy_from_slice(&self.seed.to_le_bytes());
         key[8..16].copy_from_slice(&self.iteration.to_le_bytes());
@@ -67,23 +67,23 @@ impl Draws {
     }
 
     /// Standard normal f32 made on `device`.
-    pub fn noise(&self, what: Use, shape: &[i64], device: Device) -> Result<Tensor> {
+    pub fn noise(&self, what: Purpose, shape: &[i64], device: Device) -> Result<Tensor> {
         shim::randn(self.stream(what).next_u64(), shape, device)
     }
 
     /// Conditions of `rows` samples.
     pub fn conditions(&self, source: &ConditionSource, card: &TeacherCard, rows: usize) -> Result<HostConditions> {
-        source.draw(card, &mut self.stream(Use::Condition), rows)
+        source.draw(card, &mut self.stream(Purpose::Condition), rows)
     }
 
     /// Uniform over `0..n`; 0 without a draw where there is no choice.
-    pub fn below(&self, what: Use, n: usize) -> usize {
+    pub fn below(&self, what: Purpose, n: usize) -> usize {
         if n < 2 { 0 } else { below(&mut self.stream(what), n) }
     }
 
     /// Standard normal noise before step `step` of a student.
     pub fn step_noise(&self, step: usize, shape: &[i64], device: Device) -> Result<Tensor> {
-        let mut stream = self.stream(Use::StepNoise);
+        let mut stream = self.stream(Purpose::StepNoise);
         let mut seed = 0;
         for _ in 0..step {
             seed = stream.next_u64();
@@ -92,7 +92,7 @@ impl Draws {
     }
 
     /// `count` noise levels.
-    pub fn sigmas(&self, what: Use, levels: &Levels, count: usize) -> Vec<f64> {
+    pub fn sigmas(&self, what: Purpose, levels: &Levels, count: usize) -> Vec<f64> {
         let mut rng = self.stream(what);
         (0..count).map(|_| levels.draw(&mut rng)).collect()
     }
@@ -210,7 +210,7 @@ mod tests {
     fn ranges_are_cut_from_the_table() {
         let config = NoiseConfig::default();
         let levels = Levels::new(&config, Distribution::Table, [20, 980], &table(), false);
-        let drawn = Draws::new(1, Phase::Backtrack, 3, 0).sigmas(Use::GeneratorSigma, &levels, 50_000);
+        let drawn = Draws::new(1, Phase::Backtrack, 3, 0).sigmas(Purpose::GeneratorSigma, &levels, 50_000);
         let (low, high) = drawn.iter().fold((f64::MAX, 0.0f64), |(l, h), &s| (l.min(s), h.max(s)));
         assert_eq!((low, high), (21.0, 981.0));
         let mean = drawn.iter().sum::<f64>() / drawn.len() as f64;
@@ -228,12 +228,12 @@ mod tests {
         let config = NoiseConfig { log_mean: 3.0, log_std: 0.5, ..NoiseConfig::default() };
         let draws = Draws::new(1, Phase::Degrade, 0, 0);
         let levels = Levels::new(&config, Distribution::Lognormal, [0, 999], &table(), false);
-        let ln: Vec<f64> = draws.sigmas(Use::FakeSigma, &levels, 50_000).iter().map(|s| s.ln()).collect();
+        let ln: Vec<f64> = draws.sigmas(Purpose::FakeSigma, &levels, 50_000).iter().map(|s| s.ln()).collect();
         let mean = ln.iter().sum::<f64>() / ln.len() as f64;
         let var = ln.iter().map(|l| (l - mean).powi(2)).sum::<f64>() / ln.len() as f64;
         assert!((mean - 3.0).abs() < 0.01 && (var.sqrt() - 0.5).abs() < 0.01, "{mean} {var}");
         let snapped = Levels::new(&config, Distribution::Lognormal, [0, 999], &table(), true);
-        assert!(draws.sigmas(Use::FakeSigma, &snapped, 1000).iter().all(|s| s.fract() == 0.0));
+        assert!(draws.sigmas(Purpose::FakeSigma, &snapped, 1000).iter().all(|s| s.fract() == 0.0));
     }
 
     #[test]
@@ -241,8 +241,8 @@ mod tests {
         let a = Draws::new(7, Phase::Backtrack, 5, 1);
         let levels = Levels::Table(table());
         assert_eq!(
-            a.sigmas(Use::FakeSigma, &levels, 9),
-            Draws::new(7, Phase::Backtrack, 5, 1).sigmas(Use::FakeSigma, &levels, 9)
+            a.sigmas(Purpose::FakeSigma, &levels, 9),
+            Draws::new(7, Phase::Backtrack, 5, 1).sigmas(Purpose::FakeSigma, &levels, 9)
         );
         for other in [
             Draws::new(8, Phase::Backtrack, 5, 1),
@@ -250,12 +250,12 @@ mod tests {
             Draws::new(7, Phase::Backtrack, 6, 1),
             Draws::new(7, Phase::Backtrack, 5, 0),
         ] {
-            assert_ne!(a.sigmas(Use::FakeSigma, &levels, 9), other.sigmas(Use::FakeSigma, &levels, 9));
+            assert_ne!(a.sigmas(Purpose::FakeSigma, &levels, 9), other.sigmas(Purpose::FakeSigma, &levels, 9));
             assert_ne!(classes(&a, 40), classes(&other, 40));
-            let noise = |d: &Draws| Vec::<f32>::try_from(d.noise(Use::Latent, &[8], Device::Cpu).unwrap()).unwrap();
+            let noise = |d: &Draws| Vec::<f32>::try_from(d.noise(Purpose::Latent, &[8], Device::Cpu).unwrap()).unwrap();
             assert_ne!(noise(&a), noise(&other));
         }
-        assert_ne!(a.sigmas(Use::FakeSigma, &levels, 9), a.sigmas(Use::GeneratorSigma, &levels, 9));
+        assert_ne!(a.sigmas(Purpose::FakeSigma, &levels, 9), a.sigmas(Purpose::GeneratorSigma, &levels, 9));
         let classes = classes(&a, 10_000);
         for c in 0..10 {
             let n = classes.iter().filter(|&&k| k == c).count();

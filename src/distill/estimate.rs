@@ -11,11 +11,13 @@ use serde::Serialize;
 use tch::{Device, Tensor};
 
 use crate::diffusion::Denoiser;
+use crate::distill::batches::Batches;
 use crate::distill::config::{Config, Precision};
-use crate::distill::draws::{Phase, Use};
+use crate::distill::draws::{Phase, Purpose};
+use crate::distill::inputs::denoising_loss;
+use crate::distill::job::lay_out;
 use crate::distill::objective::{objective, surrogate};
 use crate::distill::student::Student;
-use crate::distill::trainer::{self, Batches, denoising_loss};
 use crate::error::{Error, Result};
 use crate::torch::training::{Compute, Hollow, counted_memory};
 use crate::torch::{Forward, ParamSet, shim};
@@ -26,7 +28,7 @@ const MOST_BYTES: f64 = 1e9;
 
 /// Memory of one stage, in bytes.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct Stage {
+pub struct StageCost {
     /// Copies of the networks' weights.
     pub weights: u64,
     pub gradients: u64,
@@ -48,8 +50,8 @@ pub struct Estimate {
     /// Trained of the teacher's network (the factors alone with low-rank adaptation) and of the student's.
     pub parameters: usize,
     pub student_parameters: usize,
-    pub degrade: Stage,
-    pub backtrack: Stage,
+    pub degrade: StageCost,
+    pub backtrack: StageCost,
 }
 
 /// One measured batch, in bytes.
@@ -84,7 +86,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
     }
     let _hollow = Hollow::new(config.precision == Precision::Bf16);
     let copy = teacher.copy()?;
-    trainer::lay_out(config, copy.params())?;
+    lay_out(config, copy.params())?;
     copy.params().set_requires_grad(true)?;
     let net = drawn_on(config, copy.network(), &|at| measure(&copy, at))?;
     teacher.network().configure(Compute::default());
@@ -93,7 +95,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
         None => net,
         Some(student) => {
             let copy = student.copy()?;
-            trainer::lay_out(config, copy.params())?;
+            lay_out(config, copy.params())?;
             copy.params().set_requires_grad(true)?;
             let made = drawn_on(config, copy.network(), &|at| measure_student(&copy, teacher, at))?;
             student.network().configure(Compute::default());
@@ -113,7 +115,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
         let activations = (highest - gradients as f64).max(0.0) as u64;
         let (weights, optimizer) = (weights + frozen + given, 2 * gradients);
         let total = weights + gradients + optimizer + activations;
-        Stage { weights, gradients, optimizer, activations, total, passes, student_passes }
+        StageCost { weights, gradients, optimizer, activations, total, passes, student_passes }
     };
     let objective = objective(config);
     let fake = u64::from(objective.needs_fake());
@@ -194,9 +196,9 @@ fn measure(copy: &Denoiser, config: &Config) -> Result<Measured> {
     let batches = Batches::new(config, copy)?;
     let draws = batches.draws(Phase::Degrade, 0, 0);
     let conditions = batches.conditions(&draws, copy)?;
-    let x0 = batches.noise(&draws, Use::Latent)?;
-    let noise = batches.noise(&draws, Use::FakeNoise)?;
-    let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, batches.batch);
+    let x0 = batches.noise(&draws, Purpose::Latent)?;
+    let noise = batches.noise(&draws, Purpose::FakeNoise)?;
+    let sigmas = draws.sigmas(Purpose::FakeSigma, &batches.fake_levels, batches.batch);
     let loss = || -> Result<Tensor> { denoising_loss(copy, &x0, &sigmas, &noise, &conditions) };
     counted(copy.params(), config, &loss)
 }
@@ -207,7 +209,7 @@ fn measure_student(copy: &Student, teacher: &Denoiser, config: &Config) -> Resul
     let draws = batches.draws(Phase::Backtrack, 0, 0);
     let conditions = batches.conditions(&draws, teacher)?;
     let z = batches.latent(&draws, copy)?;
-    let gradient = batches.noise(&draws, Use::GeneratorNoise)?;
+    let gradient = batches.noise(&draws, Purpose::GeneratorNoise)?;
     let loss = || surrogate(&copy.training_images(&draws, &z, &conditions)?, &gradient);
     counted(copy.params(), config, &loss)
 }

@@ -3,9 +3,10 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::diffusion::loss_weight::weights;
 use crate::diffusion::{Conditions, Denoiser, Form, Prepared};
-use crate::distill::trainer::{column, weights};
 use crate::error::{Error, Result};
+use crate::torch::convert::column;
 use crate::torch::replay::Feed;
 
 /// Noise levels of a batch, ready for one denoiser, and the noise.
@@ -42,6 +43,17 @@ impl Noised {
         let (denoised, _) = denoiser.denoise_prepared(&x_t, &self.prepared, conditions, &[])?;
         Ok(denoised.f_sub(x0)?.f_square()?.f_mul(&self.weights)?.f_mean(Kind::Float)?)
     }
+}
+
+/// Denoising score matching on fixed images: `mean weight(sigma) (D(x0 + sigma e; sigma) - x0)^2`.
+pub fn denoising_loss(
+    denoiser: &Denoiser,
+    x0: &Tensor,
+    sigmas: &[f64],
+    noise: &Tensor,
+    conditions: &Conditions,
+) -> Result<Tensor> {
+    Noised::new(denoiser, sigmas, noise, Form::Short)?.loss(denoiser, x0, conditions)
 }
 
 /// What a piece of a step is fed with.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::distill::checkpoint::Stage;
+use crate::distill::checkpoint::StageKind;
 use crate::error::{Context, Error, Result};
 
 /// Running means of scalars that stay on the device; reading them is the only synchronisation of a training loop.
@@ -64,7 +64,7 @@ impl Means {
 /// is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    pub stage: Stage,
+    pub stage: StageKind,
     /// Iterations of the stage that are done.
     pub iteration: u64,
     /// Stage 1: nodes recorded so far. Stage 2: the node that the generator is drawn to.
@@ -140,7 +140,7 @@ pub fn read(path: &Path) -> Result<Vec<Row>> {
 mod tests {
     use super::*;
 
-    fn row(stage: Stage, iteration: u64) -> Row {
+    fn row(stage: StageKind, iteration: u64) -> Row {
         Row {
             stage,
             iteration,
@@ -182,7 +182,7 @@ mod tests {
         let path = dir.path().join("metrics.jsonl");
         let mut file = MetricsFile::open(&path, |_| true).unwrap();
         for k in 1..5 {
-            file.append(&row(Stage::Degrade, k)).unwrap();
+            file.append(&row(StageKind::Degrade, k)).unwrap();
         }
         drop(file);
         let mut text = std::fs::read_to_string(&path).unwrap();
@@ -191,7 +191,7 @@ mod tests {
         text.push_str("{\"stage\":\"degr");
         std::fs::write(&path, text).unwrap();
         let mut file = MetricsFile::open(&path, |r| r.iteration <= 2).unwrap();
-        file.append(&row(Stage::Backtrack, 9)).unwrap();
+        file.append(&row(StageKind::Backtrack, 9)).unwrap();
         let iterations: Vec<u64> = read(&path).unwrap().iter().map(|r| r.iteration).collect();
         assert_eq!(iterations, [1, 2, 9]);
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 3);

@@ -1,36 +1,41 @@
 //! DisBack: stage 1 records how the teacher degrades into the initial student, stage 2 distils back along that path.
 
-mod ahead;
 pub mod backtrack;
-mod blame;
+pub mod batches;
 pub mod checkpoint;
 pub mod compare;
 pub mod config;
+pub mod debug_batch;
 pub mod degrade;
 pub mod draws;
 pub mod estimate;
 pub mod gan;
 pub mod inputs;
-pub mod look;
+pub mod job;
+mod log;
 pub mod metrics;
+mod nonfinite;
 pub mod objective;
+pub mod observer;
+mod prefetch;
 pub mod progress;
 pub mod rundir;
+mod stage;
 pub mod student;
 #[cfg(test)]
 mod tests;
-pub mod trainer;
 pub mod trajectory;
 
 pub use config::Config;
-pub use look::Look;
+pub use debug_batch::DebugBatch;
+pub use job::Job;
+pub use observer::{Observer, Running, Step, Unobserved, Wish};
 pub use rundir::RunDir;
 pub use student::Student;
-pub use trainer::{Job, Observer, Running, Step, Unobserved, Wish};
 pub use trajectory::Trajectory;
 
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::{Checkpoint, Stage};
+use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::error::{Error, Result};
 
 /// Which stages to run.
@@ -47,7 +52,7 @@ pub enum Stages {
 #[derive(Debug)]
 pub enum Outcome {
     /// Stopped from outside, with a checkpoint to go on from.
-    Stopped(Stage),
+    Stopped(StageKind),
     /// Stage 1 is done.
     Recorded(Trajectory),
     /// Stage 2 is done: the student with its averaged weights.
@@ -59,8 +64,8 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     let hash = teacher.params().hash()?;
     // Copies compute as the teacher does.
     teacher.network().configure(job.config.compute());
-    trainer::lay_out(job.config, teacher.params())?;
-    job.student.map_or(Ok(()), |s| trainer::lay_out(job.config, s.params()))?;
+    job::lay_out(job.config, teacher.params())?;
+    job.student.map_or(Ok(()), |s| job::lay_out(job.config, s.params()))?;
     let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
     let dir = job.run.trajectory();
     let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };
@@ -74,22 +79,22 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
                 .hint("run `disback degrade` first, or give one with --trajectory"));
         }
         _ => {
-            let from = checkpoint.take_if(|c| c.state.stage == Stage::Degrade);
+            let from = checkpoint.take_if(|c| c.state.stage == StageKind::Degrade);
             match degrade::degrade(&mut job, teacher, from)? {
                 Some(trajectory) => trajectory,
-                None => return Ok(Outcome::Stopped(Stage::Degrade)),
+                None => return Ok(Outcome::Stopped(StageKind::Degrade)),
             }
         }
     };
     if stages == Stages::Degrade {
         return Ok(Outcome::Recorded(trajectory));
     }
-    let from = checkpoint.filter(|c| c.state.stage == Stage::Backtrack);
+    let from = checkpoint.filter(|c| c.state.stage == StageKind::Backtrack);
     match backtrack::backtrack(&mut job, teacher, &trajectory, from)? {
         Some(student) => {
             student.weights()?.save(&job.run.student_weights())?;
             Ok(Outcome::Finished(student))
         }
-        None => Ok(Outcome::Stopped(Stage::Backtrack)),
+        None => Ok(Outcome::Stopped(StageKind::Backtrack)),
     }
 }

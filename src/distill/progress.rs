@@ -4,14 +4,14 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::distill::checkpoint::Stage;
+use crate::distill::checkpoint::StageKind;
 use crate::distill::metrics::Row;
 
 /// Progress of one stage on standard error.
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
-    stage: Stage,
+    stage: StageKind,
     total: u64,
     last: usize,
     silent: bool,
@@ -23,7 +23,7 @@ const ROWS_A_LINE: u64 = 10;
 
 impl Progress {
     /// `total` iterations, `last` the number of the trajectory's last node.
-    pub fn new(stage: Stage, total: u64, start: u64, last: usize, silent: bool) -> Self {
+    pub fn new(stage: StageKind, total: u64, start: u64, last: usize, silent: bool) -> Self {
         let bar = (!silent && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(total).with_position(start);
             let style = "{prefix} {bar:24} {pos}/{len}  {msg}  ETA {eta}";

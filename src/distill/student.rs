@@ -10,7 +10,7 @@ use crate::diffusion::{
     Conditions, Conversion, Denoiser, Generator, HostConditions, Prepared, Schedule, StudentStart, TeacherCard,
 };
 use crate::distill::config::{Config, Init, StudentConfig};
-use crate::distill::draws::{Draws, Use};
+use crate::distill::draws::{Draws, Purpose};
 use crate::error::{Context, Error, Result};
 use crate::torch::{Forward, ParamSet, shim};
 
@@ -149,7 +149,7 @@ impl Student {
     pub fn training_images(&self, draws: &Draws, z: &Tensor, conditions: &Conditions) -> Result<Tensor> {
         match self {
             Self::Levels(s) => {
-                let step = draws.below(Use::Step, s.levels.len() + 1);
+                let step = draws.below(Purpose::Step, s.levels.len() + 1);
                 let noise = |step: usize| draws.step_noise(step, &z.size(), z.device());
                 s.unroll(z, conditions, step, &noise)
             }

@@ -8,8 +8,8 @@ use tch::{Device, Tensor};
 use crate::diffusion::{Conditions, Conversion, Denoiser, HostConditions, InputSpec};
 use crate::error::{Error, Result};
 use crate::graph::Model;
+use crate::run::Teacher;
 use crate::runtime::student::{Request, Student, StudentInfo};
-use crate::teacher::Teacher;
 use crate::tensor::HostTensor;
 use crate::torch::{Forward, ImportOptions, Network, ParamSet, convert};
 

@@ -4,12 +4,16 @@ mod screen;
 mod state;
 mod terminal;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::distill::metrics::Row;
+use crate::distill::observer::Begin;
 use crate::error::{Context, Result};
+use crate::run::Monitor;
 use terminal::Terminal;
 
 pub use state::State;
@@ -36,12 +40,12 @@ pub struct Shared {
     sample: AtomicBool,
     pause: AtomicBool,
     /// Raised by the stop key, as by Ctrl-C.
-    stop: &'static AtomicBool,
+    stop: Arc<AtomicBool>,
     over: AtomicBool,
 }
 
 impl Shared {
-    pub fn new(stop: &'static AtomicBool) -> Arc<Self> {
+    pub fn new(stop: Arc<AtomicBool>) -> Arc<Self> {
         let off = || AtomicBool::new(false);
         let state = Mutex::new(State::default());
         Arc::new(Self { state, checkpoint: off(), sample: off(), pause: off(), stop, over: off() })
@@ -51,22 +55,6 @@ impl Shared {
     pub fn update(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
         change(&mut state);
-    }
-
-    /// Whether a checkpoint was asked for since the last time.
-    pub fn take_checkpoint(&self) -> bool {
-        self.checkpoint.swap(false, Ordering::Relaxed)
-    }
-    /// Whether samples were asked for since the last time.
-    pub fn take_sample(&self) -> bool {
-        self.sample.swap(false, Ordering::Relaxed)
-    }
-
-    /// Waits as long as the run is paused and not stopped.
-    pub fn wait_while_paused(&self) {
-        while self.pause.load(Ordering::Relaxed) && !self.stop.load(Ordering::Relaxed) {
-            std::thread::sleep(Duration::from_millis(50));
-        }
     }
 
     /// Does what a key asks for. False: the process is to end at once.
@@ -91,6 +79,46 @@ impl Shared {
             }),
         }
         true
+    }
+}
+
+impl Monitor for Shared {
+    fn stage_begins(&self, run: &Path, begin: &Begin) {
+        self.update(|s| {
+            s.run = run.display().to_string();
+            (s.total, s.iteration, s.nodes) = (begin.total, begin.iteration, begin.last);
+            s.enter(begin.stage.name());
+        });
+    }
+    fn iteration(&self, iteration: u64) {
+        self.update(|s| s.iteration = iteration);
+    }
+    fn row(&self, row: &Row, device_bytes: Option<u64>) {
+        self.update(|s| {
+            s.row(row);
+            s.device_memory = device_bytes;
+        });
+    }
+    fn measured(&self, distance: f64) {
+        self.update(|s| s.measured(distance));
+    }
+    fn note(&self, text: &str) {
+        self.update(|s| s.note(text));
+    }
+    fn warning(&self, text: &str) {
+        self.note(text);
+    }
+    fn wants_checkpoint(&self) -> bool {
+        self.checkpoint.swap(false, Ordering::Relaxed)
+    }
+    fn wants_samples(&self) -> bool {
+        self.sample.swap(false, Ordering::Relaxed)
+    }
+    /// Waits as long as the run is paused and not stopped.
+    fn wait_while_paused(&self) {
+        while self.pause.load(Ordering::Relaxed) && !self.stop.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 
@@ -151,15 +179,15 @@ mod tests {
 
     #[test]
     fn keys_reach_the_run() {
-        static STOP: AtomicBool = AtomicBool::new(false);
-        let shared = Shared::new(&STOP);
+        let stop = Arc::new(AtomicBool::new(false));
+        let shared = Shared::new(stop.clone());
         let press = |key| action(key).map(|a| shared.act(a));
         assert_eq!(press(b'x'), None);
-        assert!(!shared.take_checkpoint() && !shared.take_sample());
+        assert!(!shared.wants_checkpoint() && !shared.wants_samples());
         assert_eq!(press(b'c'), Some(true));
-        assert!(shared.take_checkpoint() && !shared.take_checkpoint());
+        assert!(shared.wants_checkpoint() && !shared.wants_checkpoint());
         press(b's');
-        assert!(shared.take_sample());
+        assert!(shared.wants_samples());
         press(b'p');
         assert!(shared.state.lock().unwrap().paused);
         press(b' ');
@@ -167,7 +195,7 @@ mod tests {
         shared.wait_while_paused();
         press(b'p');
         assert_eq!(press(0x03), Some(true));
-        assert!(STOP.load(Ordering::Relaxed) && shared.state.lock().unwrap().stopping);
+        assert!(stop.load(Ordering::Relaxed) && shared.state.lock().unwrap().stopping);
         // Stopped, a pause holds nothing up any more.
         shared.wait_while_paused();
         assert_eq!(press(b'q'), Some(false), "the second time ends the process");

@@ -150,7 +150,7 @@ fn bytes(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::distill::checkpoint::Stage;
+    use crate::distill::checkpoint::StageKind;
     use crate::distill::metrics::Row;
 
     fn row(iteration: u64) -> Row {
@@ -225,7 +225,7 @@ mod tests {
         let next = lines.iter().position(|l| l.starts_with("loss of the generator")).unwrap();
         assert!(next - at > 2 && lines[at + 1..next].iter().all(|l| l.starts_with('█')), "{shown}");
         assert!(lines[next - 1].trim_end().ends_with('▁'), "{shown}");
-        assert_eq!(state.row.as_ref().map(|r| r.stage), Some(Stage::Backtrack));
+        assert_eq!(state.row.as_ref().map(|r| r.stage), Some(StageKind::Backtrack));
         state.paused = true;
         assert!(text(&state, 80, 24).contains("p go on") && text(&state, 80, 24).contains("paused"));
         // Any size is drawn, within its borders.

@@ -2,12 +2,12 @@
 
 use tch::{Kind, Tensor};
 
-use super::players::Players;
+use super::networks::Networks;
 use crate::diffusion::{Conditions, Form, Guidance};
-use crate::distill::draws::{Draws, Use};
+use crate::distill::batches::Batches;
+use crate::distill::draws::{Draws, Purpose};
 use crate::distill::inputs::{Inputs, Noised};
 use crate::distill::objective::{Objective, Terms};
-use crate::distill::trainer::Batches;
 use crate::error::Result;
 
 /// One micro-batch of the generator's images and what belongs to them.
@@ -21,21 +21,21 @@ pub(super) struct Batch<'a> {
 
 /// What an update of the generator takes, and its noise levels.
 pub(super) fn inputs(
-    players: &Players,
+    networks: &Networks,
     batches: &Batches,
     draws: &Draws,
     conditions: &Conditions,
     guidance: Guidance,
     form: Form,
 ) -> Result<(Inputs, Vec<f64>)> {
-    let z = batches.latent(draws, &players.student)?;
-    let sigmas = draws.sigmas(Use::GeneratorSigma, &batches.generator_levels, batches.batch);
-    let noise = batches.noise(draws, Use::GeneratorNoise)?;
-    let noised = Noised::new(&players.target, &sigmas, &noise, form)?;
+    let z = batches.latent(draws, &networks.student)?;
+    let sigmas = draws.sigmas(Purpose::GeneratorSigma, &batches.generator_levels, batches.batch);
+    let noise = batches.noise(draws, Purpose::GeneratorNoise)?;
+    let noised = Noised::new(&networks.target, &sigmas, &noise, form)?;
     // Guidance is the target's alone.
     let guided = match guidance.is_none() {
         true => None,
-        false => Some(players.target.prepare_guided(&sigmas, guidance, form, batches.device)?),
+        false => Some(networks.target.prepare_guided(&sigmas, guidance, form, batches.device)?),
     };
     Ok((Inputs { guided, ..Inputs::new(&z, conditions, Some(noised)) }, sigmas))
 }
@@ -55,21 +55,21 @@ pub(super) struct Made {
 
 /// What the generator descends. The gradient reaches the generator alone: the parameters of fake score and discriminator
 /// are held still while they are differentiated through. `last`: the target is the teacher itself.
-pub(super) fn loss(players: &Players, objective: &dyn Objective, batch: &Batch, last: bool) -> Result<Made> {
+pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch, last: bool) -> Result<Made> {
     let Batch { batches, draws, x0, inputs } = *batch;
     let (noised, conditions) = (inputs.noised()?, &inputs.conditions);
     let x_t = noised.add_to(x0)?;
-    let gan = players.gan.as_ref().filter(|_| objective.needs_ratio() && last);
+    let gan = networks.gan.as_ref().filter(|_| objective.needs_ratio() && last);
     let taps = gan.map_or(&[][..], |g| g.taps());
     type Tapped = (Tensor, Vec<Tensor>);
     let scores = || -> Result<(Tensor, Option<Tapped>)> {
         let guided = inputs.guided.as_ref().unwrap_or(&noised.prepared);
-        let (target, _) = players.target.denoise_prepared(&x_t, guided, conditions, &[])?;
-        let fake = players.fake.as_ref();
+        let (target, _) = networks.target.denoise_prepared(&x_t, guided, conditions, &[])?;
+        let fake = networks.fake.as_ref();
         let fake = fake.map(|f| f.network.denoise_prepared(&x_t, &noised.prepared, conditions, taps));
         Ok((target, fake.transpose()?))
     };
-    let (target, fake) = if objective.through_scores() { players.held_still(scores)? } else { tch::no_grad(scores)? };
+    let (target, fake) = if objective.through_scores() { networks.with_frozen(scores)? } else { tch::no_grad(scores)? };
     let log_ratio = match (gan, &fake) {
         (Some(gan), Some((_, features))) => {
             let logits = tch::no_grad(|| gan.logits(features))?;
@@ -94,10 +94,10 @@ pub(super) fn loss(players: &Players, objective: &dyn Objective, batch: &Batch, 
         fake: fake.as_ref(),
         log_ratio: log_ratio.as_ref(),
     };
-    let gan = match (&players.gan, &players.fake) {
+    let gan = match (&networks.gan, &networks.fake) {
         (Some(gan), Some(fake)) => {
             let judge = || gan.generator_loss(&fake.network, batches, draws, x0, conditions);
-            Some(players.held_still(judge)?)
+            Some(networks.with_frozen(judge)?)
         }
         _ => None,
     };

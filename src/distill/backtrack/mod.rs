@@ -2,24 +2,30 @@
 //! last.
 
 mod generator;
-mod players;
+mod networks;
 mod switching;
 
 use tch::{Kind, Tensor};
 
-use self::players::Players;
-use crate::diffusion::Denoiser;
-use crate::distill::ahead::Nodes;
-use crate::distill::checkpoint::{Checkpoint, Stage, State};
-use crate::distill::config::CooldownShape;
-use crate::distill::draws::{Phase, Use};
+use self::networks::Networks;
+use crate::diffusion::{Conditions, Denoiser, Form, Guidance};
+use crate::distill::batches::Batches;
+use crate::distill::checkpoint::{Checkpoint, StageKind, State};
+use crate::distill::config::{Config, CooldownShape};
+use crate::distill::debug_batch::DebugBatch;
+use crate::distill::draws::{Draws, Phase, Purpose};
 use crate::distill::inputs::Inputs;
-use crate::distill::look::Look;
-use crate::distill::objective::objective;
+use crate::distill::job::{Job, recorder};
+use crate::distill::log::{At, Log};
+use crate::distill::nonfinite::Finding;
+use crate::distill::objective::{Objective, objective};
+use crate::distill::observer::Running;
+use crate::distill::prefetch::Nodes;
+use crate::distill::stage::{self, Ended, Stage};
 use crate::distill::student::Student;
-use crate::distill::trainer::{self, At, Batches, Begin, Job, Log, Running, Step};
 use crate::distill::trajectory::Trajectory;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::torch::replay::Recorder;
 
 /// Distils back along `trajectory`, or goes on from a checkpoint. Gives the student with its averaged weights, or `None`
 /// where it was stopped from outside, with a checkpoint.
@@ -29,180 +35,302 @@ pub fn backtrack(
     trajectory: &Trajectory,
     resume: Option<Checkpoint>,
 ) -> Result<Option<Student>> {
-    let config = job.config;
-    let settings = &config.backtrack;
-    let guidance = trainer::guidance(config)?;
-    if !guidance.is_none() {
-        teacher.check_guidance()?;
+    let (mut stage, state) = Backtrack::new(job, teacher, trajectory, resume)?;
+    match stage::run(&mut stage, job, state)? {
+        Ended::Stopped => Ok(None),
+        Ended::Finished => stage.finish(job).map(Some),
     }
-    let batches = Batches::new(config, teacher)?;
-    let objective = objective(config);
-    let mut players = Players::new(config, teacher, job.initial(teacher)?, &batches, &*objective)?;
-    players.target.network().configure(config.target_compute());
-    // Sum of the mismatch since the last look at it: f32, so that a checkpoint holds it exactly.
-    let mut looked = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
+}
 
-    let last = trajectory.last();
-    let mut state = match resume {
-        Some(mut checkpoint) => {
-            players.restore(&mut checkpoint)?;
-            looked.f_copy_(&checkpoint.take("looked")?)?;
-            let state = checkpoint.state.clone();
-            checkpoint.finish()?;
-            state
+/// Stage 2 as it runs.
+struct Backtrack<'a> {
+    config: &'a Config,
+    teacher: &'a Denoiser,
+    batches: Batches,
+    objective: Box<dyn Objective>,
+    guidance: Guidance,
+    networks: Networks,
+    nodes: Nodes<'a>,
+    last: usize,
+    /// Node that the target's slot holds.
+    target: usize,
+    /// Sum of the score mismatch since the switching rule last read it: f32, so that a checkpoint holds it exactly.
+    mismatch_sum: Tensor,
+    recorder: Recorder<Inputs>,
+    form: Form,
+    step: Iteration,
+}
+
+/// What holds for the present iteration.
+#[derive(Debug, Clone, Copy, Default)]
+struct Iteration {
+    /// Generator updates before it.
+    update: u64,
+    /// Whether it updates the generator.
+    updates_generator: bool,
+    /// Factors of the learning rates of the generator and of the fake score, and the generator's rate.
+    scale: f64,
+    scale_fake: f64,
+    lr: f64,
+}
+
+impl<'a> Backtrack<'a> {
+    /// The networks as stage 2 begins with them, or as a checkpoint has them, and the first target.
+    fn new<'j: 'a>(
+        job: &mut Job<'j>,
+        teacher: &'a Denoiser,
+        trajectory: &'a Trajectory,
+        resume: Option<Checkpoint>,
+    ) -> Result<(Self, State)> {
+        let config = job.config;
+        let guidance = config.target_guidance()?;
+        if !guidance.is_none() {
+            teacher.check_guidance()?;
         }
-        None => {
-            // The fake score starts from the degraded end, which fits the student's first samples.
-            if let Some(fake) = &players.fake {
-                trajectory.load(last, fake.network.params())?;
+        let batches = Batches::new(config, teacher)?;
+        let objective = objective(config);
+        let mut networks = Networks::new(config, teacher, job.initial(teacher)?, &batches, &*objective)?;
+        networks.target.network().configure(config.target_compute());
+        let mut mismatch_sum = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
+        let last = trajectory.last();
+        let state = match resume {
+            Some(mut checkpoint) => {
+                networks.restore(&mut checkpoint)?;
+                mismatch_sum.f_copy_(&checkpoint.take("mismatch_sum")?)?;
+                let state = checkpoint.state.clone();
+                checkpoint.finish()?;
+                state
             }
-            State { target: last.saturating_sub(1), ..State::new(Stage::Backtrack, trajectory.teacher_hash()) }
-        }
-    };
-    let (mut recorder, form) = trainer::recorder(config, batches.device)?;
-    let mut nodes = Nodes::new(trajectory, batches.device);
-    nodes.load(state.target, players.target.params())?;
-    job.observer.target_entered(state.target, &players.target)?;
-
-    let images = config.images();
-    let total = settings.updates * settings.ratio;
-    let mut log = Log::new(job, &state, total, last, state.iteration * images)?;
-    let (iteration, updates) = (state.iteration, state.iteration / settings.ratio);
-    let mut ended = job.observer.stage_begins(&Begin { stage: Stage::Backtrack, iteration, total, updates, last })?;
-    while state.iteration < total && !ended {
-        let update = state.iteration / settings.ratio;
-        let generator_steps = (state.iteration + 1).is_multiple_of(settings.ratio);
-        if let Some(next) = switching::next_target(job, &mut state, update, last, &mut looked)? {
-            log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
-            job.observer.target_left(state.target, players.average())?;
-            nodes.load(next, players.target.params())?;
-            (state.target, state.target_since) = (next, update);
-            job.observer.target_entered(next, &players.target)?;
-        }
-        let scale = cooldown(update, settings.updates, settings.cooldown, settings.cooldown_shape);
-        let cooldown_fake = if settings.cooldown_fake < 0.0 { settings.cooldown } else { settings.cooldown_fake };
-        let scale_fake = cooldown(update, settings.updates, cooldown_fake, settings.cooldown_shape);
-        let lr = players.adam.lr(scale);
-        for micro in 0..config.accumulate {
-            let draws = batches.draws(Phase::Backtrack, state.iteration, micro);
-            let conditions = batches.conditions(&draws, teacher)?;
-            let share = 1.0 / config.accumulate as f64;
-            // One batch of images for both updates.
-            let x0 = if generator_steps {
-                let (inputs, sigmas) = generator::inputs(&players, &batches, &draws, &conditions, guidance, form)?;
-                let first = update == state.target_since && micro == 0;
-                let last_of_all = update + 1 == settings.updates && micro == 0;
-                let looks = first || last_of_all;
-                let mut seen = None;
-                let mut piece = |inputs: &Inputs| -> Result<Vec<Tensor>> {
-                    let x0 = players.student.training_images(&draws, &inputs.from, &inputs.conditions)?;
-                    let batch = generator::Batch { batches: &batches, draws: &draws, x0: &x0, inputs };
-                    let made = generator::loss(&players, &*objective, &batch, state.target == 0)?;
-                    let mut results = vec![x0.detach(), made.mismatch, made.loss.detach()];
-                    let mut loss = made.loss;
-                    if let Some(gan) = &made.gan {
-                        results.push(gan.detach());
-                        loss = loss.f_add(gan)?;
-                    }
-                    if looks {
-                        let gradient = Tensor::f_run_backward(&[&loss], &[&x0], true, false)?;
-                        let gradient = gradient.into_iter().next().map_or_else(|| x0.f_zeros_like(), Ok)?;
-                        seen = Some((made.seen, gradient));
-                    }
-                    loss.f_mul_scalar(share)?.f_backward()?;
-                    Ok(results)
-                };
-                let mut results = match looks {
-                    true => piece(&inputs)?,
-                    false => recorder.run("generator", inputs, Some(players.student.params()), &mut piece)?,
-                };
-                for (name, value) in ["mismatch", "loss_generator", "loss_gan"].into_iter().zip(&results[1..]) {
-                    log.meters.add(name, value)?;
+            None => {
+                // The fake score starts from the degraded end, which fits the student's first samples.
+                if let Some(fake) = &networks.fake {
+                    trajectory.load(last, fake.network.params())?;
                 }
-                looked = tch::no_grad(|| looked.f_add(&results[1].f_mul_scalar(share)?))?;
-                if let Some(((x_t, target, fake), gradient)) = seen {
-                    let look = Look { sigmas, x_t, target, fake, gradient };
-                    job.observer.looked_into(state.target, update, &look)?;
-                }
-                results.swap_remove(0)
-            } else {
-                let z = batches.latent(&draws, &players.student)?;
-                let images = |inputs: &Inputs| {
-                    tch::no_grad(|| players.student.training_images(&draws, &inputs.from, &inputs.conditions))
-                };
-                let inputs = Inputs::new(&z, &conditions, None);
-                recorder.run("images", inputs, None, &mut |i| Ok(vec![images(i)?]))?.swap_remove(0)
-            };
-            if let Some(fake) = &players.fake {
-                let (levels, uses) = (&batches.fake_levels, [Use::FakeSigma, Use::FakeNoise]);
-                let noised = batches.noised(&draws, levels, uses, &fake.network, form)?;
-                let inputs = Inputs::new(&x0, &conditions, Some(noised));
-                let made = recorder.run("fake", inputs, Some(fake.network.params()), &mut |inputs| {
-                    let loss = inputs.loss(&fake.network, &inputs.from)?;
-                    loss.f_mul_scalar(share)?.f_backward()?;
-                    Ok(vec![loss.detach()])
-                })?;
-                log.meters.add("loss_fake", &made[0])?;
-                if let Some(gan) = &players.gan {
-                    let loss = gan.discriminator_loss(&fake.network, &batches, &draws, &x0, &conditions)?;
-                    log.meters.add("loss_discriminator", &loss)?;
-                    loss.f_mul_scalar(share)?.f_backward()?;
-                }
+                let target = last.saturating_sub(1);
+                State { target, ..State::new(StageKind::Backtrack, trajectory.teacher_hash()) }
             }
-        }
-        if generator_steps {
-            players.step_generator(config, update + 1, scale, &mut log)?;
-        }
-        players.step_fake(scale_fake, &mut log)?;
-        state.iteration += 1;
-        let done = state.iteration;
-        log.progress.tick(done);
+        };
+        let (recorder, form) = recorder(config, batches.device)?;
+        let mut nodes = Nodes::new(trajectory, batches.device);
+        nodes.load(state.target, networks.target.params())?;
+        job.observer.target_entered(state.target, &networks.target)?;
+        let (target, step) = (state.target, Iteration::default());
+        let stage = Self {
+            config,
+            teacher,
+            batches,
+            objective,
+            guidance,
+            networks,
+            nodes,
+            last,
+            target,
+            mismatch_sum,
+            recorder,
+            form,
+            step,
+        };
+        Ok((stage, state))
+    }
 
-        if done.is_multiple_of(config.log.every) || done == total {
-            players.log_skips(&mut log)?;
-            let at =
-                At { iteration: done, node: state.target, lr, updates: done / settings.ratio, images: done * images };
-            let draws = batches.draws(Phase::Backtrack, done - 1, 0);
-            log.row(at, job.observer, &|| players.culprit(&batches, &draws, guidance, state.target))?;
+    /// The student with its averaged weights; the other averages are saved.
+    fn finish(self, job: &Job) -> Result<Student> {
+        let mut averages = self.networks.averages.into_iter();
+        let first = averages.next().map(|a| a.student);
+        for average in averages {
+            average.student.weights()?.save(&job.run.average_weights(average.half_life))?;
         }
-        let wish = job.observer.after_step(&Step {
-            stage: Stage::Backtrack,
-            iteration: done,
-            total,
-            updates: done / settings.ratio,
-            updated: generator_steps,
-            images: done * images,
-            seconds: log.seconds(),
-            node: state.target,
-            networks: Some(Running {
-                student: &players.student,
-                average: players.average(),
-                others: players.averages.iter().skip(1).map(|a| (a.half_life, &a.student)).collect(),
-                target: &players.target,
-                fake: players.fake.as_ref().map(|f| &f.network),
-            }),
+        first.ok_or_else(|| Error::mismatch("a run without an average of the student"))
+    }
+
+    /// The share of one micro-batch in an iteration.
+    fn share(&self) -> f64 {
+        1.0 / self.config.accumulate as f64
+    }
+
+    /// Images of the student, and its gradients: one batch of images serves both updates.
+    fn generator_pass(
+        &mut self,
+        job: &mut Job,
+        since: u64,
+        micro: usize,
+        (draws, conditions): (&Draws, &Conditions),
+        log: &mut Log,
+    ) -> Result<Tensor> {
+        let share = self.share();
+        let update = self.step.update;
+        let Self { config, batches, networks, objective, recorder, mismatch_sum, target, .. } = self;
+        let (networks, batches) = (&*networks, &*batches);
+        let (inputs, sigmas) = generator::inputs(networks, batches, draws, conditions, self.guidance, self.form)?;
+        let first = update == since && micro == 0;
+        let last_of_all = update + 1 == config.backtrack.updates && micro == 0;
+        let shown = first || last_of_all;
+        let mut seen = None;
+        let mut piece = |inputs: &Inputs| -> Result<Vec<Tensor>> {
+            let x0 = networks.student.training_images(draws, &inputs.from, &inputs.conditions)?;
+            let batch = generator::Batch { batches, draws, x0: &x0, inputs };
+            let made = generator::loss(networks, &**objective, &batch, *target == 0)?;
+            let mut results = vec![x0.detach(), made.mismatch, made.loss.detach()];
+            let mut loss = made.loss;
+            if let Some(gan) = &made.gan {
+                results.push(gan.detach());
+                loss = loss.f_add(gan)?;
+            }
+            if shown {
+                let gradient = Tensor::f_run_backward(&[&loss], &[&x0], true, false)?;
+                let gradient = gradient.into_iter().next().map_or_else(|| x0.f_zeros_like(), Ok)?;
+                seen = Some((made.seen, gradient));
+            }
+            loss.f_mul_scalar(share)?.f_backward()?;
+            Ok(results)
+        };
+        let mut results = match shown {
+            true => piece(&inputs)?,
+            false => recorder.run("generator", inputs, Some(networks.student.params()), &mut piece)?,
+        };
+        for (name, value) in ["mismatch", "loss_generator", "loss_gan"].into_iter().zip(&results[1..]) {
+            log.meters.add(name, value)?;
+        }
+        *mismatch_sum = tch::no_grad(|| mismatch_sum.f_add(&results[1].f_mul_scalar(share)?))?;
+        if let Some(((x_t, target_x0, fake), gradient)) = seen {
+            let shown = DebugBatch { sigmas, x_t, target: target_x0, fake, gradient };
+            job.observer.debug_batch(*target, update, &shown)?;
+        }
+        Ok(results.swap_remove(0))
+    }
+
+    /// Images of the student alone.
+    fn images(&mut self, draws: &Draws, conditions: &Conditions) -> Result<Tensor> {
+        let Self { batches, networks, recorder, .. } = self;
+        let student = &networks.student;
+        let z = batches.latent(draws, student)?;
+        let images = |i: &Inputs| tch::no_grad(|| student.training_images(draws, &i.from, &i.conditions));
+        let inputs = Inputs::new(&z, conditions, None);
+        Ok(recorder.run("images", inputs, None, &mut |i| Ok(vec![images(i)?]))?.swap_remove(0))
+    }
+
+    /// Gradients of the fake score and of the discriminator on these images.
+    fn fake_pass(&mut self, x0: &Tensor, draws: &Draws, conditions: &Conditions, log: &mut Log) -> Result<()> {
+        let share = self.share();
+        let Self { batches, networks, recorder, form, .. } = self;
+        let Some(fake) = &networks.fake else { return Ok(()) };
+        let (levels, purposes) = (&batches.fake_levels, [Purpose::FakeSigma, Purpose::FakeNoise]);
+        let noised = batches.noised(draws, levels, purposes, &fake.network, *form)?;
+        let inputs = Inputs::new(x0, conditions, Some(noised));
+        let made = recorder.run("fake", inputs, Some(fake.network.params()), &mut |inputs| {
+            let loss = inputs.loss(&fake.network, &inputs.from)?;
+            loss.f_mul_scalar(share)?.f_backward()?;
+            Ok(vec![loss.detach()])
         })?;
-        ended = wish.end;
-        let stop = job.stopped() && done < total && !ended;
-        let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
-        let due = due || wish.checkpoint;
-        if stop || due || ended || done == total {
-            let mut tensors = players.tensors();
-            tensors.push(("looked".into(), looked.shallow_clone()));
-            log.checkpoint(job, &mut state, &tensors)?;
+        log.meters.add("loss_fake", &made[0])?;
+        if let Some(gan) = &networks.gan {
+            let loss = gan.discriminator_loss(&fake.network, batches, draws, x0, conditions)?;
+            log.meters.add("loss_discriminator", &loss)?;
+            loss.f_mul_scalar(share)?.f_backward()?;
         }
-        if stop {
-            log.progress.finish();
-            return Ok(None);
+        Ok(())
+    }
+}
+
+impl Stage for Backtrack<'_> {
+    fn kind(&self) -> StageKind {
+        StageKind::Backtrack
+    }
+    fn total(&self) -> u64 {
+        self.config.backtrack.updates * self.config.backtrack.ratio
+    }
+    fn last_node(&self) -> usize {
+        self.last
+    }
+
+    /// Switches to the next target where it is time, and sets the learning rates.
+    fn begin(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()> {
+        let settings = &self.config.backtrack;
+        let update = state.iteration / settings.ratio;
+        if let Some(next) = switching::next_target(job, state, update, self.last, &mut self.mismatch_sum)? {
+            log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
+            job.observer.target_left(state.target, self.networks.average())?;
+            self.nodes.load(next, self.networks.target.params())?;
+            (state.target, state.target_since, self.target) = (next, update, next);
+            job.observer.target_entered(next, &self.networks.target)?;
+        }
+        let scale = |share: f64| cooldown(update, settings.updates, share, settings.cooldown_shape);
+        let of_fake = if settings.cooldown_fake < 0.0 { settings.cooldown } else { settings.cooldown_fake };
+        self.step = Iteration {
+            update,
+            updates_generator: (state.iteration + 1).is_multiple_of(settings.ratio),
+            scale: scale(settings.cooldown),
+            scale_fake: scale(of_fake),
+            lr: self.networks.adam.lr(scale(settings.cooldown)),
+        };
+        Ok(())
+    }
+
+    fn micro_batch(&mut self, job: &mut Job, state: &State, micro: usize, log: &mut Log) -> Result<()> {
+        let draws = self.batches.draws(Phase::Backtrack, state.iteration, micro);
+        let conditions = self.batches.conditions(&draws, self.teacher)?;
+        let x0 = match self.step.updates_generator {
+            true => self.generator_pass(job, state.target_since, micro, (&draws, &conditions), log)?,
+            false => self.images(&draws, &conditions)?,
+        };
+        self.fake_pass(&x0, &draws, &conditions, log)
+    }
+
+    fn update(&mut self, _state: &State, log: &mut Log) -> Result<()> {
+        let Iteration { update, updates_generator, scale, scale_fake, .. } = self.step;
+        if updates_generator {
+            self.networks.step_generator(self.config, update + 1, scale, log)?;
+        }
+        self.networks.step_fake(scale_fake, log)
+    }
+
+    fn after_update(&mut self, _job: &mut Job, _state: &mut State, _log: &mut Log) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn at(&self, state: &State) -> At {
+        At {
+            iteration: state.iteration,
+            node: self.target,
+            lr: self.step.lr,
+            updates: state.iteration / self.config.backtrack.ratio,
+            images: state.iteration * self.config.images(),
         }
     }
-    log.progress.finish();
-    let mut averages = players.averages.into_iter();
-    let first = averages.next().map(|a| a.student);
-    for average in averages {
-        average.student.weights()?.save(&job.run.average_weights(average.half_life))?;
+
+    fn updated_generator(&self) -> bool {
+        self.step.updates_generator
     }
-    Ok(first)
+
+    fn log_skips(&self, log: &mut Log) -> Result<()> {
+        self.networks.log_skips(log)
+    }
+
+    fn find_nonfinite(&self, state: &State) -> Result<Option<Finding>> {
+        let draws = self.batches.draws(Phase::Backtrack, state.iteration - 1, 0);
+        self.networks.find_nonfinite(&self.batches, &draws, self.guidance, self.target)
+    }
+
+    fn running(&self) -> Option<Running<'_>> {
+        let networks = &self.networks;
+        Some(Running {
+            student: &networks.student,
+            average: networks.average(),
+            others: networks.averages.iter().skip(1).map(|a| (a.half_life, &a.student)).collect(),
+            target: &networks.target,
+            fake: networks.fake.as_ref().map(|f| &f.network),
+        })
+    }
+
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = self.networks.tensors();
+        tensors.push(("mismatch_sum".into(), self.mismatch_sum.shallow_clone()));
+        tensors
+    }
+
+    fn ends_with_a_checkpoint(&self) -> bool {
+        true
+    }
 }
 
 /// Factor of a learning rate at a generator update: 1, then falling to 0 over the last `share` of them.

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use crate::distill::checkpoint::State;
 use crate::distill::config::Switch;
-use crate::distill::trainer::Job;
+use crate::distill::job::Job;
 use crate::distill::trajectory::target_by_count;
 use crate::error::Result;
 
@@ -17,7 +17,7 @@ pub(super) fn next_target(
     state: &mut State,
     update: u64,
     last: usize,
-    looked: &mut Tensor,
+    mismatch_sum: &mut Tensor,
 ) -> Result<Option<usize>> {
     let settings = &job.config.backtrack;
     if !state.iteration.is_multiple_of(settings.ratio) {
@@ -33,8 +33,8 @@ pub(super) fn next_target(
             if state.target == 0 || spent == 0 || !spent.is_multiple_of(settings.switch_every) {
                 return Ok(None);
             }
-            let mismatch = (looked.f_double_value(&[])? / settings.switch_every as f64) as f32;
-            let _ = looked.f_zero_()?;
+            let mismatch = (mismatch_sum.f_double_value(&[])? / settings.switch_every as f64) as f32;
+            let _ = mismatch_sum.f_zero_()?;
             if !plateaued(state, mismatch, settings.switch_patience) && spent < settings.switch_max {
                 return Ok(None);
             }
@@ -59,19 +59,19 @@ fn plateaued(state: &mut State, mismatch: f32, patience: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::distill::checkpoint::Stage;
+    use crate::distill::checkpoint::StageKind;
 
     #[test]
     fn the_mismatch_plateaus_after_patience_looks_without_a_fall() {
-        let mut state = State::new(Stage::Backtrack, "");
+        let mut state = State::new(StageKind::Backtrack, "");
         let looks = [5.0, 3.0, 2.99, 3.1, 2.0, 1.99, 2.2, 1.97];
         let found: Vec<bool> = looks.iter().map(|&m| plateaued(&mut state, m, 3)).collect();
         assert_eq!(found, [false, false, false, false, false, false, false, true]);
         // Nothing left to teach.
-        let mut state = State::new(Stage::Backtrack, "");
+        let mut state = State::new(StageKind::Backtrack, "");
         assert!(plateaued(&mut state, -0.1, 1));
         // NaN is no new low.
-        let mut state = State { best_mismatch: Some(1.0), ..State::new(Stage::Backtrack, "") };
+        let mut state = State { best_mismatch: Some(1.0), ..State::new(StageKind::Backtrack, "") };
         assert!(plateaued(&mut state, f32::NAN, 1));
     }
 }

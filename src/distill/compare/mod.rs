@@ -10,10 +10,10 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::Stage;
+use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{BacktrackConfig, Config, DegradeConfig};
 use crate::distill::objective::objective;
-use crate::distill::trainer::{Begin, Step, Wish};
+use crate::distill::observer::{Begin, Step, Wish};
 use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
 
@@ -101,7 +101,7 @@ impl Looker<'_> {
 
 impl Observer for Looker<'_> {
     fn stage_begins(&mut self, begin: &Begin) -> Result<bool> {
-        if begin.stage == Stage::Backtrack {
+        if begin.stage == StageKind::Backtrack {
             // Looks after the checkpoint that the stage goes on from will be made again.
             self.looks.points.retain(|p| p.updates <= begin.updates);
             self.looks.looking.truncate(self.looks.points.len());
@@ -111,7 +111,7 @@ impl Observer for Looker<'_> {
     }
 
     fn after_step(&mut self, step: &Step) -> Result<Wish> {
-        if step.stage == Stage::Degrade {
+        if step.stage == StageKind::Degrade {
             (self.looks.degrade_steps, self.looks.degrade_seconds) = (step.iteration, step.seconds);
         }
         let updates = step.updates;

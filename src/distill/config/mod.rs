@@ -11,9 +11,11 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::diffusion::Guidance;
 use crate::error::{Context, Error, Result};
 use crate::torch::Compute;
 use crate::torch::lora::LoraOptions;
+use crate::torch::optim::AdamWConfig;
 
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{
@@ -147,6 +149,25 @@ impl Config {
             .filter(|(a, b)| a.1 != b.1)
             .map(|(a, b)| (a.0, a.1.to_string(), b.1.to_string()))
             .collect())
+    }
+
+    /// The configured guidance of the targets.
+    pub fn target_guidance(&self) -> Result<Guidance> {
+        Guidance::new(self.guidance, self.guidance_interval)
+    }
+
+    /// AdamW settings with this learning rate, and these betas where they are given.
+    pub fn adamw(&self, lr: f64, betas: &[f64]) -> AdamWConfig {
+        let o = &self.optimizer;
+        AdamWConfig {
+            lr,
+            beta1: betas.first().copied().unwrap_or(o.beta1),
+            beta2: betas.get(1).copied().unwrap_or(o.beta2),
+            eps: o.eps,
+            weight_decay: o.weight_decay,
+            clip: o.clip,
+            warmup: o.warmup,
+        }
     }
 
     /// How the trained networks compute.

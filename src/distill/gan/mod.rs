@@ -9,10 +9,11 @@ use std::path::Path;
 use tch::{Kind, Tensor};
 
 use crate::diffusion::{Conditions, Denoiser};
+use crate::distill::batches::Batches;
 use crate::distill::config::{Config, Distribution};
-use crate::distill::draws::{Draws, Levels, Use};
-use crate::distill::trainer::{Batches, adamw, column};
+use crate::distill::draws::{Draws, Levels, Purpose};
 use crate::error::{Error, Result};
+use crate::torch::convert::column;
 use crate::torch::optim::AdamW;
 use crate::torch::{ParamSet, convert};
 
@@ -48,7 +49,7 @@ impl Gan {
         // One forward pass tells the features' shapes.
         let draws = Draws::new(config.seed, crate::distill::draws::Phase::Probe, 0, 0);
         let conditions = batches.conditions(&draws, teacher)?;
-        let x = batches.noise(&draws, Use::Latent)?;
+        let x = batches.noise(&draws, Purpose::Latent)?;
         let sigmas = vec![batches.generator_levels.spread(1)[0]; batches.batch];
         let (_, features) = tch::no_grad(|| teacher.denoise_tapped(&x, &sigmas, &conditions, &config.gan.taps))
             .map_err(|e| e.hint(suggestion(teacher)))?;
@@ -62,7 +63,7 @@ impl Gan {
         let levels =
             Levels::new(&config.noise, Distribution::Table, config.gan.levels, &table, schedule.steps().is_some());
         Ok(Some(Self {
-            adam: AdamW::new(head.params(), adamw(config, config.gan.lr, &config.backtrack.betas_fake))?,
+            adam: AdamW::new(head.params(), config.adamw(config.gan.lr, &config.backtrack.betas_fake))?,
             head,
             data,
             taps: config.gan.taps.clone(),
@@ -102,8 +103,8 @@ impl Gan {
         x0: &Tensor,
         conditions: &Conditions,
     ) -> Result<Tensor> {
-        let sigmas = draws.sigmas(Use::GanSigma, &self.levels, batches.batch);
-        let noise = batches.noise(draws, Use::GanNoise)?;
+        let sigmas = draws.sigmas(Purpose::GanSigma, &self.levels, batches.batch);
+        let noise = batches.noise(draws, Purpose::GanNoise)?;
         let logits = self.judge(network, x0, &sigmas, &noise, conditions)?;
         Ok(softplus(&logits.f_neg()?)?.f_mul_scalar(self.weight_generator)?)
     }
@@ -119,11 +120,11 @@ impl Gan {
         conditions: &Conditions,
     ) -> Result<Tensor> {
         let rows = batches.batch;
-        let (images, real_conditions) = self.data.draw(network.card(), &mut draws.stream(Use::RealImage), rows)?;
+        let (images, real_conditions) = self.data.draw(network.card(), &mut draws.stream(Purpose::RealImage), rows)?;
         let images = crate::torch::device::send(&convert::to_torch(&images)?, batches.device)?;
         let real_conditions = Conditions::from_host(&real_conditions, batches.device)?;
-        let sigmas = draws.sigmas(Use::DiscriminatorSigma, &self.levels, rows);
-        let noise = [Use::DiscriminatorNoise, Use::RealNoise].map(|what| batches.noise(draws, what));
+        let sigmas = draws.sigmas(Purpose::DiscriminatorSigma, &self.levels, rows);
+        let noise = [Purpose::DiscriminatorNoise, Purpose::RealNoise].map(|what| batches.noise(draws, what));
         let [fake_noise, real_noise] = noise;
         let both = self.judge(
             network,

@@ -1,11 +1,11 @@
 //! DMD2 and f-distill: the discriminator, its data, and that it leaves everything else alone.
 
 use super::*;
+use crate::distill::batches::Batches;
 use crate::distill::config::{Divergence, ObjectiveKind};
-use crate::distill::draws::{Phase, Use};
+use crate::distill::draws::{Phase, Purpose};
 use crate::distill::gan::{Gan, Head};
 use crate::distill::objective::{FDistill, Objective, Terms};
-use crate::distill::trainer::Batches;
 use crate::io::npy;
 use crate::tensor::HostTensor;
 use crate::torch::shim;
@@ -68,7 +68,7 @@ fn the_discriminator_finds_the_density_ratio() {
     let conditions = Conditions::none(2048);
     for step in 0..400 {
         let draws = batches.draws(Phase::Backtrack, step, 0);
-        let x0 = &fake + batches.noise(&draws, Use::Latent).unwrap() * &spread;
+        let x0 = &fake + batches.noise(&draws, Purpose::Latent).unwrap() * &spread;
         gan.discriminator_loss(&teacher, &batches, &draws, &x0, &conditions).unwrap().backward();
         gan.adam.step(1.0).unwrap();
     }
@@ -117,7 +117,7 @@ fn adversarial_runs_resume_to_the_same_bytes_with_several_averages() {
         let (whole, cut) = (dir.path().join(format!("{objective:?}")), dir.path().join(format!("{objective:?}-cut")));
         run(&whole, &c, &plain(), None).unwrap();
         let flag = AtomicBool::new(false);
-        run(&cut, &c, &plain(), Some((&flag, checkpoint::Stage::Backtrack, 5))).unwrap();
+        run(&cut, &c, &plain(), Some((&flag, checkpoint::StageKind::Backtrack, 5))).unwrap();
         run(&cut, &c, &plain(), None).unwrap();
         let made = remains(&cut);
         assert_eq!(made, remains(&whole), "{objective:?}");

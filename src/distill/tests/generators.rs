@@ -41,7 +41,7 @@ fn run_with<'a>(
     path: &std::path::Path,
     config: &Config,
     student: &Student,
-    stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
+    stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
     run_as(path, config, &plain(), Some(student), stop)
 }
@@ -98,7 +98,7 @@ fn the_path_leads_from_the_teacher_to_this_students_samples() {
 
 #[test]
 fn a_generator_resumes_to_the_same_bytes_and_another_is_refused() {
-    use checkpoint::Stage::{Backtrack, Degrade};
+    use checkpoint::StageKind::{Backtrack, Degrade};
     let student = affine([-0.5, 0.6], [0.2, 0.9]);
     let mut c = of_its_own();
     (c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (8, 8, 2);

@@ -16,8 +16,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Condition, Conditions, Denoiser, InputSpec, Prediction, ScheduleSpec, TeacherCard};
 use crate::distill::config::{Config, Precision, Spacing, Switch};
+use crate::distill::inputs::denoising_loss;
 use crate::distill::metrics::Row;
-use crate::distill::trainer::{Observer, denoising_loss};
+use crate::distill::observer::Observer;
 use crate::distill::*;
 use crate::error::Result;
 use crate::tensor::DType;
@@ -105,7 +106,7 @@ fn labelled() -> Denoiser {
 
 fn digits() -> Denoiser {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
-    let teacher = crate::teacher::Teacher::load(&path, &Default::default(), Device::Cpu).unwrap();
+    let teacher = crate::run::Teacher::load(&path, &Default::default(), Device::Cpu).unwrap();
     let specs = teacher.inputs();
     let card = Arc::new(teacher.card.card);
     Denoiser::new(Box::new(teacher.network), card, &specs).unwrap()
@@ -136,7 +137,7 @@ struct Witness<'a> {
     entered: Vec<(usize, String)>,
     left: Vec<usize>,
     rows: Vec<Row>,
-    stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
+    stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 }
 
 impl Observer for Witness<'_> {
@@ -168,7 +169,7 @@ fn run<'a>(
     path: &std::path::Path,
     config: &Config,
     teacher: &Denoiser,
-    stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
+    stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
     run_as(path, config, teacher, None, stop)
 }
@@ -179,7 +180,7 @@ fn run_as<'a>(
     config: &Config,
     teacher: &Denoiser,
     student: Option<&Student>,
-    stop: Option<(&'a AtomicBool, checkpoint::Stage, u64)>,
+    stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
     let run = match RunDir::create(path, config) {
         Ok(run) => run,
@@ -299,7 +300,7 @@ fn remains(path: &std::path::Path) -> Vec<(String, u64)> {
 
 #[test]
 fn a_resumed_run_ends_with_the_same_bytes() {
-    use checkpoint::Stage::{Backtrack, Degrade};
+    use checkpoint::StageKind::{Backtrack, Degrade};
     let teacher = labelled();
     let mut c = config();
     (c.degrade.steps, c.backtrack.updates, c.backtrack.ratio, c.accumulate) = (12, 12, 2, 2);
@@ -334,7 +335,7 @@ fn a_resumed_run_ends_with_the_same_bytes() {
             std::fs::write(&metrics, text).unwrap();
             run(&path, &c, &teacher, None).unwrap();
             assert_eq!(remains(&path), expected, "{switch:?} stopped in {stage:?} after {iteration}");
-            let iterations = |p: &std::path::Path| -> Vec<(checkpoint::Stage, u64, usize)> {
+            let iterations = |p: &std::path::Path| -> Vec<(checkpoint::StageKind, u64, usize)> {
                 let rows = metrics::read(&p.join("metrics.jsonl")).unwrap();
                 rows.iter().map(|r| (r.stage, r.iteration, r.node)).collect()
             };
@@ -347,7 +348,7 @@ fn a_resumed_run_ends_with_the_same_bytes() {
 fn another_teacher_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let flag = AtomicBool::new(false);
-    run(dir.path(), &config(), &plain(), Some((&flag, checkpoint::Stage::Backtrack, 3))).unwrap();
+    run(dir.path(), &config(), &plain(), Some((&flag, checkpoint::StageKind::Backtrack, 3))).unwrap();
     let before = remains(dir.path());
     let other = gaussian(card(2), &[0.8, -0.4], &[0.7, 0.300001]);
     let e = run(dir.path(), &config(), &other, None).unwrap_err();

@@ -1,9 +1,10 @@
 //! Every objective end to end: what it converges to, and that no trajectory is the base method.
 
 use super::*;
+use crate::distill::batches::Batches;
 use crate::distill::config::ObjectiveKind;
-use crate::distill::draws::{Phase, Use};
-use crate::distill::trainer::{Batches, adamw, column};
+use crate::distill::draws::{Phase, Purpose};
+use crate::torch::convert::column;
 use crate::torch::optim::AdamW;
 use crate::torch::shim;
 
@@ -85,17 +86,17 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
     let (fake, student, average) = (teacher.copy().unwrap(), teacher.copy().unwrap(), teacher.copy().unwrap());
     fake.params().set_requires_grad(true).unwrap();
     student.params().set_requires_grad(true).unwrap();
-    let mut adam_fake = AdamW::new(fake.params(), adamw(c, c.backtrack.lr_fake, &[])).unwrap();
-    let mut adam_student = AdamW::new(student.params(), adamw(c, c.backtrack.lr_generator, &[])).unwrap();
+    let mut adam_fake = AdamW::new(fake.params(), c.adamw(c.backtrack.lr_fake, &[])).unwrap();
+    let mut adam_student = AdamW::new(student.params(), c.adamw(c.backtrack.lr_generator, &[])).unwrap();
     let pixels = [1i64, 2, 3];
     for step in 0..c.backtrack.updates {
         let draws = batches.draws(Phase::Backtrack, step, 0);
         let conditions = batches.conditions(&draws, teacher).unwrap();
-        let z = batches.noise(&draws, Use::Latent).unwrap();
+        let z = batches.noise(&draws, Purpose::Latent).unwrap();
         let x = student.generate(&z, &conditions, &start).unwrap();
-        let sigmas = draws.sigmas(Use::GeneratorSigma, &batches.generator_levels, c.batch);
+        let sigmas = draws.sigmas(Purpose::GeneratorSigma, &batches.generator_levels, c.batch);
         let sigma = column(&sigmas, Device::Cpu).unwrap();
-        let e = batches.noise(&draws, Use::GeneratorNoise).unwrap();
+        let e = batches.noise(&draws, Purpose::GeneratorNoise).unwrap();
         let x_t = &x + &e * &sigma;
         let real = teacher.denoise(&x_t, &sigmas, &conditions).unwrap();
         let fake_x = fake.denoise(&x_t, &sigmas, &conditions).unwrap();
@@ -121,8 +122,8 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         // What has flowed into the fake score's weights is none of its business.
         shim::drop_grads(fake.params().tensors()).unwrap();
         let x = x.detach();
-        let sigmas = draws.sigmas(Use::FakeSigma, &batches.fake_levels, c.batch);
-        let noise = batches.noise(&draws, Use::FakeNoise).unwrap();
+        let sigmas = draws.sigmas(Purpose::FakeSigma, &batches.fake_levels, c.batch);
+        let noise = batches.noise(&draws, Purpose::FakeNoise).unwrap();
         adam_student.step(1.0).unwrap();
         let seen = (step + 1) * c.images();
         let decay = crate::torch::ema::decay(c.images(), seen, c.ema.half_life, c.ema.ramp);
@@ -169,7 +170,7 @@ fn every_objective_resumes_to_the_same_bytes() {
         let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
         run(&whole, &c, &teacher, None).unwrap();
         let flag = AtomicBool::new(false);
-        let (outcome, _) = run(&cut, &c, &teacher, Some((&flag, checkpoint::Stage::Backtrack, 5))).unwrap();
+        let (outcome, _) = run(&cut, &c, &teacher, Some((&flag, checkpoint::StageKind::Backtrack, 5))).unwrap();
         assert!(matches!(outcome, Outcome::Stopped(_)));
         run(&cut, &c, &teacher, None).unwrap();
         assert_eq!(remains(&cut), remains(&whole), "{objective:?}");

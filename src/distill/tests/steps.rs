@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::distill::config::{ObjectiveKind, StudentConfig};
-use crate::distill::draws::{Draws, Phase, Use};
+use crate::distill::draws::{Draws, Phase, Purpose};
 use crate::torch::shim;
 
 fn student(stochastic: bool) -> Student {
@@ -21,7 +21,7 @@ fn steps_before_the_drawn_one_are_simulated_without_a_gradient() {
         let mut seen = [false; 3];
         for iteration in 0..20 {
             let draws = Draws::new(9, Phase::Backtrack, iteration, 0);
-            let step = draws.below(Use::Step, 3);
+            let step = draws.below(Purpose::Step, 3);
             seen[step] = true;
             let got = student.training_images(&draws, &z, &c).unwrap();
             // By hand.
@@ -62,7 +62,7 @@ fn few_step_runs_resume_and_differ_from_one_step() {
     let few = finished(run(&whole, &c, &plain(), None).unwrap().0).params().hash().unwrap();
     assert_ne!(one, few);
     let flag = AtomicBool::new(false);
-    run(&cut, &c, &plain(), Some((&flag, checkpoint::Stage::Backtrack, 5))).unwrap();
+    run(&cut, &c, &plain(), Some((&flag, checkpoint::StageKind::Backtrack, 5))).unwrap();
     run(&cut, &c, &plain(), None).unwrap();
     assert_eq!(remains(&cut), remains(&whole));
 }

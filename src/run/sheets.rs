@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, TeacherCard};
-use crate::distill::look::Look;
+use crate::distill::batches;
 use crate::distill::metrics::Row;
-use crate::distill::trainer;
-use crate::distill::{Config, Observer, RunDir, Student};
+use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
 use crate::error::{Context, Result};
 use crate::report::grid;
 use crate::report::tfevents::EventWriter;
@@ -54,11 +53,11 @@ impl Sheets {
             folder: run.samples(),
             noise: noise(card.shape)?,
             student_noise: own.filter(|shape| *shape != card.shape).map(noise).transpose()?,
-            conditions: trainer::conditions(config, card)?.of_images(card, seed, 0, count)?,
+            conditions: batches::conditions(config, card)?.of_images(card, seed, 0, count)?,
             range: if decoder.is_some() { Some(Decoder::RANGE) } else { card.range },
             decoder,
             steps: config.log.sample_steps,
-            guidance: trainer::guidance(config)?,
+            guidance: config.target_guidance()?,
             batch: config.batch,
             events: EventWriter::append(run.path())?,
             iteration: 0,
@@ -162,11 +161,11 @@ pub fn conditions(
     count: usize,
     device: tch::Device,
 ) -> Result<Conditions> {
-    Conditions::from_host(&trainer::conditions(config, card)?.of_images(card, config.seed, start, count)?, device)
+    Conditions::from_host(&batches::conditions(config, card)?.of_images(card, config.seed, start, count)?, device)
 }
 
-/// Samples of a look inside.
-const LOOK_ROWS: i64 = 8;
+/// Samples of a debug batch that are shown.
+const DEBUG_ROWS: i64 = 8;
 
 fn device_of(denoiser: &Denoiser) -> tch::Device {
     denoiser.params().tensors().first().map_or(tch::Device::Cpu, tch::Tensor::device)
@@ -213,8 +212,8 @@ impl Observer for Sheets {
         self.node_recorded(0, target)
     }
 
-    fn looked_into(&mut self, node: usize, updates: u64, look: &Look) -> Result<()> {
-        let rows = look.x_t.size()[0].min(LOOK_ROWS);
+    fn debug_batch(&mut self, node: usize, updates: u64, batch: &DebugBatch) -> Result<()> {
+        let rows = batch.x_t.size()[0].min(DEBUG_ROWS);
         // A row a sample: x_t, x0 by the target, x0 by the fake score, the gradient; x_t and gradient each scaled to
         // their own largest value.
         let [low, high] = self.range.filter(|_| self.decoder.is_none()).unwrap_or([-1.0, 1.0]);
@@ -224,9 +223,9 @@ impl Observer for Sheets {
             let largest = t.f_abs()?.f_amax(dims.as_slice(), true)?.f_clamp_min(1e-12)?;
             Ok(t.f_div(&largest)?.f_mul_scalar(half)?.f_add_scalar(middle)?)
         };
-        let mut parts = vec![scaled(&look.x_t)?, look.target.shallow_clone()];
-        parts.extend(look.fake.as_ref().map(tch::Tensor::shallow_clone));
-        parts.push(scaled(&look.gradient)?);
+        let mut parts = vec![scaled(&batch.x_t)?, batch.target.shallow_clone()];
+        parts.extend(batch.fake.as_ref().map(tch::Tensor::shallow_clone));
+        parts.push(scaled(&batch.gradient)?);
         let columns = parts.len();
         let cut = parts.iter().map(|t| Ok(t.f_narrow(0, 0, rows)?)).collect::<Result<Vec<_>>>()?;
         let images = convert::to_host(&tch::Tensor::f_stack(&cut, 1)?.f_flatten(0, 1)?)?;

@@ -3,14 +3,15 @@
 use tch::Tensor;
 
 use crate::diffusion::{Denoiser, Guidance};
-use crate::distill::blame::{self, Culprit, Scene, Suspect};
+use crate::distill::batches::Batches;
 use crate::distill::checkpoint::{Checkpoint, named};
 use crate::distill::config::Config;
 use crate::distill::draws::Draws;
 use crate::distill::gan::Gan;
+use crate::distill::log::Log;
+use crate::distill::nonfinite::{self, Candidate, Finding, Probe};
 use crate::distill::objective::Objective;
 use crate::distill::student::Student;
-use crate::distill::trainer::{Batches, Log, adamw};
 use crate::error::{Error, Result};
 use crate::torch::ema;
 use crate::torch::optim::AdamW;
@@ -27,7 +28,7 @@ pub(super) struct Average {
     pub student: Student,
 }
 
-pub(super) struct Players {
+pub(super) struct Networks {
     /// The slot into which the nodes are copied, one after the other.
     pub target: Denoiser,
     pub student: Student,
@@ -39,7 +40,7 @@ pub(super) struct Players {
     pub gan: Option<Gan>,
 }
 
-impl Players {
+impl Networks {
     /// `student`: the one to begin with, which is taken over.
     pub fn new(
         config: &Config,
@@ -62,7 +63,7 @@ impl Players {
             true => {
                 let network = teacher.copy()?;
                 network.params().set_requires_grad(true)?;
-                let adam = AdamW::new(network.params(), adamw(config, settings.lr_fake, &settings.betas_fake))?;
+                let adam = AdamW::new(network.params(), config.adamw(settings.lr_fake, &settings.betas_fake))?;
                 Some(Fake { network, adam })
             }
         };
@@ -71,7 +72,7 @@ impl Players {
                 true => teacher.copy_narrow()?,
                 false => teacher.copy()?,
             },
-            adam: AdamW::new(student.params(), adamw(config, settings.lr_generator, &settings.betas_generator))?,
+            adam: AdamW::new(student.params(), config.adamw(settings.lr_generator, &settings.betas_generator))?,
             averages,
             student,
             fake,
@@ -85,7 +86,7 @@ impl Players {
     }
 
     /// Runs `f` while neither the fake score's nor the discriminator's parameters take a gradient.
-    pub fn held_still<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub fn with_frozen<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         let sets = [self.fake.as_ref().map(|f| f.network.params()), self.gan.as_ref().map(Gan::params)];
         let switch = |on: bool| sets.iter().flatten().try_for_each(|p| p.set_requires_grad(on));
         switch(false)?;
@@ -130,24 +131,24 @@ impl Players {
     }
 
     /// Which network gives what is not finite; `node` is the target's.
-    pub fn culprit(
+    pub fn find_nonfinite(
         &self,
         batches: &Batches,
         draws: &Draws,
         guidance: Guidance,
         node: usize,
-    ) -> Result<Option<Culprit>> {
+    ) -> Result<Option<Finding>> {
         let (name, hint) = match node {
-            0 => ("the teacher".to_owned(), blame::TEACHER),
+            0 => ("the teacher".to_owned(), nonfinite::TEACHER),
             node => (
                 format!("the target, node {node} of the trajectory,"),
                 "a teacher that overflows there, or a copy that diverged in stage 1: fewer noise levels (noise.fake), a lower degrade.lr",
             ),
         };
-        let mut suspects =
-            vec![Suspect { name, network: &self.target, levels: &batches.generator_levels, guidance, hint }];
+        let mut candidates =
+            vec![Candidate { name, network: &self.target, levels: &batches.generator_levels, guidance, hint }];
         let hint = "it has diverged: a lower backtrack.lr_fake, a smaller optimizer.clip or a longer optimizer.warmup";
-        suspects.extend(self.fake.as_ref().map(|fake| Suspect {
+        candidates.extend(self.fake.as_ref().map(|fake| Candidate {
             name: "the fake score".into(),
             network: &fake.network,
             levels: &batches.fake_levels,
@@ -157,7 +158,7 @@ impl Players {
         let hint =
             "a lower backtrack.lr_generator, a smaller optimizer.clip, or a student.sigma_init that the network knows";
         let judge = self.gan.as_ref().zip(self.fake.as_ref().map(|f| &f.network));
-        Scene { batches, draws, student: &self.student, hint, judge }.culprit(&suspects)
+        Probe { batches, draws, student: &self.student, hint, judge }.find_nonfinite(&candidates)
     }
 
     /// Everything that a checkpoint holds of the networks.
@@ -178,7 +179,7 @@ impl Players {
         tensors
     }
 
-    /// Takes back what [`Players::tensors`] gave.
+    /// Takes back what [`Networks::tensors`] gave.
     pub fn restore(&mut self, checkpoint: &mut Checkpoint) -> Result<()> {
         checkpoint.take_params("student/", self.student.params())?;
         self.adam.restore("adam_student/", &mut |name| checkpoint.take(name))?;

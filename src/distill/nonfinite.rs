@@ -1,13 +1,14 @@
-//! Which network is at fault where gradients stay NaN or infinite. Asked once, when a run gives up: it reads the device.
+//! Finds the network that gives NaN or infinity where gradients stay so. Asked once, when a run gives up: it reads the device.
 
 use tch::{Kind, Tensor};
 
 use crate::diffusion::{Conditions, Denoiser, Guidance};
-use crate::distill::draws::{Draws, Levels, Use};
+use crate::distill::batches::Batches;
+use crate::distill::draws::{Draws, Levels, Purpose};
 use crate::distill::gan::Gan;
 use crate::distill::student::Student;
-use crate::distill::trainer::{Batches, column};
 use crate::error::Result;
+use crate::torch::convert::column;
 
 /// Noise levels that a network is tried at, at least.
 const TRIED: usize = 32;
@@ -16,13 +17,13 @@ const LARGEST: f64 = 1e4;
 
 /// What was found, and what to do.
 #[derive(Debug)]
-pub(crate) struct Culprit {
+pub(crate) struct Finding {
     pub found: String,
     pub hint: String,
 }
 
-/// A network that takes noisy images, its name, and what to do about it.
-pub(super) struct Suspect<'a> {
+/// A denoiser to try, its name, and what to do where it is at fault.
+pub(super) struct Candidate<'a> {
     pub name: String,
     pub network: &'a Denoiser,
     pub levels: &'a Levels,
@@ -30,8 +31,8 @@ pub(super) struct Suspect<'a> {
     pub hint: &'static str,
 }
 
-/// The surroundings of the search.
-pub(super) struct Scene<'a> {
+/// What the search needs: the data of a step and the networks that are no denoisers.
+pub(super) struct Probe<'a> {
     pub batches: &'a Batches,
     pub draws: &'a Draws,
     pub student: &'a Student,
@@ -45,15 +46,15 @@ pub(super) struct Scene<'a> {
 pub(super) const TEACHER: &str = "keep to noise levels that it knows (noise.generator, noise.fake), or export it anew: \
                                   `disback parity` shows where it overflows";
 
-impl Scene<'_> {
-    /// The first of `suspects` that gives NaN or infinity for plain noise of some level, else the student where its images
+impl Probe<'_> {
+    /// The first of `candidates` that gives NaN or infinity for plain noise of some level, else the student where its images
     /// are at fault. `None`: each network gives numbers, and the gradient overflows on its way back.
-    pub fn culprit(&self, suspects: &[Suspect]) -> Result<Option<Culprit>> {
+    pub fn find_nonfinite(&self, candidates: &[Candidate]) -> Result<Option<Finding>> {
         tch::no_grad(|| {
-            let conditions = self.batches.conditions(self.draws, suspects[0].network)?;
-            for suspect in suspects {
-                if let Some(found) = self.tried(suspect, &conditions)? {
-                    return Ok(Some(Culprit { found, hint: suspect.hint.into() }));
+            let conditions = self.batches.conditions(self.draws, candidates[0].network)?;
+            for candidate in candidates {
+                if let Some(found) = self.tried(candidate, &conditions)? {
+                    return Ok(Some(Finding { found, hint: candidate.hint.into() }));
                 }
             }
             let z = self.batches.latent(self.draws, self.student)?;
@@ -70,35 +71,35 @@ impl Scene<'_> {
                 l if l > LARGEST => format!("the student has diverged: its images reach {l:.1e}"),
                 _ => return self.judged(&conditions),
             };
-            Ok(Some(Culprit { found, hint: self.hint.into() }))
+            Ok(Some(Finding { found, hint: self.hint.into() }))
         })
     }
 
     /// The discriminator's head, where what it says of noise is not finite.
-    fn judged(&self, conditions: &Conditions) -> Result<Option<Culprit>> {
+    fn judged(&self, conditions: &Conditions) -> Result<Option<Finding>> {
         let Some((gan, fake)) = self.judge else { return Ok(None) };
         let sigmas = self.batches.fake_levels.spread(self.batches.batch);
-        let noise = self.batches.noise(self.draws, Use::GeneratorNoise)?;
+        let noise = self.batches.noise(self.draws, Purpose::GeneratorNoise)?;
         let x_t = noise.f_mul(&column(&sigmas, self.batches.device)?)?;
         let (_, features) = fake.denoise_tapped(&x_t, &sigmas, conditions, gan.taps())?;
         let found = "the discriminator's head gives NaN or infinity".to_owned();
         let hint = "it has diverged: a lower gan.lr, or a smaller gan.weight_discriminator".into();
-        Ok((!all_finite(&[gan.logits(&features)?])?).then_some(Culprit { found, hint }))
+        Ok((!all_finite(&[gan.logits(&features)?])?).then_some(Finding { found, hint }))
     }
 
-    fn tried(&self, suspect: &Suspect, conditions: &Conditions) -> Result<Option<String>> {
+    fn tried(&self, candidate: &Candidate, conditions: &Conditions) -> Result<Option<String>> {
         let batch = self.batches.batch;
         let count = TRIED.div_ceil(batch) * batch;
-        let noise = self.batches.noise(self.draws, Use::GeneratorNoise)?;
+        let noise = self.batches.noise(self.draws, Purpose::GeneratorNoise)?;
         let mut bad = Vec::new();
-        for sigmas in suspect.levels.spread(count).chunks(batch) {
+        for sigmas in candidate.levels.spread(count).chunks(batch) {
             let x_t = noise.f_mul(&column(sigmas, self.batches.device)?)?;
-            let x0 = suspect.network.guided(&x_t, sigmas, conditions, suspect.guidance)?;
+            let x0 = candidate.network.guided(&x_t, sigmas, conditions, candidate.guidance)?;
             let finite = x0.f_flatten(1, -1)?.f_isfinite()?.f_all_dim(1, false)?;
             let finite = Vec::<bool>::try_from(finite.f_to_device(tch::Device::Cpu)?)?;
             bad.extend(sigmas.iter().zip(finite).filter(|(_, ok)| !ok).map(|(s, _)| *s));
         }
-        let name = &suspect.name;
+        let name = &candidate.name;
         Ok(match (bad.iter().copied().reduce(f64::min), bad.iter().copied().reduce(f64::max)) {
             (Some(_), Some(_)) if bad.len() == count => {
                 Some(format!("{name} gives NaN or infinity at every noise level tried"))

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::export::{self, Steps, StudentOptions, unroll};
 use crate::graph::{Model, Sizes, sizes};
 use crate::onnx::ModelProto;
-use crate::teacher;
+use crate::run::teacher;
 use crate::torch::{Forward, ImportOptions, Network, ParamSet};
 
 /// An imported student.

@@ -6,15 +6,15 @@ use tch::Device;
 
 use crate::diffusion::{Conversion, Denoiser, TeacherCard};
 use crate::distill::config::Init;
-use crate::distill::{Config, RunDir, Student, trainer};
+use crate::distill::{Config, RunDir, Student, batches};
 use crate::error::{Context, Error, Result};
 use crate::export::{self, ShipOptions, Steps, StudentOptions, unroll};
 use crate::graph::save;
 use crate::onnx::ModelProto;
+use crate::run::student_file::StudentFile;
+use crate::run::teacher::Teacher;
 use crate::runtime::student::{self as sampling, Request};
 use crate::runtime::{Dim, EngineKind, EngineOptions};
-use crate::student_file::StudentFile;
-use crate::teacher::Teacher;
 use crate::torch::ParamSet;
 
 /// The teacher, and the student's own network where it has one.
@@ -97,7 +97,7 @@ pub fn given(file: Option<&StudentFile>, teacher: &Denoiser, config: &Config) ->
         Some(fixed) => fixed,
         None => 2,
     };
-    let conditions = trainer::conditions(config, card)?.of_images(card, config.seed, 0, rows)?;
+    let conditions = batches::conditions(config, card)?.of_images(card, config.seed, 0, rows)?;
     let started = Student::initial(Some(&student), teacher, &config.student, config.seed)?;
     started.try_out(card, &conditions)?;
     Ok(Some(student))
@@ -267,7 +267,7 @@ pub fn describe(config: &Config) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::teacher::TeacherOptions;
+    use crate::run::teacher::TeacherOptions;
     use crate::torch::Forward;
 
     #[test]

@@ -1,10 +1,10 @@
-//! A look inside stage 2: the tensors of one batch that a person can judge.
+//! The tensors of one batch of stage 2, for a person to judge.
 
 use tch::Tensor;
 
 /// The tensors of one micro-batch of stage 2, `[B, C, H, W]` without a graph.
 #[derive(Debug)]
-pub struct Look {
+pub struct DebugBatch {
     /// Noise level of each sample.
     pub sigmas: Vec<f64>,
     pub x_t: Tensor,

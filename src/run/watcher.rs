@@ -1,4 +1,4 @@
-//! What goes on beside a run: sheets and events, measures, the best student, snapshots, losses by noise level, the terminal view.
+//! What goes on beside a run: sheets and events, measures, the best student, snapshots, losses by noise level.
 
 use std::io::Write;
 use std::path::Path;
@@ -7,14 +7,15 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use super::run_observer::Sheets;
-use super::student::{Origin, Written};
-use super::tui::Shared;
+use super::monitor::Monitor;
+use super::origin::{Origin, Written};
+use super::sheets::{self, Sheets};
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::Stage;
+use crate::distill::checkpoint::StageKind;
+use crate::distill::inputs::denoising_loss;
 use crate::distill::metrics::{self, Row};
-use crate::distill::trainer::{self, Begin};
-use crate::distill::{Config, Look, Observer, RunDir, Running, Step, Student, Wish};
+use crate::distill::observer::Begin;
+use crate::distill::{Config, DebugBatch, Observer, RunDir, Running, Step, Student, Wish};
 use crate::error::{Context, Error, Kind, Result};
 use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
@@ -35,7 +36,7 @@ pub struct Watcher<'a> {
     run: &'a RunDir,
     pub sheets: Sheets,
     judge: Option<InLoop>,
-    view: Option<Arc<Shared>>,
+    monitor: Arc<dyn Monitor>,
     /// Images and seconds of stage 1.
     degraded: (u64, f64),
     /// A target was entered whose losses by noise level have not been looked at.
@@ -81,7 +82,7 @@ impl<'a> Watcher<'a> {
         config: &'a Config,
         run: &'a RunDir,
         mut sheets: Sheets,
-        view: Option<Arc<Shared>>,
+        monitor: Arc<dyn Monitor>,
         device: tch::Device,
     ) -> Result<Self> {
         let evaluate = &config.evaluate;
@@ -107,8 +108,8 @@ impl<'a> Watcher<'a> {
             sheets.events().hparams(&settings(config), &tags)?;
         }
         let degraded =
-            before.iter().rev().find(|r| r.stage == Stage::Degrade).map_or((0, 0.0), |r| (r.images, r.seconds));
-        Ok(Self { origin, config, run, sheets, judge, view, degraded, new_target: false, device })
+            before.iter().rev().find(|r| r.stage == StageKind::Degrade).map_or((0, 0.0), |r| (r.images, r.seconds));
+        Ok(Self { origin, config, run, sheets, judge, monitor, degraded, new_target: false, device })
     }
 
     /// The run is over; the finished student's sheet.
@@ -127,7 +128,7 @@ impl<'a> Watcher<'a> {
         for start in (0..count).step_by(batch) {
             let rows = batch.min(count - start);
             let noise = HostTensor::new(&[rows, c, h, w], &batch_noise(seed, start as u64, rows, c * h * w))?;
-            let conditions = super::run_observer::conditions(self.config, card, start as u64, rows, self.device)?;
+            let conditions = sheets::conditions(self.config, card, start as u64, rows, self.device)?;
             let z = convert::to_torch(&noise)?.f_to_device(self.device)?;
             parts.push(convert::to_host(&tch::no_grad(|| student.generate(&z, &conditions))?)?);
         }
@@ -156,10 +157,7 @@ impl<'a> Watcher<'a> {
         let Some(judge) = &mut self.judge else { return Ok(()) };
         let point = judge.look(samples, range, at)?;
         for warning in judge.take_warnings() {
-            match &self.view {
-                Some(view) => view.update(|s| s.note(warning)),
-                None => eprintln!("warning: evaluate: {warning}"),
-            }
+            self.monitor.warning(&format!("evaluate: {warning}"));
         }
         let values = [
             ("frechet", point.frechet),
@@ -173,9 +171,7 @@ impl<'a> Watcher<'a> {
                 self.sheets.events().scalar(&format!("evaluate/{name}"), step.updates as i64, v)?;
             }
         }
-        if let Some(view) = &self.view {
-            view.update(|s| s.measured(point.figure()));
-        }
+        self.monitor.measured(point.figure());
         if point.best {
             self.write(networks.average, &self.run.best())?;
             let text = serde_json::to_vec_pretty(&point).map_err(|e| Error::io(e.to_string()))?;
@@ -193,11 +189,7 @@ impl<'a> Watcher<'a> {
             Err(e) if e.kind() == Kind::Io => return Err(e),
             Err(why) => (path.to_owned(), why),
         };
-        let warning = format!("{}: this student did not pass its check: {why}", path.display());
-        match &self.view {
-            Some(view) => view.update(|s| s.note(warning)),
-            None => eprintln!("warning: {warning}"),
-        }
+        self.monitor.warning(&format!("{}: this student did not pass its check: {why}", path.display()));
         Ok(())
     }
 
@@ -226,9 +218,9 @@ impl<'a> Watcher<'a> {
         // Another seed than the samples': their noise must not come back.
         let noise = batch_noise(!self.config.seed, 0, count, c * h * w);
         let noise = convert::to_torch(&HostTensor::new(&[count, c, h, w], &noise)?)?.f_to_device(self.device)?;
-        let conditions = super::run_observer::conditions(self.config, card, 0, count, self.device)?;
+        let conditions = sheets::conditions(self.config, card, 0, count, self.device)?;
         let loss = |denoiser: &Denoiser| -> Result<Vec<f64>> {
-            let one = |s: &f64| trainer::denoising_loss(denoiser, &x0, &vec![*s; count], &noise, &conditions);
+            let one = |s: &f64| denoising_loss(denoiser, &x0, &vec![*s; count], &noise, &conditions);
             let losses = tch::no_grad(|| sigmas.iter().map(one).collect::<Result<Vec<Tensor>>>())?;
             losses.iter().map(|l| Ok(l.f_double_value(&[])?)).collect()
         };
@@ -264,31 +256,24 @@ impl<'a> Watcher<'a> {
 impl Observer for Watcher<'_> {
     fn stage_begins(&mut self, begin: &Begin) -> Result<bool> {
         self.forget_levels(begin)?;
-        if let Some(view) = &self.view {
-            view.update(|s| {
-                s.run = self.run.path().display().to_string();
-                (s.total, s.iteration, s.nodes) = (begin.total, begin.iteration, begin.last);
-                s.enter(begin.stage.name());
-            });
-        }
+        self.monitor.stage_begins(self.run.path(), begin);
         let Some(judge) = &mut self.judge else { return Ok(false) };
         judge.forget_after(begin.updates)?;
-        Ok(begin.stage == Stage::Backtrack && judge.exhausted())
+        Ok(begin.stage == StageKind::Backtrack && judge.exhausted())
     }
 
     fn after_step(&mut self, step: &Step) -> Result<Wish> {
         let mut wish = Wish::default();
-        if let Some(view) = self.view.clone() {
-            view.update(|s| s.iteration = step.iteration);
-            wish.checkpoint = view.take_checkpoint();
-            if view.take_sample()
-                && let Some(networks) = &step.networks
-            {
-                self.sheets.student("student-now", networks.average)?;
-                view.update(|s| s.note(format!("samples/student-now.png, update {}", step.updates)));
-            }
-            view.wait_while_paused();
+        let monitor = self.monitor.clone();
+        monitor.iteration(step.iteration);
+        wish.checkpoint = monitor.wants_checkpoint();
+        if monitor.wants_samples()
+            && let Some(networks) = &step.networks
+        {
+            self.sheets.student("student-now", networks.average)?;
+            monitor.note(&format!("samples/student-now.png, update {}", step.updates));
         }
+        monitor.wait_while_paused();
         let Some(networks) = &step.networks else { return Ok(wish) };
         let last = step.iteration == step.total;
         if step.updated {
@@ -312,28 +297,20 @@ impl Observer for Watcher<'_> {
         Ok(wish)
     }
 
-    fn looked_into(&mut self, node: usize, updates: u64, look: &Look) -> Result<()> {
-        self.sheets.looked_into(node, updates, look)
+    fn debug_batch(&mut self, node: usize, updates: u64, batch: &DebugBatch) -> Result<()> {
+        self.sheets.debug_batch(node, updates, batch)
     }
 
     fn metrics(&mut self, row: &Row) -> Result<()> {
-        if row.stage == Stage::Degrade {
+        if row.stage == StageKind::Degrade {
             self.degraded = (row.images, row.seconds);
         }
-        if let Some(view) = &self.view {
-            let peak = shim::memory(self.device)?.map(|m| m.peak);
-            view.update(|s| {
-                s.row(row);
-                s.device_memory = peak;
-            });
-        }
+        self.monitor.row(row, shim::memory(self.device)?.map(|m| m.peak));
         self.sheets.metrics(row)
     }
 
     fn node_recorded(&mut self, node: usize, denoiser: &Denoiser) -> Result<()> {
-        if let Some(view) = &self.view {
-            view.update(|s| s.note(format!("node {node} recorded")));
-        }
+        self.monitor.note(&format!("node {node} recorded"));
         self.sheets.node_recorded(node, denoiser)
     }
 
@@ -343,9 +320,7 @@ impl Observer for Watcher<'_> {
     }
 
     fn target_left(&mut self, node: usize, student: &Student) -> Result<()> {
-        if let Some(view) = &self.view {
-            view.update(|s| s.note(format!("node {node} left")));
-        }
+        self.monitor.note(&format!("node {node} left"));
         self.sheets.target_left(node, student)?;
         self.sheets.weights("average", student.params())
     }

@@ -1,0 +1,137 @@
+//! Metrics, progress and time of one stage, and its checkpoints.
+
+use std::time::Instant;
+
+use tch::Tensor;
+
+use crate::distill::checkpoint::{self, StageKind, State};
+use crate::distill::job::Job;
+use crate::distill::metrics::{Means, Meters, MetricsFile, Row};
+use crate::distill::nonfinite::Finding;
+use crate::distill::observer::Observer;
+use crate::distill::progress::Progress;
+use crate::error::{Error, Result};
+use crate::torch::optim::AdamW;
+
+/// Metrics, progress and time of one stage.
+pub(crate) struct Log {
+    stage: StageKind,
+    pub meters: Meters,
+    file: MetricsFile,
+    pub progress: Progress,
+    started: Instant,
+    seconds_before: f64,
+    row_at: Instant,
+    row_images: u64,
+    /// Steps in a row that may be skipped: of the generator, and of the others.
+    max_skips: [u64; 2],
+}
+
+impl Log {
+    /// Opens `metrics.jsonl`, dropping the rows after the checkpoint that the stage goes on from.
+    pub fn new(job: &Job, state: &State, total: u64, last: usize, images: u64) -> Result<Self> {
+        // A run that is shorter than what may be skipped must not end well either where nothing was ever done.
+        let most = |steps: u64| job.config.optimizer.max_skips.min(steps);
+        let keep = |row: &Row| match (row.stage, state.stage) {
+            (StageKind::Degrade, StageKind::Backtrack) => true,
+            (StageKind::Backtrack, StageKind::Degrade) => false,
+            _ => row.iteration <= state.iteration,
+        };
+        Ok(Self {
+            stage: state.stage,
+            meters: Meters::default(),
+            file: MetricsFile::open(&job.run.metrics(), keep)?,
+            progress: Progress::new(state.stage, total, state.iteration, last, job.silent),
+            started: Instant::now(),
+            seconds_before: state.seconds,
+            row_at: Instant::now(),
+            row_images: images,
+            max_skips: [most(total / job.config.backtrack.ratio), most(total)],
+        })
+    }
+
+    /// Seconds spent in the stage, earlier processes included.
+    pub fn seconds(&self) -> f64 {
+        self.seconds_before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Adds an optimiser's counters of skipped steps: in all, and in a row.
+    pub fn skips(&mut self, names: [&'static str; 2], adam: &AdamW) -> Result<()> {
+        let (total, row) = adam.skipped();
+        self.meters.set(names[0], total)?;
+        self.meters.set(names[1], row)
+    }
+
+    /// Reads the meters, writes a row, shows it. Fails where a network has had nothing but gradients that are not finite
+    /// for too long; `finding` tells which network is at fault.
+    pub fn row(
+        &mut self,
+        at: At,
+        observer: &mut dyn Observer,
+        finding: &dyn Fn() -> Result<Option<Finding>>,
+    ) -> Result<Means> {
+        let means = self.meters.take()?;
+        let seconds = self.row_at.elapsed().as_secs_f64().max(1e-9);
+        let skips = |names: &[&str]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
+        let row = Row {
+            stage: self.stage,
+            iteration: at.iteration,
+            node: at.node,
+            loss_fake: means.get("loss_fake"),
+            loss_generator: means.get("loss_generator"),
+            grad_norm_fake: means.get("grad_norm_fake"),
+            grad_norm_generator: means.get("grad_norm_generator"),
+            mismatch: means.get("mismatch"),
+            loss_gan: means.get("loss_gan"),
+            loss_discriminator: means.get("loss_discriminator"),
+            lr: at.lr,
+            updates: at.updates,
+            images: at.images,
+            images_per_s: (at.images - self.row_images) as f64 / seconds,
+            seconds: self.seconds(),
+            skipped: skips(&["skipped_fake", "skipped_generator", "skipped_head"]),
+        };
+        self.row_at = Instant::now();
+        self.row_images = at.images;
+        self.file.append(&row)?;
+        self.progress.row(&row);
+        observer.metrics(&row)?;
+        let [most_generator, most] = self.max_skips;
+        let trained = if self.stage == StageKind::Degrade { "the degraded copy" } else { "the fake score" };
+        for (name, network, most) in [
+            ("in_a_row_generator", "the generator", most_generator),
+            ("in_a_row_fake", trained, most),
+            ("in_a_row_head", "the discriminator's head", most),
+        ] {
+            let Some(steps) = means.get(name).filter(|n| *n >= most as f64) else { continue };
+            let what = format!(
+                "{}, iteration {}: the gradient of {network} has not been finite for {steps} steps in a row",
+                self.stage.name(),
+                at.iteration
+            );
+            return Err(match finding()? {
+                Some(c) => Error::backend(format!("{what}: {}", c.found)).hint(c.hint),
+                None => Error::backend(format!(
+                    "{what}, though each network gives finite values: it overflows on its way back"
+                ))
+                .hint("a lower learning rate, a smaller optimizer.clip, or f32 where precision is bf16"),
+            });
+        }
+        Ok(means)
+    }
+
+    /// Writes a checkpoint.
+    pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[(String, Tensor)]) -> Result<()> {
+        state.seconds = self.seconds();
+        checkpoint::save(&job.run.checkpoints(), state, tensors)
+    }
+}
+
+/// Where a row of metrics stands.
+pub(crate) struct At {
+    pub iteration: u64,
+    pub node: usize,
+    pub lr: f64,
+    pub updates: u64,
+    pub images: u64,
+}

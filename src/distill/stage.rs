@@ -1,0 +1,115 @@
+//! The loop that both stages run in. A stage says what happens in each place; the order of the places, metrics, checkpoints and
+//! stopping are here, once.
+//!
+//! Several processes would enter in three places: the gradients are complete between [`Stage::micro_batch`] and
+//! [`Stage::update`] (one reduction), [`Stage::begin`] and [`Stage::after_update`] decide by numbers that must be the same
+//! everywhere (one decider), and what [`run`] and the observer write is written by one of them.
+
+use tch::Tensor;
+
+use crate::distill::checkpoint::{StageKind, State};
+use crate::distill::job::Job;
+use crate::distill::log::{At, Log};
+use crate::distill::nonfinite::Finding;
+use crate::distill::observer::{Begin, Running, Step};
+use crate::error::Result;
+
+/// One stage of a run.
+pub(crate) trait Stage {
+    fn kind(&self) -> StageKind;
+
+    /// Iterations of the whole stage.
+    fn total(&self) -> u64;
+
+    /// Last node of the trajectory, or the number of nodes that are wanted.
+    fn last_node(&self) -> usize;
+
+    /// Before the micro-batches of an iteration: what depends on where the run stands, such as the target.
+    fn begin(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()>;
+
+    /// Losses and gradients of one micro-batch, on top of those of the micro-batches before.
+    fn micro_batch(&mut self, job: &mut Job, state: &State, micro: usize, log: &mut Log) -> Result<()>;
+
+    /// The optimisers' step with the gradients of all micro-batches.
+    fn update(&mut self, state: &State, log: &mut Log) -> Result<()>;
+
+    /// After an iteration, which `state` counts already. True: the stage ends here.
+    fn after_update(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<bool>;
+
+    /// Where the stage stands, for a row of metrics.
+    fn at(&self, state: &State) -> At;
+
+    /// Whether the last iteration updated the generator.
+    fn updated_generator(&self) -> bool {
+        false
+    }
+
+    /// The optimisers' counts of skipped steps, for the next row of metrics.
+    fn log_skips(&self, log: &mut Log) -> Result<()>;
+
+    /// Which network gives what is not finite, on the draws of the last iteration.
+    fn find_nonfinite(&self, state: &State) -> Result<Option<Finding>>;
+
+    /// The networks that an observer sees.
+    fn running(&self) -> Option<Running<'_>> {
+        None
+    }
+
+    /// Everything that a checkpoint holds.
+    fn tensors(&self) -> Vec<(String, Tensor)>;
+
+    /// Whether the end of the stage is a checkpoint, and whether an observer may bring it about. (What stage 1 ends with is the
+    /// trajectory.)
+    fn ends_with_a_checkpoint(&self) -> bool;
+}
+
+/// How a stage came out of the loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// All its iterations are done, or as many as it wanted.
+    Finished,
+    /// Stopped from outside, with a checkpoint.
+    Stopped,
+}
+
+/// Runs a stage from where `state` stands.
+pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Result<Ended> {
+    let config = job.config;
+    let (kind, total, last, images) = (stage.kind(), stage.total(), stage.last_node(), config.images());
+    let mut log = Log::new(job, &state, total, last, state.iteration * images)?;
+    let (iteration, updates) = (state.iteration, stage.at(&state).updates);
+    let mut ended = job.observer.stage_begins(&Begin { stage: kind, iteration, total, updates, last })?;
+    while state.iteration < total && !ended {
+        stage.begin(job, &mut state, &mut log)?;
+        for micro in 0..config.accumulate {
+            stage.micro_batch(job, &state, micro, &mut log)?;
+        }
+        stage.update(&state, &mut log)?;
+        state.iteration += 1;
+        let done = state.iteration;
+        log.progress.tick(done);
+
+        ended = stage.after_update(job, &mut state, &mut log)? || done == total;
+        if done.is_multiple_of(config.log.every) || ended {
+            stage.log_skips(&mut log)?;
+            log.row(stage.at(&state), job.observer, &|| stage.find_nonfinite(&state))?;
+        }
+        let At { node, updates, images, .. } = stage.at(&state);
+        let (seconds, updated) = (log.seconds(), stage.updated_generator());
+        let networks = stage.running();
+        let step = Step { stage: kind, iteration: done, total, updates, updated, images, seconds, node, networks };
+        let wish = job.observer.after_step(&step)?;
+        ended |= wish.end && stage.ends_with_a_checkpoint();
+        let stop = job.stopped() && !ended;
+        let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
+        if if ended { stage.ends_with_a_checkpoint() } else { stop || due || wish.checkpoint } {
+            log.checkpoint(job, &mut state, &stage.tensors())?;
+        }
+        if stop {
+            log.progress.finish();
+            return Ok(Ended::Stopped);
+        }
+    }
+    log.progress.finish();
+    Ok(Ended::Finished)
+}

@@ -1,0 +1,31 @@
+//! A run as a library call: what `disback distill` does, with its checks, sample sheets and report.
+//!
+//! ```no_run
+//! use disback::run::{Finished, Request, Session};
+//!
+//! let request = Request::new("teacher.onnx", "run").set("objective=sid").set("backtrack.updates=2000");
+//! match Session::open(request)?.distill()? {
+//!     Finished::Distilled(made) => println!("{}", made.student().display()),
+//!     Finished::Recorded(trajectory) => println!("{} nodes", trajectory.last()),
+//!     Finished::Stopped(stage) => println!("stopped in stage {}", stage.name()),
+//! }
+//! # Ok::<(), disback::Error>(())
+//! ```
+
+pub mod checks;
+pub mod monitor;
+pub mod origin;
+mod request;
+pub mod session;
+pub mod sheets;
+pub mod student_file;
+mod summary;
+pub mod teacher;
+pub mod watcher;
+
+pub use monitor::{Console, Monitor};
+pub use origin::{Forms, Origin, Written};
+pub use request::Request;
+pub use session::{Distilled, Finished, Prepared, Session, denoiser};
+pub use student_file::StudentFile;
+pub use teacher::{Teacher, TeacherOptions};

@@ -1,0 +1,109 @@
+//! What a run is asked to do.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::distill::{Config, Stages};
+use crate::error::Result;
+use crate::graph::TrainableChoice;
+use crate::run::monitor::{Console, Monitor};
+use crate::run::origin::Forms;
+use crate::run::teacher::TeacherOptions;
+
+/// A run as it is asked for: which teacher, where, with which settings.
+#[derive(Clone)]
+pub struct Request {
+    /// The teacher, an ONNX diffusion model.
+    pub teacher: PathBuf,
+    /// The run directory.
+    pub out: PathBuf,
+    /// Configuration file (TOML); for a run that goes on, its own where absent.
+    pub config: Option<PathBuf>,
+    /// Keys of the configuration as `key=value`; they win over the file.
+    pub sets: Vec<String>,
+    /// Values of the teacher card as `key=value`; they win over every other source.
+    pub card: Vec<String>,
+    /// Globs over names of tensors that stay fixed, and of those that are trained whatever they act as.
+    pub freeze: Vec<String>,
+    pub train: Vec<String>,
+    /// Goes on with the run in the directory, from its last checkpoint.
+    pub resume: bool,
+    pub stages: Stages,
+    /// A trajectory recorded elsewhere, or the run that recorded it; for stage 2 alone.
+    pub trajectory: Option<PathBuf>,
+    /// The forms in which the student is written beside `student.onnx`.
+    pub forms: Forms,
+    /// Who follows the run.
+    pub monitor: Arc<dyn Monitor>,
+    /// Raised from outside: the run stops after the present step, with a checkpoint.
+    pub stop: Arc<AtomicBool>,
+    /// Whether a progress bar is shown on standard error.
+    pub progress: bool,
+    /// What `summary.json` says about how the run was started.
+    pub command: String,
+}
+
+impl Request {
+    /// Both stages with the default configuration, without a progress bar.
+    pub fn new(teacher: impl Into<PathBuf>, out: impl Into<PathBuf>) -> Self {
+        Self {
+            teacher: teacher.into(),
+            out: out.into(),
+            config: None,
+            sets: Vec::new(),
+            card: Vec::new(),
+            freeze: Vec::new(),
+            train: Vec::new(),
+            resume: false,
+            stages: Stages::Both,
+            trajectory: None,
+            forms: Forms::default(),
+            monitor: Arc::new(Console::default()),
+            stop: Arc::new(AtomicBool::new(false)),
+            progress: false,
+            command: "library call".into(),
+        }
+    }
+
+    /// Sets a key of the configuration, as in `backtrack.updates=2000`.
+    #[must_use]
+    pub fn set(mut self, pair: impl Into<String>) -> Self {
+        self.sets.push(pair.into());
+        self
+    }
+
+    /// Takes the configuration from a file.
+    #[must_use]
+    pub fn config_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.config = Some(path.into());
+        self
+    }
+
+    /// Whether this is stage 2 in the directory that stage 1 has filled, which needs no `resume`.
+    pub(crate) fn follows(&self) -> bool {
+        let recorded = self.out.join("config.toml").is_file();
+        self.stages == Stages::Backtrack && self.trajectory.is_none() && recorded
+    }
+
+    /// Whether there is a run to go on with.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.resume || self.follows()
+    }
+
+    /// The configuration of a file with this request's keys and card.
+    pub(crate) fn resolve(&self, file: Option<&Path>) -> Result<Config> {
+        let mut config = Config::resolve(file, &self.sets)?;
+        config.card.extend(self.card.iter().cloned());
+        Ok(config)
+    }
+
+    /// How the teacher is read under this configuration.
+    pub(crate) fn teacher_options(&self, config: &Config) -> TeacherOptions {
+        TeacherOptions {
+            card: config.card.clone(),
+            conditions: config.conditions.file.clone(),
+            trainable: TrainableChoice { declared: None, freeze: self.freeze.clone(), train: self.train.clone() },
+        }
+    }
+}

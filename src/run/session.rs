@@ -1,0 +1,269 @@
+//! A run from its request to its student.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tch::Device;
+
+use crate::diffusion::Denoiser;
+use crate::distill::checkpoint::{Checkpoint, StageKind};
+use crate::distill::rundir::check_resumable;
+use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill};
+use crate::error::{Context, Error, Result};
+use crate::run::checks;
+use crate::run::origin::{self, Origin, Written};
+use crate::run::request::Request;
+use crate::run::sheets::{Sheets, decoder};
+use crate::run::student_file::StudentFile;
+use crate::run::summary::write_summary;
+use crate::run::teacher::Teacher;
+use crate::run::watcher::{self, Watcher};
+use crate::runtime::decoder::Decoder;
+use crate::torch::{device, replay, shim};
+
+/// A request whose teacher and student are loaded and checked. Nothing is written yet.
+pub struct Prepared {
+    pub request: Request,
+    pub config: Config,
+    pub device: Device,
+    pub teacher: Teacher,
+    /// The teacher as both stages copy it.
+    pub denoiser: Denoiser,
+    /// The student's own network, where it has one.
+    pub file: Option<StudentFile>,
+    pub student: Option<Student>,
+    decoder: Option<Decoder>,
+}
+
+/// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so.
+pub fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
+    let network = teacher.network.alias();
+    let network = match config.lora() {
+        Some(options) => network.adapt(&options)?,
+        None => network,
+    };
+    Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
+}
+
+impl Prepared {
+    /// Loads the teacher and the student, compares the import with ONNX Runtime, and checks what can be checked.
+    ///
+    /// Errors: whatever would make the run fail later, as far as it is known.
+    pub fn new(request: Request) -> Result<Self> {
+        // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
+        let saved = request.out.join("config.toml");
+        let file = request.config.clone().or_else(|| Some(saved).filter(|p| request.goes_on() && p.is_file()));
+        let config = request.resolve(file.as_deref())?;
+        watcher::check(&config)?;
+        let device = device::parse(&config.device)?;
+        replay::check_device(config.cuda_graphs, device)?;
+        device::set_threads(config.threads);
+        shim::set_tf32(config.tf32)?;
+        let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;
+        let denoiser = denoiser(&teacher, &config)?;
+        checks::check_rows(&teacher, &config)?;
+        checks::check_parity(&teacher, &*request.monitor)?;
+        let file = origin::load(&config, &teacher, device)?;
+        if request.forms.same_graph {
+            Origin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
+        }
+        let student = origin::given(file.as_ref(), &denoiser, &config)?;
+        if let Some(short) = config.too_short().filter(|_| request.stages != Stages::Degrade) {
+            request.monitor.remark(&format!("warning: {short}"));
+        }
+        let decoder = decoder(&config, &teacher.card.card)?;
+        Ok(Self { request, config, device, teacher, denoiser, file, student, decoder })
+    }
+
+    /// The teacher with the student's own network.
+    pub fn origin(&self) -> Origin<'_> {
+        Origin { teacher: &self.teacher, file: self.file.as_ref() }
+    }
+
+    /// Refuses settings that do not go together, or with the teacher, and writes, checks and runs an untrained student in a
+    /// folder inside `place` that is removed again.
+    pub fn rehearse(&self, place: &std::path::Path) -> Result<()> {
+        checks::check_stages(&self.config, self.request.stages, &self.denoiser)?;
+        let student = self.student.as_ref();
+        checks::rehearse(self.origin(), &self.denoiser, student, &self.config, self.request.forms, place)
+    }
+
+    /// Opens the run directory: a new one, or the one to go on with.
+    fn open_run(&self) -> Result<(RunDir, Config)> {
+        let Request { out, stages, trajectory, .. } = &self.request;
+        let card = &self.teacher.card;
+        if self.request.goes_on() {
+            return self.reopen();
+        }
+        let mut config = self.config.clone();
+        checks::check_stages(&config, *stages, &self.denoiser)?;
+        let hash = self.denoiser.params().hash()?;
+        let recorded = trajectory.as_ref().map(|dir| Trajectory::open(&checks::of_run(dir), &hash)).transpose()?;
+        if let Some(recorded) = &recorded {
+            checks::check_recorded(recorded.dir(), &config, card)?;
+            let initial = Student::hash_of_initial(self.student.as_ref(), &self.denoiser, &config)?;
+            recorded.check_student(initial.as_deref())?;
+            config.degrade.nodes = recorded.last();
+            config.degrade.steps = config.degrade.steps.max(recorded.last() as u64);
+        }
+        if *stages == Stages::Backtrack && recorded.is_none() && config.degrade.nodes > 0 {
+            return Err(Error::usage(format!("{} holds no recorded trajectory", out.display())).hint(
+                "run `disback degrade` first, give one with --trajectory, or do without: --set degrade.nodes=0",
+            ));
+        }
+        let run = RunDir::create(out, &config)?;
+        run.write_card(&card.card)?;
+        if let Some(recorded) = recorded {
+            recorded.copy_to(&run.trajectory())?;
+        }
+        Ok((run, config))
+    }
+
+    /// The run that is there, where this request may go on with it.
+    fn reopen(&self) -> Result<(RunDir, Config)> {
+        let request = &self.request;
+        let (run, saved) = RunDir::open(&request.out)?;
+        let card = &self.teacher.card;
+        run.check_card(&card.card, &card.origins)?;
+        let base = request.config.clone().unwrap_or_else(|| run.config_file());
+        // What the card comes out as has been compared; how it was put together is as it was.
+        let wanted = Config { card: saved.card.clone(), ..Config::resolve(Some(&base), &request.sets)? };
+        if request.resume {
+            check_resumable(&saved, &wanted)?;
+        } else {
+            // (A checkpoint of stage 1 is what `degrade` leaves.)
+            let checkpoint = Checkpoint::latest_state(&run.checkpoints())?;
+            if checkpoint.is_some_and(|c| c.stage == StageKind::Backtrack) || run.student_weights().is_file() {
+                return Err(Error::usage(format!("{} holds a run that has begun", request.out.display()))
+                    .hint("--resume goes on with it"));
+            }
+            let fixed = |key: &str| ["degrade.", "student.", "noise."].iter().any(|s| key.starts_with(s));
+            if let Some((key, before, now)) = saved.differences(&wanted)?.into_iter().find(|d| fixed(&d.0)) {
+                return Err(Error::usage(format!(
+                    "the trajectory was recorded with {key} = {before}, now it is {now}"
+                )));
+            }
+        }
+        checks::check_stages(&wanted, request.stages, &self.denoiser)?;
+        run.write_config(&wanted)?;
+        run.write_card(&card.card)?;
+        Ok((run, wanted))
+    }
+
+    /// Opens the run directory and tries the export of an untrained student. What turns out to be unfit leaves no half of a run.
+    pub fn open(self) -> Result<Session> {
+        let (run, config) = self.open_run()?;
+        let fresh = !self.request.goes_on();
+        let session = Session { run, config, prepared: self };
+        if !session.prepared.request.resume {
+            let p = &session.prepared;
+            let (student, forms) = (p.student.as_ref(), p.request.forms);
+            let tried = checks::rehearse(p.origin(), &p.denoiser, student, &session.config, forms, session.run.path());
+            tried.map_err(|e| session.undo(fresh, e))?;
+        }
+        Ok(session)
+    }
+}
+
+/// A run whose folder is open: ready to train, or to go on.
+pub struct Session {
+    prepared: Prepared,
+    run: RunDir,
+    config: Config,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub enum Finished {
+    /// Stopped from outside in this stage, with a checkpoint.
+    Stopped(StageKind),
+    /// Stage 1 is done.
+    Recorded(Trajectory),
+    /// The student is trained and written.
+    Distilled(Distilled),
+}
+
+/// The student's files.
+#[derive(Debug)]
+pub struct Distilled {
+    /// The first is `student.onnx`, or what became of it.
+    pub files: Vec<Written>,
+    /// Optimiser steps that were skipped because their gradients were not finite.
+    pub skipped_steps: u64,
+}
+
+impl Distilled {
+    /// The student, all its steps in one graph.
+    pub fn student(&self) -> &PathBuf {
+        &self.files[0].path
+    }
+
+    /// The first file that did not pass its check, and what the check said.
+    pub fn failed(&self) -> Option<(&PathBuf, &Error)> {
+        self.files.iter().find_map(|w| Some((&w.path, w.failed.as_ref()?)))
+    }
+}
+
+impl Session {
+    /// Loads, checks and opens everything that the request needs.
+    ///
+    /// Errors: whatever would make the run fail later, as far as it is known; a new run's folder is then not left behind.
+    pub fn open(request: Request) -> Result<Self> {
+        Prepared::new(request)?.open()
+    }
+
+    /// The run directory.
+    pub fn run(&self) -> &RunDir {
+        &self.run
+    }
+
+    /// The configuration as resolved.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn undo(&self, fresh: bool, e: Error) -> Error {
+        if fresh {
+            self.run.discard();
+        }
+        e
+    }
+
+    /// Runs the stages that were asked for, writes the student, the summary and the report.
+    ///
+    /// Errors: what stops a run, with a checkpoint to go on from where one was due; a student that cannot be written as ONNX (its
+    /// weights are saved). A student that fails its check is written and told in [`Distilled::failed`].
+    pub fn distill(mut self) -> Result<Finished> {
+        let fresh = !self.prepared.request.goes_on();
+        let decoder = self.prepared.decoder.take();
+        let Self { prepared, run, config } = &self;
+        let Prepared { request, device, teacher, denoiser, file, student, .. } = prepared;
+        let (origin, student) = (Origin { teacher, file: file.as_ref() }, student.as_ref());
+        let sheets = Sheets::new(run, config, &teacher.card.card, student, decoder).map_err(|e| self.undo(fresh, e))?;
+        let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
+            .map_err(|e| self.undo(fresh, e))?;
+        let stop: &std::sync::atomic::AtomicBool = &request.stop;
+        let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress };
+        // Without a trajectory stage 1 has nothing to do.
+        let none = config.degrade.nodes == 0 && request.trajectory.is_none();
+        let stages = if none && request.stages == Stages::Backtrack { Stages::Both } else { request.stages };
+        let outcome = distill(job, denoiser, stages).with_context(|| request.out.display().to_string())?;
+        let finished = match outcome {
+            Outcome::Stopped(stage) => Finished::Stopped(stage),
+            Outcome::Recorded(trajectory) => Finished::Recorded(trajectory),
+            Outcome::Finished(student) => {
+                watcher.finished(&student)?;
+                let files = origin.export(&student, config, request.forms, run.path()).map_err(|e| {
+                    e.context("the student is trained, but cannot be written as ONNX").hint(format!(
+                        "its weights are in {}; `disback export` tries again",
+                        run.student_weights().display()
+                    ))
+                })?;
+                let skipped_steps = write_summary(origin, request, config, run, *device)?;
+                Finished::Distilled(Distilled { files, skipped_steps })
+            }
+        };
+        crate::report::write(run.path())?;
+        Ok(finished)
+    }
+}
