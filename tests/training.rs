@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use disback::diffusion::{Conditions, Denoiser};
 use disback::distill::estimate::estimate;
-use disback::distill::trainer::denoising_loss;
+use disback::distill::inputs::denoising_loss;
 use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
 use disback::run::StudentFile;
 use disback::run::Teacher;
