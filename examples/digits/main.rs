@@ -2,7 +2,6 @@
 //! beside the teacher. `cargo run --release --example digits -- [--recipe demo|long] [--out runs/digits]`
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 use clap::Parser;
@@ -13,7 +12,8 @@ use disback::eval::features::FeatureOptions;
 use disback::eval::source::sample_images;
 use disback::eval::{FeatureMatrix, FeatureNet, compare};
 use disback::io::ImageSet;
-use disback::runtime::student::{Request, Student};
+use disback::run::{Finished, Request, Session};
+use disback::runtime::student::{Request as Images, Student};
 use disback::runtime::{EngineKind, EngineOptions};
 use disback::tensor::HostTensor;
 use serde_json::{Value, json};
@@ -25,9 +25,6 @@ struct Args {
     recipe: String,
     #[arg(long, default_value = "runs/digits")]
     out: PathBuf,
-    /// The `disback` binary.
-    #[arg(long, default_value = "target/release/disback")]
-    disback: PathBuf,
     /// Leave out the run without the trajectory.
     #[arg(long)]
     no_baseline: bool,
@@ -51,11 +48,11 @@ fn run(args: &Args) -> Result<()> {
     let teacher = here.join("teacher.onnx");
     let baseline = args.out.with_file_name(format!("{}-baseline", name(&args.out)));
     forget(&args.out)?;
-    distil(args, &teacher, &config, &args.out, &[])?;
+    distil(&teacher, &config, &args.out, &[])?;
     if !args.no_baseline {
         // The same loop, seeds and number of generator updates without stage 1: the base method.
         forget(&baseline)?;
-        distil(args, &teacher, &config, &baseline, &["degrade.nodes=0"])?;
+        distil(&teacher, &config, &baseline, &["degrade.nodes=0"])?;
     }
 
     let engine = EngineOptions { engine: EngineKind::Auto, ..EngineOptions::default() };
@@ -106,13 +103,8 @@ fn forget(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs `disback distill` as a user would.
-fn distil(args: &Args, teacher: &Path, config: &Path, out: &Path, sets: &[&str]) -> Result<()> {
-    let mut command = Command::new(&args.disback);
-    command.arg("distill").arg(teacher).arg("-o").arg(out).arg("--config").arg(config);
-    for s in sets {
-        command.args(["--set", s]);
-    }
+/// Distils as `disback distill` does, whose command line is shown.
+fn distil(teacher: &Path, config: &Path, out: &Path, sets: &[&str]) -> Result<()> {
     println!(
         "$ disback distill {} -o {} --config {}{}",
         shown(teacher),
@@ -120,10 +112,15 @@ fn distil(args: &Args, teacher: &Path, config: &Path, out: &Path, sets: &[&str])
         shown(config),
         sets.iter().map(|s| format!(" --set {s}")).collect::<String>()
     );
-    let status = command.status().map_err(|e| {
-        Error::io(format!("{} does not start ({e})", args.disback.display())).hint("run `cargo build --release` first")
-    })?;
-    if status.success() { Ok(()) } else { Err(Error::backend(format!("disback distill ended with {status}"))) }
+    let request = Request { progress: true, ..Request::new(teacher, out).config_file(config) };
+    let request = sets.iter().fold(request, |request, pair| request.set(*pair));
+    match Session::open(request)?.distill()? {
+        Finished::Distilled(made) => match made.failed() {
+            None => Ok(()),
+            Some((path, why)) => Err(Error::mismatch(format!("{}: {why}", path.display()))),
+        },
+        Finished::Recorded(_) | Finished::Stopped(_) => Err(Error::mismatch("the run ended without a student")),
+    }
 }
 
 fn shown(path: &Path) -> String {
@@ -141,8 +138,8 @@ fn merged(mut into: Value, from: &Value) -> Value {
 }
 
 /// Every class as often as the others, for teacher and students alike.
-fn request() -> Request {
-    Request { batch: BATCH, classes: (0..10).collect(), ..Request::default() }
+fn request() -> Images {
+    Images { batch: BATCH, classes: (0..10).collect(), ..Images::default() }
 }
 
 /// Distances in the classifier's feature space.
@@ -195,7 +192,7 @@ impl Judge {
 
 /// The same noise through both engines.
 fn agreement(student: &Path) -> Result<(f64, String)> {
-    let request = Request { batch: 16, ..Request::default() };
+    let request = Images { batch: 16, ..Images::default() };
     let sample = |kind| -> Result<(HostTensor, String)> {
         let mut s = Student::open(student, &EngineOptions { engine: kind, ..EngineOptions::default() })?;
         Ok((s.sample(&request, 0, 16)?, s.engine_name()))
