@@ -37,7 +37,7 @@ class Network:
     dtypes: dict = field(default_factory=dict)  # of inputs that are not f32 (classes: not i64)
     examples: dict | None = None  # inputs that the user's factory brought
     special: dict = field(default_factory=dict)  # {input: function of an array's shape} where noise makes no sense (masks)
-    as_saved: bool = False  # the exporter reads the user's file: its weights are what they are
+    export_saved: Callable | None = None  # the same of the user's own file with its weights as they are, where `export` fails
     opset: int = 23
     opset_why: str = ""  # why not newer, where the exporter cannot
 
@@ -168,6 +168,9 @@ def describe(model, network, named):
         entries["disback.parameters"] = json.dumps(named.parameters)
     if named.tied:
         entries["disback.parameters.tied"] = json.dumps(named.tied)
+    laid = {name: stored.entry() for name, stored in named.layout.items() if stored.entry() is not None}
+    if laid:
+        entries["disback.parameters.layout"] = json.dumps(laid)
     for key, value in entries.items():
         model.metadata_props.add(key=key, value=value)
 
@@ -178,23 +181,36 @@ def complete(named):
 
 
 def export(network, path, opset, progress):
-    """Writes the graph with the framework's names. Where telling equal weights apart loses one (it was folded into another
-    tensor), the graph is written again with the weights as they are."""
+    """Writes the graph with the framework's names. Weights that another value of theirs makes disappear (they were folded
+    into another tensor) have their own value when the graph is written again."""
     wanted = opset or network.opset
     examples = feed(network, 3)
-    with names.told_apart([] if network.as_saved else network.weights) as changed:
-        network.export(path, examples, wanted)
-    progress("naming the weights")
-    model = onnx.load(path, load_external_data=False)
-    named = names.name(model, path.parent, network.weights, changed)
-    if any(lost in changed for lost in named.lost) and named.unknown:
+    folded = set()
+    while True:
+        try:
+            with names.told_apart(network.weights, folded) as changed:
+                network.export(path, examples, wanted)
+        except ConversionError:
+            if network.export_saved is None:
+                raise
+            network.export_saved(path, examples, wanted)
+            changed = {}
+        progress("naming the weights")
+        model = onnx.load(path, load_external_data=False)
+        named = names.name(model, path.parent, network.weights, changed, folded)
+        again = {name for name in (*named.lost, *named.partial) if name in changed} if named.unknown else set()
+        if not again:
+            break
+        folded |= again
         for weight in network.weights:
             weight.found.clear()
         for file in path.parent.iterdir():
             file.unlink()
-        network.export(path, examples, wanted)
-        model = onnx.load(path, load_external_data=False)
-        named = names.name(model, path.parent, network.weights, {})
+    if named.unclear:
+        raise ConversionError(
+            f"which way round {', '.join(named.unclear)} lies in the exporter's file cannot be told: its values equal their own "
+            "transpose. Change one of its numbers a little (by 1e-6), save the network again and convert that"
+        )
     return model, named
 
 

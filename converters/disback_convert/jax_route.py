@@ -37,7 +37,10 @@ class Nnx:
                 self.variables[".".join(map(str, path))] = variable
 
     def tensors(self):
-        return {name: np.asarray(variable[...]) for name, variable in self.variables.items()}
+        return {name: self.tensor(name) for name in self.variables}
+
+    def tensor(self, name):
+        return np.asarray(self.variables[name][...])
 
     def put(self, values):
         state = nnx.state(self.module)
@@ -66,22 +69,31 @@ class Tree:
         else:
             self.short = lambda name: name
             self.trained = lambda name: True
+        self.leaves = {self.short(name): where for name, where in leaves(self.variables)}  # name -> (table, key)
 
     def tensors(self):
-        return {self.short(name): value for name, value in trees.flatten(self.variables).items()}
+        return {name: self.tensor(name) for name in self.leaves}
+
+    def tensor(self, name):
+        tree, key = self.leaves[name]
+        return np.asarray(tree[key])
 
     def put(self, values):
-        def walk(tree, prefix):
-            for key, value in tree.items():
-                if isinstance(value, dict):
-                    walk(value, f"{prefix}{key}.")
-                elif self.short(prefix + key) in values:
-                    tree[key] = jax.numpy.asarray(values[self.short(prefix + key)])
-
-        walk(self.variables, "")
+        for name, value in values.items():
+            tree, key = self.leaves[name]
+            tree[key] = jax.numpy.asarray(value)
 
     def function(self, names):
         return lambda *values: self.apply(self.variables, *values, **self.inference)
+
+
+def leaves(tree, prefix=""):
+    """(dotted name, (table, key)) of everything in nested tables."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", (tree, key)
 
 
 def unfreeze(tree):
@@ -146,7 +158,7 @@ def network(made, card, names):
         if value.dtype.kind != "f":
             continue
         weights.append(
-            Weight(name, lambda name=name: made.tensors()[name], lambda array, name=name: made.put({name: array}), made.trained(name))
+            Weight(name, lambda name=name: made.tensor(name), lambda array, name=name: made.put({name: array}), made.trained(name))
         )
         owners[name] = weights[-1]
 

@@ -129,7 +129,6 @@ def prepare(source, weights=None, pairs=(), card_file=None):
             for name, value in state.items()
             if value.dtype in (paddle.float32, paddle.float16, paddle.float64)
         ],
-        as_saved=Path(source).suffix in (".json", ".pdmodel"),
         opset=OPSET,
         opset_why=f"paddle2onnx {version('paddle2onnx')} writes up to opset {OPSET}",
     )
@@ -145,13 +144,11 @@ def prepare(source, weights=None, pairs=(), card_file=None):
         prefix = path.parent / "inference"
         specs = [paddle.static.InputSpec([None, *value.shape[1:]], str(value.dtype), name) for name, value in values.items()]
         try:
-            if made.as_saved:
-                by_paddle2onnx(source, Path(source).with_suffix(".pdiparams"), path, opset)
-            else:
-                with off_stdout():
-                    paddle.jit.save(layer, str(prefix), input_spec=specs)
-                graph = prefix.with_suffix(".json") if prefix.with_suffix(".json").exists() else prefix.with_suffix(".pdmodel")
-                by_paddle2onnx(graph, prefix.with_suffix(".pdiparams"), path, opset)
+            # A saved model is saved again too: the values that it has now are not those of the file.
+            with off_stdout():
+                paddle.jit.save(layer, str(prefix), input_spec=specs)
+            graph = prefix.with_suffix(".json") if prefix.with_suffix(".json").exists() else prefix.with_suffix(".pdmodel")
+            by_paddle2onnx(graph, prefix.with_suffix(".pdiparams"), path, opset)
         except (ConversionError, OSError):
             raise
         except Exception as error:
@@ -164,7 +161,12 @@ def prepare(source, weights=None, pairs=(), card_file=None):
                 file.unlink()
         rename(path, names, made.outputs)
 
+    def export_saved(path, values, opset):
+        by_paddle2onnx(source, Path(source).with_suffix(".pdiparams"), path, opset)
+        rename(path, names, made.outputs)
+
     made.native, made.export = native, export
+    made.export_saved = export_saved if Path(source).suffix in (".json", ".pdmodel") else None
     return made
 
 

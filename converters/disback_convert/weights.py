@@ -1,22 +1,25 @@
 """The framework's own names for the tensors of a graph.
 
-Exporters rename weights, transpose them, reshape them and merge those whose bytes are equal. A weight is found again by its
-values. Weights whose bytes equal another's, or which are the same number throughout, are given values of their own while
-the exporter runs, so that nothing is merged that the framework keeps apart; the true values come back afterwards.
+Exporters rename weights, transpose them, reshape them, split and scale them, and merge those whose bytes are equal. A weight
+is found again by its values, and how it lies in the file is written down. Weights whose bytes equal another's or one of their
+own transposes are given values of their own while the exporter runs, so that nothing is merged that the framework keeps apart
+and every orientation can be seen; the true values come back afterwards.
 """
 
-import hashlib
 import itertools
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import external_data_helper, numpy_helper
+
+from . import layout, recover
+from .layout import Stored
 
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-ORDERS = {2: [(1, 0)], 3: [(2, 1, 0)], 4: [(3, 2, 0, 1), (2, 3, 1, 0), (1, 0, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2)]}
 
 
 @dataclass
@@ -35,31 +38,32 @@ class Weight:
         return self.name.rpartition(".")[0]
 
 
-def digest(array):
-    """Hash of an array's values in row-major order; shapes play no part, since exporters reshape."""
-    return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16).digest(), array.size, array.dtype.str
-
-
 def is_plain(array):
     """Whether all values are one number."""
     return array.size > 0 and bool((array == array.reshape(-1)[0]).all())
 
 
 @contextmanager
-def told_apart(weights):
-    """Within this, no two weights have equal bytes. Yields {name: (true values, shown values)} of those that were changed."""
-    seen, changed = {}, {}
+def told_apart(weights, leave=()):
+    """Within this, no weight equals another or a transpose of itself, but for those named in `leave`. Yields {name: (true
+    values, shown values)} of those that were changed."""
+    seen, changed = defaultdict(list), {}
     random = np.random.default_rng(0)
-    for weight in weights:
+    # Buffers, which keep their values, are seen first.
+    for weight in sorted(weights, key=lambda weight: weight.trained):
         value = np.asarray(weight.get())
-        if value.dtype.kind != "f" or not weight.trained:
+        if not value.size:
             continue
-        key = digest(value)
-        if key in seen or is_plain(value):
-            shown = (value + 0.01 * random.standard_normal(value.shape)).astype(value.dtype)
-            changed[weight.name] = (value.copy(), shown)
-            weight.put(shown)
-        seen[key] = weight.name
+        others = seen[layout.corners(value)]
+        if weight.trained and value.dtype.kind == "f" and weight.name not in leave:
+            twin = is_plain(value) or layout.is_own_transpose(value)
+            if twin or any(layout.fitting(np.asarray(other.get()), value) and not tied(other, value) for other in others):
+                size = float(np.abs(value).max()) or 1.0
+                shown = (value + 0.01 * size * random.standard_normal(value.shape)).astype(value.dtype)
+                changed[weight.name] = (value.copy(), shown)
+                weight.put(shown)
+                others = seen[layout.corners(shown)]
+        others.append(weight)
     try:
         yield changed
     finally:
@@ -68,20 +72,29 @@ def told_apart(weights):
                 weight.put(changed[weight.name][0])
 
 
-def constants(model, folder):
-    """Yields every float initializer and Constant node of the main graph: (tensor, node or None, values)."""
+def tied(weight, value):
+    """Whether a weight's values lie in the same memory: they change together."""
+    return np.may_share_memory(np.asarray(weight.get()), value)
+
+
+def content(tensor, folder):
+    """The values of an initializer, from the file beside the graph too."""
+    if external_data_helper.uses_external_data(tensor):
+        loaded = onnx.TensorProto()
+        loaded.CopyFrom(tensor)
+        external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+        loaded.data_location = onnx.TensorProto.DEFAULT
+        del loaded.external_data[:]
+        tensor = loaded
+    return numpy_helper.to_array(tensor)
+
+
+def constants(model):
+    """Yields every float initializer and Constant node of the main graph: (tensor, node or None)."""
     nodes = [(n.attribute[0].t, n) for n in model.graph.node if n.op_type == "Constant" and n.attribute[0].name == "value"]
     for tensor, node in itertools.chain(((t, None) for t in model.graph.initializer), nodes):
-        if tensor.data_type not in FLOATS:
-            continue
-        loaded = tensor
-        if external_data_helper.uses_external_data(tensor):
-            loaded = onnx.TensorProto()
-            loaded.CopyFrom(tensor)
-            external_data_helper.load_external_data_for_tensor(loaded, str(folder))
-            loaded.data_location = onnx.TensorProto.DEFAULT
-            del loaded.external_data[:]
-        yield tensor, node, numpy_helper.to_array(loaded)
+        if tensor.data_type in FLOATS:
+            yield tensor, node
 
 
 @dataclass
@@ -91,92 +104,181 @@ class Named:
     parameters: list  # initializers that are trained, by their new names
     tied: list  # groups of names of one tensor; the first is in the graph
     lost: list  # framework weights that are nowhere in the graph: unused, or folded into others
+    partial: list  # framework weights of which only parts were found
     unknown: list  # constants that are no weight of the framework, with more than one distinct value
-    modules: dict  # initializer -> module path
+    unclear: list  # weights that equal a transpose of themselves, in an order that nothing in the graph tells
+    layout: dict  # initializer -> Stored
 
 
-def name(model, folder, weights, changed):
-    """Gives the graph's tensors the framework's names, and the true values where `changed` has them."""
-    index = {}
-    for weight in weights:
-        sought = changed[weight.name][1] if weight.name in changed else np.asarray(weight.get())
-        for order in [tuple(range(sought.ndim)), *ORDERS.get(sought.ndim, [])]:
-            fitting = index.setdefault(digest(sought.transpose(order)), [])
-            if all(other is not weight for other, *_ in fitting):
-                fitting.append((weight, sought.shape, order))
-    renamed, unknown, moved, first, derived = {}, [], [], {}, []
-    taken = {v for n in model.graph.node for v in (*n.input, *n.output)} | {i.name for i in model.graph.input}
-    for tensor, node, value in constants(model, folder):
-        fitting = index.get(digest(value), [])
-        if not fitting:
-            if value.size > 1 and not is_plain(value):
-                unknown.append(tensor.name or node.output[0])
-            continue
-        weight, whole, order = next((hit for hit in fitting if hit[0].name not in first), fitting[0])
-        old = node.output[0] if node is not None else tensor.name
-        if weight.name in first and is_plain(value):
-            continue  # ones or zeros of the graph's own
-        if weight.name in first and len(fitting) == 1:
-            # The exporter stored one weight twice, in another form: the second is computed from the first.
-            derived.append((tensor, node, old, *first[weight.name], (whole, order, value.shape)))
-            continue
-        new, k = weight.name, 1
-        while new in renamed.values() or (new in taken and new != old):
+@dataclass
+class Constant:
+    """A constant of the exporter's graph."""
+
+    tensor: onnx.TensorProto
+    node: onnx.NodeProto | None
+    hits: list  # [(weight, orders)]
+    shape: tuple
+    dtype: np.dtype
+    plain: bool
+
+    @property
+    def old(self):
+        return self.node.output[0] if self.node is not None else self.tensor.name
+
+    def remove(self, graph):
+        if self.node is None:
+            graph.initializer.remove(self.tensor)
+        else:
+            graph.node.remove(self.node)
+
+
+class Naming:
+    """One pass over a graph. `leave`: weights that are not whole in it, whatever equals them."""
+
+    def __init__(self, model, folder, weights, changed, leave=()):
+        self.model, self.graph, self.folder, self.weights, self.changed = model, model.graph, folder, weights, changed
+        self.renamed, self.moved, self.derived, self.unknown, self.unclear = {}, [], [], [], []
+        self.first, self.layout = {}, {}  # weight -> Stored of its first initializer; initializer -> Stored
+        self.taken = {v for n in self.graph.node for v in (*n.input, *n.output)}
+        self.taken |= {value.name for value in (*self.graph.input, *self.graph.initializer)}
+        index = layout.Index([weight for weight in weights if weight.name not in leave], self.shown)
+        self.constants = []
+        for tensor, node in constants(model):
+            value = content(tensor, folder)
+            self.constants.append(Constant(tensor, node, index.find(value), value.shape, value.dtype, is_plain(value)))
+        self.habits = Habits(model.graph, self.constants)
+
+    def shown(self, weight):
+        """The values that the exporter saw."""
+        return self.changed[weight.name][1] if weight.name in self.changed else np.asarray(weight.get())
+
+    def true(self, weight):
+        return self.changed[weight.name][0] if weight.name in self.changed else np.asarray(weight.get())
+
+    def free_name(self, wanted, old=None):
+        new, k = wanted, 1
+        while new in self.layout or (new in self.taken and new != old):
             k += 1
-            new = f"{weight.name}:{k}"
-        weight.found.append(new)
-        first.setdefault(weight.name, (new, (whole, order, value.shape)))
-        renamed[old] = new
-        if weight.name in changed:
-            true = np.ascontiguousarray(changed[weight.name][0].transpose(order)).reshape(value.shape)
-            tensor.CopyFrom(numpy_helper.from_array(true.astype(value.dtype), new))
-        if node is not None:
-            moved.append((node, new))
-        tensor.name = new
-    for node, new in moved:
-        model.graph.initializer.add().CopyFrom(node.attribute[0].t)
-        model.graph.initializer[-1].name = new
-        model.graph.node.remove(node)
-    for tensor, node, old, new, stored, wanted in derived:
-        if node is None:
-            model.graph.initializer.remove(tensor)
-        else:
-            model.graph.node.remove(node)
-        derive(model.graph, new, stored, old, wanted, renamed)
-    rename_reads(model.graph, renamed)
-    modules = {new: weight.module for weight in weights for new in weight.found}
-    mark_modules(model.graph, modules)
-    return Named(
-        parameters=[new for weight in weights if weight.trained for new in weight.found],
-        tied=[[weight.found[0], *weight.aliases] for weight in weights if weight.aliases and weight.found],
-        lost=[weight.name for weight in weights if weight.trained and not weight.found],
-        unknown=unknown,
-        modules=modules,
-    )
+            new = f"{wanted}:{k}"
+        return new
+
+    def order_of(self, constant, weight, orders):
+        """The order in which the constant holds the weight."""
+        if len(orders) == 1 or not weight.trained:
+            return orders[0]
+        usual = self.habits.order(constant, orders)
+        if usual is None:
+            self.unclear.append(weight.name)
+        return usual or orders[0]
+
+    def wholes(self):
+        """Names the constants that hold a weight; the second of a kind is computed from the first."""
+        for constant in self.constants:
+            hits, old = constant.hits, constant.old
+            if not hits:
+                if not constant.plain:
+                    self.unknown.append(constant)
+                continue
+            weight, orders = next((hit for hit in hits if hit[0].name not in self.first), hits[0])
+            if weight.name in self.first and constant.plain:
+                continue  # ones or zeros of the graph's own
+            order = self.order_of(constant, weight, orders)
+            if weight.name in self.first and len(hits) == 1:
+                self.derived.append((constant, self.first[weight.name], recover.Piece(weight, order)))
+                continue
+            own = self.shown(weight).shape
+            order = layout.natural(order, own, constant.shape)
+            stored = Stored(self.free_name(weight.name, old), own, order, constant.shape)
+            new = stored.initializer
+            self.note(weight, stored)
+            self.renamed[old] = new
+            if weight.name in self.changed:
+                true = np.ascontiguousarray(self.true(weight).transpose(order)).reshape(constant.shape)
+                constant.tensor.CopyFrom(numpy_helper.from_array(true.astype(constant.dtype), new))
+            if constant.node is not None:
+                self.moved.append((constant.node, new))
+            constant.tensor.name = new
+
+    def note(self, weight, stored):
+        weight.found.append(stored.initializer)
+        self.layout[stored.initializer] = stored
+        self.first.setdefault(weight.name, stored)
+
+    def parts(self):
+        """Computes the constants that are parts or multiples of a weight from it. Returns the weights of which some is missing."""
+        if not self.unknown:
+            return []
+        finder, covered, left = recover.Parts(self.weights, self.shown), {}, []
+        for constant in self.unknown:
+            piece = finder.find(content(constant.tensor, self.folder))
+            if piece is None:
+                left.append(constant)
+                continue
+            weight = piece.weight
+            if weight.name not in self.first:
+                true = self.true(weight)
+                stored = Stored(self.free_name(weight.name), true.shape, tuple(range(true.ndim)), true.shape)
+                self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(true), stored.initializer))
+                self.note(weight, stored)
+                covered[weight.name] = np.zeros(true.shape, bool)
+            if weight.name in covered:
+                piece.values(covered[weight.name])[...] = True
+            self.derived.append((constant, self.first[weight.name], piece))
+        self.unknown = left
+        return [name for name, done in covered.items() if not done.all()]
+
+    def run(self):
+        self.wholes()
+        partial = self.parts()
+        for node, new in self.moved:
+            self.graph.initializer.add().CopyFrom(node.attribute[0].t)
+            self.graph.initializer[-1].name = new
+            self.graph.node.remove(node)
+        opset = next((entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx")), 23)
+        for constant, stored, piece in self.derived:
+            old = constant.old
+            constant.remove(self.graph)
+            recover.derive(self.graph, stored, old, piece, constant.shape, self.renamed, opset)
+        rename_reads(self.graph, self.renamed)
+        mark_modules(self.graph, {new: weight.module for weight in self.weights for new in weight.found})
+        return Named(
+            parameters=[new for weight in self.weights if weight.trained for new in weight.found],
+            tied=[[weight.found[0], *weight.aliases] for weight in self.weights if weight.aliases and weight.found],
+            lost=[weight.name for weight in self.weights if weight.trained and not weight.found],
+            partial=partial,
+            unknown=[constant.old for constant in self.unknown],
+            unclear=self.unclear,
+            layout=self.layout,
+        )
 
 
-def derive(graph, source, stored, target, wanted, renamed):
-    """Reads or nodes that make `target` of the initializer `source`, the same weight. `stored` and `wanted`: the framework's
-    shape, the order of its axes, the shape in the file."""
-    (whole, order, shape), (_, wanted_order, wanted_shape) = stored, wanted
-    steps, here = [], tuple(shape)
-    if tuple(order) != tuple(wanted_order):
-        ordered = tuple(whole[axis] for axis in order)
-        steps += [("Reshape", ordered)] if here != ordered else []
-        steps.append(("Transpose", [order.index(axis) for axis in wanted_order]))
-        here = tuple(whole[axis] for axis in wanted_order)
-    steps += [("Reshape", wanted_shape)] if here != tuple(wanted_shape) else []
-    if not steps:
-        renamed[target] = source
-    for k, (op, numbers) in enumerate(steps):
-        made = target if k == len(steps) - 1 else f"{target}/{k}"
-        if op == "Transpose":
-            node = helper.make_node(op, [source], [made], perm=numbers)
-        else:
-            graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), f"{made}/shape"))
-            node = helper.make_node(op, [source, f"{made}/shape"], [made])
-        graph.node.insert(k, node)
-        source = made
+def name(model, folder, weights, changed, leave=()):
+    """Gives the graph's tensors the framework's names, and the true values where `changed` has them."""
+    return Naming(model, folder, weights, changed, leave).run()
+
+
+class Habits:
+    """In which order the graph's nodes read weights that lie in only one: what reads a weight in the same way wants the same."""
+
+    def __init__(self, graph, constants):
+        self.readers = defaultdict(set)
+        for node in graph.node:
+            how = [a.SerializeToString() for a in node.attribute] if node.op_type in ("Gemm", "Transpose") else []
+            for k, value in enumerate(node.input):
+                self.readers[value].add((node.op_type, k, *how))
+        self.orders = defaultdict(Counter)
+        for constant in constants:
+            for weight, orders in constant.hits[:1]:
+                if len(orders) == 1 and len(constant.hits) == 1 and all(n > 1 for n in constant.shape):
+                    self.orders[self.key(constant, orders[0])][orders[0]] += 1
+
+    def key(self, constant, order):
+        return frozenset(self.readers[constant.old]), len(order), len(constant.shape)
+
+    def order(self, constant, orders):
+        """The one of these orders that its readers take everywhere else; None where they have no one habit."""
+        usual = self.orders[self.key(constant, orders[0])]
+        return next(iter(usual)) if len(usual) == 1 and next(iter(usual)) in orders else None
 
 
 def rename_reads(graph, renamed):

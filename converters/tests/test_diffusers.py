@@ -10,12 +10,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import diffusers  # noqa: E402
 import small_pipelines as small  # noqa: E402
-from proof import TEACHERS, prove, same_network  # noqa: E402
+from proof import TEACHERS, prove, same_network, same_student, same_weights  # noqa: E402
 from disback_convert import ConversionError, finish  # noqa: E402
 from disback_convert.cli import main  # noqa: E402
 from disback_convert.diffusers_route import scheduler  # noqa: E402
@@ -88,6 +89,15 @@ def test_the_trained_teacher_goes_all_the_way(tmp_path, capsys):
     same_network(out, folder / "teacher.onnx")
     with capsys.disabled():
         prove("diffusers UNet2DModel", out, tmp_path)
+    net = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
+    same_weights(out, tmp_path / "run", net.state_dict())
+    net.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"), strict=True)
+
+    def forward(given):
+        with torch.no_grad():
+            return net(*(torch.from_numpy(given[name]) for name in ("sample", "timestep", "class_labels"))).sample.numpy()
+
+    same_student(out, tmp_path / "run", forward)
 
 
 def test_network_values_are_those_of_diffusers_itself(tmp_path):

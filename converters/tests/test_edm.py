@@ -1,5 +1,6 @@
 """EDM's form: a pickle and a class from a checkout, preconditioning inside and outside, and the whole way to a student."""
 
+import copy
 import pickle
 import sys
 
@@ -7,13 +8,14 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from proof import TEACHERS, card, prove, same_network
+from proof import TEACHERS, card, prove, same_network, same_student, same_weights
 from safetensors.torch import load_file
 
 from disback_convert.cli import main
 from disback_convert.torch_route.edm import augment_dim
 
 CODE = TEACHERS / "edm_unet"
+AUGMENT = "model.map_augment.weight"  # its labels are zero, and so it is in no graph
 
 
 @pytest.fixture
@@ -40,6 +42,18 @@ def test_a_pickle_goes_all_the_way(tmp_path, trained, capsys):
     same_network(tmp_path / "teacher.onnx", CODE / "teacher.onnx")
     with capsys.disabled():
         prove("PyTorch, EDM classes", tmp_path / "teacher.onnx", tmp_path)
+    same_weights(tmp_path / "teacher.onnx", tmp_path / "run", trained.state_dict())
+    # buffers are in no student: the network has its own
+    student = copy.deepcopy(trained)
+    lacking = student.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"), strict=False)
+    assert not lacking.unexpected_keys and set(lacking.missing_keys) <= {name for name, _ in trained.named_buffers()} | {AUGMENT}
+
+    def forward(given):
+        with torch.no_grad():
+            x, sigma, labels = (torch.from_numpy(given[name]) for name in ("x", "sigma", "class_labels"))
+            return student(x, sigma, labels, augment_labels=torch.zeros(len(x), 3)).numpy()
+
+    same_student(tmp_path / "teacher.onnx", tmp_path / "run", forward)
 
 
 def test_preconditioning_outside_is_the_same_denoiser(tmp_path, trained):

@@ -64,9 +64,9 @@ def network(module, card, inputs, examples=None, exporter="dynamo exporter"):
     def export(path, values, opset):
         batch = torch.export.Dim("batch", min=1, max=1 << 20)
         size = sum(value.nbytes for value in module.state_dict().values())
-        log = logging.getLogger("torch.onnx")
-        level = log.level
-        log.setLevel(logging.ERROR)
+        logs = [(log, log.level) for log in map(logging.getLogger, ("torch.onnx", "onnxscript"))]
+        for log, _ in logs:
+            log.setLevel(logging.ERROR)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -84,7 +84,8 @@ def network(module, card, inputs, examples=None, exporter="dynamo exporter"):
             said = " ".join(line.strip() for line in str(cause).strip().splitlines()[:3])
             raise ConversionError(f"the dynamo exporter refuses this module: {type(cause).__name__}: {said}\n{advice(cause)}") from error
         finally:
-            log.setLevel(level)
+            for log, level in logs:
+                log.setLevel(level)
 
     made.native, made.export = native, export
     return made

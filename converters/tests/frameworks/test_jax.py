@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import onnx
 import onnxruntime as ort
-from proof import TEACHERS, card, prove, same_network
+from proof import TEACHERS, card, layout_of, prove, same_network, same_state, same_student, same_weights
+from safetensors.numpy import load_file
 
 from disback_convert.cli import main
 
@@ -41,6 +42,44 @@ def nonsense():
     return 3
 '''
 
+SQUARE = '''
+import flax.linen as linen
+import jax, jax.numpy as jnp
+from flax import nnx
+
+class Net(nnx.Module):
+    def __init__(self, c=16, *, rngs):
+        self.i, self.o = nnx.Conv(1, c, (3, 3), rngs=rngs), nnx.Conv(c, 1, (3, 3), rngs=rngs)
+        self.q, self.k, self.v, self.p = (nnx.Linear(c, c, rngs=rngs) for _ in range(4))
+        self.m = nnx.MultiHeadAttention(2, c, rngs=rngs, decode=False)
+        self.w = nnx.Param(jax.random.normal(jax.random.key(3), (c, c)))
+        self.eye, self.eye_too = nnx.Param(jnp.eye(c)), nnx.Param(jnp.eye(c))
+
+    def __call__(self, x, t):
+        h = self.i(x) + jnp.log(t)[:, None, None, None]
+        z = h.reshape(-1, 64, 16)
+        q, k, v = self.q(z), self.k(z), self.v(z)
+        a = self.p(nnx.softmax(q @ jnp.swapaxes(k, 1, 2) / 4.0, axis=-1) @ v) + self.m(z)
+        a = a @ self.w[...].T + a @ self.eye[...] + a @ self.eye_too[...].T + a @ (self.w[...] * 0.125)
+        return self.o(h + a.reshape(-1, 8, 8, 16))
+
+def build():
+    return Net(rngs=nnx.Rngs(0))
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x, t):
+        h = linen.Conv(16, (3, 3))(x) + jnp.log(t)[:, None, None, None]
+        z = h.reshape(-1, 64, 16)
+        q, k, v = (linen.Dense(16, name=name)(z) for name in "qkv")
+        a = linen.Dense(16, name="p")(linen.softmax(q @ jnp.swapaxes(k, 1, 2) / 4.0, axis=-1) @ v)
+        a = a + linen.MultiHeadDotProductAttention(2, name="m")(z, z) + linen.Dense(16, name="eye", kernel_init=lambda *_: jnp.eye(16))(z)
+        return linen.Conv(1, (3, 3))(h + a.reshape(-1, 8, 8, 16))
+
+def linen_net():
+    return LinenNet(), LinenNet().init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), jnp.ones(2))
+'''
+
 
 def convert(factory, out, *more, entries=CARD):
     pairs = [word for entry in entries for word in ("--card", entry)]
@@ -57,6 +96,48 @@ def test_the_trained_nnx_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys)
     assert onnx.load(out).opset_import[0].version == 23
     with capsys.disabled():
         prove("Flax NNX", out, tmp_path)
+    same_weights(out, tmp_path / "run", np.load("weights.npz"))
+    import model
+    from flax import nnx
+
+    net, weights = model.build(), load_file(tmp_path / "run" / "student.safetensors")
+    state = nnx.state(net, nnx.Param)
+    assert {".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)} == set(weights)
+    for path, variable in nnx.to_flat_state(state):
+        assert variable[...].shape == weights[".".join(map(str, path))].shape
+        variable[...] = weights[".".join(map(str, path))]
+    nnx.update(net, state)
+    same_student(out, tmp_path / "run", lambda given: np.asarray(net(given["x"], given["sigma"], given["labels"])))
+
+
+def test_square_weights_are_rebuilt_from_the_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "square_jax.py").write_text(SQUARE)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "teacher.onnx"
+    assert convert("square_jax:build", out, entries=[e for e in CARD if "labels" not in e]) == 0, capsys.readouterr().err
+    from flax import nnx
+
+    import square_jax
+
+    state = {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(square_jax.build(), nnx.Param))}
+    same_state(out, state)
+    # attention's kernels have their heads' axis back, convolutions their channels last
+    assert layout_of(out)["m.query.kernel"] == {"shape": [16, 2, 8], "perm": [0, 1, 2]}
+    assert layout_of(out)["i.kernel"] == {"shape": [3, 3, 1, 16], "perm": [3, 2, 0, 1]}
+
+
+def test_square_weights_of_linen_are_rebuilt_from_the_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "square_jax.py").write_text(SQUARE)
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("square_jax", None)
+    out = tmp_path / "teacher.onnx"
+    assert convert("square_jax:linen_net", out, entries=[e for e in CARD if "labels" not in e]) == 0, capsys.readouterr().err
+    import square_jax
+
+    from disback_convert import trees
+
+    _, variables = square_jax.linen_net()
+    same_state(out, trees.flatten(variables["params"]))
 
 
 def test_linen_modules_and_functions(tmp_path, monkeypatch, capsys):
@@ -122,4 +203,5 @@ def test_keras_on_jax(tmp_path, monkeypatch, capsys):
     out = tmp_path / "teacher.onnx"
     words = ["keras", "model:build", "--weights", "weights.npz", "--backend", "jax", "--card-file", "../nhwc.toml", "-o", str(out), "-q"]
     assert main(words) == 0, capsys.readouterr().err
-    same_network(out, folder / "teacher.onnx")
+    same_network(out, folder / "teacher.onnx", same_layout=False)
+    same_state(out, np.load("weights.npz"))

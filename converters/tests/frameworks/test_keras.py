@@ -7,7 +7,8 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import numpy as np
 import onnxruntime as ort
-from proof import TEACHERS, card, prove, same_network
+from proof import TEACHERS, card, layout_of, prove, same_network, same_state, same_student, same_weights
+from safetensors.numpy import load_file
 
 from disback_convert.cli import main
 
@@ -52,6 +53,53 @@ def test_the_trained_teacher_goes_all_the_way(tmp_path, monkeypatch, capsys):
     assert set(json.loads(card(out)["parameters"])) == set(np.load("weights.npz").files)
     with capsys.disabled():
         prove("Keras 3", out, tmp_path)
+    same_weights(out, tmp_path / "run", np.load("weights.npz"))
+    import keras
+    import model
+
+    keras.utils.clear_session()
+    net, weights = model.build(), load_file(tmp_path / "run" / "student.safetensors")
+    assert {v.path.replace("/", ".") for v in net.trainable_variables} == set(weights)
+    for variable in net.trainable_variables:
+        variable.assign(weights[variable.path.replace("/", ".")])
+    same_student(out, tmp_path / "run", lambda given: net(given, training=False).numpy())
+
+
+def square(c=16):
+    """Square matrices read as they are and the other way round, attention with its heads' axes, a scale that is folded away."""
+    import keras
+    from keras import layers, ops
+
+    class Mix(layers.Layer):
+        def build(self, shape):
+            self.w, self.scaled = (self.add_weight(name=name, shape=(c, c), initializer="glorot_uniform") for name in ("w", "scaled"))
+            self.eye, self.eye_too = (self.add_weight(name=name, shape=(c, c), initializer="identity") for name in ("eye", "eye_too"))
+
+        def call(self, z):
+            turned = ops.matmul(z, ops.transpose(self.w)) + ops.matmul(z, ops.transpose(self.eye))
+            return turned + ops.matmul(z, self.eye_too) + ops.matmul(z, self.scaled * 0.125)
+
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    x, t = keras.Input((8, 8, 1), name="x"), keras.Input((), name="t")
+    emb = layers.Dense(c, name="time")(layers.Reshape((1,))(ops.log(t)))
+    h = layers.Conv2D(c, 3, padding="same", name="i")(x) + layers.Reshape((1, 1, c))(emb)
+    z = layers.Reshape((64, c))(h)
+    q, k, v = (layers.Dense(c, name=name)(z) for name in "qkv")
+    a = ops.matmul(ops.softmax(ops.matmul(q, ops.transpose(k, (0, 2, 1))) / 4.0), v)
+    a = Mix(name="mix")(layers.Dense(c, name="p")(a) + layers.MultiHeadAttention(2, c // 2, name="m")(z, z))
+    return keras.Model([x, t], layers.Conv2D(1, 3, padding="same", name="o")(h + layers.Reshape((8, 8, c))(a)))
+
+
+def test_square_weights_are_rebuilt_from_the_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "square_keras.py").write_text("import test_keras\ndef build():\n    return test_keras.square()\n")
+    monkeypatch.chdir(tmp_path)
+    for exporter in ("keras", "tf2onnx"):
+        out = tmp_path / f"{exporter}.onnx"
+        assert convert("square_keras:build", out, "--exporter", exporter) == 0, capsys.readouterr().err
+        state = {v.path.replace("/", "."): net_value(v) for v in square().weights}
+        assert set(same_state(out, state)) == {"mix.w"}, "the exporter folds the transpose"
+        assert layout_of(out)["mix.eye"] == {"shape": [16, 16], "perm": [1, 0]} and "mix.eye_too" not in layout_of(out)
 
 
 def test_a_saved_model_with_batch_norm(tmp_path, capsys):
