@@ -10,7 +10,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::graph::tensors;
+use crate::graph::{op_schema, tensors};
 use crate::onnx::{ModelProto, NodeProto};
 use crate::tensor::{DType, HostTensor};
 
@@ -181,67 +181,6 @@ fn globs(patterns: &[String]) -> Result<GlobSet> {
     set.build().map_err(|e| Error::usage(format!("--keep-f32: {e}")))
 }
 
-/// Operators whose f32 form is kept by policy, and why.
-fn policy(op: &str) -> Option<&'static str> {
-    Some(match op {
-        "InstanceNormalization"
-        | "GroupNormalization"
-        | "LayerNormalization"
-        | "RMSNormalization"
-        | "BatchNormalization"
-        | "LpNormalization"
-        | "MeanVarianceNormalization" => "a mean over many values",
-        "Softmax" | "LogSoftmax" => "a sum of exponentials",
-        "Exp" | "Log" | "Pow" | "Sqrt" | "Reciprocal" | "Sin" | "Cos" | "CumSum" => "it enlarges small errors",
-        "Range" | "EyeLike" | "ConstantOfShape" => "it makes f32",
-        "LSTM" | "GRU" | "RNN" => "errors add up over steps",
-        _ if op.starts_with("Reduce") && !matches!(op, "ReduceMax" | "ReduceMin") => "a sum over many values",
-        _ if op.starts_with("Random") || matches!(op, "Bernoulli" | "Multinomial") => "it makes f32",
-        _ if op.contains("Quantize") || op.ends_with("Integer") => "it has 8-bit operands",
-        _ => return None,
-    })
-}
-
-/// Since which opset operators take bf16, where that is later than 13 (ONNX 1.22's operator changelog).
-fn bf16_since(op: &str) -> i64 {
-    match op {
-        "BatchNormalization" | "CumSum" | "Trilu" => 14,
-        "CastLike" => 15,
-        "GreaterOrEqual" | "LeakyRelu" | "LessOrEqual" | "PRelu" | "Scan" | "Where" => 16,
-        "LayerNormalization" | "DFT" | "STFT" => 17,
-        "CenterCropPad" | "Col2Im" => 18,
-        "AffineGrid" | "Gelu" | "IsInf" => 20,
-        "GroupNormalization" => 21,
-        "AveragePool"
-        | "Conv"
-        | "ConvTranspose"
-        | "Elu"
-        | "GlobalAveragePool"
-        | "GlobalMaxPool"
-        | "GridSample"
-        | "HardSigmoid"
-        | "HardSwish"
-        | "InstanceNormalization"
-        | "LpNormalization"
-        | "MaxPool"
-        | "Mish"
-        | "Selu"
-        | "Softplus"
-        | "Softsign"
-        | "Tan"
-        | "ThresholdedRelu"
-        | "Round"
-        | "Sin"
-        | "Cos"
-        | "Det"
-        | "DeformConv" => 22,
-        "Attention" | "RMSNormalization" | "RotaryEmbedding" => 23,
-        "Swish" | "TopK" => 24,
-        "Einsum" | "OneHot" | "Celu" | "Shrink" | "Compress" => i64::MAX,
-        _ => 13,
-    }
-}
-
 /// Which nodes go to 16 bits.
 struct Plan {
     half: HashSet<usize>,
@@ -266,6 +205,8 @@ impl Plan {
             if !n.input.iter().chain(&n.output).any(float) || matches!(n.op_type(), "Shape" | "Size") {
                 continue;
             }
+            let row = op_schema::find(n.domain(), n.op_type());
+            let bf16_since = row.map_or(13, |row| row.bf16_since);
             let reason = if globs.is_match(n.name()) {
                 Some("asked for".to_owned())
             } else if edit::has_subgraph(n) {
@@ -274,11 +215,11 @@ impl Plan {
                 Some(format!("an operator of {}", n.domain()))
             } else if n.output.iter().any(|o| outputs.contains(o.as_str())) {
                 Some("it makes an output of the file, which is f32".to_owned())
-            } else if let Some(why) = policy(n.op_type()) {
+            } else if let Some(why) = row.and_then(|row| row.stays_f32) {
                 Some(why.to_owned())
-            } else if dtype == DType::BF16 && bf16_since(n.op_type()) > opset {
-                Some(match bf16_since(n.op_type()) {
-                    i64::MAX => "ONNX has it for no bf16".to_owned(),
+            } else if dtype == DType::BF16 && bf16_since > opset {
+                Some(match bf16_since {
+                    op_schema::NEVER => "ONNX has it for no bf16".to_owned(),
                     since => format!("ONNX has it for bf16 since opset {since}, this is {opset}"),
                 })
             } else if dtype == DType::F16 {

@@ -1,7 +1,7 @@
 //! Another operator set version for a graph, as far as the operators mean the same in both or can be written the other way.
 
 use crate::error::{Error, Result};
-use crate::graph::tensors;
+use crate::graph::{op_schema, tensors};
 use crate::onnx::{GraphProto, ModelProto, NodeProto};
 use crate::tensor::HostTensor;
 
@@ -9,68 +9,6 @@ use super::edit;
 
 /// Oldest and newest version that is written.
 pub const RANGE: std::ops::RangeInclusive<i64> = 13..=25;
-
-/// Since which version the operator exists, for those younger than 13 and for what exports of diffusion networks contain.
-/// From the operator changelog of ONNX 1.22.
-const YOUNGER: &[(&str, i64)] = &[
-    ("HardSwish", 14),
-    ("Trilu", 14),
-    ("CastLike", 15),
-    ("GridSample", 16),
-    ("BlackmanWindow", 17),
-    ("DFT", 17),
-    ("HammingWindow", 17),
-    ("HannWindow", 17),
-    ("LayerNormalization", 17),
-    ("MelWeightMatrix", 17),
-    ("STFT", 17),
-    ("SequenceMap", 17),
-    ("BitwiseAnd", 18),
-    ("BitwiseNot", 18),
-    ("BitwiseOr", 18),
-    ("BitwiseXor", 18),
-    ("CenterCropPad", 18),
-    ("Col2Im", 18),
-    ("GroupNormalization", 18),
-    ("Mish", 18),
-    ("DeformConv", 19),
-    ("AffineGrid", 20),
-    ("Gelu", 20),
-    ("ImageDecoder", 20),
-    ("Attention", 23),
-    ("RMSNormalization", 23),
-    ("RotaryEmbedding", 23),
-    ("Swish", 24),
-    ("TensorScatter", 24),
-];
-
-/// Version steps at which an operator's meaning or form changed, for graphs of f32, f16 and integer tensors. Steps that
-/// only took in more element types are not listed: such a node is the same in both versions.
-const CHANGES: &[(&str, i64)] = &[
-    ("ReduceMean", 18),
-    ("ReduceMax", 18),
-    ("ReduceMin", 18),
-    ("ReduceProd", 18),
-    ("ReduceL1", 18),
-    ("ReduceL2", 18),
-    ("ReduceLogSum", 18),
-    ("ReduceLogSumExp", 18),
-    ("ReduceSumSquare", 18),
-    ("Split", 18),
-    ("Resize", 18),
-    ("Resize", 19),
-    ("GroupNormalization", 21),
-    ("GridSample", 20),
-    ("DFT", 20),
-    ("BatchNormalization", 14),
-    ("BatchNormalization", 15),
-    ("CumSum", 14),
-    ("AveragePool", 19),
-    ("LpPool", 18),
-    ("RoiAlign", 16),
-    ("Attention", 24),
-    ("SplitToSequence", 24),
-];
 
 /// Converts the default domain to `target` in place.
 ///
@@ -127,15 +65,16 @@ fn convert_graph(graph: &mut GraphProto, from: i64, to: i64, made: &mut Vec<crat
             convert_graph(g, from, to, made)?;
         }
         let label = edit::label(n);
-        if let Some((_, since)) = YOUNGER.iter().find(|(op, since)| *op == n.op_type() && *since > to) {
+        let Some(row) = op_schema::find("", n.op_type()) else { continue };
+        let since = row.since;
+        if since > to {
             return Err(Error::usage(format!("--opset {to}: {label} exists since opset {since}"))
                 .hint(format!(
                     "choose {since} or newer, or start from the run (`disback export TEACHER --run DIR --opset {to}`), where nothing \
                      is raised yet; else export the teacher with opset {to}"
                 )));
         }
-        let steps: Vec<i64> =
-            CHANGES.iter().filter(|(op, v)| *op == n.op_type() && *v > low && *v <= high).map(|(_, v)| *v).collect();
+        let steps: Vec<i64> = row.changes.iter().copied().filter(|&v| v > low && v <= high).collect();
         for step in if to > from { steps.clone() } else { steps.iter().rev().copied().collect() } {
             change(n, step, to > from, &held, made)
                 .map_err(|e| e.context(format!("{label} from opset {from} to {to}")))?;

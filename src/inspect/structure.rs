@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::graph::{Graph, Port, ValueId};
+use crate::graph::{Graph, Port, ValueId, op_schema};
 use crate::inspect::findings::{Findings, How, Known};
 
 const TIME_NAMES: [&str; 9] =
@@ -11,10 +11,6 @@ const TIME_NAMES: [&str; 9] =
 const LABEL_NAMES: [&str; 5] = ["label", "class", "y", "onehot", "one_hot"];
 const EMBEDDING_NAMES: [&str; 6] = ["hidden_states", "embed", "text", "pooled", "context", "prompt"];
 const SAMPLE_NAMES: [&str; 7] = ["sample", "x", "noisy", "latent", "x_t", "xt", "image"];
-
-/// Operators that hand their first input's elements on.
-const PASSING: [&str; 9] =
-    ["Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Clip", "Transpose"];
 
 /// Fills in what the file itself gives away. `known` is what the card's sources say; it stands above all that is found.
 pub fn read(graph: &Graph, known: &Known, model: &Path) -> Findings {
@@ -239,7 +235,8 @@ pub fn rows_looked_up(graph: &Graph, from: ValueId) -> Option<(usize, String)> {
                 let depth = constant(1).and_then(|c| c.tensor.to_i64().first().copied());
                 return depth.filter(|d| *d > 0).map(|d| (d as usize, format!("depth of {}", node.label())));
             }
-            if slot == 0 && node.domain.is_empty() && PASSING.contains(&node.op.as_str()) {
+            // An index may be clipped to the rows of the table.
+            if slot == 0 && (op_schema::hands_on(node) || node.is("Clip")) {
                 for v in node.outputs.iter().flatten() {
                     if seen.insert(*v) && seen.len() < 64 {
                         queue.push(*v);

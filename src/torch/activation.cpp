@@ -126,6 +126,9 @@ extern "C" {
 
 // x f32 or bf16 on the CPU. Differentiable once.
 char* disback_gelu_tanh(const at::Tensor* x, at::Tensor** out) {
-  return disback::guarded([&] { *out = new at::Tensor(Gelu::apply(*x)); });
+  return disback::guarded([&] {
+    disback::on_cpu("GELU", {x});
+    *out = new at::Tensor(Gelu::apply(*x));
+  });
 }
 }

@@ -151,6 +151,7 @@ extern "C" {
 char* disback_group_norm(const at::Tensor* x, int64_t groups, const at::Tensor* scale, const at::Tensor* bias, double epsilon,
                          at::Tensor** out) {
   return disback::guarded([&] {
+    disback::on_cpu("group norm", {x, scale, bias});
     const auto maybe = [](const at::Tensor* t) { return t == nullptr ? std::nullopt : std::optional<at::Tensor>(*t); };
     *out = new at::Tensor(GroupNorm::apply(*x, maybe(scale), maybe(bias), groups, epsilon));
   });

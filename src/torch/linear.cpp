@@ -101,6 +101,7 @@ bool disback_mkl_at_home() {
 // x [..., K] and w [K, N] of any strides, f32 on the CPU, bias [N] or nullptr: [..., N]. Where `disback_level` is not 0.
 char* disback_linear(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return disback::guarded([&] {
+    disback::on_cpu("a linear layer", {x, w, bias});
     const auto along = [](const at::Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous(); };
     auto shape = x->sizes().vec();
     at::Tensor rows = x->dim() == 2 ? *x : x->reshape({-1, x->size(-1)});

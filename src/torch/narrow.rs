@@ -4,17 +4,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::graph::op_schema::{self, Class, Weight};
 use crate::graph::roles::Parameter;
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 use crate::torch::params::ParamSet;
-
-/// What autocast computes in bf16, as (domain, operator); the third input is a bias.
-const PRODUCTS: [(&str, &str); 5] =
-    [("", "Conv"), ("", "ConvTranspose"), ("", "MatMul"), ("", "Gemm"), ("disback", "Linear")];
-/// What moves elements and leaves them as they are.
-const MOVES: [(&str, &str); 5] =
-    [("", "Transpose"), ("", "Reshape"), ("", "Squeeze"), ("", "Unsqueeze"), ("", "Identity")];
 
 /// Which parameters, in their order, meet products alone. `widened`: the layers of a file in half precision are computed in
 /// f32 (see [`crate::graph::widen`]).
@@ -27,17 +21,22 @@ pub fn kernels(graph: &Graph, parameters: &[Parameter], widened: bool) -> Vec<bo
 }
 
 fn only_products(graph: &Graph, value: ValueId) -> bool {
-    let is = |node: &Node, list: &[(&str, &str)]| list.contains(&(node.domain.as_str(), node.op.as_str()));
     let reads = |node: &Node| node.inputs.contains(&Some(value)) || node.captures.iter().any(|(_, v)| *v == value);
     if graph.outputs.iter().any(|port| port.value == value) {
         return false;
     }
     graph.nodes.iter().filter(|node| reads(node)).all(|node| {
         let inside = node.captures.iter().any(|(_, v)| *v == value);
-        let weight = node.inputs.get(2) != Some(&Some(value));
-        !inside
-            && (is(node, &PRODUCTS) && weight
-                || is(node, &MOVES) && node.outputs.iter().flatten().all(|v| only_products(graph, *v)))
+        let Some(row) = op_schema::of(node).filter(|_| !inside) else { return false };
+        match row.class {
+            // A bias stays in f32.
+            _ if row.autocast => {
+                let mut slots = node.inputs.iter().enumerate().filter(|(_, v)| **v == Some(value));
+                slots.all(|(slot, _)| row.weight(slot) != Some(Weight::Bias))
+            }
+            Class::View => node.outputs.iter().flatten().all(|v| only_products(graph, *v)),
+            _ => false,
+        }
     })
 }
 

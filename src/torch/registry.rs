@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use crate::error::{Context, Error, Result};
 use crate::graph::Node;
+pub use crate::graph::op_schema::MANY;
 use crate::torch::kernel::Kernel;
 
 /// Builds a kernel from a node: reads every attribute, refuses what it cannot do exactly.
@@ -23,9 +24,6 @@ pub struct Entry {
     pub build: Build,
 }
 
-/// Largest number of inputs of variadic operators.
-pub const MANY: usize = usize::MAX;
-
 /// All operators.
 #[derive(Debug, Default)]
 pub struct Registry {
@@ -40,6 +38,11 @@ impl Registry {
 
     pub fn add_entry(&mut self, entry: Entry) {
         self.entries.entry((entry.domain, entry.op)).or_default().push(entry);
+    }
+
+    /// All that was added, in no order.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.values().flatten()
     }
 
     /// Builds the kernel of a node, or says why not.

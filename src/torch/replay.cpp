@@ -69,9 +69,13 @@ void disback_graph_drop(void* graph) {
 #endif
 }
 
-// The gradients of parameters, one each; nullptr: none.
+// The gradients of parameters, one each, on their devices; nullptr: none. Where one is refused nothing is changed.
 char* disback_set_grads(at::Tensor* const* params, at::Tensor* const* grads, size_t count) {
   return disback::guarded([&] {
+    for (size_t i = 0; i < count; ++i) {
+      TORCH_CHECK(grads[i] == nullptr || grads[i]->device() == params[i]->device(), "a gradient on the device ",
+                  grads[i]->device(), " for a parameter on ", params[i]->device());
+    }
     for (size_t i = 0; i < count; ++i) {
       if (grads[i] == nullptr) {
         params[i]->mutable_grad().reset();

@@ -379,6 +379,10 @@ mod tests {
         set_grads(&params, &[None, None]).unwrap();
         assert!(shim::grads(params.tensors()).unwrap().iter().all(Option::is_none));
         assert!(set_grads(&params, &[None]).is_err());
+        // One that lies on another device is refused, and the others are left alone too.
+        let e = set_grads(&params, &[Some(Tensor::from(5f32)), Some(shim::meta(&[]))]).unwrap_err().to_string();
+        assert!(e.contains("on the device meta for a parameter on cpu"), "{e}");
+        assert!(shim::grads(params.tensors()).unwrap().iter().all(Option::is_none));
     }
 
     #[test]

@@ -100,6 +100,12 @@ char* disback_randn(uint64_t seed, const int64_t* shape, size_t rank, int device
   });
 }
 
+// A tensor of f32 on the device `meta`, which has shapes and no elements: what tests hand to the kernels of one device as a
+// tensor of another.
+char* disback_meta(const int64_t* shape, size_t rank, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(at::empty(at::IntArrayRef(shape, rank), at::dtype(at::kFloat).device(at::kMeta))); });
+}
+
 // A copy in memory that a CUDA device reads by itself, or the tensor where it lies there already.
 char* disback_pin(const at::Tensor* t, at::Tensor** out) {
   return guarded([&] { *out = new at::Tensor(t->pin_memory()); });

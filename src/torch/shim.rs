@@ -195,9 +195,94 @@ pub fn memory(device: Device) -> Result<Option<Memory>> {
     Ok(Some(Memory { current: current.max(0) as u64, peak: peak.max(0) as u64 }))
 }
 
+/// A tensor of the device `meta`, which has no elements to read.
+#[cfg(test)]
+pub(super) fn meta(shape: &[i64]) -> Tensor {
+    unsafe extern "C" {
+        fn disback_meta(shape: *const i64, rank: usize, out: *mut *mut C_tensor) -> *mut c_char;
+    }
+    let mut out = std::ptr::null_mut();
+    // SAFETY: a live slice in; on success `out` is a new handle that is ours.
+    check(unsafe { disback_meta(shape.as_ptr(), shape.len(), &mut out) }).unwrap();
+    unsafe { Tensor::from_ptr(out) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every kernel of ours for the CPU, each operand in turn on another device: an error, not a signal.
+    #[test]
+    fn kernels_for_the_cpu_refuse_tensors_of_other_devices() {
+        type Out = *mut *mut C_tensor;
+        unsafe extern "C" {
+            fn disback_gelu_tanh(x: *const C_tensor, out: Out) -> *mut c_char;
+            fn disback_linear(x: *const C_tensor, w: *const C_tensor, b: *const C_tensor, out: Out) -> *mut c_char;
+            fn disback_winograd(x: *const C_tensor, w: *const C_tensor, b: *const C_tensor, out: Out) -> *mut c_char;
+            fn disback_group_norm(
+                x: *const C_tensor,
+                groups: i64,
+                scale: *const C_tensor,
+                bias: *const C_tensor,
+                epsilon: f64,
+                out: Out,
+            ) -> *mut c_char;
+            fn disback_hollow_attention(
+                q: *const C_tensor,
+                k: *const C_tensor,
+                v: *const C_tensor,
+                out: Out,
+            ) -> *mut c_char;
+            fn disback_hollow_product(
+                x: *const C_tensor,
+                w: *const C_tensor,
+                b: *const C_tensor,
+                out: Out,
+            ) -> *mut c_char;
+            fn disback_hollow_convolution(
+                x: *const C_tensor,
+                w: *const C_tensor,
+                b: *const C_tensor,
+                sizes: *const i64,
+                rank: usize,
+                out: Out,
+            ) -> *mut c_char;
+        }
+        let (image, filters, one) = ([2i64, 16, 8, 8], [16i64, 16, 3, 3], [16i64]);
+        let (rows, square) = ([32i64, 16], [16i64, 16]);
+        // The entry with the tensors' handles, and the shapes of its operands.
+        type Call = fn(&[*const C_tensor], Out) -> *mut c_char;
+        // SAFETY (all): the handles are of live tensors.
+        let entries: [(&str, Call, Vec<&[i64]>); 7] = [
+            ("GELU", |t, out| unsafe { disback_gelu_tanh(t[0], out) }, vec![&image]),
+            ("linear", |t, out| unsafe { disback_linear(t[0], t[1], t[2], out) }, vec![&rows, &square, &one]),
+            ("convolution", |t, out| unsafe { disback_winograd(t[0], t[1], t[2], out) }, vec![&image, &filters, &one]),
+            (
+                "group norm",
+                |t, out| unsafe { disback_group_norm(t[0], 4, t[1], t[2], 1e-5, out) },
+                vec![&image, &one, &one],
+            ),
+            ("attention", |t, out| unsafe { disback_hollow_attention(t[0], t[1], t[2], out) }, vec![&image; 3]),
+            ("product", |t, out| unsafe { disback_hollow_product(t[0], t[1], t[2], out) }, vec![&rows, &square, &one]),
+            (
+                "convolution",
+                |t, out| unsafe { disback_hollow_convolution(t[0], t[1], t[2], [2i64, 16, 8, 8].as_ptr(), 4, out) },
+                vec![&image, &filters, &one],
+            ),
+        ];
+        for (name, call, shapes) in entries {
+            for away in 0..shapes.len() {
+                let place = |(i, shape): (usize, &&[i64])| {
+                    if i == away { meta(shape) } else { Tensor::ones(*shape, (Kind::Float, Device::Cpu)) }
+                };
+                let tensors: Vec<Tensor> = shapes.iter().enumerate().map(place).collect();
+                let mut out = std::ptr::null_mut();
+                let handles: Vec<*const C_tensor> = tensors.iter().map(Tensor::as_ptr).collect();
+                let e = check(call(&handles, &mut out)).unwrap_err().to_string();
+                assert!(e.contains(name) && e.contains("the device meta") && out.is_null(), "{name} {away}: {e}");
+            }
+        }
+    }
 
     #[test]
     fn noise_depends_on_the_seed_alone() {

@@ -336,12 +336,16 @@ bool disback_is_hollow() { return disback::hollow; }
 
 // Attention [B, H, T, D] without a mask, for hollow tensors.
 char* disback_hollow_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, at::Tensor** out) {
-  return guarded([&] { *out = new at::Tensor(HollowAttention::apply(*q, *k, *v)); });
+  return guarded([&] {
+    disback::on_cpu("hollow attention", {q, k, v});
+    *out = new at::Tensor(HollowAttention::apply(*q, *k, *v));
+  });
 }
 
 // A product of matrices of rank 2 and more, for hollow tensors that libtorch would multiply in bf16; bias [N] or nullptr.
 char* disback_hollow_product(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return guarded([&] {
+    disback::on_cpu("a hollow product", {x, w, bias});
     // As autocast does, which keeps a weight's copy until it ends.
     const auto narrow = [](const at::Tensor& t) {
       return at::autocast::is_autocast_enabled(at::kCPU) ? at::autocast::cached_cast(at::kBFloat16, t, at::kCPU) : t;
@@ -369,6 +373,7 @@ uint64_t disback_spare_onednn() {
 char* disback_hollow_convolution(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, const int64_t* sizes,
                                  size_t rank, at::Tensor** out) {
   return guarded([&] {
+    disback::on_cpu("a hollow convolution", {x, w, bias});
     const std::optional<at::Tensor> b = bias == nullptr ? std::nullopt : std::optional<at::Tensor>(*bias);
     *out = new at::Tensor(HollowConvolution::apply(*x, *w, b, std::vector<int64_t>(sizes, sizes + rank)));
   });

@@ -365,6 +365,7 @@ int disback_level() { return static_cast<int>(disback::level()); }
 // Differentiable once.
 char* disback_winograd(const at::Tensor* x, const at::Tensor* w, const at::Tensor* bias, at::Tensor** out) {
   return disback::guarded([&] {
+    disback::on_cpu("a convolution", {x, w, bias});
     // An autograd function takes no absent tensors.
     const at::Tensor shift = bias == nullptr ? at::zeros({w->size(0)}, w->options().memory_format(std::nullopt)) : *bias;
     *out = new at::Tensor(Convolution::apply(*x, *w, shift));

@@ -1,6 +1,6 @@
 //! Small models from text, and the comparison of a raised plan with an unraised one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use disback::graph::{Model, TrainableChoice};
 use disback::onnx::tensor_shape_proto::{Dimension, dimension};
@@ -17,7 +17,7 @@ type Named = Vec<(String, Tensor)>;
 
 /// A model in a line a node: `y = Mul(x, 0.5)`, `m = ReduceMean(x, [-1]) {keepdims=1}`.
 ///
-/// Numbers become constants of the model's float type, lists become int64 constants, `ones3` and `zeros3` vectors, `bool` inputs are made from names
+/// An operator of another domain is written with it: `com.microsoft.Gelu(x)`. Numbers become constants of the model's float type, lists become int64 constants, `ones3` and `zeros3` vectors, `bool` inputs are made from names
 /// that start with `seen`; `FLOAT` in an attribute is the float type. `inputs` and `weights` are names with shapes; values that are read by nobody are the outputs.
 pub struct Text<'a> {
     pub opset: i64,
@@ -122,6 +122,7 @@ impl Text<'_> {
         }
         let mut read = Vec::new();
         let mut made = Vec::new();
+        let mut domains = BTreeSet::from([String::new()]);
         for (i, line) in self.nodes.lines().map(str::trim).filter(|l| !l.is_empty()).enumerate() {
             let (out, call) = line.split_once('=').expect("output = Op(...)");
             let (op, rest) = call.trim().split_once('(').expect("Op(");
@@ -151,8 +152,11 @@ impl Text<'_> {
             let braces = rest.trim().trim_start_matches('{').trim_end_matches('}');
             read.extend(inputs.clone());
             made.push(out.trim().to_owned());
+            let (domain, op) = op.trim().rsplit_once('.').unwrap_or(("", op.trim()));
+            domains.insert(domain.to_owned());
             graph.node.push(NodeProto {
-                op_type: Some(op.trim().to_owned()),
+                domain: Some(domain.to_owned()),
+                op_type: Some(op.to_owned()),
                 name: Some(format!("n_{}", out.trim())),
                 input: inputs,
                 output: vec![out.trim().to_owned()],
@@ -163,9 +167,13 @@ impl Text<'_> {
         for name in made.iter().filter(|m| !read.contains(m)) {
             graph.output.push(port(name, None, dtype));
         }
+        let set = |domain: String| {
+            let version = if domain.is_empty() { self.opset } else { 1 };
+            OperatorSetIdProto { domain: Some(domain), version: Some(version) }
+        };
         Model::from_proto(ModelProto {
             ir_version: Some(10),
-            opset_import: vec![OperatorSetIdProto { domain: None, version: Some(self.opset) }],
+            opset_import: domains.into_iter().map(set).collect(),
             graph: Some(graph),
             ..ModelProto::default()
         })

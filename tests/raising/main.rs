@@ -3,6 +3,7 @@
 
 mod activations;
 mod attention;
+mod elementwise;
 mod frameworks;
 mod graphs;
 mod layers;

@@ -3,102 +3,26 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::ir::{Graph, Node, ValueId};
+use crate::graph::op_schema::{self, ResultType};
 use crate::graph::raise::{Report, Rewrite};
 use crate::tensor::DType;
-
-/// Operators whose result has the type of their first input.
-const KEEPING: &[&str] = &[
-    "Abs",
-    "Add",
-    "AveragePool",
-    "Ceil",
-    "Clip",
-    "Concat",
-    "Conv",
-    "ConvTranspose",
-    "Cos",
-    "CumSum",
-    "DepthToSpace",
-    "Div",
-    "Einsum",
-    "Elu",
-    "Erf",
-    "Erfc",
-    "Exp",
-    "Expand",
-    "Flatten",
-    "Floor",
-    "Gather",
-    "GatherElements",
-    "GatherND",
-    "Gelu",
-    "Gemm",
-    "GlobalAveragePool",
-    "GroupNormalization",
-    "HardSwish",
-    "Identity",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "LeakyRelu",
-    "Log",
-    "MatMul",
-    "Max",
-    "MaxPool",
-    "Min",
-    "Mish",
-    "Mod",
-    "Mul",
-    "Neg",
-    "Pad",
-    "Pow",
-    "RMSNormalization",
-    "Reciprocal",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "Relu",
-    "Reshape",
-    "Resize",
-    "Round",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Slice",
-    "Softmax",
-    "Softplus",
-    "SpaceToDepth",
-    "Split",
-    "Sqrt",
-    "Squeeze",
-    "Sub",
-    "Tanh",
-    "Tile",
-    "Transpose",
-    "Trilu",
-    "Unsqueeze",
-];
 
 /// Element types as far as they follow from inputs, constants and casts.
 fn types(graph: &Graph) -> HashMap<ValueId, DType> {
     let mut types: HashMap<ValueId, DType> = graph.constants.iter().map(|(v, c)| (*v, c.tensor.dtype())).collect();
     types.extend(graph.inputs.iter().filter_map(|p| Some((p.value, p.dtype?))));
-    for node in graph.nodes.iter().filter(|n| n.domain.is_empty()) {
+    for node in &graph.nodes {
         let of = |i: usize| node.input(i).and_then(|v| types.get(&v)).copied();
-        let dtype = match node.op.as_str() {
-            "Shape" | "Size" => Some(DType::I64),
-            "Cast" | "CastLike" => target(node, &types),
-            "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Not" | "And" | "Or" | "IsNaN" => {
-                Some(DType::Bool)
-            }
-            "Where" => of(1),
-            op if KEEPING.contains(&op) => of(0),
-            _ => None,
+        let dtype = match op_schema::of(node).map(|row| row.result) {
+            Some(ResultType::Input(i)) => of(i),
+            Some(ResultType::Bool) => Some(DType::Bool),
+            Some(ResultType::Int64) => Some(DType::I64),
+            Some(ResultType::Other) | None => target(node, &types),
         };
-        if let Some(d) = dtype {
-            types.extend(node.outputs.iter().flatten().map(|v| (*v, d)));
-        }
+        let Some(d) = dtype else { continue };
+        // What stands beside the first result is of another type (indices, a mask), but for parts of one tensor.
+        let alike = if node.is("Split") || node.op == "Ranges" { node.outputs.len() } else { 1 };
+        types.extend(node.outputs.iter().take(alike).flatten().map(|v| (*v, d)));
     }
     types
 }
@@ -174,5 +98,31 @@ mod tests {
         assert!(embeds(DType::F16, DType::F32) && embeds(DType::F32, DType::F64) && embeds(DType::Bool, DType::I64));
         assert!(!embeds(DType::F32, DType::F16) && !embeds(DType::I32, DType::F32) && !embeds(DType::F32, DType::I64));
         assert!(!embeds(DType::BF16, DType::F16) && !embeds(DType::I64, DType::F64) && !embeds(DType::U8, DType::I8));
+    }
+
+    #[test]
+    fn results_beside_the_first_have_types_of_their_own() {
+        let mut graph = Graph::default();
+        let [x, y, indices, a, b] = ["x", "y", "indices", "a", "b"].map(|name| graph.add_value(name));
+        graph.inputs.push(crate::graph::Port { name: "x".into(), value: x, dtype: Some(DType::F32), shape: None });
+        for (op, outputs) in [("MaxPool", [y, indices]), ("Split", [a, b])] {
+            graph.nodes.push(Node {
+                op: op.into(),
+                domain: String::new(),
+                name: op.into(),
+                opset: 20,
+                inputs: vec![Some(x)],
+                outputs: outputs.map(Some).into(),
+                attributes: crate::graph::Attributes::new(Default::default()),
+                captures: Vec::new(),
+                origin: None,
+                module: None,
+            });
+        }
+        let types = types(&graph);
+        assert_eq!(
+            [y, indices, a, b].map(|v| types.get(&v).copied()),
+            [Some(DType::F32), None, Some(DType::F32), Some(DType::F32)]
+        );
     }
 }

@@ -6,42 +6,9 @@ use std::collections::{HashMap, HashSet};
 
 use crate::graph::attributes::{Attribute, Attributes};
 use crate::graph::ir::{Graph, Node, ValueId};
+use crate::graph::op_schema;
 use crate::graph::raise::{Report, Rewrite};
 
-/// Elementwise over all their tensors.
-pub(super) const ELEMENTWISE: &[&str] = &[
-    "Abs",
-    "Add",
-    "Cast",
-    "Clip",
-    "Cos",
-    "Div",
-    "Elu",
-    "Erf",
-    "Erfc",
-    "Exp",
-    "Gelu",
-    "HardSigmoid",
-    "HardSwish",
-    "LeakyRelu",
-    "Log",
-    "Max",
-    "Min",
-    "Mish",
-    "Mul",
-    "Neg",
-    "Pow",
-    "Reciprocal",
-    "Relu",
-    "Sigmoid",
-    "SiLU",
-    "Sin",
-    "Softplus",
-    "Sqrt",
-    "Sub",
-    "Tanh",
-    "Where",
-];
 /// Over some axes, with a `view` attribute that says how they see their first input.
 const NORMS: &[&str] = &["Normalize"];
 
@@ -105,11 +72,17 @@ fn compose(graph: &mut Graph, report: &mut Report) {
 
 /// What may be computed before a transpose instead of behind it.
 fn movable(node: &Node) -> bool {
-    let ours = matches!(node.domain.as_str(), "" | "disback");
-    let elementwise = ELEMENTWISE.contains(&node.op.as_str());
     let concat = node.is("Concat");
     let norm = node.domain == "disback" && NORMS.contains(&node.op.as_str()) && node.attributes.get("view").is_none();
-    ours && node.outputs.len() == 1 && node.captures.is_empty() && (elementwise || concat || norm)
+    node.outputs.len() == 1 && node.captures.is_empty() && (op_schema::is_elementwise(node) || concat || norm)
+}
+
+/// How many inputs of a movable node have the axes of its result; the others keep their own.
+pub(super) fn operands(node: &Node) -> usize {
+    if NORMS.contains(&node.op.as_str()) {
+        return 1;
+    }
+    op_schema::of(node).map_or(usize::MAX, |row| row.operands()).min(node.inputs.len())
 }
 
 /// Values that, behind a transpose `p`, lead to its inverse through movable nodes only. Along such a path no value can have
@@ -122,8 +95,7 @@ fn leading_to_inverse(graph: &Graph, p: &[i64]) -> HashSet<ValueId> {
         if undoes {
             wanted.extend(node.input(0));
         } else if passes {
-            let data = if NORMS.contains(&node.op.as_str()) { 1 } else { node.inputs.len() };
-            wanted.extend(node.inputs.iter().take(data).flatten());
+            wanted.extend(node.inputs.iter().take(operands(node)).flatten());
         }
     }
     wanted
@@ -171,7 +143,7 @@ fn sink(graph: &mut Graph) {
             node.inputs = sources;
             node.attributes.set("axis", Attribute::Int(axis));
         } else {
-            for slot in 0..node.inputs.len() {
+            for slot in 0..operands(&node) {
                 let Some(v) = node.input(slot).filter(|v| !numbers.contains(v)) else { continue };
                 node.inputs[slot] = Some(match before(Some(v)) {
                     Some(from) => from,

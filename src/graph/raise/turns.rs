@@ -8,7 +8,8 @@ use std::collections::{HashMap, HashSet};
 
 use crate::graph::attributes::{Attribute, Attributes};
 use crate::graph::ir::{Graph, Node, ValueId};
-use crate::graph::raise::layout::{ELEMENTWISE, perm};
+use crate::graph::op_schema;
+use crate::graph::raise::layout::{self, perm};
 use crate::graph::raise::pattern::{host, op, value};
 use crate::graph::raise::rule::{Replacement, Rule};
 use crate::graph::raise::{Report, Rewrite};
@@ -105,11 +106,10 @@ pub(super) fn straighten(graph: &mut Graph, report: &mut Report) {
     // Values that lead to such a norm with their axes as they are.
     let mut wanted: HashSet<ValueId> = HashSet::new();
     for node in graph.nodes.iter().rev() {
-        let elementwise = matches!(node.domain.as_str(), "" | "disback") && ELEMENTWISE.contains(&node.op.as_str());
         if wants_rows(node) {
             wanted.extend(node.input(0));
-        } else if elementwise && node.outputs.iter().flatten().any(|v| wanted.contains(v)) {
-            wanted.extend(node.inputs.iter().flatten());
+        } else if op_schema::is_elementwise(node) && node.outputs.iter().flatten().any(|v| wanted.contains(v)) {
+            wanted.extend(node.inputs.iter().take(layout::operands(node)).flatten());
         }
     }
     for mut node in std::mem::take(&mut graph.nodes) {

@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use super::Role;
-use super::layers::{Flow, MOVING, leads_to, makes_waves, reads};
+use super::layers::{Flow, leads_to, makes_waves, reads};
 use super::tables;
 use crate::graph::bodies::EITHER;
 use crate::graph::ir::{Graph, Node, Origin, ValueId};
+use crate::graph::op_schema::{self, Weight};
 use crate::tensor::HostTensor;
 
 /// Functions of one weight that a layer may read instead of the weight itself: a gate's tanh, a positive scale, the norm of
@@ -132,7 +133,7 @@ impl<'a> Classifier<'a> {
                     let role = if named { (role, reason) } else { (Role::Buffer, "plain number") };
                     stack.push((node.input(0), role.0, role.1));
                 }
-                op if MOVING.contains(&op) || FUNCTIONS.contains(&op) => stack.push((node.input(0), role, reason)),
+                op if op_schema::hands_on(node) || FUNCTIONS.contains(&op) => stack.push((node.input(0), role, reason)),
                 "Mul" | "Div" | "Add" | "Sub" | "Concat" | "MatMul" | "Gemm" | "Einsum" | "Where" | EITHER => {
                     // Of single numbers only those with a weight's name.
                     let named =
@@ -179,10 +180,6 @@ impl<'a> Classifier<'a> {
     fn node(&mut self, node: &Node) {
         let i = |k: usize| node.input(k);
         match node.op.as_str() {
-            "DeformConv" => {
-                self.assign(i(1), Role::ConvWeight, "");
-                self.assign(i(3), Role::Bias, "");
-            }
             "Conv" | "ConvTranspose" | "FusedConv" | "NhwcConv" | "CausalConvWithState" => {
                 let filter = self.constant(i(1)).is_some_and(tables::resampling_filter);
                 if filter {
@@ -209,11 +206,6 @@ impl<'a> Classifier<'a> {
                 for v in &node.inputs {
                     self.assign(*v, Role::LinearWeight, "");
                 }
-            }
-            "LSTM" | "GRU" | "RNN" => {
-                self.assign(i(1), Role::LinearWeight, "");
-                self.assign(i(2), Role::LinearWeight, "");
-                self.assign(i(3), Role::Bias, "");
             }
             "InstanceNormalization" => {
                 if self.plain_statistics(node) {
@@ -256,18 +248,9 @@ impl<'a> Classifier<'a> {
                 self.assign(i(3), Role::Bias, "");
                 self.elementwise(node, Role::Bias);
             }
-            "SkipGroupNorm" => {
-                self.assign(i(1), Role::Scale, "");
-                self.assign(i(2), Role::Bias, "");
-                self.assign(i(4), Role::Bias, "");
-            }
-            "MultiHeadAttention" => self.assign(i(3), Role::Bias, ""),
-            "Attention" if node.domain == "com.microsoft" => {
-                self.assign(i(1), Role::LinearWeight, "");
-                self.assign(i(2), Role::Bias, "");
-            }
-            "BiasGelu" | "FastGelu" | "BiasAdd" | "BiasSplitGelu" => self.assign(i(1), Role::Bias, ""),
-            "PRelu" => self.assign(i(1), Role::Scale, ""),
+            "SkipGroupNorm" | "DeformConv" | "LSTM" | "GRU" | "RNN" | "MultiHeadAttention" | "BiasGelu"
+            | "FastGelu" | "BiasAdd" | "BiasSplitGelu" | "PRelu" => self.by_slots(node),
+            "Attention" if node.domain == "com.microsoft" => self.by_slots(node),
             "Gather" => {
                 let table = self.constant(i(0)).is_some_and(|t| t.rank() >= 2);
                 if table && self.is_data(i(1)) && !self.is_data(i(0)) {
@@ -296,6 +279,20 @@ impl<'a> Classifier<'a> {
             "Add" | "Sub" => self.elementwise(node, Role::Bias),
             "Mul" | "Div" => self.elementwise(node, Role::Scale),
             _ => {}
+        }
+    }
+
+    /// Each slot that the operator's row says is a weight's.
+    fn by_slots(&mut self, node: &Node) {
+        for (slot, weight) in op_schema::of(node).map_or(&[][..], |row| row.weights) {
+            let role = match weight {
+                Weight::Filter => Role::ConvWeight,
+                Weight::Matrix => Role::LinearWeight,
+                Weight::Bias => Role::Bias,
+                Weight::Scale => Role::Scale,
+                Weight::Statistic => Role::Buffer,
+            };
+            self.assign(node.input(*slot), role, "");
         }
     }
 
@@ -348,7 +345,7 @@ impl<'a> Classifier<'a> {
         let mut v = other;
         let maker = loop {
             let Some(node) = v.and_then(|v| self.producers.get(&v)).map(|&p| &self.graph.nodes[p]) else { break "" };
-            if !MOVING.contains(&node.op.as_str()) {
+            if !op_schema::hands_on(node) {
                 break node.op.as_str();
             }
             v = node.input(0);
@@ -374,7 +371,7 @@ impl<'a> Classifier<'a> {
             };
             v = match node.op.as_str() {
                 "InstanceNormalization" => return true,
-                op if MOVING.contains(&op) => node.input(0),
+                _ if op_schema::hands_on(node) => node.input(0),
                 "Mul" if role == Role::Bias => node.inputs.iter().flatten().copied().find(|&v| self.is_data(Some(v))),
                 _ => return false,
             };
@@ -411,7 +408,7 @@ impl<'a> Classifier<'a> {
         let mut v = v?;
         while !self.graph.constants.contains_key(&v) {
             let node = &self.graph.nodes[*self.producers.get(&v)?];
-            v = MOVING.contains(&node.op.as_str()).then(|| node.input(0))??;
+            v = op_schema::hands_on(node).then(|| node.input(0))??;
         }
         Some(v)
     }

@@ -3,52 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::ir::{Graph, Node, ValueId};
+use crate::graph::op_schema::{self, OpSchema};
 use crate::tensor::HostTensor;
-
-/// Layers whose output is a feature of the network (as opposed to a function of time or shape alone).
-const LAYERS: &[&str] = &[
-    "Conv",
-    "ConvTranspose",
-    "Gemm",
-    "MatMul",
-    "Einsum",
-    "InstanceNormalization",
-    "GroupNormalization",
-    "LayerNormalization",
-    "RMSNormalization",
-    "BatchNormalization",
-    "LSTM",
-    "GRU",
-    "RNN",
-    "DeformConv",
-    "CausalConvWithState",
-    "FusedConv",
-    "NhwcConv",
-    "FusedGemm",
-    "FusedMatMul",
-    "Attention",
-    "MultiHeadAttention",
-    "GroupNorm",
-    "SkipGroupNorm",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-    "SimplifiedLayerNormalization",
-];
-
-/// Operators that only move elements.
-pub const MOVING: &[&str] = &[
-    "Transpose",
-    "Reshape",
-    "Cast",
-    "CastLike",
-    "Identity",
-    "Unsqueeze",
-    "Squeeze",
-    "Flatten",
-    "Expand",
-    "Slice",
-    "Dropout",
-];
 
 /// See the module's text.
 #[derive(Debug, Default)]
@@ -79,7 +35,7 @@ impl Flow {
                 "MatMul" | "Einsum" => {
                     reads(node).any(|v| flow.features.contains(&v)) || !makes_waves(graph, &producers, &consumers, node)
                 }
-                op => LAYERS.contains(&op),
+                _ => op_schema::of(node).is_some_and(OpSchema::is_layer),
             };
             if layer || reads(node).any(|v| flow.features.contains(&v)) {
                 flow.features.extend(node.outputs.iter().flatten());
@@ -127,7 +83,7 @@ pub fn behind_moves<'a>(
             return Some(&c.tensor);
         }
         let node = &graph.nodes[*producers.get(&value)?];
-        if !MOVING.contains(&node.op.as_str()) {
+        if !op_schema::hands_on(node) {
             return None;
         }
         value = node.input(0)?;
@@ -160,7 +116,7 @@ pub fn leads_to(
             if targets.contains(&op) {
                 return true;
             }
-            if MOVING.contains(&op) || through.contains(&op) {
+            if op_schema::hands_on(n) || through.contains(&op) {
                 after.extend(n.outputs.iter().flatten());
             }
         }

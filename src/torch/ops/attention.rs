@@ -15,8 +15,8 @@ use crate::torch::training::{self, lowered};
 pub fn register(r: &mut Registry) {
     r.add("Attention", 23, (3, 7), attention);
     r.add("RotaryEmbedding", 23, (3, 4), rotary_embedding);
-    r.add("LinearAttention", 26, (3, 6), linear_attention);
-    r.add("CausalConvWithState", 26, (2, 4), causal_conv);
+    r.add("LinearAttention", 27, (3, 6), linear_attention);
+    r.add("CausalConvWithState", 27, (2, 4), causal_conv);
 }
 
 /// `[B, T, H*D]` as `[B, H, T, D]`.

@@ -1,4 +1,5 @@
-//! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels.
+//! ONNX operators on libtorch, one file a family. Each file registers its operators and builds their kernels. What an operator
+//! is (versions, arity, weights, ...) is a row of [`crate::graph::op_schema`].
 
 mod activation;
 mod attention;
@@ -65,4 +66,32 @@ fn register(r: &mut Registry) {
     sequence::register(r);
     shape::register(r);
     signal::register(r);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::op_schema;
+
+    #[test]
+    fn every_kernel_agrees_with_its_row() {
+        let mut faults = Vec::new();
+        for e in registry().entries() {
+            let name = format!("{}.{}", e.domain, e.op);
+            let Some(row) = op_schema::find(e.domain, e.op) else {
+                faults.push(format!("{name} has no row"));
+                continue;
+            };
+            // A kernel may leave out versions before a change, and its arity is that of the newest.
+            let begins = |v: i64| v == row.since || row.changes.contains(&v);
+            let newest = e.until == i64::MAX;
+            if !begins(e.since) || !(newest || begins(e.until + 1)) {
+                faults.push(format!("{name} since {}: the row says {} {:?}", e.since, row.since, row.changes));
+            }
+            if newest && e.inputs != row.inputs {
+                faults.push(format!("{name} takes {:?}: the row says {:?}", e.inputs, row.inputs));
+            }
+        }
+        assert!(faults.is_empty(), "{}", faults.join("\n"));
+    }
 }
