@@ -42,24 +42,24 @@ mod train {
     const SOURCES: [&str; 11] = [
         "src/torch/shim.cpp",
         "src/torch/training.cpp",
-        "src/torch/activation.cpp",
+        "src/torch/cpu/activation.cpp",
         "src/torch/profile.cpp",
-        "src/torch/replay.cpp",
-        "src/torch/winograd.cpp",
-        "src/torch/gemm.cpp",
-        "src/torch/gemm_avx2.cpp",
-        "src/torch/gemm_avx512.cpp",
-        "src/torch/linear.cpp",
-        "src/torch/group_norm.cpp",
+        "src/torch/train/cuda_graph.cpp",
+        "src/torch/cpu/winograd.cpp",
+        "src/torch/cpu/gemm.cpp",
+        "src/torch/cpu/gemm_avx2.cpp",
+        "src/torch/cpu/gemm_avx512.cpp",
+        "src/torch/cpu/linear.cpp",
+        "src/torch/cpu/group_norm.cpp",
     ];
     const HEADERS: [&str; 7] = [
         "src/torch/border.h",
-        "src/torch/lanes.h",
-        "src/torch/parallel.h",
-        "src/torch/gemm.h",
-        "src/torch/gemm_kernel.h",
-        "src/torch/group_norm_passes.h",
-        "src/torch/winograd_tiles.h",
+        "src/torch/cpu/lanes.h",
+        "src/torch/cpu/parallel.h",
+        "src/torch/cpu/gemm.h",
+        "src/torch/cpu/gemm_kernel.h",
+        "src/torch/cpu/group_norm_passes.h",
+        "src/torch/cpu/winograd_tiles.h",
     ];
 
     /// torch-sys (a direct dependency for this very reason) tells where it linked libtorch.

@@ -18,6 +18,7 @@ pub mod io;
 pub mod noise;
 #[cfg(feature = "train")]
 pub mod parity;
+pub mod passes;
 pub mod report;
 #[cfg(feature = "train")]
 pub mod run;

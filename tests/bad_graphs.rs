@@ -4,7 +4,7 @@
 
 mod support;
 
-use disback::export::edit::{float_attribute, int_attribute, node, value_info};
+use disback::graph::edit::{float_attribute, int_attribute, node, value_info};
 use disback::graph::{Model, tensors};
 use disback::onnx::attribute_proto::AttributeType;
 use disback::onnx::{
@@ -242,7 +242,7 @@ fn recursive_functions() {
     refused("nested.onnx", &with_functions(vec![function("F", vec![branch])]), &["is recursive"]);
     // Twice the body at each of 24 levels, with a long list in the innermost: few bytes that would become gigabytes.
     let mut long = node("Exp", &["a"], "b");
-    long.attribute.push(disback::export::edit::ints_attribute("list", &vec![1; 1 << 17]));
+    long.attribute.push(disback::graph::edit::ints_attribute("list", &vec![1; 1 << 17]));
     let mut functions = vec![function("F17", vec![long])];
     for k in (0..17).rev() {
         let next = format!("F{}", k + 1);
@@ -297,7 +297,7 @@ fn sparse_and_string_tensors() {
 /// Numbers whose products and sums leave 64 bits, where windows, blocks and shapes are computed from them.
 #[test]
 fn absurd_attributes() {
-    use disback::export::edit::ints_attribute;
+    use disback::graph::edit::ints_attribute;
     let square = |nodes, weights| {
         let mut g = graph(nodes, weights);
         g.input[0] = value_info("x", DType::F32, &[Err("n"), Ok(4)]);
@@ -328,7 +328,7 @@ fn absurd_attributes() {
         refused_without(&format!("blocks-{i}.onnx"), &square(vec![image(), blocks], vec![shape()]), &["node `blocks`"]);
         for mode in ["constant", "reflect", "edge", "wrap"] {
             let mut pad = named("Pad", "edge", &["i", "pads"], "y");
-            pad.attribute.push(disback::export::edit::text_attribute("mode", mode));
+            pad.attribute.push(disback::graph::edit::text_attribute("mode", mode));
             let weights = vec![shape(), ints("pads", &[0, 0, v, 0, 0, 0, v, 0])];
             refused_without(&format!("{mode}-{i}.onnx"), &square(vec![image(), pad], weights), &["node `edge`"]);
         }

@@ -170,7 +170,7 @@ fn graphs_that_break_the_rules() {
 /// `Reshape(x, Cast(MatMul(sigma, weight)))`: the shape depends on what is trained.
 #[test]
 fn a_shape_that_cannot_be_resolved() {
-    use disback::export::edit::{int_attribute, node, value_info};
+    use disback::graph::edit::{int_attribute, node, value_info};
     use disback::graph::{Model, tensors};
     use disback::onnx::{GraphProto, OperatorSetIdProto};
     use disback::tensor::{DType, HostTensor};

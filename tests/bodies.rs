@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use disback::export::edit::{int_attribute, node, value_info};
+use disback::graph::edit::{int_attribute, node, value_info};
 use disback::graph::{Model, TrainableChoice, tensors};
 use disback::onnx::attribute_proto::AttributeType;
 use disback::onnx::{

@@ -7,7 +7,7 @@ mod support;
 use std::path::Path;
 
 use disback::HostTensor;
-use disback::export::edit::{node, rename};
+use disback::graph::edit::{node, rename};
 use disback::graph::tensors::to_proto;
 use disback::onnx::ModelProto;
 use prost::Message;

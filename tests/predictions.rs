@@ -217,8 +217,8 @@ fn what_is_wrong_by_more_than_rounding_is_found() {
     let card = card(Prediction::Epsilon, vp(Betas::Linear));
     let (right, found) = verified(network(1.0, 0.005), &card, false);
     assert!(found.ok, "{found:?}");
-    let reference = disback::export::evaluate::student_inputs(&right, 0, 16).unwrap();
-    let expected = disback::export::evaluate::samples(&right, std::slice::from_ref(&reference)).unwrap().remove(0);
+    let reference = disback::passes::evaluate::student_inputs(&right, 0, 16).unwrap();
+    let expected = disback::passes::evaluate::samples(&right, std::slice::from_ref(&reference)).unwrap().remove(0);
     // One weight of the network by a thousandth of its size.
     let mut wrong = right.clone();
     let weights = &mut wrong.graph.as_mut().unwrap().initializer;

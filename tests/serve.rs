@@ -241,7 +241,7 @@ fn a_start_that_cannot_be_is_one_clear_error() {
 fn with_rows() -> Vec<u8> {
     use disback::onnx::GraphProto;
     let with = |mut n: onnx::NodeProto, axes: &[i64]| {
-        n.attribute.push(disback::export::edit::ints_attribute("axes", axes));
+        n.attribute.push(disback::graph::edit::ints_attribute("axes", axes));
         n
     };
     let graph = GraphProto {
@@ -258,7 +258,7 @@ fn with_rows() -> Vec<u8> {
         .into_iter()
         .map(|mut n| {
             if n.op_type() == "Cast" {
-                n.attribute.push(disback::export::edit::int_attribute("to", 1));
+                n.attribute.push(disback::graph::edit::int_attribute("to", 1));
             }
             n
         })

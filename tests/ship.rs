@@ -7,11 +7,13 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use disback::export::raised::Raise;
 use disback::export::{self, Precision, ShipOptions, ShipReport, StudentOptions};
+use disback::graph::edit;
 use disback::graph::save;
 use disback::io::images::quantise;
 use disback::onnx::ModelProto;
+use disback::passes::evaluate;
+use disback::passes::fuse::Raise;
 use disback::run::Teacher;
 use disback::runtime::student::{Request, Student, StudentInfo};
 use disback::runtime::{self, EngineKind, EngineOptions};
@@ -233,7 +235,7 @@ fn images_and_decoders_are_appended() {
     let case = &digits();
     let (path, model, _) = ship(case, &ShipOptions { image: true, ..ShipOptions::default() }, "digits-image");
     assert!(verify::peers::checker(&support::python(), &path).unwrap().unwrap().ok);
-    let inputs = export::evaluate::student_inputs(&model, 5, 6).unwrap();
+    let inputs = evaluate::student_inputs(&model, 5, 6).unwrap();
     for engine in [EngineKind::Ort, EngineKind::Tract] {
         let mut engine = runtime::open(&path, &EngineOptions { engine, ..EngineOptions::default() }).unwrap();
         let named: Vec<_> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
@@ -278,17 +280,17 @@ fn values_beyond_f16_stay_in_f32_and_are_named() {
     for (name, v) in [("up", 1e6f32), ("down", 1e-6)] {
         graph.initializer.push(disback::graph::tensors::to_proto(name, &disback::HostTensor::scalar(v)));
     }
-    export::edit::redirect(graph, &[(value.clone(), "small".to_owned())].into());
-    graph.node.insert(at + 1, export::edit::node("Mul", &[&value, "up"], "large"));
-    graph.node.insert(at + 2, export::edit::node("Mul", &["large", "down"], "small"));
+    edit::redirect(graph, &[(value.clone(), "small".to_owned())].into());
+    graph.node.insert(at + 1, edit::node("Mul", &[&value, "up"], "large"));
+    graph.node.insert(at + 2, edit::node("Mul", &["large", "down"], "small"));
     let fp16 = ShipOptions { precision: Precision::Fp16, ..ShipOptions::default() };
     let (shipped, report) = export::ship(model.clone(), &fp16).unwrap();
     let half = report.half.unwrap();
     let kept: Vec<&str> =
         half.kept.iter().filter(|k| k.reason.contains("f16 ends at 65504")).map(|k| k.node.as_str()).collect();
     assert_eq!(kept, ["Mul node `disback/large`", "Mul node `disback/small`"], "{:?}", half.kept);
-    let inputs = vec![export::evaluate::student_inputs(&shipped, 1, 4).unwrap()];
-    let out = export::evaluate::samples(&shipped, &inputs).unwrap();
+    let inputs = vec![evaluate::student_inputs(&shipped, 1, 4).unwrap()];
+    let out = evaluate::samples(&shipped, &inputs).unwrap();
     assert!(out[0].to_f32().iter().all(|v| v.is_finite()));
     // A network that is broken in f32 already is refused, not shipped.
     let graph = model.graph.as_mut().unwrap();

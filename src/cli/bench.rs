@@ -10,7 +10,8 @@ use super::Globals;
 use super::card_args::CardArgs;
 use super::engine::EngineArgs;
 use crate::error::{Error, Result};
-use crate::runtime::bench::{self, TeacherTiming, Timing};
+use crate::eval::bench;
+use crate::eval::bench::{TeacherTiming, Timing};
 use crate::runtime::{EngineKind, EngineOptions};
 
 /// Time a student: latency and throughput for each batch size, engines and providers side by side, its teacher's sampler too.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::error::{Error, Result};
-use crate::export::raised::Raise;
 use crate::export::{Precision, ShipOptions, ShipReport};
+use crate::passes::fuse::Raise;
 
 /// `--precision`, `--batch`, `--opset` and what is appended.
 #[derive(Debug, Clone, Args)]
@@ -48,6 +48,9 @@ pub struct ShipArgs {
     /// Value range of the decoder's output [default: -1,1].
     #[arg(long, value_name = "LOW,HIGH", allow_hyphen_values = true, requires = "decoder")]
     pub decoder_range: Option<String>,
+    /// Write the graph before the first pass and after each into this folder, to find the one that breaks something.
+    #[arg(long, value_name = "DIR")]
+    pub dump_passes: Option<PathBuf>,
     /// Weights in a file of their own (<out>.data), which above 2 GB they are anyway.
     #[arg(long)]
     pub external_data: bool,
@@ -101,6 +104,7 @@ impl ShipArgs {
             portable: !self.no_portable,
             image: self.image,
             decoder: self.decoder.clone().map(|d| (d, range)),
+            dump_passes: self.dump_passes.clone(),
         })
     }
 

@@ -15,8 +15,8 @@ use crate::graph::{Attribute, Graph};
 use crate::noise::image_noise;
 use crate::tensor::DType;
 use crate::torch::convert::is_float;
-use crate::torch::kernel::Value;
-use crate::torch::plan::Plan;
+use crate::torch::exec::kernel::Value;
+use crate::torch::exec::plan::Plan;
 
 /// Largest accepted error of a directional derivative, relative to its size.
 pub const GRADIENT_TOLERANCE: f64 = 1e-4;

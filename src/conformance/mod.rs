@@ -18,8 +18,8 @@ use crate::graph::{Graph, tensors};
 use crate::onnx::{TensorProto, TypeProto, type_proto};
 use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
-use crate::torch::kernel::Value;
-use crate::torch::plan::Plan;
+use crate::torch::exec::kernel::Value;
+use crate::torch::exec::plan::Plan;
 
 pub use gradient::{GRADIENT_TOLERANCE, Gradient};
 

@@ -16,8 +16,8 @@ use crate::distill::stage::{self, Ended, Stage};
 use crate::distill::student::Student;
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
-use crate::torch::optim::AdamW;
-use crate::torch::replay::Recorder;
+use crate::torch::train::cuda_graph::Recorder;
+use crate::torch::train::optim::AdamW;
 
 /// Candidates recorded for each node wanted, where the nodes are chosen afterwards.
 const CANDIDATES: u64 = 4;

@@ -1,5 +1,5 @@
 //! What a piece of a training step computes with beside the weights, all of it on the device: noise, conditions, and what the
-//! host has made of the noise levels. A step that has it computes without the host (see [`crate::torch::replay`]).
+//! host has made of the noise levels. A step that has it computes without the host (see [`crate::torch::train::cuda_graph`]).
 
 use tch::{Device, Kind, Tensor};
 
@@ -7,7 +7,7 @@ use crate::diffusion::loss_weight::weights;
 use crate::diffusion::{Conditions, Denoiser, Form, Prepared};
 use crate::error::{Error, Result};
 use crate::torch::convert::column;
-use crate::torch::replay::Feed;
+use crate::torch::train::cuda_graph::Feed;
 
 /// Noise levels of a batch, ready for one denoiser, and the noise.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use crate::distill::rundir::RunDir;
 use crate::distill::student::Student;
 use crate::error::Result;
 use crate::torch::ParamSet;
-use crate::torch::replay::Recorder;
+use crate::torch::train::cuda_graph::Recorder;
 
 /// What a run needs beside the teacher.
 pub struct Job<'a> {

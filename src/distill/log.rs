@@ -11,7 +11,7 @@ use crate::distill::nonfinite::Finding;
 use crate::distill::observer::Observer;
 use crate::distill::progress::Progress;
 use crate::error::{Error, Result};
-use crate::torch::optim::AdamW;
+use crate::torch::train::optim::AdamW;
 
 /// Metrics, progress and time of one stage.
 pub(crate) struct Log {

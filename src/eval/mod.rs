@@ -3,6 +3,7 @@
 //! None of these numbers can be compared across feature networks, image sizes or sample counts; within one set-up they say
 //! which of two generators is nearer to the reference.
 
+pub mod bench;
 pub mod card;
 pub mod collect;
 pub mod evaluation;

@@ -10,8 +10,9 @@ use crate::runtime::student::{StudentInfo, parse_value};
 use crate::runtime::{Dim, model_values};
 use crate::tensor::{DType, HostTensor};
 
-use super::edit::{self, int_attribute, ints_attribute, value_info};
-use super::evaluate;
+use crate::graph::edit;
+use crate::graph::edit::{int_attribute, ints_attribute, value_info};
+use crate::passes::evaluate;
 
 /// Name of the output that [`image`] adds.
 pub const IMAGE: &str = "image";
@@ -142,7 +143,7 @@ pub fn decoder(model: &mut ModelProto, path: &Path, range: [f64; 2]) -> Result<(
 fn align(a: &mut ModelProto, b: &mut ModelProto) -> Result<()> {
     let newest = edit::opset(a).max(edit::opset(b));
     for m in [&mut *a, &mut *b] {
-        super::opset::convert(m, newest)?;
+        crate::passes::opset::convert(m, newest)?;
     }
     for o in &b.opset_import {
         if !a.opset_import.iter().any(|p| p.domain() == o.domain()) {

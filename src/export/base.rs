@@ -4,16 +4,17 @@
 //! calibrated. Operators that ONNX Runtime's optimiser wrote for one kind of device would tie the student to it.
 
 use crate::error::Result;
-use crate::export::{plain, wide};
 use crate::onnx::ModelProto;
+use crate::passes::contrib;
+use crate::passes::precision::upcast;
 use crate::torch::{Network, ParamSet};
 
 /// The network's file with these weights, widened and plain.
 pub(super) fn base(net: &Network, params: &ParamSet) -> Result<ModelProto> {
     let mut model = net.with_wide_weights(params)?;
     if net.shared().widened {
-        wide::widen(&mut model, &net.shared().model)?;
+        upcast::widen(&mut model, &net.shared().model)?;
     }
-    plain::plain(&mut model);
+    contrib::plain(&mut model);
     Ok(model)
 }

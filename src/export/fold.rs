@@ -9,7 +9,7 @@ use crate::error::{Context, Result};
 use crate::graph::{Graph, Model, ValueId, lower, tensors};
 use crate::onnx::ModelProto;
 use crate::torch::convert;
-use crate::torch::kernel::{Kernel, Value};
+use crate::torch::exec::kernel::{Kernel, Value};
 use crate::torch::ops;
 
 /// Replaces every node of the main graph that depends on the initializer `source`, and on nothing but constants beside it,
@@ -47,7 +47,7 @@ pub fn fold(model: &mut ModelProto, source: &str) -> Result<usize> {
         !folded.contains(&(index - 1))
     });
     graph.initializer.extend(made);
-    super::edit::remove_dead(graph);
+    crate::graph::edit::remove_dead(graph);
     Ok(folded.len())
 }
 

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use tch::{Device, Tensor};
 
 use super::base;
-use super::edit::{self, node, value_info};
 use super::student::{self, Expected, StudentOptions, clip, declare, describe, largest, needs_opset};
 use crate::diffusion::{Conditions, Generator, GeneratorPorts, HostConditions, Layout, TeacherCard};
 use crate::error::{Error, Result};
+use crate::graph::edit;
+use crate::graph::edit::{node, value_info};
 use crate::graph::tensors;
 use crate::noise::batch_noise;
 use crate::onnx::ModelProto;

@@ -4,31 +4,18 @@
 pub mod attach;
 #[cfg(feature = "train")]
 pub mod base;
-mod branches;
-pub mod calibrate;
-pub mod edit;
-pub mod evaluate;
+pub mod consumer;
+mod expected;
 #[cfg(feature = "train")]
 pub mod fold;
 #[cfg(feature = "train")]
 pub mod generator;
-pub mod half;
-pub mod half_rewrite;
-pub mod int8;
-pub mod int8_dynamic;
-pub mod loss;
-pub mod opset;
-pub mod plain;
-pub mod portable;
-pub mod raised;
+mod pipeline;
 pub mod ship;
-pub mod simplify;
 #[cfg(feature = "train")]
 pub mod student;
 #[cfg(feature = "train")]
 pub mod unroll;
-#[cfg(feature = "train")]
-pub mod wide;
 
 #[cfg(all(test, feature = "ort", feature = "tract"))]
 mod tests;

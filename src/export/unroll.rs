@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use crate::diffusion::{Conversion, TeacherCard};
 use crate::error::{Error, Result};
-use crate::export::edit::{self, node};
 use crate::export::student::{StudentOptions, student};
+use crate::graph::edit;
+use crate::graph::edit::node;
 use crate::graph::{save, tensors};
 use crate::onnx::{GraphProto, ModelProto};
 use crate::runtime::student::{ROUNDING_SCALE, StudentInfo};

@@ -1,7 +1,7 @@
 //! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, raising of decomposed operators.
 
 pub mod attributes;
-pub mod bodies;
+pub mod edit;
 pub mod inline;
 pub mod ir;
 pub mod load;
@@ -12,9 +12,10 @@ pub mod raise;
 pub mod roles;
 pub mod save;
 pub mod sizes;
+pub mod subgraphs;
 pub mod tensors;
+pub mod unguarded_division;
 pub mod widen;
-pub mod zero;
 
 pub use attributes::{Attribute, Attributes};
 pub use ir::{Graph, Node, Port, ValueId};

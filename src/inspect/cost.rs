@@ -112,7 +112,7 @@ fn einsum(node: &Node, shapes: &[Vec<i64>]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::edit::{node, text_attribute, value_info};
+    use crate::graph::edit::{node, text_attribute, value_info};
     use crate::graph::{Model, tensors};
     use crate::onnx::{GraphProto, ModelProto, OperatorSetIdProto};
     use crate::tensor::DType;

@@ -25,10 +25,11 @@ use crate::error::{Kind, Result};
 use crate::graph::quantised::{self, Quantised};
 use crate::graph::raise::{NearMiss, Report as Raised};
 use crate::graph::roles::{Buffer, Declared, Parameter};
-use crate::graph::zero::{self, Unguarded};
+use crate::graph::unguarded_division;
+use crate::graph::unguarded_division::Unguarded;
 use crate::graph::{Graph, Model, TrainableChoice, lower};
+use crate::torch::exec::registry::advice;
 use crate::torch::ops;
-use crate::torch::registry::advice;
 use crate::torch::{ImportOptions, Network};
 
 /// A graph input or output.
@@ -159,7 +160,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         near_misses: Vec::new(),
         unsupported,
         quantised: quantised::quantised(&as_read),
-        unguarded_divisions: zero::unguarded(&as_read),
+        unguarded_divisions: unguarded_division::unguarded(&as_read),
         cost: Cost::default(),
         parameter_list: Vec::new(),
     };

@@ -15,7 +15,8 @@ use tch::{Device, Tensor};
 use crate::diffusion::{Condition, TeacherCard, TimeUnit};
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
-use crate::graph::zero::{self, Unguarded};
+use crate::graph::unguarded_division;
+use crate::graph::unguarded_division::Unguarded;
 use crate::graph::{Model, save};
 use crate::onnx::ValueInfoProto;
 use crate::tensor::{DType, HostTensor};
@@ -263,7 +264,7 @@ pub fn check(
     let given: Vec<(String, HostTensor)> = inputs.iter().map(|(n, t)| (n.clone(), bf16::input(t))).collect();
     let named: Vec<(&str, &HostTensor)> = given.iter().map(|(n, t)| (n.as_str(), t)).collect();
     let reference = |proto: &crate::onnx::ModelProto| -> Result<(String, Vec<(String, HostTensor)>)> {
-        let mut engine = crate::export::evaluate::open(proto)?;
+        let mut engine = crate::passes::evaluate::open(proto)?;
         let name = if in_bf16 { format!("{}, bf16 as f32", engine.name()) } else { engine.name() };
         Ok((name, engine.run(&named)?))
     };
@@ -300,7 +301,7 @@ pub fn check(
         rounding: rounding.map(|r| r.into_iter().map(|(_, d)| d).fold(0.0, f64::max)),
         engine,
         devices: None,
-        unguarded_divisions: zero::unguarded(&net.shared().graph),
+        unguarded_divisions: unguarded_division::unguarded(&net.shared().graph),
     })
 }
 

@@ -149,7 +149,7 @@ impl Origin<'_> {
         };
         let options = StudentOptions { unchecked: true, ..self.options(config) };
         let built = self.model(params, config, &options).and_then(|mut made| {
-            export::ship::consumer_metadata(&mut made, "f32")?;
+            export::consumer::consumer_metadata(&mut made, "f32")?;
             save::set_metadata(&mut made, "disback.student.unchecked", &why.to_string());
             Ok(made)
         });

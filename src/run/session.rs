@@ -19,7 +19,8 @@ use crate::run::summary::write_summary;
 use crate::run::teacher::Teacher;
 use crate::run::watcher::{self, Watcher};
 use crate::runtime::decoder::Decoder;
-use crate::torch::{device, replay, shim};
+use crate::torch::train::cuda_graph;
+use crate::torch::{device, shim};
 
 /// A request whose teacher and student are loaded and checked. Nothing is written yet.
 pub struct Prepared {
@@ -56,7 +57,7 @@ impl Prepared {
         let config = request.resolve(file.as_deref())?;
         watcher::check(&config)?;
         let device = device::parse(&config.device)?;
-        replay::check_device(config.cuda_graphs, device)?;
+        cuda_graph::check_device(config.cuda_graphs, device)?;
         device::set_threads(config.threads);
         shim::set_tf32(config.tf32)?;
         let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 
 use prost::Message;
 
-use crate::export::edit;
+use crate::graph::edit;
 use crate::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
 use crate::tensor::DType;
 

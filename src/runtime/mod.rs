@@ -1,11 +1,11 @@
 //! A network in production: ONNX Runtime and tract behind one trait. Nothing here needs libtorch.
 
-pub mod bench;
 pub mod cast_transpose;
 pub mod decoder;
 #[cfg(feature = "ort")]
 pub mod ort;
 pub mod student;
+pub mod tolerance;
 #[cfg(feature = "tract")]
 pub mod tract;
 

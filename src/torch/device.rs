@@ -45,7 +45,7 @@ const ASIDE: usize = 64 << 10;
 /// A tensor of the host on `device`, without waiting for the device: libtorch has read the host's memory when this returns, or
 /// keeps a pinned copy of it until the device has.
 pub fn send(t: &Tensor, device: Device) -> Result<Tensor> {
-    crate::torch::replay::refuse_sending()?;
+    crate::torch::train::cuda_graph::refuse_sending()?;
     let large = t.numel() * t.kind().elt_size_in_bytes() > ASIDE;
     if device.is_cuda() && large && t.device() == Device::Cpu {
         return Ok(crate::torch::shim::pin(t)?.f_to_device_(device, t.kind(), true, false)?);

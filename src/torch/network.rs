@@ -12,13 +12,15 @@ use crate::graph::roles::{self, Buffer, Parameter};
 use crate::graph::{Graph, Model, Port, TrainableChoice, lower, widen};
 use crate::onnx::ModelProto;
 use crate::tensor::{DType, HostTensor};
+use crate::torch::convert;
+use crate::torch::exec::kernel::Value;
+use crate::torch::exec::plan::Plan;
+use crate::torch::exec::{host_dependence, registry};
 use crate::torch::file_layout::FileLayout;
-use crate::torch::kernel::Value;
-use crate::torch::lora::{Adapter, LoraOptions};
 use crate::torch::params::ParamSet;
-use crate::torch::plan::Plan;
+use crate::torch::train::bf16_storage;
+use crate::torch::train::lora::{Adapter, LoraOptions};
 use crate::torch::training::{Autocast, Compute};
-use crate::torch::{convert, deciding, narrow, registry};
 
 /// Tensors by the names of graph outputs.
 pub type NamedTensors = Vec<(String, Tensor)>;
@@ -62,7 +64,7 @@ pub trait Forward {
     fn copy_narrow(&self) -> Result<Box<dyn Forward>> {
         self.copy()
     }
-    /// Fresh weights by [`crate::torch::init`], a function of the seed.
+    /// Fresh weights by [`crate::torch::train::init`], a function of the seed.
     ///
     /// Errors: a network that does not know which of its parameters are what; one whose weights are frozen.
     fn reinitialise(&self, _seed: u64) -> Result<()> {
@@ -150,7 +152,7 @@ impl Network {
         let trained = values.iter().copied().collect();
         let raised = if options.raise { raise::raise(&mut graph, &trained) } else { Report::default() };
         graph.remove_dead();
-        deciding::check_branches(&graph)?;
+        host_dependence::check_branches(&graph)?;
         let advice = |e: Error| match e.kind() {
             ErrorKind::Unsupported => e.hint(registry::advice(model.proto.producer_name())),
             _ => e,
@@ -357,7 +359,7 @@ impl Forward for Network {
         match self.adapter {
             // The factors are small, and the weights beside them shared.
             Some(_) => vec![false; self.params.len()],
-            None => narrow::kernels(&self.shared.graph, &self.shared.parameters, self.shared.widened),
+            None => bf16_storage::kernels(&self.shared.graph, &self.shared.parameters, self.shared.widened),
         }
     }
 
@@ -365,7 +367,7 @@ impl Forward for Network {
         if self.adapter.is_some() {
             return self.copy();
         }
-        let params = narrow::narrowed(&self.params, &self.kernels())?;
+        let params = bf16_storage::narrowed(&self.params, &self.kernels())?;
         Ok(Box::new(Self { params, ..self.alias() }))
     }
 
@@ -376,7 +378,7 @@ impl Forward for Network {
             )
             .hint("student.init = \"random\" and lora.rank do not go together"));
         }
-        crate::torch::init::reinitialise(&self.shared.graph, &self.shared.parameters, &self.params, seed)
+        crate::torch::train::init::reinitialise(&self.shared.graph, &self.shared.parameters, &self.params, seed)
     }
 
     fn configure(&self, compute: Compute) {

@@ -32,7 +32,7 @@
 #endif
 
 #include "border.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace {
 

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::error::{Context, Error, Result};
 use crate::io::images::quantise;
 use crate::runtime::student::{Request, Student, StudentInfo, decode};
+use crate::runtime::tolerance;
 use crate::runtime::{Dim, EngineKind, EngineOptions};
 use crate::tensor::HostTensor;
 
@@ -80,18 +81,6 @@ pub struct Verification {
     pub engines: Vec<EngineResult>,
     /// What the targets asked for will not take.
     pub targets: Vec<(Target, Vec<Refusal>)>,
-}
-
-/// Agreement by precision: what rounding alone makes of a value of order 1.
-pub fn tolerance_of(precision: &str) -> f64 {
-    match precision {
-        "fp16" => 2e-2,
-        "bf16" => 2e-1,
-        // Where two engines round an activation to different sides, a step of 8 bits lies between them.
-        "int8-dynamic" => 2e-2,
-        // Weights are 8-bit, arithmetic is f32: engines agree as in f32. Against the run's weights it is the limit of export.
-        _ => 1e-4,
-    }
 }
 
 /// Samples of a reference: its name, images `0..n` of the request.
@@ -191,14 +180,14 @@ pub fn verify(
     };
     let base = match (precision.as_str(), reference.original_weights) {
         ("int8" | "int8-dynamic", true) => 1e-1,
-        (p, _) => tolerance_of(p),
+        (p, _) => tolerance::of(p),
     };
     let tolerance = options.tolerance.unwrap_or(base) * size;
     let engines: Vec<EngineResult> = ran
         .into_iter()
         .map(|(name, version, required, samples)| match samples {
             Ok(samples) => {
-                let max_abs = crate::export::evaluate::max_abs(&samples, &reference.samples);
+                let max_abs = crate::passes::evaluate::max_abs(&samples, &reference.samples);
                 let range = info.range.unwrap_or([-1.0, 1.0]);
                 let differs = |(a, b): (f32, &f32)| quantise(f64::from(a), range) != quantise(f64::from(*b), range);
                 let uint8 = info

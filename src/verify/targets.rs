@@ -5,9 +5,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::export::{edit, portable};
+use crate::graph::edit;
 use crate::graph::tensors;
 use crate::onnx::{GraphProto, ModelProto, NodeProto, TensorProto};
+use crate::passes::portable;
 use crate::tensor::DType;
 
 /// A runtime to look ahead to.

@@ -3,9 +3,11 @@
 
 use std::path::Path;
 
-use disback::export::raised::Raise;
-use disback::export::{self, Precision, ShipOptions, StudentOptions, evaluate};
+use disback::export;
+use disback::export::{Precision, ShipOptions, StudentOptions};
 use disback::graph::save;
+use disback::passes::evaluate;
+use disback::passes::fuse::Raise;
 use disback::run::{Teacher, TeacherOptions};
 use disback::runtime::{self, EngineKind, EngineOptions};
 use disback::tensor::{DType, HostTensor};

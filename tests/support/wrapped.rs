@@ -2,7 +2,7 @@
 //! card calls prediction, time unit and schedule. The conversions are written as ONNX nodes from the formulas, not with the
 //! library's own code.
 
-use disback::export::edit::{int_attribute, ints_attribute, node, rename, value_info};
+use disback::graph::edit::{int_attribute, ints_attribute, node, rename, value_info};
 use disback::graph::tensors::to_proto;
 use disback::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto};
 use disback::{DType, HostTensor};

@@ -25,7 +25,7 @@ use crate::distill::stage::{self, Ended, Stage};
 use crate::distill::student::Student;
 use crate::distill::trajectory::Trajectory;
 use crate::error::{Error, Result};
-use crate::torch::replay::Recorder;
+use crate::torch::train::cuda_graph::Recorder;
 
 /// Distils back along `trajectory`, or goes on from a checkpoint. Gives the student with its averaged weights, or `None`
 /// where it was stopped from outside, with a checkpoint.

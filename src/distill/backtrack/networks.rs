@@ -13,8 +13,8 @@ use crate::distill::nonfinite::{self, Candidate, Finding, Probe};
 use crate::distill::objective::Objective;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
-use crate::torch::ema;
-use crate::torch::optim::AdamW;
+use crate::torch::train::ema;
+use crate::torch::train::optim::AdamW;
 
 /// The fake score, trained on the student's samples.
 pub(super) struct Fake {

@@ -14,8 +14,8 @@ use toml::{Table, Value};
 use crate::diffusion::Guidance;
 use crate::error::{Context, Error, Result};
 use crate::torch::Compute;
-use crate::torch::lora::LoraOptions;
-use crate::torch::optim::AdamWConfig;
+use crate::torch::train::lora::LoraOptions;
+use crate::torch::train::optim::AdamWConfig;
 
 pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
 pub use sections::{

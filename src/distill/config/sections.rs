@@ -108,7 +108,7 @@ pub enum Init {
     /// Those of its file: the teacher's, or those of `student.file`.
     #[default]
     Given,
-    /// Fresh ones from `seed`, see [`crate::torch::init`].
+    /// Fresh ones from `seed`, see [`crate::torch::train::init`].
     Random,
 }
 

@@ -14,7 +14,7 @@ use crate::distill::config::{Config, Distribution};
 use crate::distill::draws::{Draws, Levels, Purpose};
 use crate::error::{Error, Result};
 use crate::torch::convert::column;
-use crate::torch::optim::AdamW;
+use crate::torch::train::optim::AdamW;
 use crate::torch::{ParamSet, convert};
 
 pub use data::RealImages;

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::distill::config::MemoryFormat;
-use crate::torch::group_norm::is_channels_last;
+use crate::torch::cpu::group_norm::is_channels_last;
 
 #[test]
 fn channels_last_is_the_same_run() {

@@ -5,8 +5,8 @@ use crate::distill::batches::Batches;
 use crate::distill::config::ObjectiveKind;
 use crate::distill::draws::{Phase, Purpose};
 use crate::torch::convert::column;
-use crate::torch::optim::AdamW;
 use crate::torch::shim;
+use crate::torch::train::optim::AdamW;
 
 #[test]
 fn objectives_reach_a_gaussian_with_and_without_a_trajectory() {
@@ -126,8 +126,8 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         let noise = batches.noise(&draws, Purpose::FakeNoise).unwrap();
         adam_student.step(1.0).unwrap();
         let seen = (step + 1) * c.images();
-        let decay = crate::torch::ema::decay(c.images(), seen, c.ema.half_life, c.ema.ramp);
-        tch::no_grad(|| crate::torch::ema::update(average.params(), student.params(), decay)).unwrap();
+        let decay = crate::torch::train::ema::decay(c.images(), seen, c.ema.half_life, c.ema.ramp);
+        tch::no_grad(|| crate::torch::train::ema::update(average.params(), student.params(), decay)).unwrap();
         if c.objective != ObjectiveKind::Sds {
             denoising_loss(&fake, &x, &sigmas, &noise, &conditions).unwrap().backward();
             adam_fake.step(1.0).unwrap();

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::distill::config::ObjectiveKind;
-use crate::torch::replay::rehearse;
+use crate::torch::train::cuda_graph::rehearse;
 
 /// A rehearsed run leaves the bytes of a plain one: nodes, checkpoints, the student.
 fn same_bytes(what: &str, teacher: &Denoiser, change: impl Fn(&mut Config)) {

@@ -11,12 +11,12 @@
 mod activation;
 mod attention;
 mod casts;
+mod cse;
 mod layout;
 mod linear;
 mod norm;
 mod pattern;
 mod ranges;
-mod repeats;
 mod rule;
 mod turns;
 mod view;
@@ -65,7 +65,7 @@ impl Report {
 pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
     let mut report = Report::default();
     casts::simplify(graph, &mut report);
-    repeats::merge(graph, trained, &mut report);
+    cse::merge(graph, trained, &mut report);
     let rules: Vec<Rule> = [activation::rules(), norm::rules(), turns::rules(), attention::rules(), linear::rules()]
         .into_iter()
         .flatten()
@@ -98,7 +98,7 @@ pub(crate) fn raise_for_export(graph: &mut Graph) {
     let mut report = Report::default();
     let trained = HashSet::new();
     casts::simplify(graph, &mut report);
-    repeats::merge(graph, &trained, &mut report);
+    cse::merge(graph, &trained, &mut report);
     let activations = activation::rules().into_iter().filter(|r| r.name == "Gelu");
     for rule in activations.chain(norm::rules()).chain(attention::rules()) {
         rule::exhaust(graph, &trained, &rule, &mut report);

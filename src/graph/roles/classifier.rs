@@ -5,9 +5,9 @@ use std::collections::{HashMap, HashSet};
 use super::Role;
 use super::layers::{Flow, leads_to, makes_waves, reads};
 use super::tables;
-use crate::graph::bodies::EITHER;
 use crate::graph::ir::{Graph, Node, Origin, ValueId};
 use crate::graph::op_schema::{self, Weight};
+use crate::graph::subgraphs::EITHER;
 use crate::tensor::HostTensor;
 
 /// Functions of one weight that a layer may read instead of the weight itself: a gate's tanh, a positive scale, the norm of

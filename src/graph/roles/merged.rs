@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::tables::{made_up, uniform};
 use crate::error::Result;
 use crate::graph::attributes::{Attribute, Attributes};
-use crate::graph::bodies;
 use crate::graph::ir::{Constant, Graph, Node, Origin, ValueId};
+use crate::graph::subgraphs;
 use crate::tensor::{DType, HostTensor};
 
 /// Another tensor of the file, folded from the same weight.
@@ -29,7 +29,7 @@ pub struct Provenance {
 /// Parts what was merged and ties what was doubled. Tensors that `declared`, the framework's own list, names stay as they
 /// are: a converter that writes it has kept apart what the framework keeps apart.
 pub fn untangle(graph: &mut Graph, declared: Option<&[String]>) -> Provenance {
-    bodies::lift(graph);
+    subgraphs::lift(graph);
     bypass_identities(graph);
     let declared: HashSet<&str> = declared.into_iter().flatten().map(String::as_str).collect();
     let twins = tie_derived(graph, &declared);

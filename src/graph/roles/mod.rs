@@ -16,8 +16,8 @@ use globset::Glob;
 pub use merged::{Derived, Provenance, Twin, untangle};
 
 use crate::error::{Error, Result};
-use crate::graph::bodies;
 use crate::graph::ir::{Graph, Origin, ValueId};
+use crate::graph::subgraphs;
 use crate::tensor::{DType, HostTensor};
 
 /// What a floating constant is for.
@@ -102,7 +102,7 @@ pub struct Roles {
 ///
 /// Errors: a `--train`/`--freeze` glob that is not one or matches nothing; a declared parameter that the graph lacks.
 pub fn classify(graph: &Graph, choice: &TrainableChoice, provenance: &Provenance) -> Result<Roles> {
-    let flat = bodies::flatten(graph);
+    let flat = subgraphs::flatten(graph);
     let roles = Classifier::new(flat.as_ref().unwrap_or(graph)).run();
     let names = |v: &ValueId| graph.names[*v].clone();
     let floats: Vec<ValueId> =

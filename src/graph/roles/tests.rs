@@ -1,7 +1,7 @@
 //! Roles in small graphs: what one exporter or another leaves of layers that lack a part.
 
 use super::*;
-use crate::export::edit::{node, value_info};
+use crate::graph::edit::{node, value_info};
 use crate::graph::{Model, lower, quantised, tensors};
 use crate::onnx::attribute_proto::AttributeType;
 use crate::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};

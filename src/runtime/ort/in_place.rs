@@ -108,7 +108,7 @@ mod tests {
         let mut in_place = OrtEngine::open_in_place(&model, &options).unwrap();
         assert_eq!(split(&model).unwrap().1.len(), 2);
         let (a, b) = (plain.run(&[("x", &x)]).unwrap(), in_place.run(&[("x", &x)]).unwrap());
-        let apart = crate::export::evaluate::max_abs(&a[0].1, &b[0].1);
+        let apart = crate::passes::evaluate::max_abs(&a[0].1, &b[0].1);
         assert!(apart < 1e-2, "{apart} where values reach 1e4");
     }
 }

@@ -95,7 +95,7 @@ pub fn shape_arithmetic(model: &ModelProto) -> HashSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::edit::node;
+    use crate::graph::edit::node;
     use crate::onnx::GraphProto;
 
     fn placed(provider: &str, operator: &str, node: &str) -> Placed {

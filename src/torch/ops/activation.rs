@@ -4,10 +4,10 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::activation::gelu;
-use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::cpu::activation::gelu;
+use crate::torch::exec::kernel::{Kernel, Value, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("Relu", 1, (1, 1), |n| {

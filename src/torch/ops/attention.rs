@@ -6,10 +6,10 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
-use crate::torch::kernel::{Args, Kernel, Value, one};
-use crate::torch::linear;
+use crate::torch::cpu::linear;
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 use crate::torch::training::{self, lowered};
 
 pub fn register(r: &mut Registry) {

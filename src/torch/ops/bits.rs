@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
-use crate::torch::kernel::{Kernel, one};
-use crate::torch::registry::Registry;
+use crate::torch::exec::kernel::{Kernel, one};
+use crate::torch::exec::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("BitwiseAnd", 18, (2, 2), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_bitwise_and_tensor(a.t(1)?)?))));

@@ -4,10 +4,10 @@ use tch::{Device, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::graph::{Graph, Node};
-use crate::torch::kernel::{Args, Kernel, Outputs, Value};
+use crate::torch::exec::kernel::{Args, Kernel, Outputs, Value};
+use crate::torch::exec::plan::Plan;
+use crate::torch::exec::registry::{Entry, MANY, Registry};
 use crate::torch::ops::util;
-use crate::torch::plan::Plan;
-use crate::torch::registry::{Entry, MANY, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("If", 1, (1, 1), if_else);

@@ -4,12 +4,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::group_norm::is_channels_last;
-use crate::torch::kernel::{Args, Kernel, one};
-use crate::torch::linear;
-use crate::torch::registry::Registry;
+use crate::torch::cpu::group_norm::is_channels_last;
+use crate::torch::cpu::linear;
+use crate::torch::cpu::winograd;
+use crate::torch::exec::kernel::{Args, Kernel, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::training::{Convolution, convolution, hollow_product, lowered};
-use crate::torch::winograd;
 
 pub fn register(r: &mut Registry) {
     r.add("Conv", 1, (2, 3), conv);

@@ -7,9 +7,9 @@ use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::convert::is_float;
-use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::registry::{MANY, Registry};
 use crate::torch::ops::util;
-use crate::torch::registry::{MANY, Registry};
 
 type Unary = fn(&Tensor) -> Result<Tensor, tch::TchError>;
 type Binary = fn(&Tensor, &Tensor) -> Result<Tensor, tch::TchError>;

@@ -4,9 +4,9 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Kernel, one};
-use crate::torch::linear;
-use crate::torch::registry::{MANY, Registry};
+use crate::torch::cpu::linear;
+use crate::torch::exec::kernel::{Kernel, one};
+use crate::torch::exec::registry::{MANY, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("MatMul", 1, (2, 2), |_| Ok(Kernel::new(|a| one(linear::matmul(a.t(0)?, a.t(1)?)?))));

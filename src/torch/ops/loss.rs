@@ -4,8 +4,8 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Kernel, Value, one};
-use crate::torch::registry::Registry;
+use crate::torch::exec::kernel::{Kernel, Value, one};
+use crate::torch::exec::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("NegativeLogLikelihoodLoss", 12, (2, 3), |n| {

@@ -4,10 +4,10 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::registry::{Build, Entry, Registry};
 use crate::torch::ops::attention::{join_heads, split_heads};
 use crate::torch::ops::{conv, linear, norm, util};
-use crate::torch::registry::{Build, Entry, Registry};
 use crate::torch::training::{Convolution, convolution, lowered};
 
 pub fn register(r: &mut Registry) {

@@ -29,7 +29,7 @@ mod util;
 
 use std::sync::OnceLock;
 
-use crate::torch::registry::Registry;
+use crate::torch::exec::registry::Registry;
 
 /// The registry with every family in it.
 pub fn registry() -> &'static Registry {

@@ -6,8 +6,8 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Kernel, one};
-use crate::torch::registry::Registry;
+use crate::torch::exec::kernel::{Kernel, one};
+use crate::torch::exec::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("TfIdfVectorizer", 9, (1, 1), tf_idf);

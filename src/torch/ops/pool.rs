@@ -6,10 +6,10 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::torch::convert::is_float;
-use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::exec::kernel::{Kernel, Value, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::conv::{AutoPad, Window, pad_spatial};
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("GlobalAveragePool", 1, (1, 1), |_| {

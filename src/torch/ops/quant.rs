@@ -7,10 +7,10 @@ use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::convert::is_float;
-use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::registry::{Entry, Registry};
 use crate::torch::ops::conv::{Window, pad_spatial};
 use crate::torch::ops::util;
-use crate::torch::registry::{Entry, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("QuantizeLinear", 10, (2, 3), quantize);
@@ -267,7 +267,7 @@ mod tests {
     use crate::graph::ir::{Constant, Origin};
     use crate::graph::{Attributes, Port};
     use crate::tensor::HostTensor;
-    use crate::torch::plan::Plan;
+    use crate::torch::exec::plan::Plan;
 
     #[test]
     fn a_pair_hands_the_gradient_straight_through() {

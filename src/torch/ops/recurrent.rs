@@ -4,8 +4,8 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Args, Kernel, Value};
-use crate::torch::registry::Registry;
+use crate::torch::exec::kernel::{Args, Kernel, Value};
+use crate::torch::exec::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("RNN", 1, (3, 6), |n| recurrent(n, Cell::Rnn));

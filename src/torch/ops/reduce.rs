@@ -4,9 +4,9 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::graph::Node;
-use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::exec::kernel::{Kernel, Value, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 
 type Reduce = fn(&Tensor, &[i64], bool) -> Result<Tensor, tch::TchError>;
 

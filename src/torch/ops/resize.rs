@@ -6,9 +6,9 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::torch::convert::is_float;
-use crate::torch::kernel::{Args, Kernel, one};
+use crate::torch::exec::kernel::{Args, Kernel, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("Resize", 10, (1, 4), resize);

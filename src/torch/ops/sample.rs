@@ -4,10 +4,10 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Kernel, one};
+use crate::torch::exec::kernel::{Kernel, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::conv::Window;
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("GridSample", 16, (2, 2), grid_sample);

@@ -4,9 +4,9 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::kernel::{Kernel, Value, one};
+use crate::torch::exec::kernel::{Kernel, Value, one};
+use crate::torch::exec::registry::{MANY, Registry};
 use crate::torch::ops::util;
-use crate::torch::registry::{MANY, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("SequenceConstruct", 11, (1, MANY), |_| {

@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::tensor::HostTensor;
 use crate::torch::convert;
-use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
+use crate::torch::exec::registry::{MANY, Registry};
 use crate::torch::ops::util;
-use crate::torch::registry::{MANY, Registry};
 
 pub fn register(r: &mut Registry) {
     r.add("Shape", 1, (1, 1), shape);

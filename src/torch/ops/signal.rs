@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
-use crate::torch::kernel::{Kernel, one};
+use crate::torch::exec::kernel::{Kernel, one};
+use crate::torch::exec::registry::Registry;
 use crate::torch::ops::util;
-use crate::torch::registry::Registry;
 
 pub fn register(r: &mut Registry) {
     r.add("DFT", 17, (1, 3), dft);

@@ -7,8 +7,8 @@ use crate::graph::Node;
 use crate::tensor::DType;
 use crate::torch::convert;
 use crate::torch::convert::is_float;
-use crate::torch::kernel::{Args, Kernel, Value, one};
-use crate::torch::linear;
+use crate::torch::cpu::linear;
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
 use crate::torch::training::{self, autocast_enabled};
 

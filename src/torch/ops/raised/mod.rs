@@ -7,11 +7,11 @@ mod normalize;
 use tch::Kind;
 
 use crate::error::Error;
-use crate::torch::activation::gelu;
-use crate::torch::kernel::{Kernel, Value, one};
-use crate::torch::linear;
+use crate::torch::cpu::activation::gelu;
+use crate::torch::cpu::linear;
+use crate::torch::exec::kernel::{Kernel, Value, one};
+use crate::torch::exec::registry::{Entry, MANY, Registry};
 use crate::torch::ops::util;
-use crate::torch::registry::{Entry, MANY, Registry};
 
 /// Start and length-limited end of a slice with step 1, the end not before the start.
 fn place(start: i64, end: i64, length: i64) -> (i64, i64) {

@@ -4,8 +4,8 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::graph::Node;
-use crate::torch::group_norm::group_norm;
-use crate::torch::kernel::{Args, Kernel, Value, one};
+use crate::torch::cpu::group_norm::group_norm;
+use crate::torch::exec::kernel::{Args, Kernel, Value, one};
 use crate::torch::ops::util;
 
 struct Normalize {

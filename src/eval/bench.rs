@@ -1,0 +1,217 @@
+//! How fast a student runs, and its teacher's sampler beside it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::diffusion::{Sampler, TeacherOnEngine, TeacherRequest};
+use crate::error::{Error, Result};
+use crate::runtime::student::{Request, Student};
+use crate::runtime::{Dim, EngineOptions};
+use crate::tensor::HostTensor;
+
+/// Calls that do not count, before those that do.
+const WARM_UP: usize = 3;
+/// Fewest calls that count.
+const FEWEST: usize = 10;
+
+/// One engine at one batch size.
+#[derive(Debug, Clone, Serialize)]
+pub struct Timing {
+    pub engine: String,
+    pub batch: usize,
+    /// Opening the file, milliseconds; TensorRT builds its engine here where the cache has none.
+    pub load_ms: f64,
+    /// The first call, which may compile or allocate.
+    pub first_ms: f64,
+    /// Milliseconds a call, inputs and outputs in the caller's memory: median, 95th and 99th percentile.
+    pub p50_ms: f64,
+    pub p95_ms: f64,
+    pub p99_ms: f64,
+    pub images_per_s: f64,
+    pub calls: usize,
+    /// Median of the call alone: inputs bound beforehand, outputs left where the provider makes them.
+    pub bound_p50_ms: f64,
+    /// Largest resident memory of the process during this row, MiB; `None` where the system does not tell.
+    pub peak_mib: Option<f64>,
+}
+
+/// A teacher's sampler beside the student.
+#[derive(Debug, Clone, Serialize)]
+pub struct TeacherTiming {
+    pub engine: String,
+    pub batch: usize,
+    pub steps: usize,
+    /// Network evaluations an image.
+    pub nfe: usize,
+    pub load_ms: f64,
+    /// Milliseconds a batch: median of the runs.
+    pub p50_ms: f64,
+    pub ms_per_image: f64,
+    pub runs: usize,
+    /// Largest resident memory of the process during this row, MiB; `None` where the system does not tell.
+    pub peak_mib: Option<f64>,
+}
+
+/// Value at a share of sorted times, nearest rank.
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+fn ms(began: Instant) -> f64 {
+    began.elapsed().as_secs_f64() * 1e3
+}
+
+/// Sorted times of calls for about `seconds` (at least [`FEWEST`]), after a warm-up.
+fn repeat(seconds: f64, mut call: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+    for _ in 0..WARM_UP {
+        call()?;
+    }
+    let mut times = Vec::new();
+    let end = Instant::now() + Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));
+    while times.len() < FEWEST || Instant::now() < end {
+        let began = Instant::now();
+        call()?;
+        times.push(ms(began));
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
+}
+
+/// Largest resident memory since [`reset_peak`], from the kernel.
+fn peak_mib() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
+}
+
+/// Lets the kernel count the largest resident memory anew. Where it cannot, the figure is that of the whole process.
+fn reset_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Opens the student with these options and times calls of each batch size for about `seconds` each (ten calls at least,
+/// after three that do not count), once with copies and once bound. Inputs are made beforehand.
+pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64) -> Result<Vec<Timing>> {
+    let mut out = Vec::new();
+    for &batch in batches {
+        if batch == 0 {
+            return Err(Error::usage("a batch of 0 images"));
+        }
+        reset_peak();
+        let began = Instant::now();
+        let mut student = Student::open(path, options)?;
+        let load_ms = ms(began);
+        if let Some(Dim::Fixed(n)) = student.info().noise.shape.first()
+            && *n != batch
+        {
+            return Err(Error::usage(format!("--batch {batch}: the student's batch is fixed at {n}")));
+        }
+        let request = Request { batch, embeddings: student.info().random_rows(1, batch)?, ..Request::default() };
+        let inputs = student.inputs(&request, 0, batch)?;
+        let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let engine = student.engine_name();
+        let began = Instant::now();
+        student.engine().run(&named)?;
+        let first_ms = ms(began);
+        let times = repeat(seconds, || student.engine().run(&named).map(drop))?;
+        let mut call = student.engine().bound(&named)?;
+        let bound = repeat(seconds, &mut call)?;
+        drop(call);
+        let total: f64 = times.iter().sum();
+        out.push(Timing {
+            engine,
+            batch,
+            load_ms,
+            first_ms,
+            p50_ms: percentile(&times, 0.50),
+            p95_ms: percentile(&times, 0.95),
+            p99_ms: percentile(&times, 0.99),
+            images_per_s: (batch * times.len()) as f64 / total * 1e3,
+            calls: times.len(),
+            bound_p50_ms: percentile(&bound, 0.50),
+            peak_mib: peak_mib(),
+        });
+    }
+    Ok(out)
+}
+
+/// Times the teacher's own sampler at one batch size: at least three runs, after one that does not count.
+pub fn teacher(
+    path: &Path,
+    card: &[String],
+    options: &EngineOptions,
+    batch: usize,
+    steps: usize,
+    seconds: f64,
+) -> Result<TeacherTiming> {
+    if batch == 0 || steps == 0 {
+        return Err(Error::usage("the teacher needs a batch and steps of 1 or more"));
+    }
+    reset_peak();
+    let began = Instant::now();
+    let mut teacher = TeacherOnEngine::open(path, card, options)?;
+    let load_ms = ms(began);
+    let images = Request { batch, ..Request::default() };
+    let request = TeacherRequest { images, sampler: Sampler::default(), steps, guidance: 1.0 };
+    let mut nfe = teacher.sample(&request, 0, batch)?.nfe;
+    let mut times = Vec::new();
+    let end = Instant::now() + Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));
+    while times.len() < 3 || Instant::now() < end {
+        let began = Instant::now();
+        nfe = teacher.sample(&request, 0, batch)?.nfe;
+        times.push(ms(began));
+    }
+    times.sort_by(f64::total_cmp);
+    let p50_ms = percentile(&times, 0.5);
+    Ok(TeacherTiming {
+        engine: teacher.engine_name(),
+        batch,
+        steps,
+        nfe,
+        load_ms,
+        p50_ms,
+        ms_per_image: p50_ms / batch as f64,
+        runs: times.len(),
+        peak_mib: peak_mib(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::testing;
+
+    #[test]
+    fn percentiles_are_nearest_rank() {
+        let sorted: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!([0.5, 0.95, 0.99].map(|s| percentile(&sorted, s)), [50.0, 95.0, 99.0]);
+        assert_eq!(percentile(&[7.0], 0.99), 7.0);
+    }
+
+    #[test]
+    fn timings_are_consistent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("student.onnx");
+        std::fs::write(&path, testing::student("batch")).unwrap();
+        let timings = run(&path, &EngineOptions::default(), &[1, 4], 0.0).unwrap();
+        assert_eq!(timings.iter().map(|t| t.batch).collect::<Vec<_>>(), [1, 4]);
+        for t in timings {
+            assert!(t.calls >= FEWEST && t.p50_ms > 0.0 && t.p50_ms <= t.p95_ms && t.p95_ms <= t.p99_ms, "{t:?}");
+            assert!(t.images_per_s > 0.0 && t.bound_p50_ms > 0.0 && t.peak_mib.is_none_or(|m| m > 1.0), "{t:?}");
+        }
+    }
+
+    #[test]
+    fn a_bound_call_computes_what_a_plain_one_does() {
+        let mut student = Student::from_bytes(&testing::student("batch"), &EngineOptions::default()).unwrap();
+        let inputs = student.inputs(&Request::default(), 0, 3).unwrap();
+        let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let before = student.engine().run(&named).unwrap();
+        (0..3).try_for_each(|_| student.engine().bound(&named)?()).unwrap();
+        assert_eq!(student.engine().run(&named).unwrap(), before);
+        assert!(student.engine().bound(&named[..1]).is_err());
+    }
+}
