@@ -207,6 +207,9 @@ mod tests {
         let mut young = model(vec![edit::node("Gelu", &["x"], "y")], 20);
         let e = convert(&mut young, 17).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("Gelu node `disback/y` exists since opset 20"), "{e}");
+        // Not only what exports of diffusion networks contain.
+        let mut rare = model(vec![edit::node("Bernoulli", &["x"], "y")], 17);
+        assert!(convert(&mut rare, 13).unwrap_err().to_string().contains("exists since opset 15"));
         let mut old = model(vec![], 11);
         assert!(convert(&mut old, 17).unwrap_err().to_string().contains("opset 11"));
         assert!(convert(&mut model(vec![], 17), 40).unwrap_err().to_string().contains("13 to 25"));
