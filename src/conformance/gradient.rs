@@ -17,6 +17,7 @@ use crate::tensor::DType;
 use crate::torch::convert::is_float;
 use crate::torch::exec::kernel::Value;
 use crate::torch::exec::plan::Plan;
+use crate::torch::ops;
 
 /// Largest accepted error of a directional derivative, relative to its size.
 pub const GRADIENT_TOLERANCE: f64 = 1e-4;
@@ -112,7 +113,7 @@ fn noise(seed: u64, index: u64, like: &Tensor) -> Result<Tensor> {
 }
 
 fn check(graph: &Graph, set: DataSet) -> Result<Gradient> {
-    let plan = Plan::new(graph, &[])?;
+    let plan = Plan::new(graph, &[], ops::registry())?;
     let mut free: Vec<usize> = Vec::new();
     let mut point: Vec<Value> = Vec::new();
     for (i, (port, value)) in graph.inputs.iter().zip(set.inputs).enumerate() {

@@ -20,6 +20,7 @@ use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
 use crate::torch::exec::kernel::Value;
 use crate::torch::exec::plan::Plan;
+use crate::torch::ops;
 
 pub use gradient::{GRADIENT_TOLERANCE, Gradient};
 
@@ -265,7 +266,7 @@ fn tensor_value(t: &TensorProto) -> Result<Value> {
 fn values(dir: &Path, device: Device) -> Result<()> {
     let model = Model::load(&dir.join("model.onnx"))?;
     let graph = lower(&model)?;
-    let plan = Plan::new(&graph, &[])?;
+    let plan = Plan::new(&graph, &[], ops::registry())?;
     for set in data_sets(dir, &model, &graph)? {
         let inputs: Vec<(&str, Value)> =
             graph.inputs.iter().zip(set.inputs).map(|(p, v)| (p.name.as_str(), v)).collect();

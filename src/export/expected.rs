@@ -1,7 +1,7 @@
 //! What the student that came in computes, which its other forms are compared with.
 
 use crate::error::{Error, Result};
-use crate::export::ship::{Precision, ShipOptions};
+use crate::export::options::{Precision, ShipOptions};
 use crate::graph::tensors;
 use crate::onnx::{ModelProto, TensorProto};
 use crate::passes::evaluate::{self, Inputs};

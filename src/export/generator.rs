@@ -6,7 +6,9 @@ use std::sync::Arc;
 use tch::{Device, Tensor};
 
 use super::base;
-use super::student::{self, Expected, StudentOptions, clip, declare, describe, largest, needs_opset};
+use super::build::{clip, declare};
+use super::student::{StudentOptions, describe, needs_opset};
+use super::trained::{self, Expected, largest};
 use crate::diffusion::{Conditions, Generator, GeneratorPorts, HostConditions, Layout, TeacherCard};
 use crate::error::{Error, Result};
 use crate::graph::edit;
@@ -170,6 +172,6 @@ fn check(
         let scale = largest(&expected)?;
         samples.push(Expected { batch, inputs: named, sample: expected, scale });
     }
-    let apart = student::compare(built, &samples)?;
+    let apart = trained::compare(built, &samples)?;
     if apart.within() { Ok(()) } else { Err(apart.error()) }
 }

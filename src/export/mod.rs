@@ -4,16 +4,21 @@
 pub mod attach;
 #[cfg(feature = "train")]
 pub mod base;
+#[cfg(feature = "train")]
+mod build;
 pub mod consumer;
 mod expected;
 #[cfg(feature = "train")]
 pub mod fold;
 #[cfg(feature = "train")]
 pub mod generator;
+pub mod options;
 mod pipeline;
 pub mod ship;
 #[cfg(feature = "train")]
 pub mod student;
+#[cfg(feature = "train")]
+mod trained;
 #[cfg(feature = "train")]
 pub mod unroll;
 
@@ -22,7 +27,8 @@ mod tests;
 
 #[cfg(feature = "train")]
 pub use generator::generator;
-pub use ship::{Precision, ShipOptions, ShipReport, ship};
+pub use options::{Precision, ShipOptions, ShipReport};
+pub use ship::ship;
 #[cfg(feature = "train")]
 pub use student::{StudentOptions, same_graph, student};
 #[cfg(feature = "train")]

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::export::attach;
-use crate::export::ship::{Precision, ShipOptions, ShipReport};
+use crate::export::options::{Precision, ShipOptions, ShipReport};
 use crate::graph::edit;
 use crate::onnx::ModelProto;
 use crate::passes::evaluate::{self, Inputs};

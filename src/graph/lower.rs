@@ -7,9 +7,9 @@ use crate::error::{Context, Error, Result};
 use crate::graph::attributes::{Attribute, Attributes};
 use crate::graph::ir::{Constant, Graph, Node, Origin, Port, ValueId};
 use crate::graph::load::Model;
+use crate::graph::sizes::declared_dims;
 use crate::graph::tensors;
 use crate::onnx::attribute_proto::AttributeType;
-use crate::onnx::tensor_shape_proto::{Dimension, dimension};
 use crate::onnx::{AttributeProto, GraphProto, NodeProto, ValueInfoProto, type_proto};
 use crate::tensor::{DType, HostTensor};
 
@@ -138,17 +138,6 @@ fn port(info: &ValueInfoProto, value: ValueId) -> Result<Port> {
         port.shape = declared_dims(info);
     }
     Ok(port)
-}
-
-/// The dimensions that the file declares of an input or output, where it does: `Err` holds the name of a free one, or nothing.
-pub(crate) fn declared_dims(info: &ValueInfoProto) -> Option<Vec<Result<usize, String>>> {
-    let Some(type_proto::Value::TensorType(t)) = info.r#type.as_ref()?.value.as_ref() else { return None };
-    let size = |d: &Dimension| match &d.value {
-        Some(dimension::Value::DimValue(n)) if *n >= 0 => Ok(*n as usize),
-        Some(dimension::Value::DimParam(p)) => Err(p.clone()),
-        _ => Err(String::new()),
-    };
-    Some(t.shape.as_ref()?.dim.iter().map(size).collect())
 }
 
 impl Lowering<'_> {

@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::graph::ir::Port;
-use crate::onnx::GraphProto;
-
-use super::lower::declared_dims;
+use crate::onnx::tensor_shape_proto::{Dimension, dimension};
+use crate::onnx::{GraphProto, ValueInfoProto, type_proto};
 
 /// An input's name and its dimensions as the file declares them: `Err` holds the name of a free one, or nothing.
 pub type Declared = (String, Vec<Result<usize, String>>);
@@ -15,6 +14,17 @@ pub type Declared = (String, Vec<Result<usize, String>>);
 /// The inputs of a file's graph.
 pub fn declared_inputs(graph: &GraphProto) -> Vec<Declared> {
     graph.input.iter().filter_map(|v| Some((v.name().to_owned(), declared_dims(v)?))).collect()
+}
+
+/// The dimensions that the file declares of an input or output, where it does: `Err` holds the name of a free one, or nothing.
+pub(crate) fn declared_dims(info: &ValueInfoProto) -> Option<Vec<Result<usize, String>>> {
+    let Some(type_proto::Value::TensorType(t)) = info.r#type.as_ref()?.value.as_ref() else { return None };
+    let size = |d: &Dimension| match &d.value {
+        Some(dimension::Value::DimValue(n)) if *n >= 0 => Ok(*n as usize),
+        Some(dimension::Value::DimParam(p)) => Err(p.clone()),
+        _ => Err(String::new()),
+    };
+    Some(t.shape.as_ref()?.dim.iter().map(size).collect())
 }
 
 /// What is known of free dimensions.

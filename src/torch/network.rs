@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -15,8 +16,10 @@ use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
 use crate::torch::exec::kernel::Value;
 use crate::torch::exec::plan::Plan;
+use crate::torch::exec::registry::Registry;
 use crate::torch::exec::{host_dependence, registry};
 use crate::torch::file_layout::FileLayout;
+use crate::torch::ops;
 use crate::torch::params::ParamSet;
 use crate::torch::train::bf16_storage;
 use crate::torch::train::lora::{Adapter, LoraOptions};
@@ -83,11 +86,13 @@ pub struct ImportOptions {
     /// Whether the layers of a file in half precision are computed in f32 (see `graph::widen`); otherwise as it is written.
     pub widen: bool,
     pub trainable: TrainableChoice,
+    /// The operators that there are; absent: those of this crate ([`ops::registry`], which can be cloned and added to).
+    pub operators: Option<Arc<Registry>>,
 }
 
 impl Default for ImportOptions {
     fn default() -> Self {
-        Self { raise: true, widen: true, trainable: TrainableChoice::default() }
+        Self { raise: true, widen: true, trainable: TrainableChoice::default(), operators: None }
     }
 }
 
@@ -157,7 +162,8 @@ impl Network {
             ErrorKind::Unsupported => e.hint(registry::advice(model.proto.producer_name())),
             _ => e,
         };
-        let plan = Plan::new(&graph, &values).map_err(advice)?;
+        let known = options.operators.as_deref().unwrap_or_else(|| ops::registry());
+        let plan = Plan::new(&graph, &values, known).map_err(advice)?;
         let mut tensors = Vec::with_capacity(values.len());
         for p in &roles.parameters {
             let constant = graph

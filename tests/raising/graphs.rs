@@ -182,8 +182,12 @@ impl Text<'_> {
     fn network(&self, dtype: DType, raise: bool) -> Network {
         let trainable =
             TrainableChoice { train: self.weights.iter().map(|w| w.0.to_owned()).collect(), ..Default::default() };
-        let net =
-            Network::import(self.model(dtype), &ImportOptions { raise, trainable, widen: false }, Device::Cpu).unwrap();
+        let net = Network::import(
+            self.model(dtype),
+            &ImportOptions { raise, trainable, widen: false, ..ImportOptions::default() },
+            Device::Cpu,
+        )
+        .unwrap();
         net.params().set_requires_grad(true).unwrap();
         net
     }

@@ -6,4 +6,5 @@ pub mod kernel;
 pub mod plan;
 pub mod registry;
 pub(crate) mod segments;
+pub(crate) mod step;
 pub(crate) mod straight_through;

@@ -12,31 +12,22 @@ use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Port, ValueId};
 use crate::torch::convert;
-use crate::torch::exec::kernel::{Kernel, Value};
-use crate::torch::exec::segments;
-use crate::torch::exec::{host_dependence, straight_through};
-use crate::torch::ops;
+use crate::torch::exec::kernel::Value;
+use crate::torch::exec::registry::Registry;
+use crate::torch::exec::step::{Step, done_after, run_step, wanted_on_host};
+use crate::torch::exec::{host_dependence, segments, straight_through};
 use crate::torch::training;
 
-use specialise::{Specialised, done_after};
+use specialise::Specialised;
 
 /// Learns of each value as it is made.
 type Observe<'a> = dyn FnMut(ValueId, &Value) + 'a;
 
 /// Outputs by name, and the tapped values in the order asked for.
 pub type Tapped = (Vec<(String, Tensor)>, Vec<Option<Tensor>>);
-
-/// One operator call of a plan.
-#[derive(Debug)]
-pub(crate) struct Step {
-    kernel: Kernel,
-    pub(crate) inputs: Vec<Option<ValueId>>,
-    pub(crate) outputs: Vec<Option<ValueId>>,
-    label: String,
-}
 
 /// See the module's text.
 #[derive(Debug)]
@@ -87,13 +78,14 @@ impl From<Device> for Device2 {
 }
 
 impl Plan {
-    /// Builds every operator of the graph. `parameters` are the constants that vary between copies.
+    /// Builds every operator of the graph. `parameters` are the constants that vary between copies, `operators` the kernels that
+    /// there are.
     ///
     /// Errors: all nodes that cannot be imported, each with its reason.
-    pub fn new(graph: &Graph, parameters: &[ValueId]) -> Result<Self> {
+    pub fn new(graph: &Graph, parameters: &[ValueId], operators: &Registry) -> Result<Self> {
         let rewritten = straight_through::fake_quantized(graph);
         let nodes = rewritten.as_ref().unwrap_or(&graph.nodes);
-        let kernels = ops::registry().build_all(nodes)?;
+        let kernels = operators.build_all(nodes)?;
         host_dependence::check(graph, nodes, &kernels, parameters)?;
         let steps: Rc<[Step]> = nodes
             .iter()
@@ -374,43 +366,6 @@ impl Plan {
         let names: Vec<_> = self.inputs.iter().map(|p| format!("`{}`", p.name)).collect();
         Error::usage(format!("the graph has no input `{name}`; its inputs are {}", names.join(", ")))
     }
-}
-
-/// Calls one operator on the values so far.
-pub(crate) fn run_step(
-    step: &Step,
-    values: &mut [Option<Value>],
-    device: Device,
-    observe: &mut dyn FnMut(ValueId, &Value),
-) -> Result<()> {
-    let args: Vec<Option<&Value>> = step.inputs.iter().map(|v| v.and_then(|v| values[v].as_ref())).collect();
-    let out = step.kernel.call(args, device).with_context(|| step.label.clone())?;
-    let asked = step.outputs.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
-    if out.len() < asked {
-        return Err(Error::unsupported("an optional output is asked for that is not implemented").context(&*step.label));
-    }
-    for (id, v) in step.outputs.iter().zip(out) {
-        if let Some(id) = id {
-            observe(*id, &v);
-            values[*id] = Some(v);
-        }
-    }
-    Ok(())
-}
-
-/// Values whose elements an operator reads on the host, directly or through other operators, and those behind `seeds`.
-fn wanted_on_host(steps: &[Step], seeds: impl IntoIterator<Item = ValueId>) -> HashSet<ValueId> {
-    let mut wanted: HashSet<ValueId> = seeds.into_iter().collect();
-    for step in steps.iter().rev() {
-        for &slot in &step.kernel.host_slots {
-            wanted.extend(step.inputs.get(slot).copied().flatten());
-        }
-        let makes_wanted = step.outputs.iter().flatten().any(|v| wanted.contains(v));
-        if makes_wanted && !step.kernel.shape_only {
-            wanted.extend(step.inputs.iter().flatten());
-        }
-    }
-    wanted
 }
 
 /// Rank, element type and fixed dimensions of an input against what the graph declares.

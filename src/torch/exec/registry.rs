@@ -25,7 +25,7 @@ pub struct Entry {
 }
 
 /// All operators.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Registry {
     entries: HashMap<(&'static str, &'static str), Vec<Entry>>,
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::graph::ValueId;
 use crate::torch::convert::is_float;
 use crate::torch::exec::kernel::Value;
-use crate::torch::exec::plan::{Step, run_step};
+use crate::torch::exec::step::{Step, run_step};
 use crate::torch::training::{Autocast, recompute};
 
 /// Sizes that decide about cuts: of each remaining step in order, the bytes that it makes, and the bytes made so far that

@@ -32,7 +32,7 @@ impl Sub {
             .attributes
             .graph(attribute)?
             .ok_or_else(|| Error::invalid(format!("attribute `{attribute}` is missing")))?;
-        let plan = Plan::new(&graph, &[]).with_context(|| format!("subgraph `{attribute}`"))?;
+        let plan = Plan::new(&graph, &[], super::registry()).with_context(|| format!("subgraph `{attribute}`"))?;
         let captures = graph
             .captures
             .iter()

@@ -292,7 +292,7 @@ mod tests {
             module: None,
         };
         g.nodes = vec![node("QuantizeLinear", x, q), node("DequantizeLinear", q, y)];
-        let plan = Plan::new(&g, &[]).unwrap();
+        let plan = Plan::new(&g, &[], crate::torch::ops::registry()).unwrap();
         let leaf = Tensor::from_slice(&[-9.0f32, -1.3, 0.26, 126.1, 500.0]).set_requires_grad(true);
         let out = plan.run(&[("x", &leaf)], &[], Device::Cpu).unwrap().remove(0).1;
         // Steps of 0.5 from -1.5 (0) to 126 (255).

@@ -7,11 +7,12 @@ use std::rc::Rc;
 use tch::Device;
 
 use crate::error::Result;
-use crate::graph::{Port, ValueId};
+use crate::graph::ValueId;
 use crate::torch::exec::kernel::Value;
-use crate::torch::exec::plan::{Plan, Signature, Step, run_step};
+use crate::torch::exec::plan::{Plan, Signature};
 use crate::torch::exec::segments;
 use crate::torch::exec::segments::{Segment, Sizes};
+use crate::torch::exec::step::run_step;
 
 /// Specialised plans that are kept at a time: batch sizes, last batches, evaluation.
 const MOST_SIGNATURES: usize = 64;
@@ -173,18 +174,4 @@ impl Plan {
     fn is_output(&self, v: ValueId) -> bool {
         self.outputs.iter().any(|p| p.value == v)
     }
-}
-
-/// Values that no later step and no output reads, after each step.
-pub(super) fn done_after(steps: &[Step], outputs: &[Port]) -> Vec<Vec<ValueId>> {
-    let mut seen: HashSet<ValueId> = outputs.iter().map(|p| p.value).collect();
-    let mut out = vec![Vec::new(); steps.len()];
-    for (i, step) in steps.iter().enumerate().rev() {
-        for &v in step.inputs.iter().chain(&step.outputs).flatten() {
-            if seen.insert(v) {
-                out[i].push(v);
-            }
-        }
-    }
-    out
 }

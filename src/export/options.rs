@@ -1,0 +1,134 @@
+//! What to make of a student, and what was made of it.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::graph::edit;
+use crate::onnx::ModelProto;
+use crate::passes::fuse::{Raise, Written};
+use crate::passes::precision::half::Converted;
+use crate::passes::precision::int8::Quantised;
+use crate::passes::simplify::Simplified;
+
+/// Element type of the student's arithmetic or weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As distilled.
+    #[default]
+    F32,
+    /// f16 where it holds, f32 elsewhere.
+    Fp16,
+    /// bf16 where ONNX has it, f32 elsewhere.
+    Bf16,
+    /// Weights in 8 bits, arithmetic in f32.
+    Int8,
+    /// Weights in 8 bits, and products and convolutions computed in them where that holds.
+    #[serde(rename = "int8-dynamic")]
+    Int8Dynamic,
+}
+
+impl Precision {
+    /// The name on the command line and in the metadata.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int8Dynamic => "int8-dynamic",
+        }
+    }
+}
+
+/// What to make of a student.
+#[derive(Debug, Clone)]
+pub struct ShipOptions {
+    pub precision: Precision,
+    /// Globs of node names that stay in f32.
+    pub keep_f32: Vec<String>,
+    /// How far 8 bits may move a value of the sample.
+    pub int8_limit: f64,
+    /// Images of the calibration noise.
+    pub calibration: usize,
+    /// Fixes the batch; as it is where absent.
+    pub batch: Option<usize>,
+    pub opset: Option<i64>,
+    /// Fold constants and shape arithmetic.
+    pub optimise: bool,
+    /// Which chains are written as the operators that they are, where the graph is optimised.
+    pub raise: Raise,
+    /// Write what several runtimes do not take in plainer operators.
+    pub portable: bool,
+    /// Add the output `image` (u8).
+    pub image: bool,
+    /// ONNX file that turns latents into images, and its output's range.
+    pub decoder: Option<(PathBuf, [f64; 2])>,
+    /// Folder that gets the graph before the first pass and after each.
+    pub dump_passes: Option<PathBuf>,
+}
+
+impl Default for ShipOptions {
+    fn default() -> Self {
+        Self {
+            precision: Precision::F32,
+            keep_f32: Vec::new(),
+            int8_limit: 0.1,
+            calibration: 16,
+            batch: None,
+            opset: None,
+            optimise: true,
+            raise: Raise::Auto,
+            portable: true,
+            image: false,
+            decoder: None,
+            dump_passes: None,
+        }
+    }
+}
+
+/// What was done, for people and machines.
+#[derive(Debug, Clone, Serialize)]
+pub struct ShipReport {
+    pub precision: Precision,
+    pub opset: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub simplified: Option<Simplified>,
+    /// Raised operators that were written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raised: Option<Written>,
+    /// Nodes rewritten for the portable form.
+    pub portable: Vec<String>,
+    /// Nodes that no portable form was found for, and what they have.
+    pub not_portable: Vec<(String, String)>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub half: Option<Converted>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub int8: Option<Quantised>,
+    /// Largest difference of the sample to the student that came in, on other noise than the calibration's; in 16 bits also
+    /// on that, with every value rounded. `None`: not measured, because ONNX Runtime was not found.
+    pub max_abs: Option<f64>,
+    /// Bytes of weights.
+    pub weight_bytes: usize,
+    pub warnings: Vec<String>,
+}
+
+impl ShipReport {
+    /// Nothing done yet.
+    pub(super) fn new(options: &ShipOptions, model: &ModelProto) -> Self {
+        Self {
+            precision: options.precision,
+            opset: edit::opset(model),
+            simplified: None,
+            raised: None,
+            portable: Vec::new(),
+            not_portable: Vec::new(),
+            half: None,
+            int8: None,
+            max_abs: None,
+            weight_bytes: 0,
+            warnings: Vec::new(),
+        }
+    }
+}
