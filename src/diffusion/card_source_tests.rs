@@ -88,7 +88,7 @@ fn names_with_dots_are_reached() {
         ])
         .resolve()
         .unwrap();
-    let classes = Condition::OneHot { classes: 4, null: Some(Null::Zeros(super::super::card::Zeros::Zeros)) };
+    let classes = Condition::OneHot { classes: 4, null: Some(Null::Zeros(super::super::condition::Zeros::Zeros)) };
     assert_eq!(found.card.conditions["onnx::y.1"], classes);
     assert_eq!(found.card.conditions["z.2"].null_row(), Some(vec![0.5, 1.0]));
     assert_eq!(found.card.constants["w.3"], 1.5);

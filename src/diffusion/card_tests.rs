@@ -1,4 +1,5 @@
 use super::*;
+use crate::diffusion::Null;
 
 /// The card of the digits example.
 pub fn digits() -> TeacherCard {

@@ -9,7 +9,8 @@ use crate::io::RowFile;
 use crate::noise;
 use crate::tensor::HostTensor;
 
-use super::card::{Condition, TeacherCard};
+use super::card::TeacherCard;
+use super::condition::Condition;
 use super::conditions::HostConditions;
 
 /// Draws conditions for a card. One row of the file gives all the conditions that the file has (a prompt's embedding, its

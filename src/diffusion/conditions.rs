@@ -7,7 +7,8 @@ use crate::error::{Context, Error, Result};
 use crate::noise;
 use crate::tensor::{DType, HostTensor};
 
-use super::card::{Condition, InputSpec, TeacherCard};
+use super::card::{InputSpec, TeacherCard};
+use super::condition::Condition;
 
 /// Named condition tensors in host memory, first dimension the batch.
 #[derive(Debug, Clone, Default, PartialEq)]

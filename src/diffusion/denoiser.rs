@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::torch::convert;
 use crate::torch::{Forward, ParamSet};
 
-use super::card::{Condition, InputSpec, Layout, TeacherCard};
+use super::card::{InputSpec, Layout, TeacherCard};
+use super::condition::Condition;
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
 use super::guidance::Guidance;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::diffusion::{Betas, Null, Prediction, ScheduleSpec, TimeUnit, card::Zeros};
+use crate::diffusion::{Betas, Null, Prediction, ScheduleSpec, TimeUnit, condition::Zeros};
 use crate::tensor::DType;
 use std::cell::RefCell;
 use std::rc::Rc;

@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::tensor::DType;
 use crate::torch::{Forward, ParamSet, convert};
 
-use super::card::{Condition, InputSpec, Layout, TeacherCard};
+use super::card::{InputSpec, Layout, TeacherCard};
+use super::condition::Condition;
 use super::conditions::Conditions;
 
 /// What the user says about a generator's inputs and outputs; what is empty is found by name and shape.

@@ -2,7 +2,9 @@
 //! denoisers and samplers. The common coordinate is `x_edm = x_t / a_t = x0 + sigma e` with `sigma = b_t / a_t`.
 
 pub mod card;
+mod card_keys;
 pub mod card_source;
+pub mod condition;
 pub mod condition_source;
 pub mod conditions;
 pub mod conversion;
@@ -20,8 +22,9 @@ pub mod schedule;
 mod scheduler_config;
 pub mod teacher_engine;
 
-pub use card::{Condition, InputSpec, Layout, Null, Prediction, TeacherCard, TimeUnit};
+pub use card::{InputSpec, Layout, Prediction, TeacherCard, TimeUnit};
 pub use card_source::{CardSource, Origin, ResolvedCard};
+pub use condition::{Condition, Null};
 pub use condition_source::ConditionSource;
 #[cfg(feature = "train")]
 pub use conditions::Conditions;

@@ -7,7 +7,8 @@ use crate::error::{Context, Error, Result};
 use crate::torch::convert;
 use crate::torch::device::send;
 
-use super::card::{Condition, InputSpec};
+use super::card::InputSpec;
+use super::condition::Condition;
 use super::conditions::HostConditions;
 use super::conversion::Coefficients;
 use super::guidance::Guidance;

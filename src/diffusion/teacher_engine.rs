@@ -13,8 +13,9 @@ use crate::runtime::student::Request;
 use crate::runtime::{self, Dim, Engine, EngineOptions};
 use crate::tensor::{DType, HostTensor};
 
-use super::card::{Condition, InputSpec, Layout, TeacherCard};
+use super::card::{InputSpec, Layout, TeacherCard};
 use super::card_source::{CardSource, ResolvedCard};
+use super::condition::Condition;
 use super::conditions::{HostConditions, check_guidance};
 use super::conversion::Conversion;
 use super::sampler::Sampler;
