@@ -106,7 +106,7 @@ fn data(t: &Tensor, rng: &mut ChaCha8Rng) -> Tensor {
 
 fn attempt(model: &ModelProto, inputs: &[Value], rng: &mut ChaCha8Rng) -> disback::Result<()> {
     let graph: Graph = lower(&Model::from_proto(mutated(model, rng)))?;
-    let plan = Plan::new(&graph, &[])?;
+    let plan = Plan::new(&graph, &[], disback::torch::ops::registry())?;
     let inputs: Vec<(&str, Value)> = graph
         .inputs
         .iter()
