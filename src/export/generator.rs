@@ -15,7 +15,7 @@ use crate::graph::edit;
 use crate::graph::edit::{node, value_info};
 use crate::graph::tensors;
 use crate::noise::batch_noise;
-use crate::onnx::ModelProto;
+use crate::onnx::{GraphProto, ModelProto};
 use crate::tensor::{DType, HostTensor};
 use crate::torch::{Forward, Network, ParamSet};
 
@@ -38,33 +38,7 @@ pub fn generator(
     let graph = model.graph.as_mut().ok_or_else(|| Error::invalid("the model holds no graph"))?;
     graph.value_info.clear();
 
-    // An earlier student's graph has names of ours already.
-    let mut before: Vec<String> = edit::value_names(graph).into_iter().filter(|n| n.starts_with("disback/")).collect();
-    before.sort();
-    for name in before {
-        let taken = edit::value_names(graph);
-        edit::rename(graph, &name, &edit::free_name(&taken, &name.replacen("disback/", "student/", 1)));
-    }
-    for node in &mut graph.node {
-        node.name = node.name.take().map(|n| n.replacen("disback/", "student/", 1));
-    }
-    // Its own names go out of the way first, then everything else that has one of ours.
-    let own = |k: usize| format!("disback/port_{k}");
-    edit::rename(graph, &ports.noise.name, &own(0));
-    edit::rename(graph, &ports.output.name, &own(1));
-    let inputs: Vec<_> = ports.conditions.iter().enumerate().map(|(k, c)| (own(k + 2), c)).collect();
-    for (name, condition) in &inputs {
-        edit::rename(graph, &condition.input.name, name);
-    }
-    for wanted in ["noise", "sample"].into_iter().chain(ports.conditions.iter().map(|c| c.name.as_str())) {
-        let taken = edit::value_names(graph);
-        if taken.contains(wanted) {
-            edit::rename(graph, wanted, &edit::free_name(&taken, &format!("student_{wanted}")));
-        }
-    }
-    for (name, condition) in &inputs {
-        edit::rename(graph, name, &condition.name);
-    }
+    free_names(graph, ports);
     let dim = ports.batch().ok_or("batch");
     let [a, b, c] = ports.noise_shape();
     let mut kept = vec![value_info("noise", DType::F32, &[dim, Ok(a), Ok(b), Ok(c)])];
@@ -126,6 +100,42 @@ pub fn generator(
         check(&model, net, params, ports, card)?;
     }
     Ok(model)
+}
+
+/// Moves names out of the way that the student's inputs and output are to have, and gives the conditions theirs. The network's
+/// noise and output are [`own`] values afterwards.
+fn free_names(graph: &mut GraphProto, ports: &GeneratorPorts) {
+    // An earlier student's graph has names of ours already.
+    let mut before: Vec<String> = edit::value_names(graph).into_iter().filter(|n| n.starts_with("disback/")).collect();
+    before.sort();
+    for name in before {
+        let taken = edit::value_names(graph);
+        edit::rename(graph, &name, &edit::free_name(&taken, &name.replacen("disback/", "student/", 1)));
+    }
+    for node in &mut graph.node {
+        node.name = node.name.take().map(|n| n.replacen("disback/", "student/", 1));
+    }
+    // Its own names go out of the way first, then everything else that has one of ours.
+    edit::rename(graph, &ports.noise.name, &own(0));
+    edit::rename(graph, &ports.output.name, &own(1));
+    let inputs: Vec<_> = ports.conditions.iter().enumerate().map(|(k, c)| (own(k + 2), c)).collect();
+    for (name, condition) in &inputs {
+        edit::rename(graph, &condition.input.name, name);
+    }
+    for wanted in ["noise", "sample"].into_iter().chain(ports.conditions.iter().map(|c| c.name.as_str())) {
+        let taken = edit::value_names(graph);
+        if taken.contains(wanted) {
+            edit::rename(graph, wanted, &edit::free_name(&taken, &format!("student_{wanted}")));
+        }
+    }
+    for (name, condition) in &inputs {
+        edit::rename(graph, name, &condition.name);
+    }
+}
+
+/// A port of the network under a name that nothing else has.
+fn own(k: usize) -> String {
+    format!("disback/port_{k}")
 }
 
 /// The file against the training network on fixed noise at batch 1 and 3, or at the graph's.

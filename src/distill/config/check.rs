@@ -6,6 +6,22 @@ use crate::error::{Error, Result};
 
 impl Config {
     pub(super) fn validate(&self) -> Result<()> {
+        self.check_counts()?;
+        self.check_rates()?;
+        self.check_levels()?;
+        self.check_students()?;
+        self.check_objectives()?;
+        if self.degrade.nodes as u64 > self.degrade.steps {
+            return Err(Error::usage(format!(
+                "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step",
+                self.degrade.nodes, self.degrade.steps
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whole numbers within their bounds.
+    fn check_counts(&self) -> Result<()> {
         let at_least_one = [
             ("batch", self.batch as u64),
             ("accumulate", self.accumulate as u64),
@@ -38,6 +54,11 @@ impl Config {
         if self.evaluate.reference.is_empty() && (!self.evaluate.features.is_empty() || self.evaluate.patience > 0) {
             return Err(Error::usage("evaluate.features and evaluate.patience need evaluate.reference"));
         }
+        Ok(())
+    }
+
+    /// Rates and weights within their bounds.
+    fn check_rates(&self) -> Result<()> {
         let rates = [
             ("backtrack.lr_generator", self.backtrack.lr_generator),
             ("backtrack.lr_fake", self.backtrack.lr_fake),
@@ -84,6 +105,11 @@ impl Config {
         if let Some(v) = self.ema.more.iter().find(|v| !(v.is_finite() && **v >= 0.0)) {
             return Err(Error::usage(format!("ema.more holds {v}, expected half-lives of 0 or more images")));
         }
+        Ok(())
+    }
+
+    /// Cool-down, guidance and noise levels.
+    fn check_levels(&self) -> Result<()> {
         if self.backtrack.cooldown_fake > 1.0 || self.backtrack.cooldown_fake.is_nan() {
             return Err(Error::usage(format!(
                 "backtrack.cooldown_fake is {}, expected 0 to 1, or below 0 for backtrack.cooldown",
@@ -115,6 +141,11 @@ impl Config {
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// The student and recorded steps.
+    fn check_students(&self) -> Result<()> {
         let student = &self.student;
         let named = !(student.noise.is_empty() && student.output.is_empty() && student.conditions.is_empty());
         if named && student.file.is_empty() {
@@ -141,6 +172,11 @@ impl Config {
             return Err(Error::usage(format!("cuda_graphs records a step that is the same each time, but {why}"))
                 .hint("leave one of the two out"));
         }
+        Ok(())
+    }
+
+    /// What goes with which objective, and low-rank adaptation.
+    fn check_objectives(&self) -> Result<()> {
         if self.objective == ObjectiveKind::Sds && self.backtrack.ratio != 1 {
             return Err(Error::usage(format!(
                 "backtrack.ratio is {}, but the objective `sds` has no fake score to be stepped: expected 1",
@@ -167,12 +203,6 @@ impl Config {
         if self.objective == ObjectiveKind::Sds && !self.gan.data.is_empty() {
             return Err(Error::usage("gan.data is given, but the objective `sds` has no fake score to tap")
                 .hint("the discriminator goes with every other objective"));
-        }
-        if self.degrade.nodes as u64 > self.degrade.steps {
-            return Err(Error::usage(format!(
-                "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step",
-                self.degrade.nodes, self.degrade.steps
-            )));
         }
         Ok(())
     }
