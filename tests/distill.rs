@@ -450,3 +450,74 @@ fn a_run_is_measured_as_it_goes_and_ends_when_nothing_improves() {
     assert!(code == 1 && error.contains("none.npz"), "{error}");
     assert!(!dir.join("none").exists() && !dir.join("other").exists());
 }
+
+/// Counts rows and keeps notes.
+#[derive(Default)]
+struct Follower {
+    rows: std::sync::atomic::AtomicUsize,
+    notes: std::sync::Mutex<Vec<String>>,
+}
+
+impl disback::run::Monitor for Follower {
+    fn row(&self, _row: &disback::distill::metrics::Row, _device_bytes: Option<u64>) {
+        self.rows.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+    fn note(&self, text: &str) {
+        self.notes.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn a_library_call_makes_the_bytes_that_the_command_makes() {
+    use disback::run::{Finished, Request, Session};
+    use std::sync::atomic::Ordering;
+
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ok(dir, &with(&["distill", TEACHER, "-o", "command"], SMALL));
+    let keys = [
+        "device=cpu",
+        "threads=1",
+        "batch=4",
+        "degrade.nodes=2",
+        "degrade.steps=4",
+        "degrade.lr=1e-3",
+        "backtrack.updates=5",
+        "backtrack.lr_generator=1e-4",
+        "backtrack.lr_fake=1e-4",
+        "backtrack.switch_every=2",
+        "log.every=1",
+        "log.samples=2",
+        "log.sample_steps=2",
+    ];
+    let follower = std::sync::Arc::new(Follower::default());
+    let request = |out: &str| {
+        let asked = Request { monitor: follower.clone(), ..Request::new(TEACHER, dir.join(out)) };
+        keys.iter().fold(asked, |asked, pair| asked.set(*pair))
+    };
+    let Finished::Distilled(made) = Session::open(request("library")).unwrap().distill().unwrap() else {
+        panic!("the run did not end with a student")
+    };
+    assert_eq!(made.student(), &dir.join("library/student.onnx"));
+    assert!(made.failed().is_none() && made.skipped_steps == 0);
+    for file in ["student.onnx", "student.safetensors", "config.toml", "card.toml"] {
+        let read = |run: &str| std::fs::read(dir.join(run).join(file)).unwrap();
+        assert!(read("library") == read("command"), "{file}");
+    }
+    assert!(dir.join("library/report.html").is_file() && dir.join("library/summary.json").is_file());
+    assert_eq!(follower.rows.load(Ordering::Relaxed), 9);
+    let notes = follower.notes.lock().unwrap().clone();
+    assert_eq!(notes[..3], ["node 0 recorded", "node 1 recorded", "node 2 recorded"], "{notes:?}");
+
+    // Stopped from outside after its first step, it goes on to the same bytes.
+    let stopped = request("stopped");
+    stopped.stop.store(true, Ordering::Relaxed);
+    let stopped = Session::open(stopped).unwrap().distill().unwrap();
+    assert!(matches!(stopped, Finished::Stopped(stage) if stage.name() == "degrade"), "{stopped:?}");
+    let again = Request { resume: true, ..Request::new(TEACHER, dir.join("stopped")) };
+    assert!(matches!(Session::open(again).unwrap().distill().unwrap(), Finished::Distilled(_)));
+    assert!(weights(&dir.join("stopped")) == weights(&dir.join("command")));
+    // A request that cannot be carried out leaves nothing.
+    let broken = request("broken").set("student.sigma_init=-1");
+    assert!(Session::open(broken).is_err() && !dir.join("broken").exists());
+}
