@@ -200,7 +200,7 @@ mod tests {
         }
         let again = std::process::Command::new(std::env::current_exe().unwrap())
             .env(LIMIT, "avx2")
-            .args(["torch::cpu::linear::", "torch::winograd::", "torch::group_norm::"])
+            .args(["torch::cpu::linear::", "torch::cpu::winograd::", "torch::cpu::group_norm::"])
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&again.stdout);
