@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 fn main() {
-    println!("cargo:rerun-if-changed=onnx/onnx.proto");
     generate_onnx_types();
+    generate_event_types();
     bake_onnxruntime_hint();
     #[cfg(feature = "train")]
     train::link_libtorch();
@@ -13,8 +13,17 @@ fn main() {
 /// `onnx/onnx.proto` -> Rust, by protox (no protoc). Bytes fields become `bytes::Bytes`, so that a memory-mapped file is
 /// decoded without copying its weights.
 fn generate_onnx_types() {
+    println!("cargo:rerun-if-changed=onnx/onnx.proto");
     let set = protox::compile(["onnx/onnx.proto"], ["onnx"]).expect("onnx/onnx.proto compiles");
     prost_build::Config::new().bytes(["."]).compile_fds(set).expect("Rust types for onnx/onnx.proto");
+}
+
+/// TensorBoard's event files. Maps are ordered, so that equal settings give equal bytes.
+fn generate_event_types() {
+    const FOLDER: &str = "src/report/tfevents";
+    println!("cargo:rerun-if-changed={FOLDER}/tfevents.proto");
+    let set = protox::compile(["tfevents.proto"], [FOLDER]).expect("tfevents.proto compiles");
+    prost_build::Config::new().btree_map(["."]).compile_fds(set).expect("Rust types for tfevents.proto");
 }
 
 /// Where `make setup` put libonnxruntime: the last place `runtime::ort` looks, after `ORT_DYLIB_PATH` and the folder of

@@ -137,7 +137,9 @@ fn many_callers_get_the_images_of_the_command_line() {
             });
         }
     });
-    let text = String::from_utf8(server.get("/metrics").body).unwrap();
+    let metrics = server.get("/metrics");
+    assert!(metrics.head.contains("application/openmetrics-text; version=1.0.0"), "{}", metrics.head);
+    let text = String::from_utf8(metrics.body).unwrap();
     let number = |name: &str| -> f64 {
         let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{name}\n{text}"));
         line.rsplit_once(' ').unwrap().1.parse().unwrap()
@@ -146,6 +148,8 @@ fn many_callers_get_the_images_of_the_command_line() {
     // Eight callers at once and a wait of 30 ms: calls of the network were shared.
     assert!(number("disback_batch_images_count") < 48.0, "{text}");
     assert_eq!(number("disback_waiting_requests"), 0.0);
+    assert_eq!(number("disback_request_duration_seconds_count"), 48.0);
+    assert_eq!(number("disback_network_duration_seconds_count"), number("disback_batch_images_count"));
     assert_eq!(server.stop(), Some(0));
 }
 

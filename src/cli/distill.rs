@@ -181,6 +181,7 @@ pub(super) static STOP: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 pub(super) fn watch_signals() -> Result<()> {
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
+            super::tui::give_back();
             std::process::exit(130);
         }
     })

@@ -67,10 +67,10 @@ impl Batcher {
         count: usize,
     ) -> std::result::Result<HostTensor, Refused> {
         let (reply, answer) = oneshot::channel();
-        self.metrics.waiting.add(1);
+        self.metrics.waiting.inc();
         let sent = self.jobs.try_send(Job { inputs, count, reply });
         if let Err(e) = sent {
-            self.metrics.waiting.add(-1);
+            self.metrics.waiting.dec();
             return Err(match e {
                 TrySendError::Full(_) => Refused::Busy,
                 TrySendError::Disconnected(_) => Refused::Failed(Error::backend("the network's thread has ended")),
@@ -106,14 +106,14 @@ fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
-        metrics.waiting.add(-(batch.len() as i64));
+        metrics.waiting.dec_by(batch.len() as i64);
         let began = Instant::now();
         let result = together(&mut student, &batch, limits.batch);
         metrics.batches.observe(images as f64);
         metrics.network.observe(began.elapsed().as_secs_f64());
         match result {
             Ok(samples) => {
-                metrics.images.add(images as i64);
+                metrics.images.inc_by(images as u64);
                 let mut at = 0;
                 for job in batch {
                     let _ = job.reply.send(samples.rows(at, job.count));

@@ -1,119 +1,78 @@
-//! Counters in Prometheus' text format.
+//! What `/metrics` shows, in OpenMetrics' text format, which Prometheus reads.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
 
-/// A number that goes up, or up and down.
-#[derive(Debug, Default)]
-pub struct Number(AtomicI64);
+/// What [`Metrics::text`] is, for the answer's Content-Type.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-impl Number {
-    pub fn add(&self, by: i64) {
-        self.0.fetch_add(by, Ordering::Relaxed);
-    }
-    pub fn get(&self) -> i64 {
-        self.0.load(Ordering::Relaxed)
-    }
+const SECONDS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const IMAGES: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+
+/// Requests are counted by the status of their answer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Status {
+    code: u16,
 }
-
-/// A histogram with fixed upper bounds.
-#[derive(Debug)]
-pub struct Histogram {
-    bounds: &'static [f64],
-    counts: Vec<AtomicU64>,
-    /// Sum in millionths, so that one atomic integer holds it.
-    sum: AtomicU64,
-}
-
-impl Histogram {
-    fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(), sum: AtomicU64::new(0) }
-    }
-    pub fn observe(&self, value: f64) {
-        let place = self.bounds.iter().position(|b| value <= *b).unwrap_or(self.bounds.len());
-        self.counts[place].fetch_add(1, Ordering::Relaxed);
-        self.sum.fetch_add((value * 1e6) as u64, Ordering::Relaxed);
-    }
-    fn write(&self, out: &mut String, name: &str, help: &str) {
-        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
-        let mut total = 0;
-        for (k, count) in self.counts.iter().enumerate() {
-            total += count.load(Ordering::Relaxed);
-            let bound = self.bounds.get(k).map_or("+Inf".to_owned(), f64::to_string);
-            let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {total}");
-        }
-        let sum = self.sum.load(Ordering::Relaxed) as f64 / 1e6;
-        let _ = writeln!(out, "{name}_sum {sum}\n{name}_count {total}");
-    }
-}
-
-const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-const IMAGES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
 /// Everything that `/metrics` shows.
 #[derive(Debug)]
 pub struct Metrics {
-    requests: Mutex<BTreeMap<u16, u64>>,
-    pub images: Number,
-    pub waiting: Number,
+    registry: Registry,
+    requests: Family<Status, Counter>,
+    /// Seconds from request to answer.
+    latency: Histogram,
+    /// Images made.
+    pub images: Counter,
+    /// Requests that wait for the network.
+    pub waiting: Gauge,
     /// Images a call of the network.
     pub batches: Histogram,
     /// Seconds in the network.
     pub network: Histogram,
-    /// Seconds from request to answer.
-    pub latency: Histogram,
-    engine: String,
 }
 
 impl Metrics {
+    /// All at zero.
     pub fn new(engine: String) -> Self {
-        Self {
-            requests: Mutex::default(),
-            images: Number::default(),
-            waiting: Number::default(),
-            batches: Histogram::new(IMAGES),
-            network: Histogram::new(SECONDS),
-            latency: Histogram::new(SECONDS),
-            engine,
-        }
+        let mut registry = Registry::with_prefix("disback");
+        let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION").to_owned()), ("engine", engine)]);
+        registry.register("build", "Version of disback, and what runs the student", build);
+        let requests = Family::default();
+        registry.register("requests", "Answered requests for samples", requests.clone());
+        let images = Counter::default();
+        registry.register("images", "Images made", images.clone());
+        let waiting = Gauge::default();
+        registry.register("waiting_requests", "Requests that wait for the network", waiting.clone());
+        let batches = Histogram::new(IMAGES);
+        let unit = Unit::Other("images".into());
+        registry.register_with_unit("batch", "Images in a call of the network", unit, batches.clone());
+        let network = Histogram::new(SECONDS);
+        let help = "Duration of a call of the network";
+        registry.register_with_unit("network_duration", help, Unit::Seconds, network.clone());
+        let latency = Histogram::new(SECONDS);
+        let help = "Time from request to answer";
+        registry.register_with_unit("request_duration", help, Unit::Seconds, latency.clone());
+        Self { registry, requests, latency, images, waiting, batches, network }
     }
 
     /// Counts an answered request.
-    pub fn answered(&self, status: u16, seconds: f64) {
-        *self.requests.lock().unwrap_or_else(|e| e.into_inner()).entry(status).or_insert(0) += 1;
+    pub fn answered(&self, code: u16, seconds: f64) {
+        self.requests.get_or_create(&Status { code }).inc();
         self.latency.observe(seconds);
     }
 
     /// The page.
-    pub fn text(&self) -> String {
+    pub fn text(&self) -> Result<String, std::fmt::Error> {
         let mut out = String::new();
-        let engine = self.engine.replace(['\\', '"', '\n'], " ");
-        let _ = writeln!(
-            out,
-            "# HELP disback_info What runs the student.\n# TYPE disback_info gauge\n\
-             disback_info{{version=\"{}\",engine=\"{engine}\"}} 1",
-            env!("CARGO_PKG_VERSION")
-        );
-        let _ = writeln!(
-            out,
-            "# HELP disback_requests_total Answered requests for samples.\n# TYPE disback_requests_total counter"
-        );
-        for (code, n) in self.requests.lock().unwrap_or_else(|e| e.into_inner()).iter() {
-            let _ = writeln!(out, "disback_requests_total{{code=\"{code}\"}} {n}");
-        }
-        let numbers = [
-            ("disback_images_total", "counter", "Images made.", &self.images),
-            ("disback_waiting_requests", "gauge", "Requests that wait for the network.", &self.waiting),
-        ];
-        for (name, kind, help, number) in numbers {
-            let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {}", number.get());
-        }
-        self.batches.write(&mut out, "disback_batch_images", "Images in a call of the network.");
-        self.network.write(&mut out, "disback_network_seconds", "Seconds of a call of the network.");
-        self.latency.write(&mut out, "disback_request_seconds", "Seconds from request to answer.");
-        out
+        encode(&mut out, &self.registry)?;
+        Ok(out)
     }
 }
 
@@ -122,30 +81,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_is_prometheus_text() {
+    fn the_page_is_openmetrics_text() {
         let m = Metrics::new("tract 0.23 (CPU)".into());
         m.answered(200, 0.004);
         m.answered(200, 20.0);
         m.answered(413, 0.0001);
-        m.images.add(7);
+        m.images.inc_by(7);
+        m.waiting.inc();
         m.batches.observe(3.0);
-        let text = m.text();
+        m.network.observe(0.002);
+        let text = m.text().unwrap();
+        let build =
+            format!("disback_build_info{{version=\"{}\",engine=\"tract 0.23 (CPU)\"}} 1", env!("CARGO_PKG_VERSION"));
         for line in [
+            build.as_str(),
+            "# TYPE disback_requests counter",
             "disback_requests_total{code=\"200\"} 2",
             "disback_requests_total{code=\"413\"} 1",
             "disback_images_total 7",
-            "disback_batch_images_bucket{le=\"2\"} 0",
-            "disback_batch_images_bucket{le=\"4\"} 1",
-            "disback_request_seconds_bucket{le=\"10\"} 2",
-            "disback_request_seconds_bucket{le=\"+Inf\"} 3",
-            "disback_request_seconds_count 3",
+            "# HELP disback_waiting_requests Requests that wait for the network.",
+            "# TYPE disback_waiting_requests gauge",
+            "disback_waiting_requests 1",
+            "disback_batch_images_bucket{le=\"2.0\"} 0",
+            "disback_batch_images_bucket{le=\"4.0\"} 1",
+            "# TYPE disback_request_duration_seconds histogram",
+            "# UNIT disback_request_duration_seconds seconds",
+            "disback_request_duration_seconds_bucket{le=\"10.0\"} 2",
+            "disback_request_duration_seconds_bucket{le=\"+Inf\"} 3",
+            "disback_request_duration_seconds_count 3",
+            "disback_network_duration_seconds_count 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
         }
+        assert!(text.ends_with("# EOF\n"), "{text}");
         // Every sample line: a name, maybe labels, one number.
         for line in text.lines().filter(|l| !l.starts_with('#')) {
             let (_, value) = line.rsplit_once(' ').unwrap();
-            assert!(value.parse::<f64>().is_ok(), "{line}");
+            assert!(line.starts_with("disback_") && value.parse::<f64>().is_ok(), "{line}");
         }
     }
 }

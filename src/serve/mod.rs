@@ -133,7 +133,10 @@ async fn health(State(s): State<Arc<Service>>) -> Response {
 }
 
 async fn page(State(s): State<Arc<Service>>) -> Response {
-    answer(StatusCode::OK, "text/plain; version=0.0.4", s.metrics.text().into_bytes())
+    match s.metrics.text() {
+        Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text.into_bytes()),
+        Err(_) => failure(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written"),
+    }
 }
 
 async fn unknown() -> Response {

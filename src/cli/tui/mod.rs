@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+
 use crate::distill::metrics::Row;
 use crate::distill::observer::Begin;
 use crate::error::{Context, Result};
@@ -17,6 +19,7 @@ use crate::run::Monitor;
 use terminal::Terminal;
 
 pub use state::State;
+pub use terminal::give_back;
 
 /// Refuses `--tui` where there is no terminal, before anything is written.
 pub fn check() -> Result<()> {
@@ -122,13 +125,14 @@ impl Monitor for Shared {
     }
 }
 
-/// What a key means, if anything. Ctrl-C comes as a byte: the terminal is in raw mode.
-pub fn action(key: u8) -> Option<Action> {
-    match key {
-        b'c' => Some(Action::Checkpoint),
-        b's' => Some(Action::Sample),
-        b'p' | b' ' => Some(Action::Pause),
-        b'q' | 0x03 => Some(Action::Stop),
+/// What a key means, if anything. Ctrl-C comes as a key: the terminal is in raw mode.
+pub fn action(key: KeyEvent) -> Option<Action> {
+    match (key.code, key.modifiers.contains(KeyModifiers::CONTROL)) {
+        (KeyCode::Char('c'), true) => Some(Action::Stop),
+        (KeyCode::Char('c'), false) => Some(Action::Checkpoint),
+        (KeyCode::Char('s'), false) => Some(Action::Sample),
+        (KeyCode::Char('p' | ' '), false) => Some(Action::Pause),
+        (KeyCode::Char('q'), false) => Some(Action::Stop),
         _ => None,
     }
 }
@@ -145,14 +149,14 @@ impl View {
         let mut terminal = Terminal::take().context("--tui")?;
         let seen = Arc::clone(&shared);
         let thread = std::thread::spawn(move || {
-            while !seen.over.load(Ordering::Relaxed) {
+            while !seen.over.load(Ordering::Relaxed) && terminal.is_held() {
                 let state = seen.state.lock().unwrap_or_else(|e| e.into_inner()).clone();
-                let (width, height) = terminal.size();
                 // A terminal that has gone away ends the view, not the run.
-                if terminal.show(&screen::draw(&state, width, height)).is_err() {
+                if terminal.show(|frame| screen::draw(&state, frame)).is_err() {
                     break;
                 }
-                for key in terminal.keys(Duration::from_millis(200)) {
+                let Ok(keys) = terminal.keys(Duration::from_millis(200)) else { break };
+                for key in keys {
                     if action(key).is_some_and(|a| !seen.act(a)) {
                         drop(terminal);
                         std::process::exit(130);
@@ -181,23 +185,24 @@ mod tests {
     fn keys_reach_the_run() {
         let stop = Arc::new(AtomicBool::new(false));
         let shared = Shared::new(stop.clone());
-        let press = |key| action(key).map(|a| shared.act(a));
-        assert_eq!(press(b'x'), None);
+        let key = |c, modifiers| action(KeyEvent::new(KeyCode::Char(c), modifiers)).map(|a| shared.act(a));
+        let press = |c| key(c, KeyModifiers::NONE);
+        assert_eq!((press('x'), key('s', KeyModifiers::CONTROL)), (None, None));
         assert!(!shared.wants_checkpoint() && !shared.wants_samples());
-        assert_eq!(press(b'c'), Some(true));
+        assert_eq!(press('c'), Some(true));
         assert!(shared.wants_checkpoint() && !shared.wants_checkpoint());
-        press(b's');
+        press('s');
         assert!(shared.wants_samples());
-        press(b'p');
+        press('p');
         assert!(shared.state.lock().unwrap().paused);
-        press(b' ');
+        press(' ');
         assert!(!shared.state.lock().unwrap().paused);
         shared.wait_while_paused();
-        press(b'p');
-        assert_eq!(press(0x03), Some(true));
+        press('p');
+        assert_eq!(key('c', KeyModifiers::CONTROL), Some(true));
         assert!(stop.load(Ordering::Relaxed) && shared.state.lock().unwrap().stopping);
         // Stopped, a pause holds nothing up any more.
         shared.wait_while_paused();
-        assert_eq!(press(b'q'), Some(false), "the second time ends the process");
+        assert_eq!(press('q'), Some(false), "the second time ends the process");
     }
 }

@@ -1,59 +1,62 @@
-//! The terminal view, drawn from its state alone, line by line.
+//! The terminal view, drawn from its state alone.
 
 use std::collections::VecDeque;
 
+use ratatui::Frame;
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Color, Modifier, Style};
+use ratatui::text::{Line, Span, Text};
+use ratatui::widgets::{LineGauge, Sparkline};
+
 use super::State;
 
-const BOLD: &str = "\x1b[1m";
-const REVERSED: &str = "\x1b[7m";
-const PLAIN: &str = "\x1b[0m";
-const COLOURS: [&str; 4] = ["\x1b[34m", "\x1b[33m", "\x1b[32m", "\x1b[35m"];
-const EIGHTHS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+const COLOURS: [Color; 4] = [Color::Blue, Color::Yellow, Color::Green, Color::Magenta];
 /// Lines of the newest notes.
 const NOTES: usize = 3;
+/// Lines of a curve at most.
+const CURVE: u16 = 8;
 
-/// At most `height` lines of at most `width` visible characters; what does not fit is left out from below, the keys last.
-pub fn draw(state: &State, width: usize, height: usize) -> Vec<String> {
-    let mut lines = vec![title(state, width), bar(state, width)];
-    lines.extend(numbers(state).into_iter().map(|text| cut(&text, width)));
-    let notes = state.notes.len().min(NOTES);
-    let room = height.saturating_sub(lines.len() + notes + 1);
-    lines.extend(curves(state, width, room));
-    lines.extend(state.notes.iter().skip(state.notes.len() - notes).map(|n| cut(&format!("  {n}"), width)));
-    lines.truncate(height.saturating_sub(1));
-    lines.resize(height.saturating_sub(1), String::new());
+/// Fills the frame; where it is small, the keys stay longest, then what stands above.
+pub fn draw(state: &State, frame: &mut Frame) {
+    let [mut rest, keys] = Layout::vertical([Constraint::Min(0), Constraint::Length(1)]).areas(frame.area());
     let pause = if state.paused { "go on" } else { "pause" };
-    let keys = cut(&format!(" c checkpoint   s sample   p {pause}   q stop "), width);
-    lines.push(format!("{REVERSED}{keys}{PLAIN}"));
-    lines.truncate(height);
-    lines
+    let text = format!(" c checkpoint   s sample   p {pause}   q stop ");
+    frame.render_widget(Line::from(Span::styled(text, Modifier::REVERSED)), keys);
+    frame.render_widget(Line::styled(title(state), Modifier::BOLD), top(&mut rest, 1));
+    let share = if state.total == 0 { 0.0 } else { (state.iteration as f64 / state.total as f64).clamp(0.0, 1.0) };
+    let eta = state.eta().map_or(String::new(), |s| format!("  ETA {}", duration(s)));
+    let label = format!("{}/{}{eta}", state.iteration, state.total);
+    let gauge = LineGauge::default().ratio(share).label(label).filled_symbol("█").unfilled_symbol("░");
+    frame.render_widget(gauge, top(&mut rest, 1));
+    let numbers = numbers(state).map(Line::from);
+    frame.render_widget(Text::from_iter(numbers), top(&mut rest, 3));
+    let notes = state.notes.iter().skip(state.notes.len().saturating_sub(NOTES));
+    let notes = Text::from_iter(notes.map(|n| Line::from(format!("  {n}"))));
+    let [mut middle, below] =
+        Layout::vertical([Constraint::Min(0), Constraint::Length(notes.lines.len() as u16)]).areas(rest);
+    frame.render_widget(notes, below);
+    curves(state, frame, &mut middle);
 }
 
-/// The first `width` characters; text without colours.
-fn cut(text: &str, width: usize) -> String {
-    text.chars().take(width).collect()
+/// Takes so many lines, as far as there are any, from the top of what is left.
+fn top(rest: &mut Rect, lines: u16) -> Rect {
+    let taken = Rect { height: lines.min(rest.height), ..*rest };
+    rest.y += taken.height;
+    rest.height -= taken.height;
+    taken
 }
 
-fn title(state: &State, width: usize) -> String {
+fn title(state: &State) -> String {
     let what = match (state.paused, state.stopping) {
         (_, true) => " · stopping",
         (true, _) => " · paused",
         _ => "",
     };
     let stage = if state.stage.is_empty() { "starting" } else { &state.stage };
-    format!("{BOLD}{}{PLAIN}", cut(&format!("{} · {stage}{what}", state.run), width))
+    format!("{} · {stage}{what}", state.run)
 }
 
-fn bar(state: &State, width: usize) -> String {
-    let share = if state.total == 0 { 0.0 } else { (state.iteration as f64 / state.total as f64).clamp(0.0, 1.0) };
-    let eta = state.eta().map_or(String::new(), |s| format!("  ETA {}", duration(s)));
-    let text = format!(" {}/{}{eta}", state.iteration, state.total);
-    let room = width.saturating_sub(text.chars().count());
-    let filled = (room as f64 * share).round() as usize;
-    cut(&format!("{}{}{text}", "█".repeat(filled), "░".repeat(room - filled)), width)
-}
-
-fn numbers(state: &State) -> Vec<String> {
+fn numbers(state: &State) -> [String; 3] {
     let number = |v: Option<f64>| v.map_or("-".to_string(), crate::report::text::number);
     let row = state.row.as_ref();
     let of = |f: fn(&crate::distill::metrics::Row) -> String| row.map_or("-".to_string(), f);
@@ -65,7 +68,7 @@ fn numbers(state: &State) -> Vec<String> {
     if let Some(last) = state.distance.back() {
         third += &format!("   distance {last:.3}   best {}", number(state.best));
     }
-    vec![
+    [
         format!(
             "node {}/{}   images/s {}   images {}   lr {}",
             state.node,
@@ -85,46 +88,39 @@ fn numbers(state: &State) -> Vec<String> {
     ]
 }
 
-/// Curves of what has been measured, sharing `room` lines.
-fn curves(state: &State, width: usize, room: usize) -> Vec<String> {
+/// Curves of what has been measured, sharing the lines of `rest`.
+fn curves(state: &State, frame: &mut Frame, rest: &mut Rect) {
     let all = [
         ("loss of the fake score", &state.loss_fake),
         ("loss of the generator", &state.loss_generator),
         ("mismatch", &state.mismatch),
         ("distance", &state.distance),
     ];
-    let shown: Vec<_> = all.iter().enumerate().filter(|(_, (_, values))| !values.is_empty()).collect();
+    let shown: Vec<_> = all.iter().zip(COLOURS).filter(|((_, values), _)| !values.is_empty()).collect();
     if shown.is_empty() {
-        return vec![cut("nothing measured yet", width)];
+        return frame.render_widget(Line::from("nothing measured yet"), top(rest, 1));
     }
     // A line of text and at least one of curve each.
-    let height = (room / shown.len()).saturating_sub(1).min(8);
+    let height = (rest.height / shown.len() as u16).saturating_sub(1).min(CURVE);
     if height == 0 {
-        return Vec::new();
+        return;
     }
-    let mut lines = Vec::new();
-    for (k, (name, values)) in shown {
-        let (heights, low, high) = scaled(values, width, height * 8);
-        lines.push(cut(&format!("{name}  {low:.4} .. {high:.4}"), width));
-        for line in (0..height).rev() {
-            let cell = |h: &usize| match h.saturating_sub(line * 8) {
-                0 => ' ',
-                full @ 8.. => EIGHTHS[full.min(8) - 1],
-                part => EIGHTHS[part - 1],
-            };
-            lines.push(format!("{}{}{PLAIN}", COLOURS[k], heights.iter().map(cell).collect::<String>()));
-        }
+    for ((name, values), colour) in shown {
+        let most = u64::from(height) * 8;
+        let (heights, low, high) = scaled(values, usize::from(rest.width), most);
+        frame.render_widget(Line::from(format!("{name}  {low:.4} .. {high:.4}")), top(rest, 1));
+        let curve = Sparkline::default().data(heights).max(most).style(Style::new().fg(colour));
+        frame.render_widget(curve, top(rest, height));
     }
-    lines
 }
 
 /// The newest `width` values as heights of 1 to `most`, and their range.
-fn scaled(values: &VecDeque<f64>, width: usize, most: usize) -> (Vec<usize>, f64, f64) {
+fn scaled(values: &VecDeque<f64>, width: usize, most: u64) -> (Vec<u64>, f64, f64) {
     let last: Vec<f64> = values.iter().skip(values.len().saturating_sub(width)).copied().collect();
     let low = last.iter().copied().fold(f64::INFINITY, f64::min);
     let high = last.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let height = |v: &f64| match high > low {
-        true => 1 + ((most - 1) as f64 * (v - low) / (high - low)).round() as usize,
+        true => 1 + ((most - 1) as f64 * (v - low) / (high - low)).round() as u64,
         false => most.div_ceil(2),
     };
     (last.iter().map(height).collect(), low, high)
@@ -149,6 +145,9 @@ fn bytes(n: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
     use super::*;
     use crate::distill::checkpoint::StageKind;
     use crate::distill::metrics::Row;
@@ -170,22 +169,13 @@ mod tests {
         }
     }
 
-    /// What a person sees: the lines without their colours.
-    fn text(state: &State, width: usize, height: usize) -> String {
-        let mut out = String::new();
-        for line in draw(state, width, height) {
-            let mut visible = String::new();
-            let mut rest = line.as_str();
-            while let Some(at) = rest.find('\x1b') {
-                visible += &rest[..at];
-                rest = &rest[at + rest[at..].find('m').unwrap() + 1..];
-            }
-            visible += rest;
-            assert!(visible.chars().count() <= width, "{visible}");
-            out += &(visible + "\n");
-        }
-        assert_eq!(out.lines().count(), height);
-        out
+    /// What a person sees, line by line.
+    fn text(state: &State, width: u16, height: u16) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+        terminal.draw(|frame| super::draw(state, frame)).unwrap();
+        let buffer = terminal.backend().buffer();
+        let line = |y| (0..width).map(|x| buffer[(x, y)].symbol()).collect::<String>() + "\n";
+        (0..height).map(line).collect()
     }
 
     #[test]
@@ -228,10 +218,34 @@ mod tests {
         assert_eq!(state.row.as_ref().map(|r| r.stage), Some(StageKind::Backtrack));
         state.paused = true;
         assert!(text(&state, 80, 24).contains("p go on") && text(&state, 80, 24).contains("paused"));
-        // Any size is drawn, within its borders.
-        for (w, h) in [(1, 1), (10, 3), (40, 8), (300, 90)] {
+        // The keys and what runs are seen on the smallest screens; any size is drawn.
+        let small = text(&state, 20, 5);
+        assert!(small.starts_with("runs/digits · backtr") && small.ends_with(" c checkpoint   s sa\n"), "{small}");
+        for (w, h) in [(0, 0), (1, 1), (10, 2), (3, 40), (40, 8), (300, 90)] {
             text(&state, w, h);
+            text(&State::default(), w, h);
         }
+    }
+
+    #[test]
+    fn a_screen_of_80_by_24_has_room_for_all() {
+        let mut state = State { run: "runs/digits".into(), nodes: 5, total: 100, ..State::default() };
+        (1..=25).for_each(|k| state.row(&row(k)));
+        state.iteration = 25;
+        (1..=5).for_each(|k| state.note(format!("note {k}")));
+        let shown = text(&state, 80, 24);
+        let lines: Vec<&str> = shown.lines().map(str::trim_end).collect();
+        assert_eq!(lines[0], "runs/digits · backtrack");
+        let gauge = lines[1];
+        assert!(gauge.starts_with("25/100  ETA 2 min 30 s █") && gauge.ends_with('░'), "{gauge}");
+        let (full, rest) = (gauge.matches('█').count(), gauge.matches('░').count());
+        assert!(full * 4 >= full + rest - 4 && full * 4 <= full + rest + 4, "{gauge}");
+        assert!(lines[2].starts_with("node 3/5   images/s 321.5   images 3200   lr 1.00e-5"), "{shown}");
+        assert!(lines[3].starts_with("loss 0.02000   generator 0.2500   mismatch 0.01230   skipped 0"), "{shown}");
+        assert!(
+            lines[5].starts_with("loss of the fake score") && lines[20..23] == ["  note 3", "  note 4", "  note 5"]
+        );
+        assert_eq!(lines[23], " c checkpoint   s sample   p pause   q stop");
     }
 
     #[test]

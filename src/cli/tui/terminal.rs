@@ -1,107 +1,109 @@
-//! The terminal itself: another screen, single keys, its size. Given back when dropped, whatever ends the view.
+//! The terminal of standard input and standard error in raw mode, with another screen. Given back when dropped, when any
+//! thread panics, and by [`give_back`] before the process ends at once.
 
-use std::io::{IsTerminal, Write};
+use std::io::{BufWriter, IsTerminal, Stderr, stderr, stdin};
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use ratatui::Frame;
+use ratatui::backend::CrosstermBackend;
+use ratatui::crossterm::cursor::{Hide, Show};
+use ratatui::crossterm::event::{self, Event, KeyEvent, KeyEventKind};
+use ratatui::crossterm::execute;
+use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode};
 
 use crate::error::{Error, Result};
 
-const STDIN: i32 = 0;
-const STDERR: i32 = 2;
-/// Alternate screen, no cursor; and back.
-const ENTER: &str = "\x1b[?1049h\x1b[?25l\x1b[2J";
-const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
+/// Frames between two drawings of everything: what others (libtorch, say) wrote to standard error does not stay.
+const FRAMES: u32 = 25;
 
-/// A terminal in raw mode.
-pub struct Terminal {
-    before: libc::termios,
-}
+/// Whether the terminal is in use here.
+static TAKEN: AtomicBool = AtomicBool::new(false);
 
 /// Refuses to take what is not there.
 pub fn check() -> Result<()> {
-    match std::io::stderr().is_terminal() && std::io::stdin().is_terminal() {
+    match stderr().is_terminal() && stdin().is_terminal() {
         true => Ok(()),
         false => Err(Error::usage("there is no terminal")
             .hint("leave --tui out: progress is then written line by line, and metrics.jsonl has every number")),
     }
 }
 
+/// Puts the terminal back as it was, if it was taken.
+pub fn give_back() {
+    if TAKEN.swap(false, Ordering::SeqCst) {
+        let _ = execute!(stderr(), Show, LeaveAlternateScreen);
+        let _ = disable_raw_mode();
+    }
+}
+
+/// A panic is reported on the screen that the user comes back to.
+fn watch_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            give_back();
+            before(info);
+        }));
+    });
+}
+
+/// The terminal, as long as this lives.
+pub struct Terminal {
+    screen: ratatui::Terminal<CrosstermBackend<BufWriter<Stderr>>>,
+    frames: u32,
+}
+
 impl Terminal {
-    /// Takes the terminal of standard input and standard error.
+    /// Takes the terminal.
     pub fn take() -> Result<Self> {
         check()?;
-        // SAFETY: termios is plain data that tcgetattr fills; the descriptors are open.
-        let before = unsafe {
-            let mut settings: libc::termios = std::mem::zeroed();
-            if libc::tcgetattr(STDIN, &mut settings) != 0 {
-                return Err(std::io::Error::last_os_error().into());
+        watch_panics();
+        enable_raw_mode()?;
+        TAKEN.store(true, Ordering::SeqCst);
+        let made = execute!(stderr(), EnterAlternateScreen, Hide)
+            .and_then(|()| ratatui::Terminal::new(CrosstermBackend::new(BufWriter::new(stderr()))));
+        match made {
+            Ok(screen) => Ok(Self { screen, frames: 0 }),
+            Err(e) => {
+                give_back();
+                Err(e.into())
             }
-            settings
-        };
-        let mut raw = before;
-        raw.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG);
-        // SAFETY: as above; `raw` is a changed copy of valid settings.
-        if unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, &raw) } != 0 {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        let terminal = Self { before };
-        std::io::stderr().write_all(ENTER.as_bytes())?;
-        Ok(terminal)
-    }
-
-    /// Columns and lines.
-    pub fn size(&self) -> (usize, usize) {
-        // SAFETY: winsize is plain data that the call fills.
-        let (ok, size) = unsafe {
-            let mut size: libc::winsize = std::mem::zeroed();
-            (libc::ioctl(STDERR, libc::TIOCGWINSZ, &mut size) == 0, size)
-        };
-        match ok && size.ws_col > 0 && size.ws_row > 0 {
-            true => (usize::from(size.ws_col), usize::from(size.ws_row)),
-            false => (80, 24),
         }
     }
 
-    /// Shows lines from the top, and nothing below them.
-    pub fn show(&mut self, lines: &[String]) -> std::io::Result<()> {
-        let mut out = String::from("\x1b[H");
-        for (k, line) in lines.iter().enumerate() {
-            if k > 0 {
-                out.push_str("\r\n");
-            }
-            out.push_str(line);
-            out.push_str("\x1b[K");
-        }
-        out.push_str("\x1b[J");
-        let mut err = std::io::stderr().lock();
-        err.write_all(out.as_bytes())?;
-        err.flush()
+    /// Whether it has not been given back meanwhile.
+    pub fn is_held(&self) -> bool {
+        TAKEN.load(Ordering::SeqCst)
     }
 
-    /// Keys pressed within `wait`, as soon as there are any. Sequences of cursor keys and the like are passed over.
-    pub fn keys(&mut self, wait: Duration) -> Vec<u8> {
-        let mut ready = libc::pollfd { fd: STDIN, events: libc::POLLIN, revents: 0 };
-        // SAFETY: one descriptor, as many as is said.
-        if unsafe { libc::poll(&mut ready, 1, wait.as_millis() as i32) } <= 0 || ready.revents & libc::POLLIN == 0 {
-            if ready.revents & (libc::POLLHUP | libc::POLLERR) != 0 {
-                std::thread::sleep(wait);
+    /// Shows what `draw` draws.
+    pub fn show(&mut self, draw: impl FnOnce(&mut Frame)) -> std::io::Result<()> {
+        if self.frames.is_multiple_of(FRAMES) {
+            self.screen.clear()?;
+        }
+        self.frames = self.frames.wrapping_add(1);
+        self.screen.draw(draw).map(|_| ())
+    }
+
+    /// Keys pressed within `wait`, as soon as there are any; a change of the terminal's size ends the waiting too.
+    pub fn keys(&mut self, mut wait: Duration) -> std::io::Result<Vec<KeyEvent>> {
+        let mut pressed = Vec::new();
+        while event::poll(wait)? {
+            match event::read()? {
+                Event::Key(key) if key.kind == KeyEventKind::Press => pressed.push(key),
+                _ => {}
             }
-            return Vec::new();
+            wait = Duration::ZERO;
         }
-        let mut bytes = [0u8; 64];
-        // SAFETY: the buffer is as large as is said.
-        let count = unsafe { libc::read(STDIN, bytes.as_mut_ptr().cast(), bytes.len()) };
-        let pressed = &bytes[..usize::try_from(count).unwrap_or(0)];
-        match pressed.first() {
-            Some(0x1b) => Vec::new(),
-            _ => pressed.to_vec(),
-        }
+        Ok(pressed)
     }
 }
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        let _ = std::io::stderr().write_all(LEAVE.as_bytes());
-        // SAFETY: the settings are those the terminal had.
-        unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, &self.before) };
+        give_back();
     }
 }

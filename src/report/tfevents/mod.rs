@@ -14,29 +14,9 @@ use proto::{Event, Histogram, HparamsData, Image, Metadata, PluginData, SessionE
 
 pub use proto::Hparam;
 
-/// CRC-32C (Castagnoli, reflected), as iSCSI and TFRecord use it.
-fn crc32c(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0u32; 256];
-        let mut i = 0;
-        while i < 256 {
-            let mut c = i as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                c = if c & 1 == 1 { (c >> 1) ^ 0x82f6_3b78 } else { c >> 1 };
-                bit += 1;
-            }
-            table[i] = c;
-            i += 1;
-        }
-        table
-    };
-    !bytes.iter().fold(!0u32, |c, &b| (c >> 8) ^ TABLE[((c ^ u32::from(b)) & 0xff) as usize])
-}
-
 /// TFRecord stores crcs masked, so that a crc over data that holds crcs stays useful.
 fn masked(bytes: &[u8]) -> u32 {
-    crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 /// Writes scalars, images, histograms and settings for TensorBoard. Events lie on disk after [`EventWriter::flush`] or when it is dropped.
@@ -123,28 +103,19 @@ impl EventWriter {
 
     /// The run's settings, for TensorBoard's HPARAMS page; `metrics` are tags of scalars to set beside them.
     pub fn hparams(&mut self, settings: &[(String, Hparam)], metrics: &[&str]) -> Result<()> {
-        self.plugin("_hparams_/experiment", HparamsData::experiment(settings, metrics))?;
+        self.value(0, plugin("_hparams_/experiment", &HparamsData::experiment(settings, metrics)))?;
         let start = SessionStart::new(settings, now());
-        self.plugin("_hparams_/session_start_info", HparamsData { session_start: Some(start), ..HparamsData::new() })
+        let start = HparamsData { session_start: Some(start), ..HparamsData::default() };
+        self.value(0, plugin("_hparams_/session_start_info", &start))
     }
 
     /// The run is over, for the HPARAMS page.
     pub fn hparams_end(&mut self, success: bool) -> Result<()> {
         // STATUS_SUCCESS, STATUS_FAILURE
         let end = SessionEnd { status: if success { 1 } else { 2 }, end_time_secs: now() };
-        self.plugin("_hparams_/session_end_info", HparamsData { session_end: Some(end), ..HparamsData::new() })?;
+        let end = HparamsData { session_end: Some(end), ..HparamsData::default() };
+        self.value(0, plugin("_hparams_/session_end_info", &end))?;
         self.flush()
-    }
-
-    fn plugin(&mut self, tag: &str, data: HparamsData) -> Result<()> {
-        let plugin = PluginData { plugin_name: "hparams".into(), content: data.encode_to_vec() };
-        let value = Value {
-            tag: tag.into(),
-            metadata: Some(Metadata { plugin_data: Some(plugin) }),
-            tensor: Some(proto::null_tensor()),
-            ..Value::default()
-        };
-        self.value(0, value)
     }
 
     /// An image over steps: the bytes of a PNG of that height, width and number of channels.
@@ -166,6 +137,17 @@ impl EventWriter {
     /// Hands everything to the operating system.
     pub fn flush(&mut self) -> Result<()> {
         self.out.flush().with_context(|| self.path.display().to_string())
+    }
+}
+
+/// What the `hparams` plug-in reads under a tag.
+fn plugin(tag: &str, data: &HparamsData) -> Value {
+    let plugin = PluginData { plugin_name: "hparams".into(), content: data.encode_to_vec() };
+    Value {
+        tag: tag.into(),
+        metadata: Some(Metadata { plugin_data: Some(plugin) }),
+        tensor: Some(proto::empty_tensor()),
+        ..Value::default()
     }
 }
 
@@ -197,11 +179,51 @@ fn records(bytes: &[u8]) -> Vec<(usize, &[u8])> {
 mod tests {
     use super::*;
 
+    /// The same events as they were written before the messages were generated: the format must not drift.
     #[test]
-    fn crc_check_value() {
-        // The check value of CRC-32C.
-        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
-        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa); // RFC 3720, B.4
+    fn the_bytes_are_those_recorded() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = EventWriter::create(dir.path()).unwrap();
+        writer.flush().unwrap();
+        let before = std::fs::metadata(writer.path()).unwrap().len() as usize;
+        let event = |step, value| Event {
+            wall_time: 1.5,
+            step,
+            summary: Some(Summary { value: vec![value] }),
+            ..Event::default()
+        };
+        let settings = [
+            ("lr".to_string(), Hparam::Number(1e-5)),
+            ("objective".to_string(), Hparam::Text("dmd".into())),
+            ("tf32".to_string(), Hparam::Flag(false)),
+        ];
+        let start = SessionStart::new(&settings, 1.5);
+        let end = SessionEnd { status: 1, end_time_secs: 2.5 };
+        let image = Image { height: 2, width: 3, colorspace: 1, encoded: b"png".to_vec() };
+        let numbers = |tag: &str, v| Value { tag: tag.into(), simple_value: Some(v), ..Value::default() };
+        for written in [
+            Event { wall_time: 1.5, file_version: Some("brain.Event:2".into()), ..Event::default() },
+            event(7, numbers("loss", 0.25)),
+            event(0, numbers("zero", 0.0)),
+            event(8, Value { tag: "sheet".into(), image: Some(image), ..Value::default() }),
+            event(9, Value { tag: "w".into(), histo: Histogram::of(&[-1.0, 0.5, 0.5, 3.0]), ..Value::default() }),
+            event(0, plugin("_hparams_/experiment", &HparamsData::experiment(&settings, &["evaluate/frechet"]))),
+            event(
+                0,
+                plugin(
+                    "_hparams_/session_start_info",
+                    &HparamsData { session_start: Some(start), ..HparamsData::default() },
+                ),
+            ),
+            event(
+                0,
+                plugin("_hparams_/session_end_info", &HparamsData { session_end: Some(end), ..HparamsData::default() }),
+            ),
+        ] {
+            writer.record(&written).unwrap();
+        }
+        writer.flush().unwrap();
+        assert_eq!(std::fs::read(writer.path()).unwrap()[before..], include_bytes!("recorded.bin")[..]);
     }
 
     fn events(path: &Path) -> Vec<Event> {
