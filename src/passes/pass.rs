@@ -36,8 +36,8 @@ pub struct Dump<'a, M> {
     pub write: &'a dyn Fn(&M, &Path) -> Result<()>,
 }
 
-impl<M, C> Passes<'_, M, C> {
-    /// Runs those that apply, in order.
+impl<M: Clone + PartialEq, C> Passes<'_, M, C> {
+    /// Runs those that apply, in order. What left the model as it was needs no check.
     ///
     /// Errors: of a pass or of its check, which the pass's name goes before.
     pub fn run(&self, model: &mut M, shared: &mut C) -> Result<()> {
@@ -49,9 +49,11 @@ impl<M, C> Passes<'_, M, C> {
                 continue;
             }
             let _span = tracing::debug_span!("pass", name).entered();
+            let checked = self.check.filter(|_| pass.keeps_values());
+            let before = checked.map(|_| model.clone());
             pass.run(model, shared).with_context(|| format!("pass `{name}`"))?;
             self.write(model, k + 1, name)?;
-            if let Some(check) = self.check.filter(|_| pass.keeps_values()) {
+            if let Some(check) = checked.filter(|_| before.as_ref() != Some(&*model)) {
                 check(model, shared).with_context(|| format!("pass `{name}`"))?;
             }
             tracing::debug!("done");
