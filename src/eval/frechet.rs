@@ -8,7 +8,9 @@ use crate::error::{Error, Result};
 /// Mean and covariance (divided by N-1) of a set's features.
 #[derive(Debug, Clone)]
 pub struct Statistics {
+    /// Mean of each feature, `[D]`.
     pub mean: Vec<f64>,
+    /// Covariance of the features, `[D, D]`.
     pub covariance: Mat<f64>,
     /// Images behind them, where known.
     pub count: Option<usize>,

@@ -23,6 +23,7 @@ const DIRECTIONS: usize = 64;
 /// Distances times 1000, as the field quotes them: one a level, finest first, and their mean.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Sliced {
+    /// Mean distance over the levels of the pyramid, times 1000.
     pub mean: f64,
     /// Standard error over groups of random directions.
     pub standard_error: f64,

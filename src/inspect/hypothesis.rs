@@ -10,17 +10,22 @@ use crate::diffusion::{Betas, Conversion, Prediction, ScheduleSpec, TeacherCard,
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
+    /// EDM: `x_t = x0 + sigma e`.
     Edm,
+    /// Variance preserving, betas spaced evenly (DDPM).
     VpLinear,
+    /// Variance preserving, square roots of the betas spaced evenly (Stable Diffusion).
     VpScaledLinear,
+    /// Variance preserving, cosine schedule (improved DDPM).
     VpCosine,
+    /// Rectified flow: `x_t = (1 - t) x0 + t e`.
     Flow,
     /// The schedule that the card's sources give.
     Given,
 }
 
 impl Family {
-    /// `schedule.kind` and `schedule.betas`.
+    /// The family as the card writes it: `schedule.kind`, and `schedule.betas` where it has betas.
     pub fn keys(self) -> (&'static str, Option<&'static str>) {
         match self {
             Self::Edm => ("edm", None),
@@ -33,13 +38,18 @@ impl Family {
     }
 }
 
-/// One reading of the network.
+/// One assumption about what the network's input and output mean.
 #[derive(Debug, Clone)]
 pub struct Hypothesis {
+    /// What the network's output is taken to be.
     pub prediction: Prediction,
+    /// What number the time input is taken to be.
     pub time_unit: TimeUnit,
+    /// Schedule that relates the time to a noise level.
     pub family: Family,
+    /// Standard deviation of the data; only `edm-raw` depends on it.
     pub sigma_data: f64,
+    /// All of the above as one conversion of the output to x0.
     pub conversion: Conversion,
 }
 
@@ -65,9 +75,13 @@ pub fn word<T: Serialize>(value: &T) -> String {
 /// What is settled before the probe.
 #[derive(Debug, Clone, Default)]
 pub struct Settled {
+    /// The prediction, where the card's sources state it; otherwise every prediction is tried.
     pub prediction: Option<Prediction>,
+    /// The time unit, where the card's sources state it.
     pub time_unit: Option<TimeUnit>,
+    /// The schedule, where the card's sources state it; otherwise each [`Family`] is tried.
     pub schedule: Option<ScheduleSpec>,
+    /// Standard deviation of the data, where the card's sources state it; otherwise 0.5 and 1 are tried.
     pub sigma_data: Option<f64>,
     /// The time input's name says sigma.
     pub named_sigma: bool,

@@ -18,12 +18,13 @@ pub struct Effort {
     pub rows: usize,
     /// Steps of the sampler.
     pub steps: usize,
+    /// Noise levels sigma at which the denoiser is tested.
     pub levels: &'static [f64],
 }
 
-/// Noise levels at which the denoiser is put to the test.
-/// The middle ones first: most wrong readings are seen through there.
+/// Noise levels sigma at which the denoiser is tested, the middle ones first: most wrong assumptions fail there.
 pub const LEVELS: [f64; 5] = [1.0, 0.3, 3.0, 0.1, 10.0];
+/// The same for a network that costs too much for all of [`LEVELS`].
 pub const FEW_LEVELS: [f64; 3] = [1.0, 0.2, 4.0];
 
 impl Effort {
