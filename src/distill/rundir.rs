@@ -117,9 +117,11 @@ impl RunDir {
         )))
     }
 
+    /// The run directory itself.
     pub fn path(&self) -> &Path {
         &self.path
     }
+    /// `config.toml`: the configuration as resolved.
     pub fn config_file(&self) -> PathBuf {
         self.path.join("config.toml")
     }
@@ -127,15 +129,19 @@ impl RunDir {
     pub fn card_file(&self) -> PathBuf {
         self.path.join("card.toml")
     }
+    /// Folder of the degradation trajectory.
     pub fn trajectory(&self) -> PathBuf {
         self.path.join("trajectory")
     }
+    /// Folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
     }
+    /// `metrics.jsonl`: losses and other measures of training, one row a line; see [`crate::distill::metrics::Row`].
     pub fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
     }
+    /// Folder of the sample grids, PNG.
     pub fn samples(&self) -> PathBuf {
         self.path.join("samples")
     }
@@ -151,6 +157,7 @@ impl RunDir {
     pub fn levels(&self) -> PathBuf {
         self.path.join("levels.jsonl")
     }
+    /// `student.onnx`: the student at the end of the run.
     pub fn student(&self) -> PathBuf {
         self.path.join("student.onnx")
     }
@@ -162,9 +169,11 @@ impl RunDir {
     pub fn average_weights(&self, half_life: f64) -> PathBuf {
         self.path.join(format!("student-ema-{half_life}.safetensors"))
     }
+    /// `summary.json`: what the run was and what it cost.
     pub fn summary(&self) -> PathBuf {
         self.path.join("summary.json")
     }
+    /// `report.html`: the run as a page for a browser.
     pub fn report(&self) -> PathBuf {
         self.path.join("report.html")
     }

@@ -17,6 +17,7 @@ use crate::torch::params::{TensorFile, save_tensors};
 /// One recorded set of weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Node {
+    /// Place in the trajectory; 0 is the teacher.
     pub index: usize,
     /// File name inside the trajectory's folder.
     pub file: String,
@@ -112,9 +113,11 @@ impl Trajectory {
         Ok(Self { dir: dir.to_owned(), index })
     }
 
+    /// Folder that the trajectory lies in.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+    /// All nodes in order, the teacher first.
     pub fn nodes(&self) -> &[Node] {
         &self.index.nodes
     }
@@ -122,9 +125,11 @@ impl Trajectory {
     pub fn last(&self) -> usize {
         self.index.nodes.len() - 1
     }
+    /// Whether stage 1 has ended, so that the nodes are final.
     pub fn is_complete(&self) -> bool {
         self.index.complete
     }
+    /// [`ParamSet::hash`] of the teacher's weights.
     pub fn teacher_hash(&self) -> &str {
         &self.index.teacher_hash
     }

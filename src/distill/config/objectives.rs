@@ -43,6 +43,7 @@ pub enum Divergence {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FDistillConfig {
+    /// The f-divergence that weights the samples.
     pub divergence: Divergence,
 }
 

@@ -24,6 +24,7 @@ pub use head::Head;
 #[derive(Debug)]
 pub struct Gan {
     head: Head,
+    /// Optimiser of the head.
     pub adam: AdamW,
     data: RealImages,
     taps: Vec<String>,
@@ -73,6 +74,7 @@ impl Gan {
         }))
     }
 
+    /// Trained weights of the head.
     pub fn params(&self) -> &ParamSet {
         self.head.params()
     }
