@@ -17,6 +17,7 @@ use super::scheduler_config;
 /// A card, where each of its values came from, and the model's other `disback.*` metadata.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ResolvedCard {
+    /// The card, with defaults where no source gives a value.
     pub card: TeacherCard,
     /// By dotted key; what is not here is [`Origin::Default`].
     pub origins: BTreeMap<String, Origin>,
@@ -51,6 +52,7 @@ pub struct CardSource {
 }
 
 impl CardSource {
+    /// No sources yet.
     pub fn new() -> Self {
         Self::default()
     }

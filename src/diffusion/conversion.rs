@@ -23,9 +23,11 @@ pub struct Coefficients {
 /// Where a one-step student starts: `x_net = init_scale z`, `z ~ N(0, I)`, `x0 = skip x_net + out F`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StudentStart {
+    /// Factor of the noise: `x_net = init_scale z`.
     pub init_scale: f64,
     /// The noise level that `x_net` stands for; infinite for flow at t = 1.
     pub sigma: f64,
+    /// Coefficients at `sigma`, or their limit where it is infinite.
     pub coefficients: Coefficients,
 }
 
@@ -100,6 +102,7 @@ impl Conversion {
         })
     }
 
+    /// The noise schedule.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }

@@ -68,6 +68,7 @@ pub enum Sampler {
 /// Samples and what they cost.
 #[derive(Debug)]
 pub struct Sampled<V> {
+    /// The samples, at the last noise level.
     pub value: V,
     /// Evaluations of the denoiser.
     pub nfe: usize,

@@ -34,6 +34,7 @@ pub struct Watcher<'a> {
     origin: Origin<'a>,
     config: &'a Config,
     run: &'a RunDir,
+    /// Writes sample grids and the event file.
     pub sheets: Sheets,
     judge: Option<InLoop>,
     monitor: Arc<dyn Monitor>,
