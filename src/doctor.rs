@@ -6,6 +6,7 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Found, and usable.
     Ok,
     /// Not there; something can be done without it.
     Missing,
@@ -16,8 +17,11 @@ pub enum State {
 /// One thing looked at.
 #[derive(Debug, Clone, Serialize)]
 pub struct Check {
+    /// What was looked at, such as `libtorch` or `CUDA devices`; shown to the user.
     pub name: &'static str,
+    /// Whether it is usable.
     pub state: State,
+    /// What was found, in words: version, place, number of devices.
     pub detail: String,
     /// What to do, where something is to be done.
     #[serde(skip_serializing_if = "Option::is_none")]

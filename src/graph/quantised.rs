@@ -21,7 +21,9 @@ const READERS: &[(&str, &[usize])] = &[
 /// Quantised weights of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Quantised {
+    /// Number of quantised weights: matrices and filters, without their biases.
     pub tensors: usize,
+    /// Number of elements in all of them together.
     pub elements: usize,
     /// The first of them.
     pub example: String,

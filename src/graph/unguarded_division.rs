@@ -11,6 +11,7 @@ use crate::graph::{Graph, Node, ValueId};
 /// A division without protection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unguarded {
+    /// The node that divides, with its operator, as [`Node::label`] writes it.
     pub node: String,
     /// The value that it divides by.
     pub divisor: String,

@@ -57,6 +57,7 @@ impl RowFile {
         run().with_context(|| path.display().to_string())
     }
 
+    /// The file as it was given to [`RowFile::open`].
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -32,15 +32,21 @@ pub enum Class {
     Indexing,
     /// Products of matrices, convolutions, and layers with one of them inside.
     Product,
+    /// Normalisation: BatchNormalization, GroupNormalization, LayerNormalization and their like.
     Norm,
+    /// Attention: products of queries, keys and values, with the softmax or linear form between them.
     Attention,
+    /// Recurrent layers: GRU, LSTM and RNN.
     Recurrent,
+    /// Reduces axes to one number: the sum, mean, largest element and so on, or the place of the largest or smallest.
     Reduction,
     /// Each element of the result depends on all those along an axis.
     AlongAxis,
+    /// Means or maxima over windows, or over all positions, and MaxUnpool, which puts maxima back.
     Pooling,
     /// Interpolates between elements, or says where.
     Sampling,
+    /// Losses of training: NegativeLogLikelihoodLoss and SoftmaxCrossEntropyLoss.
     Loss,
     /// Reads the shape of its input, not its elements.
     Size,
@@ -54,6 +60,7 @@ pub enum Class {
     Control,
     /// Sequences and optional values.
     Sequence,
+    /// None of the other classes: text, images in files, Fourier transforms and single cases such as Det.
     Other,
 }
 
@@ -62,7 +69,9 @@ pub enum Class {
 pub enum ResultType {
     /// That of this input.
     Input(usize),
+    /// Always bool, as comparisons make.
     Bool,
+    /// Always i64, as indices and shapes are.
     Int64,
     /// Said by an attribute, fixed otherwise, or no tensor.
     Other,
@@ -75,7 +84,9 @@ pub enum Weight {
     Filter,
     /// Of a product of matrices.
     Matrix,
+    /// Added to features: the bias of a convolution, a linear layer, a recurrent layer or a norm.
     Bias,
+    /// Multiplies features: the scale of a norm.
     Scale,
     /// A running mean or variance.
     Statistic,
@@ -86,6 +97,7 @@ pub enum Weight {
 pub struct OpSchema {
     /// Empty for ONNX's own.
     pub domain: &'static str,
+    /// The operator's name as nodes have it, such as `Conv`.
     pub name: &'static str,
     /// The first version of its domain that has it.
     pub since: i64,
@@ -94,9 +106,11 @@ pub struct OpSchema {
     pub changes: &'static [i64],
     /// Fewest and most inputs.
     pub inputs: (usize, usize),
+    /// What kind of computation it is.
     pub class: Class,
     /// Input slots in which a constant is a weight.
     pub weights: &'static [(usize, Weight)],
+    /// Element type of its first result.
     pub result: ResultType,
     /// libtorch's autocast computes it in bf16, whatever the type of its operands.
     pub autocast: bool,
