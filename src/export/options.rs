@@ -45,6 +45,7 @@ impl Precision {
 /// What to make of a student.
 #[derive(Debug, Clone)]
 pub struct ShipOptions {
+    /// Element type of the shipped file's weights or arithmetic.
     pub precision: Precision,
     /// Globs of node names that stay in f32.
     pub keep_f32: Vec<String>,
@@ -54,6 +55,7 @@ pub struct ShipOptions {
     pub calibration: usize,
     /// Fixes the batch; as it is where absent.
     pub batch: Option<usize>,
+    /// Operator set that the file is converted to; absent: it keeps that of the student.
     pub opset: Option<i64>,
     /// Fold constants and shape arithmetic.
     pub optimise: bool,
@@ -91,8 +93,11 @@ impl Default for ShipOptions {
 /// What was done, for people and machines.
 #[derive(Debug, Clone, Serialize)]
 pub struct ShipReport {
+    /// The precision that was asked for.
     pub precision: Precision,
+    /// Operator set of the file that was written.
     pub opset: i64,
+    /// What simplifying did; absent where the graph was not optimised.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub simplified: Option<Simplified>,
     /// Raised operators that were written.
@@ -102,8 +107,10 @@ pub struct ShipReport {
     pub portable: Vec<String>,
     /// Nodes that no portable form was found for, and what they have.
     pub not_portable: Vec<(String, String)>,
+    /// The conversion to 16 bits; absent for other precisions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub half: Option<Converted>,
+    /// The quantisation to 8 bits; absent for other precisions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub int8: Option<Quantised>,
     /// Largest difference of the sample to the student that came in, on other noise than the calibration's; in 16 bits also
@@ -111,6 +118,7 @@ pub struct ShipReport {
     pub max_abs: Option<f64>,
     /// Bytes of weights.
     pub weight_bytes: usize,
+    /// What the user should know about the file, one sentence each.
     pub warnings: Vec<String>,
 }
 

@@ -28,7 +28,9 @@ const SAME_ROW: f32 = 1e-6;
 /// What simplifying did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Simplified {
+    /// Number of nodes before.
     pub nodes_before: usize,
+    /// Number of nodes after.
     pub nodes_after: usize,
     /// Values that became constants.
     pub folded: usize,

@@ -49,8 +49,11 @@ pub struct Written {
 /// A chain that was recognised and not replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Chain {
+    /// The name of the node at which the chain ends.
     pub node: String,
+    /// The ONNX operator that would have replaced it, such as `LayerNormalization`.
     pub operator: String,
+    /// Why it was not replaced, in words for the user.
     pub reason: String,
 }
 

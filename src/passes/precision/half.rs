@@ -33,8 +33,11 @@ const TRIES: usize = 12;
 /// A node that stays in f32.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Kept {
+    /// The node, with its operator, as errors and tables name it.
     pub node: String,
+    /// The operator's name, such as `Softmax`.
     pub operator: String,
+    /// Why it stays in f32, in words for the user.
     pub reason: String,
 }
 
@@ -43,6 +46,7 @@ pub struct Kept {
 pub struct Converted {
     /// Nodes computed in 16 bits.
     pub nodes: usize,
+    /// The nodes that stay in f32, with their reasons.
     pub kept: Vec<Kept>,
     /// Largest difference of the sample to the f32 network's over the calibration inputs.
     pub max_abs: f64,

@@ -33,8 +33,11 @@ const LARGE_SIDE: i64 = 256;
 /// (`default`, `avx2`) limits them too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
+    /// Neither: the kernels here cannot be used, and libtorch's compute instead.
     None,
+    /// AVX2: vectors of 256 bits, eight numbers in f32.
     Avx2,
+    /// AVX-512: vectors of 512 bits, sixteen numbers in f32.
     Avx512,
 }
 

@@ -14,6 +14,7 @@ use crate::torch::shim;
 /// What is adapted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraOptions {
+    /// Rank of the change to each weight, at least 1; a weight whose own rank is smaller gets a change of that rank.
     pub rank: usize,
     /// Weight of the product is `alpha / rank`.
     pub alpha: f64,
