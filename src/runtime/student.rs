@@ -43,7 +43,9 @@ pub fn parse_value(text: &str) -> toml::Value {
 /// One condition input of a student.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Condition {
+    /// Name, element type and shape of the input.
     pub input: ValueInfo,
+    /// What its rows hold.
     pub kind: ConditionKind,
 }
 
@@ -51,9 +53,15 @@ pub struct Condition {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConditionKind {
     /// A class number an image.
-    ClassIndex { classes: usize },
+    ClassIndex {
+        /// Number of classes; class numbers are 0 to `classes - 1`.
+        classes: usize,
+    },
     /// A row of zeros with a one an image.
-    OneHot { classes: usize },
+    OneHot {
+        /// Number of classes, that is the length of a row.
+        classes: usize,
+    },
     /// A row of numbers (text embedding) an image; the caller brings them.
     Embedding,
 }
@@ -61,6 +69,8 @@ pub enum ConditionKind {
 /// What a student's file says about it.
 #[derive(Debug, Clone)]
 pub struct StudentInfo {
+    /// How it was made: `disback`, the base method's name where no trajectory was used, or `weights` where no run is
+    /// known.
     pub method: String,
     /// Channels, height, width of a sample.
     pub shape: [usize; 3],
@@ -68,7 +78,9 @@ pub struct StudentInfo {
     pub noise_shape: [usize; 3],
     /// Range of the sample's values; absent for latents.
     pub range: Option<[f64; 2]>,
+    /// Name, element type and shape of the input `noise`: standard normal, `[B, C, H, W]`.
     pub noise: ValueInfo,
+    /// All other inputs, in the graph's order; empty for an unconditional student.
     pub conditions: Vec<Condition>,
     /// The largest term of the sum that makes a sample, as it was when the file was written; 1 where that is not known.
     /// Rounding errors of f32 are relative to it ([`ROUNDING_SCALE`]).
@@ -198,6 +210,7 @@ impl StudentInfo {
 /// What to sample. Image `k` depends on the seed and on `k` alone.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
+    /// Seed of the noise, and of the classes where they are drawn.
     pub seed: u64,
     /// Classes of images 0, 1, 2... repeated as needed; drawn uniformly from the seed where empty.
     pub classes: Vec<usize>,
@@ -226,9 +239,11 @@ impl Student {
         Ok(Self { info: StudentInfo::from_model(&decode(bytes)?)?, engine: open_bytes(bytes, None, options)? })
     }
 
+    /// What the student's file says about it.
     pub fn info(&self) -> &StudentInfo {
         &self.info
     }
+    /// The engine that holds the network, for calls beside sampling.
     pub fn engine(&mut self) -> &mut dyn Engine {
         self.engine.as_mut()
     }

@@ -34,6 +34,7 @@ use metrics::Metrics;
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
+    /// Address and port to listen on; port 0 lets the system choose a free one.
     pub address: SocketAddr,
     /// Images a call of the network, and a request, at most.
     pub batch: usize,

@@ -85,7 +85,9 @@ fn shapes(inputs: &[ValueInfo], batch: usize) -> Result<String> {
 pub struct Stamp {
     /// Model name of the device, as the driver gives it.
     pub device: String,
+    /// Version of the NVIDIA kernel driver; `none` where it cannot be read.
     pub driver: String,
+    /// Version of ONNX Runtime.
     pub onnxruntime: String,
     /// SHA-256 of the student's file.
     pub model: String,
