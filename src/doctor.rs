@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// How a thing stands.
+/// Whether something was found and is usable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
@@ -14,7 +14,7 @@ pub enum State {
     Broken,
 }
 
-/// One thing looked at.
+/// One part of the build or of the machine, and its state.
 #[derive(Debug, Clone, Serialize)]
 pub struct Check {
     /// What was looked at, such as `libtorch` or `CUDA devices`; shown to the user.
@@ -23,7 +23,7 @@ pub struct Check {
     pub state: State,
     /// What was found, in words: version, place, number of devices.
     pub detail: String,
-    /// What to do, where something is to be done.
+    /// What the user can do about it; absent where nothing is to be done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
 }
@@ -38,7 +38,7 @@ impl Check {
     }
 }
 
-/// Looks at everything.
+/// Examines the build and the machine: libtorch, CUDA, ONNX Runtime and tract.
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![Check::new("disback", State::Ok, format!("{} ({})", env!("CARGO_PKG_VERSION"), features()))];
     libtorch(&mut checks);

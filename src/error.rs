@@ -81,14 +81,15 @@ impl Error {
         self
     }
 
-    /// Adds the way out, shown on a line of its own. The innermost hint, the most specific, stays.
+    /// Adds what the user can do about it, shown on a line of its own. A hint that is there already stays: the
+    /// innermost is the most specific.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint.get_or_insert(hint.into());
         self
     }
 
-    /// The way out, where there is one.
+    /// What the user can do about it, where the error says so.
     pub fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }

@@ -54,7 +54,7 @@ impl DType {
         matches!(self, Self::F32 | Self::F64 | Self::F16 | Self::BF16)
     }
 
-    /// The type that half precision is computed in; others stay.
+    /// f32 for f16 and bf16, which are computed in f32; every other type stays itself.
     pub fn widened(self) -> Self {
         if matches!(self, Self::F16 | Self::BF16) { Self::F32 } else { self }
     }

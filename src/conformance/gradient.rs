@@ -34,7 +34,7 @@ pub enum Gradient {
         /// Largest error of a directional derivative, relative to its size; at most [`GRADIENT_TOLERANCE`].
         error: f64,
     },
-    /// Not differentiable there.
+    /// The network is not differentiable at the case's inputs, or has nothing to differentiate.
     Excepted {
         /// Why autograd and central differences must differ there.
         reason: String,

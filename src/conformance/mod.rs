@@ -46,17 +46,18 @@ pub struct Case {
     pub name: String,
     /// How the values compare with the expected ones.
     pub outcome: Outcome,
-    /// Why it did not pass.
+    /// Why it did not pass; absent where it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Default domain, dense tensors of floats, integers and booleans at the borders.
+    /// Whether the case has operators of ONNX's default domain alone, and dense tensors of floats (bf16 excepted),
+    /// integers or booleans as graph inputs and outputs.
     pub plain: bool,
     /// Autograd against central differences, where asked for and where the case has floats in and out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gradient: Option<Gradient>,
 }
 
-/// A folder of cases.
+/// The results of a folder of cases.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     /// Number of cases.

@@ -23,7 +23,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// `f32[batch, 3, 64, 64]`.
+    /// Element type and shape as text, such as `f32[batch, 3, 64, 64]`; `?` for what the file does not say.
     pub fn describe(&self) -> String {
         let dtype = self.dtype.map_or("?".to_owned(), |d| d.to_string());
         match &self.shape {
@@ -64,7 +64,7 @@ pub enum Origin {
         /// The place in the subgraph.
         origin: Box<Origin>,
     },
-    /// Made by us.
+    /// Nowhere in the file: this crate made the tensor.
     Made,
 }
 
@@ -96,7 +96,7 @@ pub struct Node {
     pub attributes: Attributes,
     /// Outer values that subgraph attributes refer to, as `(name, value)`.
     pub captures: Vec<(String, ValueId)>,
-    /// Index in the file's `graph.node`; `None` for nodes made by us.
+    /// Index in the file's `graph.node`; `None` for nodes that this crate made.
     pub origin: Option<usize>,
     /// Module path from the exporter's node metadata, where it wrote one.
     pub module: Option<String>,

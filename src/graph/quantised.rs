@@ -25,7 +25,7 @@ pub struct Quantised {
     pub tensors: usize,
     /// Number of elements in all of them together.
     pub elements: usize,
-    /// The first of them.
+    /// Name of the first of them.
     pub example: String,
 }
 
@@ -58,7 +58,7 @@ pub fn quantised(graph: &Graph) -> Option<Quantised> {
     found
 }
 
-/// Refuses what cannot be trained as a whole.
+/// Refuses a graph with quantised weights, by an error of kind [`crate::Kind::Unsupported`].
 pub fn refuse(graph: &Graph) -> Result<()> {
     match quantised(graph) {
         None => Ok(()),

@@ -12,7 +12,7 @@ use super::npy;
 use crate::error::{Context, Error, Result};
 use crate::tensor::{DType, HostTensor, checked_len};
 
-/// See the module's text.
+/// A file of named arrays, mapped into memory, whose rows are copied where they are asked for.
 #[derive(Debug, Clone)]
 pub struct RowFile {
     path: PathBuf,

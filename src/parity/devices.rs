@@ -21,9 +21,10 @@ pub struct DeviceParity {
     pub device: String,
     /// Largest difference of an output, over its standard deviation.
     pub output_max_rel: f64,
-    /// Relative L2 difference of all gradients together, and of the worst parameter that has a gradient to speak of.
+    /// Relative L2 difference of all gradients together.
     pub gradient_rel_l2: f64,
-    /// Name of the parameter with the largest relative difference; empty where none has a gradient to speak of.
+    /// Name of the parameter whose gradient differs most, relative to its size; gradients below 1e-6 of all together do
+    /// not count, and where none counts it is empty.
     pub worst_parameter: String,
     /// That parameter's relative L2 difference.
     pub worst_gradient_rel_l2: f64,

@@ -81,7 +81,7 @@ pub struct Parity {
     pub max_abs: f64,
     /// Largest [`OutputError::max_rel`] over the same comparisons.
     pub max_rel: f64,
-    /// Against ONNX Runtime.
+    /// libtorch against ONNX Runtime, one entry for each output; empty where ONNX Runtime cannot run the file.
     pub outputs: Vec<OutputError>,
     /// libtorch against outputs that the user gave, or that the framework left beside the model.
     #[serde(skip_serializing_if = "Option::is_none")]

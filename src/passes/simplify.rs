@@ -36,7 +36,7 @@ pub struct Simplified {
     pub folded: usize,
     /// Reshape targets that got a -1 for the batch.
     pub reshapes: usize,
-    /// Values that are one row for all images.
+    /// Values that are the same for every image and are now stored once.
     pub rows: usize,
 }
 

@@ -49,20 +49,20 @@ pub struct Condition {
     pub kind: ConditionKind,
 }
 
-/// What a condition input wants.
+/// What a condition input takes for each image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConditionKind {
-    /// A class number an image.
+    /// One class number.
     ClassIndex {
         /// Number of classes; class numbers are 0 to `classes - 1`.
         classes: usize,
     },
-    /// A row of zeros with a one an image.
+    /// A row of zeros with a 1 at the class number.
     OneHot {
         /// Number of classes, that is the length of a row.
         classes: usize,
     },
-    /// A row of numbers (text embedding) an image; the caller brings them.
+    /// A row of numbers, such as a text embedding, which the caller gives.
     Embedding,
 }
 
@@ -74,7 +74,7 @@ pub struct StudentInfo {
     pub method: String,
     /// Channels, height, width of a sample.
     pub shape: [usize; 3],
-    /// The same of the noise: differs from `shape` where a latent decoder is part of the file.
+    /// Channels, height, width of the noise; other than `shape` where a latent decoder is part of the file.
     pub noise_shape: [usize; 3],
     /// Range of the sample's values; absent for latents.
     pub range: Option<[f64; 2]>,
@@ -172,7 +172,8 @@ impl StudentInfo {
         samples.iter().flat_map(HostTensor::to_f32).fold(self.rounding_scale, |m, v| m.max(f64::from(v.abs())))
     }
 
-    /// Latents are the autoencoder's output times this.
+    /// Factor between the autoencoder's output and the latents, which are the output times this; 1 where the file does
+    /// not say.
     pub fn latent_scale(&self) -> f64 {
         self.metadata.get("latent_scale").and_then(|t| number(&parse_value(t))).unwrap_or(1.0)
     }
@@ -216,7 +217,7 @@ pub struct Request {
     pub classes: Vec<usize>,
     /// Rows for conditions that the caller must bring, by input name, repeated as needed.
     pub embeddings: Vec<(String, HostTensor)>,
-    /// Images a call.
+    /// Largest number of images in one call of the network.
     pub batch: usize,
 }
 

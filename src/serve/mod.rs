@@ -44,7 +44,7 @@ pub struct ServeOptions {
     pub queue: usize,
     /// Largest body, bytes.
     pub body: usize,
-    /// How long requests are still taken after the word to stop, while `/health` says so.
+    /// How long requests are still taken after the signal to stop; `/health` reports the stop meanwhile.
     pub drain: Duration,
 }
 

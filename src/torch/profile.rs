@@ -17,7 +17,7 @@ pub struct Operator {
     pub name: String,
     /// How often it was called.
     pub calls: u64,
-    /// Without the operators that it called.
+    /// Time inside it, without the operators that it called.
     pub own: Duration,
 }
 
@@ -26,7 +26,7 @@ pub struct Operator {
 pub struct Times {
     /// Time inside operators, all of them together.
     pub inside: Duration,
-    /// Longest first.
+    /// Every operator that was called; the longest `own` comes first.
     pub operators: Vec<Operator>,
 }
 

@@ -82,7 +82,7 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-/// Numbers of one AdamW step.
+/// Hyperparameters of one AdamW step.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamWStep {
     /// Learning rate of this step.

@@ -70,7 +70,7 @@ impl TensorFile {
         &self.path
     }
 
-    /// Sorted.
+    /// Names of the tensors, in alphabetical order.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.tensors.keys().cloned().collect();
         names.sort();

@@ -11,7 +11,7 @@ use crate::onnx::{GraphProto, ModelProto, NodeProto, TensorProto};
 use crate::passes::portable;
 use crate::tensor::DType;
 
-/// A runtime to look ahead to.
+/// A runtime whose limits are checked by tables, without running it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {

@@ -40,11 +40,11 @@ pub enum Class {
     Recurrent,
     /// Reduces axes to one number: the sum, mean, largest element and so on, or the place of the largest or smallest.
     Reduction,
-    /// Each element of the result depends on all those along an axis.
+    /// Each element of the result depends on several along an axis: Softmax, CumSum and their like.
     AlongAxis,
     /// Means or maxima over windows, or over all positions, and MaxUnpool, which puts maxima back.
     Pooling,
-    /// Interpolates between elements, or says where.
+    /// Interpolates between elements, as Resize and GridSample do, or computes the places for it (AffineGrid).
     Sampling,
     /// Losses of training: NegativeLogLikelihoodLoss and SoftmaxCrossEntropyLoss.
     Loss,
@@ -56,7 +56,7 @@ pub enum Class {
     Random,
     /// Has operands or a result of 8 bits.
     Quantised,
-    /// Runs graphs.
+    /// Runs subgraphs: If, Loop and Scan.
     Control,
     /// Sequences and optional values.
     Sequence,
@@ -67,13 +67,13 @@ pub enum Class {
 /// The element type of an operator's first result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResultType {
-    /// That of this input.
+    /// The element type of the input in this slot.
     Input(usize),
     /// Always bool, as comparisons make.
     Bool,
     /// Always i64, as indices and shapes are.
     Int64,
-    /// Said by an attribute, fixed otherwise, or no tensor.
+    /// None of these: an attribute says it, the operator fixes another one, or the result is no tensor.
     Other,
 }
 
@@ -82,7 +82,7 @@ pub enum ResultType {
 pub enum Weight {
     /// Filters of a convolution.
     Filter,
-    /// Of a product of matrices.
+    /// Operand of a product of matrices.
     Matrix,
     /// Added to features: the bias of a convolution, a linear layer, a recurrent layer or a norm.
     Bias,
@@ -92,7 +92,7 @@ pub enum Weight {
     Statistic,
 }
 
-/// One operator.
+/// What is known of one operator.
 #[derive(Debug, Clone, Copy)]
 pub struct OpSchema {
     /// Empty for ONNX's own.
@@ -104,7 +104,7 @@ pub struct OpSchema {
     /// Later versions in which its meaning or form is another, for graphs of f32, f16 and integer tensors. Versions that
     /// only took in more element types are not among them: such a node is the same in both.
     pub changes: &'static [i64],
-    /// Fewest and most inputs.
+    /// Smallest and largest number of inputs; [`MANY`]: no limit.
     pub inputs: (usize, usize),
     /// What kind of computation it is.
     pub class: Class,

@@ -61,7 +61,7 @@ pub struct Parameter {
     pub role: Role,
     /// Its dimensions as they are in the graph.
     pub shape: Vec<usize>,
-    /// Element type in the file; masters are f32 whatever it is.
+    /// Element type in the file; the trained weights are f32 whatever it is.
     pub dtype: DType,
     /// Where the bytes came from, for writing back.
     pub origin: Origin,

@@ -37,12 +37,12 @@ pub enum Raise {
     All,
 }
 
-/// What was written.
+/// The operators that were written in the place of chains, and the chains that stay.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Written {
-    /// Nodes by operator.
+    /// Number of nodes written, by operator.
     pub operators: BTreeMap<String, usize>,
-    /// Chains that stay: node at which one ends, operator, reason.
+    /// The chains that stay as they are.
     pub kept: Vec<Chain>,
 }
 

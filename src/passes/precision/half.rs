@@ -41,7 +41,7 @@ pub struct Kept {
     pub reason: String,
 }
 
-/// What became of the network.
+/// What the conversion to 16 bits did.
 #[derive(Debug, Clone, Serialize)]
 pub struct Converted {
     /// Nodes computed in 16 bits.
@@ -50,7 +50,7 @@ pub struct Converted {
     pub kept: Vec<Kept>,
     /// Largest difference of the sample to the f32 network's over the calibration inputs.
     pub max_abs: f64,
-    /// How that was measured.
+    /// How `max_abs` was measured, in words for the user.
     pub checked: String,
 }
 

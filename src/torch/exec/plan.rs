@@ -29,7 +29,7 @@ type Observe<'a> = dyn FnMut(ValueId, &Value) + 'a;
 /// Outputs by name, and the tapped values in the order asked for.
 pub type Tapped = (Vec<(String, Tensor)>, Vec<Option<Tensor>>);
 
-/// See the module's text.
+/// An imported graph that is ready to run: immutable, and shared by all copies of a network.
 #[derive(Debug)]
 pub struct Plan {
     steps: Rc<[Step]>,

@@ -18,17 +18,17 @@ pub struct Entry {
     pub domain: &'static str,
     /// The operator's name, such as `Conv`.
     pub op: &'static str,
-    /// First and last opset version with this meaning.
+    /// First version of the domain's operator set with this meaning.
     pub since: i64,
-    /// See `since`; `i64::MAX` where no later version changes it.
+    /// Last version with this meaning; `i64::MAX` where no later one changes it.
     pub until: i64,
-    /// Fewest and most inputs.
+    /// Smallest and largest number of inputs; [`MANY`]: no limit.
     pub inputs: (usize, usize),
     /// Builds the kernel of a node of this operator.
     pub build: Build,
 }
 
-/// All operators.
+/// The operators that can be built, by domain and name.
 #[derive(Debug, Clone, Default)]
 pub struct Registry {
     entries: HashMap<(&'static str, &'static str), Vec<Entry>>,
