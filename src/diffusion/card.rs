@@ -39,7 +39,7 @@ pub enum Prediction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TimeUnit {
-    /// sigma.
+    /// The noise level sigma itself.
     Sigma,
     /// ln(sigma) / 4, EDM's c_noise.
     #[serde(rename = "ln-sigma-4")]
@@ -78,7 +78,8 @@ fn half() -> f64 {
     0.5
 }
 
-/// The card. Every field is documented in the README under the same name.
+/// What a teacher's ONNX file does not say about its diffusion model. The README documents the fields under the same
+/// names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherCard {

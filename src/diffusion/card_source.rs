@@ -19,7 +19,7 @@ use super::scheduler_config;
 pub struct ResolvedCard {
     /// The card, with defaults where no source gives a value.
     pub card: TeacherCard,
-    /// By dotted key; what is not here is [`Origin::Default`].
+    /// Where each value came from, by dotted key; a key that is not here has its default ([`Origin::Default`]).
     pub origins: BTreeMap<String, Origin>,
     /// `disback.*` metadata that is no card key (student, provenance, ...), without the prefix.
     pub extra: BTreeMap<String, String>,

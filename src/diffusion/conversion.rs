@@ -10,13 +10,13 @@ use super::schedule::{Schedule, ScheduleSpec};
 /// The conversion at one noise level.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Coefficients {
-    /// `x_net = c_in x_edm`.
+    /// Factor of the network's input: `x_net = c_in x_edm`.
     pub c_in: f64,
     /// The number for the network's time input.
     pub time: f64,
-    /// `x0 = skip x_net + out F`.
+    /// Factor of `x_net` in `x0 = skip x_net + out F`.
     pub skip: f64,
-    /// `x0 = skip x_net + out F`.
+    /// Factor of the network's output `F` in `x0 = skip x_net + out F`.
     pub out: f64,
 }
 

@@ -52,7 +52,7 @@ impl VectorSpace for tch::Tensor {
     }
 }
 
-/// Which solver.
+/// Solver of the probability-flow ODE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampler {

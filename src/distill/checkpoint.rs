@@ -35,7 +35,7 @@ impl StageKind {
 /// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    /// The stage that was interrupted.
+    /// The stage that the checkpoint belongs to.
     pub stage: StageKind,
     /// Iterations of the stage that are done.
     pub iteration: u64,

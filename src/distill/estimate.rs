@@ -39,8 +39,8 @@ pub struct StageCost {
     pub activations: u64,
     /// Sum of the above.
     pub total: u64,
-    /// Forward passes of the teacher's network that one iteration costs for each image of a micro-batch (a backward pass counts
-    /// as two).
+    /// Forward passes of the teacher's network that one iteration costs for each image of a micro-batch (a backward
+    /// pass counts as two).
     pub passes: f64,
     /// The same of the student's network.
     pub student_passes: f64,

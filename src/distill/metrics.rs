@@ -78,8 +78,8 @@ pub struct Row {
     pub grad_norm_fake: Option<f64>,
     /// Global gradient norm of the generator before clipping.
     pub grad_norm_generator: Option<f64>,
-    /// Score mismatch to the target, `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`, with the denoising loss's weight
-    /// `lambda(sigma)`; without the second term where the objective has no fake score.
+    /// Score mismatch to the target, `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`, with the denoising
+    /// loss's weight `lambda(sigma)`; without the second term where the objective has no fake score.
     pub mismatch: Option<f64>,
     /// Weighted loss of the generator against the discriminator; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -7,7 +7,8 @@ use crate::distill::metrics::Row;
 use crate::distill::student::Student;
 use crate::error::Result;
 
-/// Is told what happens in a run, to write sample grids and event files or to show progress. Every method does nothing by default.
+/// Is told what happens in a run, to write sample grids and event files or to show progress. Every method does nothing
+/// by default.
 ///
 /// Errors of its methods end the run.
 pub trait Observer {

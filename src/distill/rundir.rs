@@ -15,7 +15,7 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// The run in this folder, which nothing is known of yet.
+    /// The run directory at this path, whether it exists or not.
     pub fn at(path: &Path) -> Self {
         Self { path: path.to_owned() }
     }
@@ -125,7 +125,7 @@ impl RunDir {
     pub fn config_file(&self) -> PathBuf {
         self.path.join("config.toml")
     }
-    /// The teacher card as resolved.
+    /// `card.toml`: the teacher card as resolved.
     pub fn card_file(&self) -> PathBuf {
         self.path.join("card.toml")
     }
@@ -145,15 +145,15 @@ impl RunDir {
     pub fn samples(&self) -> PathBuf {
         self.path.join("samples")
     }
-    /// Students kept on the way (`log.snapshot_every`).
+    /// Folder of the students that are kept while the run goes on (`log.snapshot_every`).
     pub fn snapshots(&self) -> PathBuf {
         self.path.join("snapshots")
     }
-    /// The student with the least distance measured while training, as ONNX.
+    /// `best.onnx`: the student with the lowest distance measured while training.
     pub fn best(&self) -> PathBuf {
         self.path.join("best.onnx")
     }
-    /// Losses by noise level.
+    /// `levels.jsonl`: denoising losses of target and fake score by noise level.
     pub fn levels(&self) -> PathBuf {
         self.path.join("levels.jsonl")
     }

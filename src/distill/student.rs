@@ -19,7 +19,7 @@ use crate::torch::{Forward, ParamSet, shim};
 pub enum Student {
     /// A network with a time input, evaluated at one fixed noise level or at a few in turn.
     Levels(Box<AtLevels>),
-    /// One call of a network without a time.
+    /// A network without a time input, which makes a sample in one call.
     Generator(Generator),
 }
 
@@ -158,7 +158,7 @@ impl Student {
         }
     }
 
-    /// Where the network is.
+    /// Device that the weights are on.
     pub fn device(&self) -> Device {
         self.params().tensors().first().map_or(Device::Cpu, Tensor::device)
     }

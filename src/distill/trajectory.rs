@@ -298,8 +298,9 @@ pub fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 
-/// Which node stage 2 aims at after `updates` generator updates, switching every `every` of them: method section 4,
-/// `path[N - min(1 + floor(updates / every), N)]`. Starts at N-1, ends at 0 (the teacher) and stays there.
+/// Index of the node that is stage 2's target after `updates` generator updates, with a switch every `every` of them:
+/// `N - min(1 + floor(updates / every), N)`, where N is `last`. It starts at N-1, ends at 0 (the teacher) and stays
+/// there.
 pub fn target_by_count(updates: u64, every: u64, last: usize) -> usize {
     last - (updates / every.max(1)).saturating_add(1).min(last as u64) as usize
 }

@@ -37,7 +37,8 @@ pub struct Timing {
     pub images_per_s: f64,
     /// Number of timed calls; the warm-up is not among them.
     pub calls: usize,
-    /// Median of the milliseconds of the call alone: inputs bound beforehand, outputs left where the provider makes them.
+    /// Median of the milliseconds of the call alone: inputs bound beforehand, outputs left where the provider makes
+    /// them.
     pub bound_p50_ms: f64,
     /// Largest resident memory of the process during this row, MiB; `None` where the system does not tell.
     pub peak_mib: Option<f64>,

@@ -28,7 +28,7 @@ pub struct FeatureOptions {
 /// What a network makes of a batch.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// f32 [N, D].
+    /// Features, f32 `[N, D]`.
     pub features: HostTensor,
     /// Class scores before the softmax, f32 [N, K], where the network gives them.
     pub logits: Option<HostTensor>,

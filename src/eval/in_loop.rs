@@ -39,7 +39,8 @@ pub struct Point {
     /// Where the run stood when this was measured.
     #[serde(flatten)]
     pub at: At,
-    /// Frechet distance; absent without a feature network, where the sliced Wasserstein distance decides which point is best.
+    /// Frechet distance; absent without a feature network, where the sliced Wasserstein distance decides which point is
+    /// best.
     pub frechet: Option<f64>,
     /// Kernel distance (Binkowski et al. 2018); absent without a feature network.
     pub kernel: Option<f64>,
@@ -157,7 +158,8 @@ impl InLoop {
         }
     }
 
-    /// What weakens the figures (fewer images than features, statistics of an unknown network), the first time it is asked for.
+    /// What makes the figures less reliable (fewer images than features, statistics of an unknown network), the first
+    /// time it is asked for.
     pub fn take_warnings(&mut self) -> Vec<String> {
         std::mem::take(&mut self.warnings)
     }

@@ -14,7 +14,7 @@ const PATCH: usize = 7;
 const COARSEST: usize = 16;
 /// Patches of each image and level.
 const PATCHES: usize = 32;
-/// Images that patches are taken of.
+/// Most images of a set that patches are taken of.
 pub const IMAGES: usize = 4096;
 /// Groups of directions, for the error; the directions of all groups make the mean.
 const GROUPS: usize = 4;

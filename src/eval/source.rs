@@ -69,11 +69,11 @@ impl Default for Draw {
 /// Images of a source, one after the other.
 #[derive(Debug, Clone)]
 pub struct Drawn {
-    /// 8-bit [N,C,H,W].
+    /// 8-bit images `[N, C, H, W]`.
     pub images: HostTensor,
     /// Their classes, where the source has any.
     pub labels: Option<Vec<usize>>,
-    /// Network calls an image; none for images that were there already.
+    /// Network evaluations for one image; absent for images that were there already.
     pub nfe: Option<usize>,
 }
 

@@ -23,7 +23,7 @@ pub enum How {
     Measured,
     /// What is usual; nothing in the file or in the numbers speaks for or against it.
     Assumed,
-    /// Nobody knows: the user has to say it.
+    /// Not known: the user has to give the value.
     Undecided,
 }
 
@@ -47,7 +47,7 @@ pub struct Finding {
     pub path: Vec<String>,
     /// The key as text, such as `schedule.kind`.
     pub key: String,
-    /// Absent where undecided.
+    /// The value, as TOML; absent where undecided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<toml::Value>,
     /// How the value was found.

@@ -67,12 +67,12 @@ impl fmt::Display for Hypothesis {
     }
 }
 
-/// The card's word for a value.
+/// The value as a card writes it, such as `edm-raw`; empty for a value that a card does not write as text.
 pub fn word<T: Serialize>(value: &T) -> String {
     toml::Value::try_from(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// What is settled before the probe.
+/// What is known before the probe.
 #[derive(Debug, Clone, Default)]
 pub struct Settled {
     /// The prediction, where the card's sources state it; otherwise every prediction is tried.
@@ -83,19 +83,20 @@ pub struct Settled {
     pub schedule: Option<ScheduleSpec>,
     /// Standard deviation of the data, where the card's sources state it; otherwise 0.5 and 1 are tried.
     pub sigma_data: Option<f64>,
-    /// The time input's name says sigma.
+    /// Whether the name of the time input contains `sigma`.
     pub named_sigma: bool,
-    /// The time input holds integers: steps of a table.
+    /// Whether the time input holds integers, which are steps of a table.
     pub integer_time: bool,
     /// Entries of a VP table, where the graph shows them.
     pub steps: Option<usize>,
 }
 
-/// All readings that agree with what is settled. `base` gives names and shape.
+/// All hypotheses that agree with what is known. `base` gives names and shape.
 ///
-/// Only natural pairs of unit and schedule are tried: a network told sigma or its logarithm gets EDM's `x0 + sigma e`; one
-/// told a step or a fraction of the way gets VP's or the flow's mixture. (For networks that give x0, the input's scale at
-/// high noise leaves no trace to measure.) VP with `thousand` differs from `step` by a thousandth and is taken for it.
+/// Only natural pairs of unit and schedule are tried: a network told sigma or its logarithm gets EDM's `x0 + sigma e`;
+/// one told a step or a fraction of the way gets VP's or the flow's mixture. (For networks that give x0, the input's
+/// scale at high noise leaves no trace to measure.) VP with `thousand` differs from `step` by a thousandth and is taken
+/// for it.
 pub fn all(base: &TeacherCard, settled: &Settled) -> Vec<Hypothesis> {
     use Prediction as P;
     use TimeUnit as U;

@@ -39,8 +39,8 @@ pub struct Signature {
     pub name: String,
     /// Element type, such as `f32`; absent where the file does not state it.
     pub dtype: Option<String>,
-    /// One entry a dimension: a number, the symbol of a free dimension, or null where unknown. Absent where the file states no
-    /// shape.
+    /// One entry a dimension: a number, the symbol of a free dimension, or null where unknown. Absent where the file
+    /// states no shape.
     pub shape: Option<Vec<serde_json::Value>>,
     /// Element type and shape for a table, such as `f32[batch, 3, 64, 64]`.
     #[serde(skip)]
@@ -114,7 +114,7 @@ pub struct Inspection {
     pub tied: Vec<Vec<String>>,
     /// Trainable tensors by what they do: `conv weight`, `linear weight`, `bias`, `scale` or `embedding`.
     pub parameters_by_role: BTreeMap<String, Count>,
-    /// By the first part of their names (`down_blocks.0`).
+    /// Trainable tensors by the first part of their names, such as `down_blocks.0`.
     pub parameters_by_group: BTreeMap<String, Count>,
     /// Constant tensors that are not trained.
     pub buffers: Vec<TensorRow>,

@@ -33,7 +33,7 @@ impl Run for Box<dyn Engine> {
     }
 }
 
-/// What a row of a condition is fed.
+/// The condition of one row of samples.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Feed {
     /// The class of this number.

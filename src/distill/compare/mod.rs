@@ -53,11 +53,11 @@ pub trait Judge {
 /// Forward passes of all networks, counted in images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passes {
-    /// Of one step of stage 1.
+    /// Forward passes of one step of stage 1.
     pub degrade: u64,
-    /// Of one iteration of stage 2: the student's images and the fake score's training.
+    /// Forward passes of one iteration of stage 2: the student's images and the fake score's training.
     pub iteration: u64,
-    /// Of one generator update, beside the iteration that it is part of.
+    /// Forward passes of one generator update, beside the iteration that it is part of.
     pub update: u64,
 }
 
@@ -145,8 +145,9 @@ impl Observer for Looker<'_> {
 const CURVE: &str = "curve.json";
 const LOOKS: &str = "looks.json";
 
-/// Runs one arm in `dir` and measures it after every `every` updates; one that was finished earlier is read back, one that
-/// was interrupted goes on from its checkpoint. `student`: where it is not the teacher's copy. `None`: stopped from outside.
+/// Runs one arm in `dir` and measures it after every `every` updates; one that was finished earlier is read back, one
+/// that was interrupted goes on from its checkpoint. `student`: where it is not the teacher's copy. `None`: stopped
+/// from outside.
 #[allow(clippy::too_many_arguments)]
 pub fn run_arm(
     config: &Config,

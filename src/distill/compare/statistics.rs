@@ -49,8 +49,8 @@ fn t95(freedom: usize) -> f64 {
     })
 }
 
-/// Where one seed's run with the trajectory came down to the level that its base method ended with, as shares of what the
-/// base method spent in all. Linear between two measurements.
+/// Where one seed's run with the trajectory came down to the level that its base method ended with, as shares of what
+/// the base method spent in all. Linear between two measurements.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Reached {
     /// Seed of both runs.
@@ -67,8 +67,8 @@ pub struct Reached {
     pub seconds: Option<f64>,
     /// The same for the base method itself: below 1 where it had come down before its end.
     pub base_updates: f64,
-    /// Generator updates with the trajectory over those of the base method, both counted until the distance is reached that the
-    /// base method has after a quarter of its updates; `None`: never.
+    /// Generator updates with the trajectory over those of the base method, both counted until the distance is reached
+    /// that the base method has after a quarter of its updates; `None`: never.
     pub early_updates: Option<f64>,
     /// The same ratio of forward passes, stage 1 included; `None`: never.
     pub early_forwards: Option<f64>,

@@ -30,7 +30,7 @@ pub enum Switch {
 pub enum CooldownShape {
     /// In proportion to the updates that are left.
     Linear,
-    /// Half a cosine.
+    /// Along half a cosine.
     Cosine,
 }
 
@@ -54,7 +54,7 @@ pub enum MemoryFormat {
     Auto,
     /// Channels last (NHWC) everywhere.
     ChannelsLast,
-    /// As ONNX has them.
+    /// Channels first (NCHW), as in ONNX.
     Contiguous,
 }
 
@@ -62,15 +62,15 @@ pub enum MemoryFormat {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryConfig {
-    /// MiB of inner values that the forward of one network may keep for its backward pass; what goes beyond is computed
-    /// again there. 0: everything is kept.
+    /// MiB of intermediate values that the forward pass of one network may keep for its backward pass; what goes beyond
+    /// is computed again there. 0: everything is kept.
     pub activations_mib: u64,
     /// Precision of the target's forward pass, which most objectives do not differentiate through; `bf16` also where
     /// `precision` is `f32`.
     pub target: Precision,
-    /// Precision of the trajectory's nodes. `bf16`: on disk as differences from the teacher in bf16, and where the target computes in
-    /// bf16 (`target` or `precision`), its convolutions' and matrix products' weights are bf16 in memory too, the teacher's
-    /// among them, which changes nothing of what is computed.
+    /// Precision of the trajectory's nodes. `bf16`: on disk as differences from the teacher in bf16, and where the
+    /// target computes in bf16 (`target` or `precision`), its convolutions' and matrix products' weights are bf16 in
+    /// memory too, the teacher's among them, which changes nothing of what is computed.
     pub nodes: Precision,
     /// Order of filters and images in memory.
     pub format: MemoryFormat,
@@ -112,10 +112,10 @@ pub struct ConditionsConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Init {
-    /// Those of its file: the teacher's, or those of `student.file`.
+    /// The weights of its file: the teacher's, or those of `student.file`.
     #[default]
     Given,
-    /// Fresh ones from `seed`, see [`crate::torch::train::init`].
+    /// Fresh weights drawn from `seed`, see [`crate::torch::train::init`].
     Random,
 }
 
@@ -139,7 +139,8 @@ pub struct StudentConfig {
     pub sigma_init: f64,
     /// Noise levels of the steps after the first, falling; empty: a one-step student.
     pub sigmas: Vec<f64>,
-    /// Whether fresh noise is added before each of them (as in DMD2), or the noise that was found.
+    /// Whether fresh noise is added before each of these steps (as in DMD2); otherwise the noise that the step before
+    /// has found in its sample is added again (as in DDIM).
     pub stochastic: bool,
 }
 
@@ -163,8 +164,8 @@ pub struct DegradeConfig {
     pub nodes: usize,
     /// Training steps of the degrading copy (at most, where `patience` is set).
     pub steps: u64,
-    /// Learning rate of stage 1; 0: twice `backtrack.lr_generator`. At a quarter of the generator's rate the copy hardly learns
-    /// the student's samples.
+    /// Learning rate of stage 1; 0: twice `backtrack.lr_generator`. At a quarter of the generator's rate the copy
+    /// hardly learns the student's samples.
     pub lr: f64,
     /// AdamW's beta1 and beta2 of stage 1; empty: the optimiser's.
     pub betas: Vec<f64>,
@@ -218,8 +219,8 @@ pub struct NoiseConfig {
     pub fake: [usize; 2],
     /// How noise levels are drawn.
     pub distribution: Distribution,
-    /// How the noise levels of the fake score are drawn in stage 2. Stage 1 always uses `distribution`: its nodes must know every
-    /// level that is compared later.
+    /// How the noise levels of the fake score are drawn in stage 2. Stage 1 always uses `distribution`: its nodes must
+    /// know every level that is compared later.
     pub fake_distribution: FakeDistribution,
     /// Mean of `ln sigma` (`distribution = "lognormal"`).
     pub log_mean: f64,
