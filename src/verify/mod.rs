@@ -101,8 +101,8 @@ pub struct Reference {
     pub name: String,
     /// The samples, `[B, C, H, W]`.
     pub samples: HostTensor,
-    /// Whether it computes with the run's own weights in f32, not with those in the file; for a file with weights in 8 bits
-    /// the tolerance is then wider.
+    /// Whether it computes with the run's own weights in f32, not with those in the file; for a file with weights in 8
+    /// bits the tolerance is then wider.
     pub original_weights: bool,
 }
 

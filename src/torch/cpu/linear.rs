@@ -24,9 +24,9 @@ unsafe extern "C" {
 /// Rows from which the products of `gemm.cpp` are faster than libtorch's, and the least length of the other sides.
 const LEAST_ROWS: i64 = 16;
 const LEAST_SIDE: i64 = 16;
-/// Weights that are as long on both sides are left to MKL where that is at home: DiT-S/2 took 1.09 of eager's time with
-/// the products here and 0.97 with MKL's; for the digits' small ones the difference was within what the machine varied
-/// by (benches/RESULTS.md).
+/// Weights that are as long on both sides are left to MKL where that is at home: DiT-S/2 took 1.09 of eager's time with the
+/// products here and 0.97 with MKL's; for the digits' small ones the difference was within what the machine varied by
+/// (benches/RESULTS.md).
 const LARGE_SIDE: i64 = 256;
 
 /// The widest vector instructions that the processor has and the kernels here are written for; libtorch's own variable
@@ -57,8 +57,8 @@ pub fn has_products() -> bool {
     level() > Level::None
 }
 
-/// Whether libtorch's own products are the faster ones: MKL on a processor of Intel's. Decided by the processor, not by
-/// a measurement, so that a run that goes on rounds as it did.
+/// Whether libtorch's own products are the faster ones: MKL on a processor of Intel's. Decided by the processor, not by a
+/// measurement, so that a run that goes on rounds as it did.
 fn at_home() -> bool {
     // SAFETY: asks the processor and libtorch's build.
     static AT_HOME: LazyLock<bool> = LazyLock::new(|| unsafe { disback_mkl_at_home() });
@@ -128,8 +128,8 @@ mod tests {
         t.detach().set_requires_grad(true)
     }
 
-    /// Values and all gradients against the product in f64, for weights of either order in memory. Sizes with rests in
-    /// every direction; one whose rows fall on the same lines of the cache, and one with a long sum.
+    /// Values and all gradients against the product in f64, for weights of either order in memory. Sizes with rests in every
+    /// direction; one whose rows fall on the same lines of the cache, and one with a long sum.
     #[test]
     fn values_and_gradients_are_those_of_the_plain_product() {
         if !has_products() {
