@@ -2,10 +2,11 @@
 
 use serde::Serialize;
 
-/// How a thing stands.
+/// Whether something was found and is usable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Found, and usable.
     Ok,
     /// Not there; something can be done without it.
     Missing,
@@ -13,13 +14,16 @@ pub enum State {
     Broken,
 }
 
-/// One thing looked at.
+/// One part of the build or of the machine, and its state.
 #[derive(Debug, Clone, Serialize)]
 pub struct Check {
+    /// What was looked at, such as `libtorch` or `CUDA devices`; shown to the user.
     pub name: &'static str,
+    /// Whether it is usable.
     pub state: State,
+    /// What was found, in words: version, place, number of devices.
     pub detail: String,
-    /// What to do, where something is to be done.
+    /// What the user can do about it; absent where nothing is to be done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
 }
@@ -34,7 +38,7 @@ impl Check {
     }
 }
 
-/// Looks at everything.
+/// Examines the build and the machine: libtorch, CUDA, ONNX Runtime and tract.
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![Check::new("disback", State::Ok, format!("{} ({})", env!("CARGO_PKG_VERSION"), features()))];
     libtorch(&mut checks);

@@ -41,25 +41,32 @@ impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner { kind, message: message.into(), context: Vec::new(), hint: None }))
     }
+    /// An error of kind [`Kind::Usage`]: the caller's options, configuration or card make no sense.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Kind::Usage, message)
     }
+    /// An error of kind [`Kind::Io`]: a file has the wrong content, or cannot be read or written.
     pub fn io(message: impl Into<String>) -> Self {
         Self::new(Kind::Io, message)
     }
+    /// An error of kind [`Kind::InvalidModel`]: the ONNX model breaks the specification.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(Kind::InvalidModel, message)
     }
+    /// An error of kind [`Kind::Unsupported`]: the ONNX model is legal, but this crate cannot compute it exactly.
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new(Kind::Unsupported, message)
     }
+    /// An error of kind [`Kind::Mismatch`]: two things that must agree do not.
     pub fn mismatch(message: impl Into<String>) -> Self {
         Self::new(Kind::Mismatch, message)
     }
+    /// An error of kind [`Kind::Backend`]: libtorch, ONNX Runtime or tract failed.
     pub fn backend(message: impl Into<String>) -> Self {
         Self::new(Kind::Backend, message)
     }
 
+    /// The kind given when the error was made; context and hints do not change it.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }
@@ -74,14 +81,15 @@ impl Error {
         self
     }
 
-    /// Adds the way out, shown on a line of its own. The innermost hint, the most specific, stays.
+    /// Adds what the user can do about it, shown on a line of its own. A hint that is there already stays: the
+    /// innermost is the most specific.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint.get_or_insert(hint.into());
         self
     }
 
-    /// The way out, where there is one.
+    /// What the user can do about it, where the error says so.
     pub fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }

@@ -30,6 +30,8 @@
 //! [`graph`] has the file in memory, [`torch`] the trainable network, [`diffusion`] what it means, [`distill`] the two stages,
 //! [`export`] and [`passes`] the way out, [`runtime`] the student in use. `docs/architecture.md` has the whole picture.
 
+#![warn(missing_docs)]
+
 pub mod cli;
 #[cfg(feature = "train")]
 pub mod conformance;

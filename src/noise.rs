@@ -7,7 +7,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// Names the convention of this module in a student's metadata (`disback.student.seed_convention`).
+/// Name of this module's convention; students carry it as `seed_convention` in their metadata entry `disback.consumer`.
 pub const SEED_CONVENTION: &str = "chacha8-box-muller-v1";
 
 fn stream(seed: u64, index: u64, tag: &[u8]) -> ChaCha8Rng {

@@ -10,18 +10,31 @@ use crate::error::{Error, Result};
 /// Element types that a dense tensor can have here. ONNX's complex, string and sub-byte types are not among them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// IEEE 754 single precision, 32 bits.
     F32,
+    /// IEEE 754 double precision, 64 bits.
     F64,
+    /// IEEE 754 half precision, 16 bits: 5 of exponent, 10 of mantissa.
     F16,
+    /// bfloat16, 16 bits: 8 of exponent like f32, 7 of mantissa.
     BF16,
+    /// Signed integer of 8 bits.
     I8,
+    /// Signed integer of 16 bits.
     I16,
+    /// Signed integer of 32 bits.
     I32,
+    /// Signed integer of 64 bits.
     I64,
+    /// Unsigned integer of 8 bits.
     U8,
+    /// Unsigned integer of 16 bits.
     U16,
+    /// Unsigned integer of 32 bits.
     U32,
+    /// Unsigned integer of 64 bits.
     U64,
+    /// True or false; one byte an element, 1 or 0.
     Bool,
 }
 
@@ -36,11 +49,12 @@ impl DType {
         }
     }
 
+    /// Whether elements are floating-point numbers: f32, f64, f16 or bf16.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F64 | Self::F16 | Self::BF16)
     }
 
-    /// The type that half precision is computed in; others stay.
+    /// f32 for f16 and bf16, which are computed in f32; every other type stays itself.
     pub fn widened(self) -> Self {
         if matches!(self, Self::F16 | Self::BF16) { Self::F32 } else { self }
     }
@@ -122,8 +136,11 @@ impl fmt::Display for DType {
 
 /// A Rust type that is the element of a [`HostTensor`].
 pub trait Element: Copy + Send + Sync + 'static {
+    /// The tensor element type that this Rust type stands for.
     const DTYPE: DType;
+    /// Appends the value's little-endian bytes, as many as [`DType::size`] says.
     fn append_le(self, out: &mut Vec<u8>);
+    /// Reads a value from its little-endian bytes. Panics where their number is not [`DType::size`].
     fn read_le(bytes: &[u8]) -> Self;
 }
 
@@ -208,12 +225,15 @@ impl HostTensor {
         Self::new(&[values.len()], values).expect("the shape is taken from the values")
     }
 
+    /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+    /// Dimensions, outermost first; empty for a scalar.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
+    /// Number of dimensions; 0 for a scalar.
     pub fn rank(&self) -> usize {
         self.shape.len()
     }
@@ -221,6 +241,7 @@ impl HostTensor {
     pub fn len(&self) -> usize {
         self.data.len() / self.dtype.size()
     }
+    /// Whether it has no elements: one of its dimensions is 0.
     pub fn is_empty(&self) -> bool {
         self.data.is_empty()
     }

@@ -59,6 +59,7 @@ fn engines(options: &EngineOptions) -> Vec<EngineOptions> {
     all
 }
 
+/// Runs the command. Errors: options that do not fit together, a student or teacher that does not run.
 pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
     if !args.card.is_empty() && args.teacher.is_none() {
         return Err(Error::usage("--card and --dim speak of the teacher: give --teacher too"));

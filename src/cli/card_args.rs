@@ -21,7 +21,7 @@ impl CardArgs {
         self.card.iter().cloned().chain(dims).collect()
     }
 
-    /// Whether anything is said.
+    /// Whether the command line says nothing about the card.
     pub fn is_empty(&self) -> bool {
         self.card.is_empty() && self.dims.is_empty()
     }

@@ -51,7 +51,7 @@ pub struct EngineArgs {
 impl EngineArgs {
     /// As the library wants them, for calls of at most these batches.
     ///
-    /// Errors (2): options of a provider that is not the one asked for.
+    /// Errors, of kind [`crate::Kind::Usage`]: options of a provider that is not the one asked for.
     pub fn options(&self, batches: &[usize]) -> Result<EngineOptions> {
         let largest = batches.iter().max().copied().filter(|&b| b > 0);
         let profile = match self.profile.as_slice() {

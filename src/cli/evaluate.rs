@@ -304,6 +304,7 @@ fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[Row]) -> Result<(Vec<R
     Ok((rows, book))
 }
 
+/// Runs the command. Errors: fewer sets than the options need; a set that cannot be read.
 pub fn run(args: &EvaluateArgs, globals: Globals) -> Result<ExitCode> {
     let (reference, generated) = args.sets.split_last().ok_or_else(|| Error::usage("no sets"))?;
     if generated.is_empty() && args.run.is_none() && args.save_statistics.is_none() {

@@ -41,12 +41,14 @@ impl std::str::FromStr for Weights {
 pub struct ExportArgs {
     /// The teacher that the run distilled; or a student.onnx, to be written in another form.
     pub model: PathBuf,
+    /// Which trained weights are exported, and how the teacher's file is read.
     #[cfg(feature = "train")]
     #[command(flatten)]
     pub from: from_run::FromRun,
     /// Where to write.
     #[arg(short, long)]
     pub out: PathBuf,
+    /// The form of the file: precision, batch, operator set and what is appended.
     #[command(flatten)]
     pub ship: ShipArgs,
 }
@@ -126,6 +128,7 @@ pub mod from_run {
     /// Where the weights come from.
     #[derive(Debug, Args)]
     pub struct FromRun {
+        /// How the teacher's file is read.
         #[command(flatten)]
         pub reading: ReadingArgs,
         /// Run directory: takes its final weights and its configuration.

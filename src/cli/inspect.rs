@@ -26,6 +26,7 @@ pub struct InspectArgs {
     /// List every parameter and buffer.
     #[arg(long)]
     pub parameters: bool,
+    /// Values of the teacher card and sizes of free dimensions, from the command line.
     #[command(flatten)]
     pub card: CardArgs,
     /// Save the card beside the model as <model>.card.toml: what its sources say, completed by the proposal. What is

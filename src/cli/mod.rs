@@ -60,7 +60,9 @@ struct Cli {
 /// What every command gets beside its own options.
 #[derive(Debug, Clone, Copy)]
 pub struct Globals {
+    /// Whether standard output gets one JSON document and nothing else (`--json`).
     pub json: bool,
+    /// Whether progress bars and notes are left out (`--quiet`).
     pub quiet: bool,
 }
 

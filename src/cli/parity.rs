@@ -31,6 +31,7 @@ pub struct ParityArgs {
     /// Rows of random inputs.
     #[arg(long, default_value_t = 2)]
     pub batch: usize,
+    /// Values of the teacher card and sizes of free dimensions, from the command line.
     #[command(flatten)]
     pub card: CardArgs,
     /// Seed of random inputs.

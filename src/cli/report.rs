@@ -19,6 +19,7 @@ pub struct ReportArgs {
     baseline: Vec<PathBuf>,
 }
 
+/// Runs the command. Errors: a folder that holds no run, a file that cannot be read or written.
 pub fn run(args: &ReportArgs, globals: Globals) -> Result<ExitCode> {
     let path = crate::report::write_beside(&args.run, &args.baseline)?;
     if globals.json {

@@ -161,6 +161,7 @@ fn write(args: &SampleArgs, samples: &mut Samples<'_>, classes: Option<&[usize]>
     }
 }
 
+/// Runs the command. Errors: no image asked for, a file that is no student, conditions that do not fit it.
 pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     if args.number == 0 {
         return Err(Error::usage("--number 0: nothing to sample"));

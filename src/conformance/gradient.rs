@@ -29,15 +29,19 @@ const DIRECTIONS: u64 = 3;
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Gradient {
-    /// Largest error of a directional derivative, relative to its size.
+    /// Autograd agrees with central differences.
     Passed {
+        /// Largest error of a directional derivative, relative to its size; at most [`GRADIENT_TOLERANCE`].
         error: f64,
     },
-    /// Not differentiable there.
+    /// The network is not differentiable at the case's inputs, or has nothing to differentiate.
     Excepted {
+        /// Why autograd and central differences must differ there.
         reason: String,
     },
+    /// The two do not agree, or the gradient could not be computed.
     Wrong {
+        /// What differs and by how much, or what failed.
         reason: String,
     },
 }

@@ -42,46 +42,63 @@ pub enum Outcome {
 /// One case of the suite.
 #[derive(Debug, Clone, Serialize)]
 pub struct Case {
+    /// The name of its folder, such as `test_conv_with_strides_padding`.
     pub name: String,
+    /// How the values compare with the expected ones.
     pub outcome: Outcome,
-    /// Why it did not pass.
+    /// Why it did not pass; absent where it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Default domain, dense tensors of floats, integers and booleans at the borders.
+    /// Whether the case has operators of ONNX's default domain alone, and dense tensors of floats (bf16 excepted),
+    /// integers or booleans as graph inputs and outputs.
     pub plain: bool,
     /// Autograd against central differences, where asked for and where the case has floats in and out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gradient: Option<Gradient>,
 }
 
-/// A folder of cases.
+/// The results of a folder of cases.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// Number of cases.
     pub total: usize,
+    /// Number of cases that ended as [`Outcome::Passed`].
     pub passed: usize,
+    /// Number of cases that ended as [`Outcome::Refused`].
     pub refused: usize,
+    /// Number of cases that ended as [`Outcome::Wrong`].
     pub wrong: usize,
     /// The same counts over plain cases alone (see [`Case::plain`]).
     pub plain: Counts,
+    /// Counts of gradient checks; absent where no case had one.
     pub gradients: Option<GradientCounts>,
+    /// Every case, in the order in which they were given.
     pub cases: Vec<Case>,
 }
 
 /// Counts of outcomes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
+    /// Number of cases.
     pub total: usize,
+    /// Number of cases that ended as [`Outcome::Passed`].
     pub passed: usize,
+    /// Number of cases that ended as [`Outcome::Refused`].
     pub refused: usize,
+    /// Number of cases that ended as [`Outcome::Wrong`].
     pub wrong: usize,
 }
 
 /// Counts of gradient checks over cases with floats in and out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct GradientCounts {
+    /// Number of cases with a gradient check: the sum of the other three.
     pub checked: usize,
+    /// Number of checks that ended as [`Gradient::Passed`].
     pub passed: usize,
+    /// Number of checks that ended as [`Gradient::Excepted`].
     pub excepted: usize,
+    /// Number of checks that ended as [`Gradient::Wrong`].
     pub wrong: usize,
 }
 

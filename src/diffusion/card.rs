@@ -39,7 +39,7 @@ pub enum Prediction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TimeUnit {
-    /// sigma.
+    /// The noise level sigma itself.
     Sigma,
     /// ln(sigma) / 4, EDM's c_noise.
     #[serde(rename = "ln-sigma-4")]
@@ -64,8 +64,10 @@ pub enum TimeUnit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Layout {
+    /// `[B, C, H, W]`.
     #[default]
     Nchw,
+    /// `[B, H, W, C]`.
     Nhwc,
 }
 
@@ -76,7 +78,8 @@ fn half() -> f64 {
     0.5
 }
 
-/// The card. Every field is documented in the README under the same name.
+/// What a teacher's ONNX file does not say about its diffusion model. The README documents the fields under the same
+/// names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherCard {
@@ -87,13 +90,16 @@ pub struct TeacherCard {
     /// Graph output to use. Of twice the channels the first half is taken: a network that learns its variance (improved
     /// diffusion, ADM, DiT, PixArt) gives that in the second.
     pub output: String,
+    /// What the network's output is.
     pub prediction: Prediction,
+    /// The number that the network takes as time.
     pub time_unit: TimeUnit,
     /// C, H, W of one sample, whatever the layout.
     pub shape: [usize; 3],
+    /// How the graph lays out a batch of samples.
     #[serde(default)]
     pub layout: Layout,
-    /// Value range of a clean sample; absent for latents.
+    /// Lowest and highest value of a clean sample; absent for latents.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<[f64; 2]>,
     /// Standard deviation of the data, for EDM's preconditioning.
@@ -102,13 +108,15 @@ pub struct TeacherCard {
     /// Latents are the autoencoder's output times this.
     #[serde(default = "one")]
     pub latent_scale: f64,
+    /// Name of the data set that the teacher was trained on, for people only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dataset: Option<String>,
+    /// The noise schedule that the network was trained with.
     pub schedule: ScheduleSpec,
-    /// By graph input.
+    /// The teacher's conditions, by the graph input that takes them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub conditions: BTreeMap<String, Condition>,
-    /// Graph inputs that are fixed to a number.
+    /// Graph inputs that are always filled with one number, with that number.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub constants: BTreeMap<String, f64>,
     /// Sizes of dimensions that the graph leaves free, by the names that the file has for them. What the shapes of the sample
@@ -144,12 +152,16 @@ impl TeacherCard {
 /// A graph input or output as its file declares it: `None` is a dynamic dimension.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InputSpec {
+    /// Name in the graph.
     pub name: String,
+    /// Element type.
     pub dtype: DType,
+    /// Size of each dimension, `None` where it is dynamic; empty for a scalar.
     pub shape: Vec<Option<usize>>,
 }
 
 impl InputSpec {
+    /// An input or output with this name, element type and shape.
     pub fn new(name: impl Into<String>, dtype: DType, shape: &[Option<usize>]) -> Self {
         Self { name: name.into(), dtype, shape: shape.to_vec() }
     }

@@ -10,16 +10,21 @@ use crate::error::{Context, Error, Result};
 /// Where a value was given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
+    /// Given with `--card`, or by `card` in a configuration.
     CommandLine,
+    /// A card file beside the model, such as `teacher.card.toml`.
     SideFile(PathBuf),
+    /// `metadata_props` inside the model.
     Metadata,
+    /// Diffusers' `scheduler_config.json` beside the model.
     SchedulerConfig(PathBuf),
     /// The rows of the file that `conditions.file` names.
     ConditionsFile,
     /// The graph's own shape of an input.
     Graph,
-    /// The graph has no other.
+    /// The graph has only one output, so it is that one.
     OnlyOne,
+    /// No source gives it: the card's own default.
     Default,
 }
 

@@ -17,8 +17,9 @@ use super::scheduler_config;
 /// A card, where each of its values came from, and the model's other `disback.*` metadata.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ResolvedCard {
+    /// The card, with defaults where no source gives a value.
     pub card: TeacherCard,
-    /// By dotted key; what is not here is [`Origin::Default`].
+    /// Where each value came from, by dotted key; a key that is not here has its default ([`Origin::Default`]).
     pub origins: BTreeMap<String, Origin>,
     /// `disback.*` metadata that is no card key (student, provenance, ...), without the prefix.
     pub extra: BTreeMap<String, String>,
@@ -51,6 +52,7 @@ pub struct CardSource {
 }
 
 impl CardSource {
+    /// No sources yet.
     pub fn new() -> Self {
         Self::default()
     }

@@ -20,6 +20,7 @@ pub enum Null {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Zeros {
+    /// Every value of the row is 0.
     Zeros,
 }
 
@@ -29,19 +30,25 @@ pub enum Zeros {
 pub enum Condition {
     /// An integer per sample, 0 to classes-1; `null` is the extra index that means "no class".
     ClassIndex {
+        /// Number of classes.
         classes: usize,
+        /// Index that means "no class"; absent where the network knows none.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         null: Option<i64>,
     },
     /// `[B, classes]` of zeros with a single one.
     OneHot {
+        /// Number of classes.
         classes: usize,
+        /// Row that means "no class"; absent where the network knows none.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         null: Option<Null>,
     },
     /// `[B, ...shape]` of numbers, e.g. text embeddings.
     Embedding {
+        /// Shape of one row, without the batch.
         shape: Vec<usize>,
+        /// Row that means "no condition"; absent where the network knows none.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         null: Option<Null>,
     },

@@ -63,12 +63,15 @@ impl HostConditions {
     pub fn len(&self) -> usize {
         self.rows
     }
+    /// Whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.rows == 0
     }
+    /// The tensor of condition `name`, where it is given.
     pub fn get(&self, name: &str) -> Option<&HostTensor> {
         self.tensors.iter().find(|(n, _)| n == name).map(|(_, t)| t)
     }
+    /// All conditions with their names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &HostTensor)> {
         self.tensors.iter().map(|(n, t)| (n.as_str(), t))
     }
@@ -168,6 +171,7 @@ mod device {
             }
         }
 
+        /// Sends the conditions to a device.
         pub fn from_host(host: &HostConditions, device: Device) -> Result<Self> {
             let tensors = host
                 .iter()
@@ -180,12 +184,15 @@ mod device {
         pub fn len(&self) -> i64 {
             self.rows
         }
+        /// Whether there are no rows.
         pub fn is_empty(&self) -> bool {
             self.rows == 0
         }
+        /// The tensor of condition `name`, where it is given.
         pub fn get(&self, name: &str) -> Option<&Tensor> {
             self.tensors.iter().find(|(n, _)| n == name).map(|(_, t)| t)
         }
+        /// All conditions with their names.
         pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
             self.tensors.iter().map(|(n, t)| (n.as_str(), t))
         }
@@ -212,6 +219,7 @@ mod device {
             self.map(index.size1()?, |t| Ok(t.f_index_select(0, index)?))
         }
 
+        /// The same conditions on another device.
         pub fn to_device(&self, device: Device) -> Result<Self> {
             self.map(self.rows, |t| Ok(t.f_to_device(device)?))
         }

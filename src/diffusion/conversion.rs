@@ -10,22 +10,24 @@ use super::schedule::{Schedule, ScheduleSpec};
 /// The conversion at one noise level.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Coefficients {
-    /// `x_net = c_in x_edm`.
+    /// Factor of the network's input: `x_net = c_in x_edm`.
     pub c_in: f64,
     /// The number for the network's time input.
     pub time: f64,
-    /// `x0 = skip x_net + out F`.
+    /// Factor of `x_net` in `x0 = skip x_net + out F`.
     pub skip: f64,
-    /// `x0 = skip x_net + out F`.
+    /// Factor of the network's output `F` in `x0 = skip x_net + out F`.
     pub out: f64,
 }
 
 /// Where a one-step student starts: `x_net = init_scale z`, `z ~ N(0, I)`, `x0 = skip x_net + out F`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StudentStart {
+    /// Factor of the noise: `x_net = init_scale z`.
     pub init_scale: f64,
     /// The noise level that `x_net` stands for; infinite for flow at t = 1.
     pub sigma: f64,
+    /// Coefficients at `sigma`, or their limit where it is infinite.
     pub coefficients: Coefficients,
 }
 
@@ -100,6 +102,7 @@ impl Conversion {
         })
     }
 
+    /// The noise schedule.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }

@@ -56,15 +56,19 @@ impl Denoiser {
         Ok(Self { network, card, conversion, binding: Arc::new(binding) })
     }
 
+    /// The network's trained weights.
     pub fn params(&self) -> &ParamSet {
         self.network.params()
     }
+    /// The network.
     pub fn network(&self) -> &dyn Forward {
         &*self.network
     }
+    /// The card that says how the network is read.
     pub fn card(&self) -> &Arc<TeacherCard> {
         &self.card
     }
+    /// How the card's terms become coefficients, times and noise levels.
     pub fn conversion(&self) -> &Conversion {
         &self.conversion
     }

@@ -15,7 +15,9 @@ use super::conditions::Conditions;
 /// What the user says about a generator's inputs and outputs; what is empty is found by name and shape.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GeneratorNames {
+    /// Input that takes the noise; empty: found by name and shape.
     pub noise: String,
+    /// Output that is the sample; empty: found by name and shape.
     pub output: String,
     /// The teacher's condition, and the generator's input for it.
     pub conditions: Vec<(String, String)>,
@@ -30,6 +32,7 @@ const SAMPLE: [&str; 4] = ["sample", "image", "images", "output"];
 pub struct GeneratorCondition {
     /// The teacher's name for it.
     pub name: String,
+    /// The generator's input that takes it.
     pub input: InputSpec,
     /// The generator's form: a class may be an index for the one and a one-hot row for the other.
     pub form: Condition,
@@ -38,11 +41,15 @@ pub struct GeneratorCondition {
 /// Which of a graph's inputs and outputs is what.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GeneratorPorts {
+    /// Input that takes the noise.
     pub noise: InputSpec,
     /// Noise of one sample as the graph takes it: one to three dimensions.
     pub noise_row: Vec<usize>,
+    /// Output that is the sample.
     pub output: InputSpec,
+    /// How the output lays out a batch of samples.
     pub layout: Layout,
+    /// The teacher's conditions with the inputs that take them.
     pub conditions: Vec<GeneratorCondition>,
     /// C, H, W of one sample.
     pub shape: [usize; 3],
@@ -234,16 +241,20 @@ impl std::fmt::Debug for Generator {
 }
 
 impl Generator {
+    /// Joins a network with the ports that were found for it.
     pub fn new(network: Box<dyn Forward>, ports: Arc<GeneratorPorts>) -> Self {
         Self { network, ports }
     }
 
+    /// The trained weights.
     pub fn params(&self) -> &ParamSet {
         self.network.params()
     }
+    /// The network.
     pub fn network(&self) -> &dyn Forward {
         &*self.network
     }
+    /// Which of the graph's inputs and outputs is what.
     pub fn ports(&self) -> &GeneratorPorts {
         &self.ports
     }

@@ -6,9 +6,11 @@ use crate::error::{Error, Result};
 /// `D_u + scale (D_c - D_u)` for `low < sigma <= high`, `D_c` elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Guidance {
-    /// 1: none.
+    /// Guidance scale; 1: no guidance.
     pub scale: f64,
+    /// Guidance acts only above this noise level sigma.
     pub low: f64,
+    /// Guidance acts up to this noise level sigma, which is included; may be infinite.
     pub high: f64,
 }
 
@@ -18,7 +20,7 @@ impl Guidance {
         Self { scale, low: 0.0, high: f64::INFINITY }
     }
 
-    /// Refuses what is no interval of noise levels.
+    /// Guidance between two noise levels. Errors: an interval that is not `0 <= low < high`.
     pub fn new(scale: f64, interval: [f64; 2]) -> Result<Self> {
         let [low, high] = interval;
         if !(low >= 0.0 && low < high) {
@@ -29,11 +31,12 @@ impl Guidance {
         Ok(Self { scale, low, high })
     }
 
-    /// The scale at a noise level.
+    /// The guidance scale at a noise level; 1 outside of the interval.
     pub fn at(&self, sigma: f64) -> f64 {
         if sigma > self.low && sigma <= self.high { self.scale } else { 1.0 }
     }
 
+    /// Whether there is no guidance at any noise level.
     pub fn is_none(&self) -> bool {
         self.scale == 1.0
     }

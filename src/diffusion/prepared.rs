@@ -13,12 +13,12 @@ use super::conditions::HostConditions;
 use super::conversion::Coefficients;
 use super::guidance::Guidance;
 
-/// How numbers that could be one number are kept.
+/// How numbers that may be equal for all rows are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// As the numbers are: one for all rows where all are equal.
+    /// One number for all rows where all are equal, otherwise one number a row.
     Short,
-    /// The same for all noise levels, a number a row.
+    /// Always one number a row, so that the shapes are the same for all noise levels.
     Fixed,
 }
 
@@ -118,7 +118,7 @@ pub(super) enum Strength {
     Extra(Tensor),
 }
 
-/// An evaluation's levels, ready on the device.
+/// Coefficients and times of an evaluation at given noise levels, as tensors on the device.
 #[derive(Debug)]
 pub struct Prepared {
     /// Samples; twice as many are evaluated under guidance.
@@ -173,7 +173,7 @@ impl Prepared {
         Ok(Self { samples, parts, back: Some(send(&Tensor::f_from_slice(&back)?, device)?), guided: None })
     }
 
-    /// The same with `f` of each tensor, in a fixed order.
+    /// A copy with each tensor `t` replaced by `f(t)`; the order of the calls is fixed.
     pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let parts = self.parts.iter().map(|p| {
             Ok(Part {
@@ -200,7 +200,8 @@ impl Prepared {
         Ok(Self { samples: self.samples, parts, back, guided })
     }
 
-    /// What is no tensor of it, as numbers.
+    /// Appends everything that is not kept in tensors, as numbers: two evaluations can share a recorded CUDA graph only
+    /// where these are equal.
     pub fn form(&self, out: &mut Vec<f64>) {
         out.push(self.samples as f64);
         for p in &self.parts {

@@ -52,7 +52,7 @@ impl VectorSpace for tch::Tensor {
     }
 }
 
-/// Which solver.
+/// Solver of the probability-flow ODE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampler {
@@ -68,6 +68,7 @@ pub enum Sampler {
 /// Samples and what they cost.
 #[derive(Debug)]
 pub struct Sampled<V> {
+    /// The samples, at the last noise level.
     pub value: V,
     /// Evaluations of the denoiser.
     pub nfe: usize,

@@ -25,20 +25,27 @@ pub enum Betas {
 pub enum ScheduleSpec {
     /// `a = 1, b = sigma` (EDM, VE).
     Edm {
+        /// Lowest noise level that the network was trained on; 0.002 where left out.
         #[serde(default = "default_sigma_min")]
         sigma_min: f64,
+        /// Highest noise level that the network was trained on; 80 where left out.
         #[serde(default = "default_sigma_max")]
         sigma_max: f64,
+        /// Exponent of the spacing of noise levels, EDM equation 5; 7 where left out.
         #[serde(default = "default_rho")]
         rho: f64,
     },
     /// `a = sqrt(abar), b = sqrt(1 - abar)` (DDPM, Stable Diffusion).
     Vp {
+        /// How the betas are made.
         betas: Betas,
+        /// First beta; where left out 1e-4, and 0.00085 for `scaled-linear`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         beta_start: Option<f64>,
+        /// Last beta; where left out 0.02, and 0.012 for `scaled-linear`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         beta_end: Option<f64>,
+        /// Number of steps N; 1000 where left out, and the length of `table` where there is one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         steps: Option<usize>,
         /// abar of every step, falling; only with `betas = "table"`.
@@ -49,15 +56,19 @@ pub enum ScheduleSpec {
     /// and noise, sigma_data where the network was made from an EDM one.
     #[serde(rename = "trigflow")]
     TrigFlow {
+        /// Lowest noise level that the network was trained on; 0.002 where left out.
         #[serde(default = "default_sigma_min")]
         sigma_min: f64,
+        /// Highest noise level that the network was trained on; 80 where left out.
         #[serde(default = "default_sigma_max")]
         sigma_max: f64,
+        /// Standard deviation of data and noise; 1 where left out.
         #[serde(default = "default_shift")]
         scale: f64,
     },
     /// `a = 1 - t, b = t` (rectified flow); `shift` moves the times of sampling and training, not `a` and `b`.
     Flow {
+        /// Shift of the times for higher resolutions, see [`shifted`]; 1, where left out, is none.
         #[serde(default = "default_shift")]
         shift: f64,
     },
@@ -84,21 +95,32 @@ const FLOW_T_MIN: f64 = 1e-3;
 /// A schedule ready to compute with.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Schedule {
+    /// EDM and VE: the natural time is sigma itself.
     Edm {
+        /// Lowest noise level that the network was trained on.
         sigma_min: f64,
+        /// Highest noise level that the network was trained on.
         sigma_max: f64,
+        /// Exponent of the spacing of noise levels, EDM equation 5.
         rho: f64,
     },
-    /// `ln sigma` of every step, strictly rising.
+    /// Variance preserving: the natural time is the index of a step, and `ln sigma` rises strictly from step to step.
     Vp {
+        /// `ln sigma` of every step, strictly rising; two entries or more.
         ln_sigma: Vec<f64>,
     },
+    /// Rectified flow: the natural time is t in \[0, 1\].
     Flow {
+        /// Shift of the times for higher resolutions, see [`shifted`]; 1: none.
         shift: f64,
     },
+    /// TrigFlow: the natural time is the angle t in \[0, pi / 2\].
     TrigFlow {
+        /// Lowest noise level that the network was trained on.
         sigma_min: f64,
+        /// Highest noise level that the network was trained on.
         sigma_max: f64,
+        /// Standard deviation of data and noise.
         scale: f64,
     },
 }

@@ -25,7 +25,9 @@ use super::sampler::Sampler;
 pub struct TeacherRequest {
     /// Seed, classes, embeddings and batch size, as for a student.
     pub images: Request,
+    /// The solver.
     pub sampler: Sampler,
+    /// Steps of the solver.
     pub steps: usize,
     /// Classifier-free guidance scale; 1 for none.
     pub guidance: f64,
@@ -104,12 +106,15 @@ impl TeacherOnEngine {
         })
     }
 
+    /// The teacher's card.
     pub fn card(&self) -> &Arc<TeacherCard> {
         &self.card
     }
+    /// How the card's terms become coefficients, times and noise levels.
     pub fn conversion(&self) -> &Conversion {
         &self.conversion
     }
+    /// Name of the engine and of the provider that run the file.
     pub fn engine_name(&self) -> String {
         self.engine.name()
     }

@@ -14,19 +14,25 @@ use crate::error::Result;
 /// Batches and losses for one teacher card and configuration.
 #[derive(Debug)]
 pub struct Batches {
+    /// Images a micro-batch.
     pub batch: usize,
+    /// Device on which tensors are made: the teacher's.
     pub device: Device,
     seed: u64,
     shape: [i64; 3],
     conditions: ConditionSource,
+    /// Noise levels at which target and fake score are compared in stage 2.
     pub generator_levels: Levels,
-    /// Of the fake score in stage 2.
+    /// Noise levels of the fake score's training in stage 2.
     pub fake_levels: Levels,
-    /// Of the degrading copy in stage 1.
+    /// Noise levels of the degrading copy's training in stage 1.
     pub degrade_levels: Levels,
 }
 
 impl Batches {
+    /// Reads the noise levels and the source of conditions from the configuration.
+    ///
+    /// Errors: conditions that do not fit the teacher's card.
     pub fn new(config: &Config, teacher: &Denoiser) -> Result<Self> {
         let card = teacher.card();
         let schedule = card.schedule()?;

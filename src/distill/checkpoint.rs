@@ -16,11 +16,14 @@ use crate::torch::params::{load_tensors, save_tensors};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StageKind {
+    /// Stage 1: the teacher's copy is trained on the initial student's samples, and nodes are recorded.
     Degrade,
+    /// Stage 2: the student is trained with the nodes as targets, from the last to the teacher.
     Backtrack,
 }
 
 impl StageKind {
+    /// The stage's name in files and messages: `degrade` or `backtrack`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Degrade => "degrade",
@@ -32,27 +35,32 @@ impl StageKind {
 /// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
+    /// The stage that the checkpoint belongs to.
     pub stage: StageKind,
     /// Iterations of the stage that are done.
     pub iteration: u64,
+    /// [`ParamSet::hash`] of the teacher's weights.
     pub teacher_hash: String,
     /// Seconds spent in the stage.
     pub seconds: f64,
-    /// Node that stage 2 aims at.
+    /// Index of the node that is stage 2's target; 0 is the teacher.
     pub target: usize,
     /// Generator update at which the present target was set.
     pub target_since: u64,
-    /// Lowest score mismatch seen with the present target, and looks since.
+    /// Lowest score mismatch measured with the present target; absent before the first measurement.
     pub best_mismatch: Option<f32>,
+    /// Measurements of the score mismatch since the lowest one (`switch = "mismatch"`).
     pub stale: u64,
-    /// Lowest probe loss of stage 1 and the iteration it was reached at.
+    /// Lowest loss of stage 1 on the fixed batch of student samples; absent before it was measured.
     pub best_loss: Option<f32>,
+    /// Iteration of stage 1 at which `best_loss` was reached.
     pub best_at: u64,
-    /// The tensors' file.
+    /// Name of the file that holds the tensors.
     pub file: String,
 }
 
 impl State {
+    /// The state of a stage at its beginning.
     pub fn new(stage: StageKind, teacher_hash: &str) -> Self {
         Self {
             stage,
@@ -104,6 +112,7 @@ pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)]) -> Result<(
 /// A checkpoint read back: its state, and its tensors to be taken one by one.
 #[derive(Debug)]
 pub struct Checkpoint {
+    /// The numbers that go with the tensors.
     pub state: State,
     tensors: HashMap<String, Tensor>,
 }

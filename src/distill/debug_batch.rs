@@ -7,10 +7,12 @@ use tch::Tensor;
 pub struct DebugBatch {
     /// Noise level of each sample.
     pub sigmas: Vec<f64>,
+    /// Noised samples `x0 + sigma e` of the student.
     pub x_t: Tensor,
-    /// x0 by the target and by the fake score.
+    /// x0 as the target estimates it.
     pub target: Tensor,
+    /// x0 as the fake score estimates it; absent where the objective has none.
     pub fake: Option<Tensor>,
-    /// Of the generator's whole loss with respect to its images.
+    /// Gradient of the generator's whole loss with respect to its images.
     pub gradient: Tensor,
 }

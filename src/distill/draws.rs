@@ -15,9 +15,11 @@ use crate::torch::shim;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Phase {
+    /// Stage 1.
     Degrade = 1,
+    /// Stage 2.
     Backtrack = 2,
-    /// Fixed batches: probes of the loss.
+    /// Outside of training: fixed batches on which a loss is measured.
     Probe = 3,
 }
 
@@ -25,19 +27,33 @@ pub enum Phase {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Purpose {
+    /// The student's input noise.
     Latent = 1,
+    /// The conditions of the samples.
     Condition = 2,
+    /// Noise levels at which target and fake score are compared.
     GeneratorSigma = 3,
+    /// Noise of the samples on which target and fake score are compared.
     GeneratorNoise = 4,
+    /// Noise levels of the fake score's training; in stage 1 those of the degrading copy's.
     FakeSigma = 5,
+    /// Noise of the fake score's training; in stage 1 that of the degrading copy's.
     FakeNoise = 6,
+    /// Noise levels of the generator's loss against the discriminator.
     GanSigma = 7,
+    /// Noise of the generator's loss against the discriminator.
     GanNoise = 8,
+    /// Which real images the discriminator sees.
     RealImage = 9,
+    /// Noise levels of the discriminator's training, the same for generated and real images.
     DiscriminatorSigma = 10,
+    /// Noise of the generated images in the discriminator's training.
     DiscriminatorNoise = 11,
+    /// Noise of the real images in the discriminator's training.
     RealNoise = 12,
+    /// Which step of a student of several steps is trained.
     Step = 13,
+    /// Fresh noise between the steps of a student of several steps.
     StepNoise = 14,
 }
 
@@ -51,6 +67,7 @@ pub struct Draws {
 }
 
 impl Draws {
+    /// The draws of micro-batch `micro` of an iteration, both counted from 0.
     pub fn new(seed: u64, phase: Phase, iteration: u64, micro: usize) -> Self {
         Self { seed, phase, iteration, micro: micro as u32 }
     }
@@ -113,7 +130,18 @@ pub enum Levels {
     /// Uniform over these entries, rising.
     Table(Vec<f64>),
     /// `ln sigma ~ N(mean, std^2)`, clamped to `[low, high]`; snapped to the table where the network knows no others.
-    Lognormal { mean: f64, std: f64, low: f64, high: f64, snap: Option<Vec<f64>> },
+    Lognormal {
+        /// Mean of `ln sigma`.
+        mean: f64,
+        /// Standard deviation of `ln sigma`.
+        std: f64,
+        /// Lowest noise level sigma.
+        low: f64,
+        /// Highest noise level sigma.
+        high: f64,
+        /// The levels that the network knows, rising; absent where it knows every level.
+        snap: Option<Vec<f64>>,
+    },
 }
 
 impl Levels {

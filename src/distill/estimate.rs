@@ -26,31 +26,38 @@ use crate::torch::{Forward, ParamSet, shim};
 const MOST_IMAGES: usize = 32;
 const MOST_BYTES: f64 = 1e9;
 
-/// Memory of one stage, in bytes.
+/// Memory of one stage in bytes, and its arithmetic in forward passes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct StageCost {
     /// Copies of the networks' weights.
     pub weights: u64,
+    /// Gradients of the trained weights.
     pub gradients: u64,
     /// AdamW's two moments.
     pub optimizer: u64,
-    /// Inner values at the worst moment of a step, less what gradients take only later.
+    /// Intermediate values when a step needs most memory, without what `gradients` already counts.
     pub activations: u64,
+    /// Sum of the above.
     pub total: u64,
-    /// Forward passes of one image that an iteration is worth (a backward pass counts as two): of the teacher's network, and
-    /// of the student's.
+    /// Forward passes of the teacher's network that one iteration costs for each image of a micro-batch (a backward
+    /// pass counts as two).
     pub passes: f64,
+    /// The same of the student's network.
     pub student_passes: f64,
 }
 
-/// See the module's text.
+/// Memory and arithmetic of a run, both stages.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Estimate {
+    /// Images a forward pass.
     pub batch: usize,
-    /// Trained of the teacher's network (the factors alone with low-rank adaptation) and of the student's.
+    /// Trained numbers of the teacher's network; with low-rank adaptation those of the factors alone.
     pub parameters: usize,
+    /// Trained numbers of the student's network.
     pub student_parameters: usize,
+    /// Cost of stage 1.
     pub degrade: StageCost,
+    /// Cost of stage 2.
     pub backtrack: StageCost,
 }
 

@@ -14,14 +14,16 @@ use crate::torch::train::cuda_graph::Feed;
 pub struct Noised {
     /// `e ~ N(0, I)`, f32 `[B, C, H, W]`.
     pub noise: Tensor,
-    /// f32 `[B, 1, 1, 1]`.
+    /// Noise level of each sample, f32 `[B, 1, 1, 1]`.
     pub sigma: Tensor,
-    /// Of the denoising loss, f32 `[B, 1, 1, 1]`.
+    /// Weight of each sample in the denoising loss, f32 `[B, 1, 1, 1]`.
     pub weights: Tensor,
+    /// The denoiser's coefficients and times at the noise levels.
     pub prepared: Prepared,
 }
 
 impl Noised {
+    /// Prepares noise levels `sigmas`, one a sample, and `noise` `[B, C, H, W]` for an evaluation of `denoiser`.
     pub fn new(denoiser: &Denoiser, sigmas: &[f64], noise: &Tensor, form: Form) -> Result<Self> {
         let device: Device = noise.device();
         Ok(Self {
@@ -61,13 +63,16 @@ pub fn denoising_loss(
 pub struct Inputs {
     /// The generator's noise, or its images.
     pub from: Tensor,
+    /// Conditions of the samples.
     pub conditions: Conditions,
+    /// Noise levels and noise; absent for a piece that only makes images.
     pub noised: Option<Noised>,
     /// The target's evaluation at the levels of `noised`, where it is guided.
     pub guided: Option<Prepared>,
 }
 
 impl Inputs {
+    /// Collects the inputs of an evaluation without guidance. The tensors are shared, not copied.
     pub fn new(from: &Tensor, conditions: &Conditions, noised: Option<Noised>) -> Self {
         Self { from: from.shallow_clone(), conditions: conditions.shallow_clone(), noised, guided: None }
     }
@@ -77,6 +82,7 @@ impl Inputs {
         self.noised()?.loss(denoiser, x0, &self.conditions)
     }
 
+    /// The noise levels and noise. Errors: there are none.
     pub fn noised(&self) -> Result<&Noised> {
         self.noised.as_ref().ok_or_else(|| Error::mismatch("a loss without noise levels"))
     }

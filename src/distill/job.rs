@@ -16,14 +16,17 @@ use crate::torch::train::cuda_graph::Recorder;
 
 /// What a run needs beside the teacher.
 pub struct Job<'a> {
+    /// The configuration as resolved.
     pub config: &'a Config,
     /// The student's network and weights, where it is not the teacher's copy.
     pub student: Option<&'a Student>,
+    /// Where the run writes its files.
     pub run: &'a RunDir,
+    /// Is told what happens in the run, and may ask for a checkpoint or an end.
     pub observer: &'a mut dyn Observer,
     /// Raised from outside (Ctrl-C): the run stops after the present step, with a checkpoint.
     pub stop: &'a AtomicBool,
-    /// Shows no progress.
+    /// Whether no progress bar is shown.
     pub silent: bool,
 }
 

@@ -64,20 +64,27 @@ impl Means {
 /// is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
+    /// Stage that the row belongs to.
     pub stage: StageKind,
     /// Iterations of the stage that are done.
     pub iteration: u64,
-    /// Stage 1: nodes recorded so far. Stage 2: the node that the generator is drawn to.
+    /// Stage 1: nodes recorded so far. Stage 2: index of the node that is the target; 0 is the teacher.
     pub node: usize,
+    /// Denoising loss of the fake score on the student's samples; in stage 1 that of the degrading copy.
     pub loss_fake: Option<f64>,
+    /// The objective's loss of the generator, without the discriminator's term.
     pub loss_generator: Option<f64>,
+    /// Global gradient norm of the fake score before clipping; in stage 1 that of the degrading copy.
     pub grad_norm_fake: Option<f64>,
+    /// Global gradient norm of the generator before clipping.
     pub grad_norm_generator: Option<f64>,
-    /// Score mismatch to the target: `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`.
+    /// Score mismatch to the target, `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`, with the denoising
+    /// loss's weight `lambda(sigma)`; without the second term where the objective has no fake score.
     pub mismatch: Option<f64>,
-    /// The generator's term against the discriminator, and the discriminator's own, both weighted; where there is one.
+    /// Weighted loss of the generator against the discriminator; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_gan: Option<f64>,
+    /// Weighted loss of the discriminator; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_discriminator: Option<f64>,
     /// Learning rate: stage 1 of the copy, stage 2 of the generator.
@@ -86,6 +93,7 @@ pub struct Row {
     pub updates: u64,
     /// Images generated in the stage.
     pub images: u64,
+    /// Images generated a second since the row before.
     pub images_per_s: f64,
     /// Seconds spent in the stage.
     pub seconds: f64,
@@ -123,6 +131,7 @@ impl MetricsFile {
         Ok(Self { path: path.to_owned(), file })
     }
 
+    /// Appends a row as one line of JSON.
     pub fn append(&mut self, row: &Row) -> Result<()> {
         let mut line = serde_json::to_string(row).map_err(|e| Error::io(e.to_string()))?;
         line.push('\n');

@@ -41,6 +41,7 @@ use crate::error::{Error, Result};
 /// Which stages to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stages {
+    /// Stage 1, then stage 2.
     Both,
     /// Stage 1 alone: the run directory is left with a complete trajectory.
     Degrade,

@@ -7,7 +7,10 @@ use crate::distill::metrics::Row;
 use crate::distill::student::Student;
 use crate::error::Result;
 
-/// Learns of a run's landmarks: sample grids, event files, a person's interface.
+/// Is told what happens in a run, to write sample grids and event files or to show progress. Every method does nothing
+/// by default.
+///
+/// Errors of its methods end the run.
 pub trait Observer {
     /// A stage begins, or goes on from a checkpoint. True: an earlier process had already brought it to its end.
     fn stage_begins(&mut self, _begin: &Begin) -> Result<bool> {
@@ -25,7 +28,7 @@ pub trait Observer {
     fn node_recorded(&mut self, _node: usize, _denoiser: &Denoiser) -> Result<()> {
         Ok(())
     }
-    /// Stage 2 is drawn to a target from now on (its weights are in `target`).
+    /// Trajectory node `node` is the target of stage 2 from now on (its weights are in `target`).
     fn target_entered(&mut self, _node: usize, _target: &Denoiser) -> Result<()> {
         Ok(())
     }
@@ -42,50 +45,61 @@ pub trait Observer {
 /// Where a stage begins or goes on.
 #[derive(Debug, Clone, Copy)]
 pub struct Begin {
+    /// The stage.
     pub stage: StageKind,
+    /// Iterations of the stage that are done; 0 where it begins.
     pub iteration: u64,
     /// Iterations of the whole stage.
     pub total: u64,
+    /// Generator updates that are done; 0 in stage 1.
     pub updates: u64,
-    /// Last node of the trajectory.
+    /// Index of the trajectory's last node.
     pub last: usize,
 }
 
 /// Where a stage stands after an iteration.
 pub struct Step<'a> {
+    /// The stage.
     pub stage: StageKind,
+    /// Iterations of the stage that are done, this one included.
     pub iteration: u64,
+    /// Iterations of the whole stage.
     pub total: u64,
-    /// Generator updates done, and whether this iteration was one.
+    /// Generator updates that are done; 0 in stage 1.
     pub updates: u64,
+    /// Whether this iteration updated the generator.
     pub updated: bool,
     /// Images generated in the stage.
     pub images: u64,
     /// Seconds spent in the stage.
     pub seconds: f64,
+    /// Stage 1: nodes recorded so far. Stage 2: index of the node that is the target; 0 is the teacher.
     pub node: usize,
-    /// Stage 2's networks.
+    /// The networks of stage 2; absent in stage 1.
     pub networks: Option<Running<'a>>,
 }
 
 /// The networks of stage 2 as they stand.
 #[derive(Clone)]
 pub struct Running<'a> {
+    /// The student that is trained, not averaged.
     pub student: &'a Student,
     /// The average that becomes the student.
     pub average: &'a Student,
-    /// Averages of other half-lives, in images.
+    /// Averages with other half-lives, each with its half-life in images.
     pub others: Vec<(f64, &'a Student)>,
+    /// The present target: the teacher's network with the weights of a trajectory node.
     pub target: &'a Denoiser,
+    /// The fake score; absent where the objective has none.
     pub fake: Option<&'a Denoiser>,
 }
 
 /// What an observer asks of the loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wish {
-    /// A checkpoint now.
+    /// Write a checkpoint now.
     pub checkpoint: bool,
-    /// The stage ends here, as if all its iterations were done.
+    /// End the stage here, as if all its iterations were done.
     pub end: bool,
 }
 

@@ -15,7 +15,7 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// The run in this folder, which nothing is known of yet.
+    /// The run directory at this path, whether it exists or not.
     pub fn at(path: &Path) -> Self {
         Self { path: path.to_owned() }
     }
@@ -117,40 +117,47 @@ impl RunDir {
         )))
     }
 
+    /// The run directory itself.
     pub fn path(&self) -> &Path {
         &self.path
     }
+    /// `config.toml`: the configuration as resolved.
     pub fn config_file(&self) -> PathBuf {
         self.path.join("config.toml")
     }
-    /// The teacher card as resolved.
+    /// `card.toml`: the teacher card as resolved.
     pub fn card_file(&self) -> PathBuf {
         self.path.join("card.toml")
     }
+    /// Folder of the degradation trajectory.
     pub fn trajectory(&self) -> PathBuf {
         self.path.join("trajectory")
     }
+    /// Folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
     }
+    /// `metrics.jsonl`: losses and other measures of training, one row a line; see [`crate::distill::metrics::Row`].
     pub fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
     }
+    /// Folder of the sample grids, PNG.
     pub fn samples(&self) -> PathBuf {
         self.path.join("samples")
     }
-    /// Students kept on the way (`log.snapshot_every`).
+    /// Folder of the students that are kept while the run goes on (`log.snapshot_every`).
     pub fn snapshots(&self) -> PathBuf {
         self.path.join("snapshots")
     }
-    /// The student with the least distance measured while training, as ONNX.
+    /// `best.onnx`: the student with the lowest distance measured while training.
     pub fn best(&self) -> PathBuf {
         self.path.join("best.onnx")
     }
-    /// Losses by noise level.
+    /// `levels.jsonl`: denoising losses of target and fake score by noise level.
     pub fn levels(&self) -> PathBuf {
         self.path.join("levels.jsonl")
     }
+    /// `student.onnx`: the student at the end of the run.
     pub fn student(&self) -> PathBuf {
         self.path.join("student.onnx")
     }
@@ -162,9 +169,11 @@ impl RunDir {
     pub fn average_weights(&self, half_life: f64) -> PathBuf {
         self.path.join(format!("student-ema-{half_life}.safetensors"))
     }
+    /// `summary.json`: what the run was and what it cost.
     pub fn summary(&self) -> PathBuf {
         self.path.join("summary.json")
     }
+    /// `report.html`: the run as a page for a browser.
     pub fn report(&self) -> PathBuf {
         self.path.join("report.html")
     }

@@ -17,8 +17,9 @@ use crate::torch::{Forward, ParamSet, shim};
 /// The student with its own weights.
 #[derive(Debug)]
 pub enum Student {
+    /// A network with a time input, evaluated at one fixed noise level or at a few in turn.
     Levels(Box<AtLevels>),
-    /// One call of a network without a time.
+    /// A network without a time input, which makes a sample in one call.
     Generator(Generator),
 }
 
@@ -157,16 +158,18 @@ impl Student {
         }
     }
 
-    /// Where the network is.
+    /// Device that the weights are on.
     pub fn device(&self) -> Device {
         self.params().tensors().first().map_or(Device::Cpu, Tensor::device)
     }
+    /// The network that makes the samples.
     pub fn network(&self) -> &dyn Forward {
         match self {
             Self::Levels(s) => s.denoiser.network(),
             Self::Generator(g) => g.network(),
         }
     }
+    /// The weights that are trained: with low-rank adaptation the factors alone.
     pub fn params(&self) -> &ParamSet {
         self.network().params()
     }

@@ -17,6 +17,7 @@ use crate::torch::params::{TensorFile, save_tensors};
 /// One recorded set of weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Node {
+    /// Place in the trajectory; 0 is the teacher.
     pub index: usize,
     /// File name inside the trajectory's folder.
     pub file: String,
@@ -112,9 +113,11 @@ impl Trajectory {
         Ok(Self { dir: dir.to_owned(), index })
     }
 
+    /// Folder that the trajectory lies in.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+    /// All nodes in order, the teacher first.
     pub fn nodes(&self) -> &[Node] {
         &self.index.nodes
     }
@@ -122,9 +125,11 @@ impl Trajectory {
     pub fn last(&self) -> usize {
         self.index.nodes.len() - 1
     }
+    /// Whether stage 1 has ended, so that the nodes are final.
     pub fn is_complete(&self) -> bool {
         self.index.complete
     }
+    /// [`ParamSet::hash`] of the teacher's weights.
     pub fn teacher_hash(&self) -> &str {
         &self.index.teacher_hash
     }
@@ -293,8 +298,9 @@ pub fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 
-/// Which node stage 2 aims at after `updates` generator updates, switching every `every` of them: method section 4,
-/// `path[N - min(1 + floor(updates / every), N)]`. Starts at N-1, ends at 0 (the teacher) and stays there.
+/// Index of the node that is stage 2's target after `updates` generator updates, with a switch every `every` of them:
+/// `N - min(1 + floor(updates / every), N)`, where N is `last`. It starts at N-1, ends at 0 (the teacher) and stays
+/// there.
 pub fn target_by_count(updates: u64, every: u64, last: usize) -> usize {
     last - (updates / every.max(1)).saturating_add(1).min(last as u64) as usize
 }

@@ -19,19 +19,26 @@ const FEWEST: usize = 10;
 /// One engine at one batch size.
 #[derive(Debug, Clone, Serialize)]
 pub struct Timing {
+    /// Name of the engine and of the provider that ran the file.
     pub engine: String,
+    /// Images a call.
     pub batch: usize,
     /// Opening the file, milliseconds; TensorRT builds its engine here where the cache has none.
     pub load_ms: f64,
-    /// The first call, which may compile or allocate.
+    /// Milliseconds of the first call, which may compile or allocate.
     pub first_ms: f64,
-    /// Milliseconds a call, inputs and outputs in the caller's memory: median, 95th and 99th percentile.
+    /// Median of the milliseconds a call; inputs are copied from and outputs to the caller's memory.
     pub p50_ms: f64,
+    /// 95th percentile of the milliseconds a call.
     pub p95_ms: f64,
+    /// 99th percentile of the milliseconds a call.
     pub p99_ms: f64,
+    /// Images a second over all timed calls together.
     pub images_per_s: f64,
+    /// Number of timed calls; the warm-up is not among them.
     pub calls: usize,
-    /// Median of the call alone: inputs bound beforehand, outputs left where the provider makes them.
+    /// Median of the milliseconds of the call alone: inputs bound beforehand, outputs left where the provider makes
+    /// them.
     pub bound_p50_ms: f64,
     /// Largest resident memory of the process during this row, MiB; `None` where the system does not tell.
     pub peak_mib: Option<f64>,
@@ -40,15 +47,21 @@ pub struct Timing {
 /// A teacher's sampler beside the student.
 #[derive(Debug, Clone, Serialize)]
 pub struct TeacherTiming {
+    /// Name of the engine and of the provider that ran the file.
     pub engine: String,
+    /// Images a batch.
     pub batch: usize,
+    /// Steps of the sampler.
     pub steps: usize,
     /// Network evaluations an image.
     pub nfe: usize,
+    /// Opening the file, milliseconds.
     pub load_ms: f64,
     /// Milliseconds a batch: median of the runs.
     pub p50_ms: f64,
+    /// Milliseconds an image: `p50_ms` over the batch size.
     pub ms_per_image: f64,
+    /// Number of timed runs; the warm-up is not among them.
     pub runs: usize,
     /// Largest resident memory of the process during this row, MiB; `None` where the system does not tell.
     pub peak_mib: Option<f64>,

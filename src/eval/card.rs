@@ -27,9 +27,11 @@ pub struct FeatureCard {
     pub range: Option<[f64; 2]>,
     /// Height and width that images are resized to.
     pub size: Option<[usize; 2]>,
+    /// Filter that resizes the images; given together with `size`.
     pub resize: Option<Filter>,
-    /// Subtracted, and divided by, channel by channel.
+    /// What is subtracted from each channel, after `range` is applied; one number a channel.
     pub mean: Option<Vec<f64>>,
+    /// What each channel is divided by, after `mean` is subtracted; one number a channel.
     pub std: Option<Vec<f64>>,
     /// 3: grey images are given three equal channels.
     pub channels: Option<usize>,

@@ -32,18 +32,25 @@ pub struct ByClass {
 /// What a pass over a set leaves.
 #[derive(Debug, Clone)]
 pub struct Collected {
-    /// Absent without a feature network.
+    /// Mean and covariance of the features; absent without a feature network.
     pub statistics: Option<Statistics>,
-    /// Features of a fixed choice of images, and which images these are.
+    /// Features of a fixed choice of images, at most [`MOST`]; absent where they were not asked for.
     pub rows: Option<FeatureMatrix>,
+    /// Which images the rows of `rows` are: indices among the images of this pass, rising.
     pub chosen: Vec<usize>,
+    /// Features of all images by class; absent where they were not asked for.
     pub classes: Option<ByClass>,
+    /// Inception Score; absent where the network gives no class scores.
     pub inception: Option<InceptionScore>,
+    /// Patches for the sliced Wasserstein distance; absent where they were not asked for.
     pub patches: Option<Patches>,
+    /// C, H, W of an image; absent for reference statistics.
     pub shape: Option<[usize; 3]>,
+    /// Number of images; for reference statistics 0 where they do not state it.
     pub count: usize,
-    /// Network calls an image, and milliseconds an image of making them, where they were made.
+    /// Network evaluations for one image; absent for images that were there already.
     pub nfe: Option<usize>,
+    /// Milliseconds to make one image; absent for images that were there already.
     pub ms_per_image: Option<f64>,
 }
 

@@ -17,7 +17,9 @@ use crate::tensor::{DType, HostTensor};
 /// What the user says about a feature network, over what it says itself.
 #[derive(Debug, Clone, Default)]
 pub struct FeatureOptions {
+    /// Output that holds the features; absent: as the card says, or the only one.
     pub output: Option<String>,
+    /// Values that 0 and 255 become before mean and std; absent: as the card says.
     pub range: Option<[f64; 2]>,
     /// Entries of the feature card, `key=value`.
     pub card: Vec<String>,
@@ -26,7 +28,7 @@ pub struct FeatureOptions {
 /// What a network makes of a batch.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// f32 [N, D].
+    /// Features, f32 `[N, D]`.
     pub features: HostTensor,
     /// Class scores before the softmax, f32 [N, K], where the network gives them.
     pub logits: Option<HostTensor>,
@@ -130,6 +132,7 @@ impl FeatureNet {
     pub fn logits(&self) -> Option<&str> {
         self.logits.as_deref()
     }
+    /// The feature card, as the file and the caller gave it.
     pub fn card(&self) -> &FeatureCard {
         &self.card
     }

@@ -8,9 +8,11 @@ use crate::error::{Error, Result};
 /// Mean and covariance (divided by N-1) of a set's features.
 #[derive(Debug, Clone)]
 pub struct Statistics {
+    /// Mean of each feature, `[D]`.
     pub mean: Vec<f64>,
+    /// Covariance of the features, `[D, D]`.
     pub covariance: Mat<f64>,
-    /// Images behind them, where known.
+    /// Number of images that they were computed from, where known.
     pub count: Option<usize>,
     /// Fingerprint of the feature network and its preprocessing, where known.
     pub network: Option<String>,
@@ -27,7 +29,7 @@ impl Statistics {
         Self::from_moments(moments)
     }
 
-    /// From what has streamed by.
+    /// Mean and covariance of the rows that were added to `moments`.
     pub fn from_moments(moments: Moments) -> Result<Self> {
         let count = Some(moments.count());
         let (mean, covariance) = moments.finish()?;

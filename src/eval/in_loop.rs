@@ -29,25 +29,32 @@ pub struct At {
     pub passes: u64,
     /// Seconds, stage 1 included.
     pub seconds: f64,
-    /// Node that the generator is drawn to.
+    /// Index of the trajectory node that is the target; 0 is the teacher.
     pub node: usize,
 }
 
 /// A point of the curve.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Point {
+    /// Where the run stood when this was measured.
     #[serde(flatten)]
     pub at: At,
-    /// Frechet distance; without a feature network the sliced Wasserstein distance takes its place in what is best.
+    /// Frechet distance; absent without a feature network, where the sliced Wasserstein distance decides which point is
+    /// best.
     pub frechet: Option<f64>,
+    /// Kernel distance (Binkowski et al. 2018); absent without a feature network.
     pub kernel: Option<f64>,
+    /// Standard error of the kernel distance.
     pub kernel_standard_error: Option<f64>,
+    /// Precision (Kynkaanniemi et al. 2019), 0 to 1; absent where it could not be measured.
     pub precision: Option<f64>,
+    /// Recall (Kynkaanniemi et al. 2019), 0 to 1; absent where it could not be measured.
     pub recall: Option<f64>,
+    /// Sliced Wasserstein distance times 1000; absent where a feature network is used.
     pub sliced: Option<f64>,
     /// Images measured.
     pub samples: usize,
-    /// Least so far.
+    /// Whether the distance is the lowest of the run so far.
     pub best: bool,
     /// Why nothing could be measured: a student that has collapsed or gives NaN does not end the run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,7 +62,7 @@ pub struct Point {
 }
 
 impl Point {
-    /// What is to become small.
+    /// The distance that decides which point is best; infinite where nothing could be measured.
     pub fn figure(&self) -> f64 {
         self.frechet.or(self.sliced).filter(|v| v.is_finite()).unwrap_or(f64::INFINITY)
     }
@@ -66,9 +73,11 @@ impl Point {
 pub struct Settings {
     /// Feature network; none: the sliced Wasserstein distance alone.
     pub features: Option<PathBuf>,
+    /// Reference: images, or a `.npz` of statistics.
     pub reference: PathBuf,
-    /// Looks without a new least after which the run may end; 0: it never does.
+    /// Measurements without a new lowest distance after which the run may end; 0: it never does.
     pub patience: u64,
+    /// Images a call of the feature network; 0 counts as 1.
     pub batch: usize,
     /// Range of float arrays in the reference.
     pub range: [f64; 2],
@@ -149,7 +158,8 @@ impl InLoop {
         }
     }
 
-    /// What weakens the figures (fewer images than features, statistics of an unknown network), the first time it is asked for.
+    /// What makes the figures less reliable (fewer images than features, statistics of an unknown network), the first
+    /// time it is asked for.
     pub fn take_warnings(&mut self) -> Vec<String> {
         std::mem::take(&mut self.warnings)
     }
@@ -202,7 +212,7 @@ impl InLoop {
         Ok(point)
     }
 
-    /// Whether the last `patience` looks brought no new least.
+    /// Whether the last `patience` measurements brought no new lowest distance.
     pub fn exhausted(&self) -> bool {
         let since = self.points.iter().rev().take_while(|p| !p.best).count() as u64;
         self.patience > 0 && since >= self.patience

@@ -10,8 +10,11 @@ pub const BLOCKS: usize = 10;
 /// Mean and standard deviation over blocks, as the field quotes it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct InceptionScore {
+    /// Mean of the score over the blocks; 1 or more.
     pub mean: f64,
+    /// Standard deviation of the score over the blocks, divided by their number (not by one less).
     pub deviation: f64,
+    /// Number of blocks that the images were cut into.
     pub blocks: usize,
 }
 

@@ -12,8 +12,11 @@ const BLOCK: usize = 1000;
 /// Mean over blocks and the standard error of that mean.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct KernelDistance {
+    /// Mean of the squared MMD over the blocks; may be slightly negative.
     pub mean: f64,
+    /// Standard error of that mean; 0 for one block.
     pub standard_error: f64,
+    /// Number of blocks, 1 to 100.
     pub blocks: usize,
 }
 

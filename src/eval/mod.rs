@@ -62,6 +62,7 @@ impl FeatureMatrix {
     pub fn len(&self) -> usize {
         self.rows.nrows()
     }
+    /// Whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -83,18 +84,23 @@ impl FeatureMatrix {
 pub struct Scores {
     /// Frechet distance of the Gaussians fitted to both sets; 0 for equal sets.
     pub frechet: f64,
-    /// Kernel distance (squared MMD) and its standard error; may be slightly negative for equal sets.
+    /// Kernel distance (squared MMD; Binkowski et al. 2018); may be slightly negative for equal sets.
     pub kernel: f64,
+    /// Standard error of the kernel distance over blocks of images.
     pub kernel_standard_error: f64,
-    /// Share of `a` that lies where `b` is: quality.
+    /// Share of `a`, 0 to 1, that lies within the manifold of `b` (Kynkaanniemi et al. 2019): quality.
     pub precision: f64,
-    /// Share of `b` that `a` covers: diversity.
+    /// Share of `b`, 0 to 1, that lies within the manifold of `a` (Kynkaanniemi et al. 2019): diversity.
     pub recall: f64,
+    /// Density (Naeem et al. 2020): quality that outliers do not raise; 1 for equal distributions.
     pub density: f64,
+    /// Coverage (Naeem et al. 2020): share of the reference images, 0 to 1, that have a generated image near them.
     pub coverage: f64,
+    /// Number of generated and of reference images.
     pub images: [usize; 2],
+    /// Number of features an image.
     pub features: usize,
-    /// What weakens the numbers.
+    /// What makes the numbers less reliable, such as too few images.
     pub warnings: Vec<String>,
 }
 

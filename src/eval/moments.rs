@@ -38,6 +38,7 @@ impl Moments {
         }
     }
 
+    /// Number of features a row.
     pub fn dims(&self) -> usize {
         self.shift.len()
     }

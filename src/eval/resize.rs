@@ -33,6 +33,7 @@ impl Filter {
         (Self::Box, "box"),
     ];
 
+    /// The filter's name in a feature card, such as `bicubic-antialias`.
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(f, _)| *f == self).map_or("", |(_, n)| n)
     }

@@ -14,7 +14,7 @@ const PATCH: usize = 7;
 const COARSEST: usize = 16;
 /// Patches of each image and level.
 const PATCHES: usize = 32;
-/// Images that patches are taken of.
+/// Most images of a set that patches are taken of.
 pub const IMAGES: usize = 4096;
 /// Groups of directions, for the error; the directions of all groups make the mean.
 const GROUPS: usize = 4;
@@ -23,6 +23,7 @@ const DIRECTIONS: usize = 64;
 /// Distances times 1000, as the field quotes them: one a level, finest first, and their mean.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Sliced {
+    /// Mean distance over the levels of the pyramid, times 1000.
     pub mean: f64,
     /// Standard error over groups of random directions.
     pub standard_error: f64,

@@ -15,8 +15,11 @@ use crate::tensor::HostTensor;
 
 /// One side of a comparison.
 pub enum Source {
+    /// Images that are there already.
     Images(ImageSet),
+    /// A student, whose samples are made as they are needed.
     Student(Box<Student>),
+    /// A teacher, whose sampler makes the samples as they are needed.
     Teacher(Box<TeacherOnEngine>),
     /// A student or teacher of latents, with the autoencoder's decoder behind it.
     Decoded(Box<Decoded>),
@@ -44,12 +47,15 @@ struct Samples {
 /// How images are drawn from a source. Image `k` of a seed is the same whatever the batch size, engine or device.
 #[derive(Debug, Clone)]
 pub struct Draw {
-    /// Seed, classes, embeddings and images a call.
+    /// Seed, classes, embeddings, and number of images a call.
     pub request: Request,
+    /// How a network's float samples become 8 bits.
     pub rounding: Rounding,
-    /// A teacher's sampler, its steps and guidance.
+    /// The solver of a teacher.
     pub sampler: Sampler,
+    /// Steps of the teacher's sampler.
     pub steps: usize,
+    /// Classifier-free guidance scale of the teacher; 1: none.
     pub guidance: f64,
 }
 
@@ -63,11 +69,11 @@ impl Default for Draw {
 /// Images of a source, one after the other.
 #[derive(Debug, Clone)]
 pub struct Drawn {
-    /// 8-bit [N,C,H,W].
+    /// 8-bit images `[N, C, H, W]`.
     pub images: HostTensor,
     /// Their classes, where the source has any.
     pub labels: Option<Vec<usize>>,
-    /// Network calls an image; none for images that were there already.
+    /// Network evaluations for one image; absent for images that were there already.
     pub nfe: Option<usize>,
 }
 
@@ -143,6 +149,7 @@ impl Source {
             _ => None,
         }
     }
+    /// Whether the source is known to hold no images; false where its number is not fixed.
     pub fn is_empty(&self) -> bool {
         self.len() == Some(0)
     }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::evaluation::Row;
 use crate::error::{Context, Error, Result};
 
-/// The file in the run directory.
+/// Name of the file in the run directory that holds the [`Book`].
 pub const FILE: &str = "evaluation.json";
 
 /// One measured student.
@@ -20,13 +20,16 @@ pub struct Entry {
     pub hash: String,
     /// What was measured and how: equal settings give comparable figures.
     pub setting: String,
+    /// What was measured of it.
     pub row: Row,
 }
 
 /// Neighbours of one generated image: places in the reference, and distances.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Neighbours {
+    /// Index of the generated image in its set.
     pub image: usize,
+    /// Nearest reference images, nearest first: index in the reference, and distance in feature space.
     pub nearest: Vec<(usize, f64)>,
 }
 
@@ -37,12 +40,17 @@ pub struct Book {
     /// The student with the least Frechet distance (without a feature network, sliced Wasserstein distance) among those measured
     /// in the latest setting.
     pub best: Option<String>,
+    /// The latest setting; see [`Entry::setting`].
     pub setting: String,
+    /// Command line of the latest evaluation.
     pub command: Option<String>,
+    /// Path of the reference in the latest evaluation.
     pub reference: Option<String>,
+    /// All measured students, in this and in earlier settings.
     pub entries: Vec<Entry>,
     /// Teachers and other sets measured beside the students, in the latest setting.
     pub others: Vec<Row>,
+    /// Nearest reference images of some images of the best student, in the latest setting.
     pub neighbours: Vec<Neighbours>,
 }
 
@@ -59,6 +67,7 @@ impl Book {
             .with_context(|| path.display().to_string())
     }
 
+    /// Writes the book as `evaluation.json` into the run directory.
     pub fn write(&self, run: &Path) -> Result<()> {
         let bytes = serde_json::to_vec_pretty(self).map_err(|e| Error::io(e.to_string()))?;
         crate::files::write_atomic(&run.join(FILE), &bytes)

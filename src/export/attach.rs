@@ -19,7 +19,7 @@ pub const IMAGE: &str = "image";
 
 /// Adds the output `image`, u8 `[batch, H, W, C]`: `sample` rounded as `disback sample` rounds for PNG files.
 ///
-/// Errors (2): latents, which are no images; a file that has an `image` already.
+/// Errors, of kind [`crate::Kind::Usage`]: latents, which are no images; a file that has an `image` already.
 pub fn image(model: &mut ModelProto) -> Result<()> {
     let info = StudentInfo::from_model(model)?;
     let [low, high] = info.range.ok_or_else(|| {
@@ -65,7 +65,8 @@ pub fn image(model: &mut ModelProto) -> Result<()> {
 /// Runs the student's latents through a decoder, so that `sample` becomes images in `range`: the latents are divided by the
 /// card's `latent_scale`, the decoder's output is clipped to `range`.
 ///
-/// Errors (2): a student of images; a decoder whose input does not take the latents or whose output is no batch of images.
+/// Errors, of kind [`crate::Kind::Usage`]: a student of images; a decoder whose input does not take the latents or
+/// whose output is no batch of images.
 pub fn decoder(model: &mut ModelProto, path: &Path, range: [f64; 2]) -> Result<()> {
     let shown = path.display().to_string();
     let info = StudentInfo::from_model(model)?;

@@ -42,30 +42,32 @@ impl Precision {
     }
 }
 
-/// What to make of a student.
+/// How a student is written to its file.
 #[derive(Debug, Clone)]
 pub struct ShipOptions {
+    /// Element type of the shipped file's weights or arithmetic.
     pub precision: Precision,
     /// Globs of node names that stay in f32.
     pub keep_f32: Vec<String>,
-    /// How far 8 bits may move a value of the sample.
+    /// Largest change of a value of the sample that quantisation to 8 bits may cause.
     pub int8_limit: f64,
-    /// Images of the calibration noise.
+    /// Number of images of noise that precisions other than f32 are calibrated on.
     pub calibration: usize,
-    /// Fixes the batch; as it is where absent.
+    /// Number of images that the batch is fixed at; absent: the batch stays as it is.
     pub batch: Option<usize>,
+    /// Operator set that the file is converted to; absent: it keeps that of the student.
     pub opset: Option<i64>,
-    /// Fold constants and shape arithmetic.
+    /// Whether constants and shape arithmetic are folded.
     pub optimise: bool,
     /// Which chains are written as the operators that they are, where the graph is optimised.
     pub raise: Raise,
-    /// Write what several runtimes do not take in plainer operators.
+    /// Whether operators and forms that several runtimes lack are written in plainer ones.
     pub portable: bool,
-    /// Add the output `image` (u8).
+    /// Whether the output `image` is added: u8, `[batch, H, W, C]`.
     pub image: bool,
-    /// ONNX file that turns latents into images, and its output's range.
+    /// ONNX file that turns latents into images, and its output's range; absent: `sample` stays as it is.
     pub decoder: Option<(PathBuf, [f64; 2])>,
-    /// Folder that gets the graph before the first pass and after each.
+    /// Folder that gets the graph before the first pass and after each; absent: nothing is written.
     pub dump_passes: Option<PathBuf>,
 }
 
@@ -88,29 +90,35 @@ impl Default for ShipOptions {
     }
 }
 
-/// What was done, for people and machines.
+/// What writing a student did: printed, and part of the JSON document of `--json`.
 #[derive(Debug, Clone, Serialize)]
 pub struct ShipReport {
+    /// The precision that was asked for.
     pub precision: Precision,
+    /// Operator set of the file that was written.
     pub opset: i64,
+    /// What simplifying did; absent where the graph was not optimised.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub simplified: Option<Simplified>,
     /// Raised operators that were written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raised: Option<Written>,
-    /// Nodes rewritten for the portable form.
+    /// Nodes that were written in plainer operators, one line each.
     pub portable: Vec<String>,
-    /// Nodes that no portable form was found for, and what they have.
+    /// Nodes that no plainer form was found for, each with the operator or form that some runtimes lack.
     pub not_portable: Vec<(String, String)>,
+    /// The conversion to 16 bits; absent for other precisions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub half: Option<Converted>,
+    /// The quantisation to 8 bits; absent for other precisions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub int8: Option<Quantised>,
     /// Largest difference of the sample to the student that came in, on other noise than the calibration's; in 16 bits also
     /// on that, with every value rounded. `None`: not measured, because ONNX Runtime was not found.
     pub max_abs: Option<f64>,
-    /// Bytes of weights.
+    /// Bytes of all weights in the file.
     pub weight_bytes: usize,
+    /// What the user should know about the file, one sentence each.
     pub warnings: Vec<String>,
 }
 

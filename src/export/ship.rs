@@ -23,8 +23,8 @@ const CHECKED_AT_ONCE: usize = 256 << 20;
 
 /// Applies the options. `model` is a student (`StudentInfo` reads it); its own precision must be f32 for another one.
 ///
-/// Errors: options that do not go together or with the graph (2); a result that is not the student that came in, with the pass
-/// that changed it.
+/// Errors: options that do not go together or with the graph ([`crate::Kind::Usage`]); a result that is not the student
+/// that came in, with the pass that changed it.
 pub fn ship(mut model: ModelProto, options: &ShipOptions) -> Result<(ModelProto, ShipReport)> {
     let info = StudentInfo::from_model(&model)?;
     // Written by us before, or as the teacher's file has its weights.

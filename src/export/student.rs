@@ -18,6 +18,7 @@ pub struct StudentOptions {
     pub sigma_init: Option<f64>,
     /// `disback`, or the base method's name where no trajectory was used.
     pub method: String,
+    /// Name of the training objective, kept in the file's metadata; empty where the weights come from no run.
     pub objective: String,
     /// SHA-256 of the teacher's file.
     pub teacher_hash: String,

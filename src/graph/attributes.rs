@@ -12,13 +12,21 @@ use crate::tensor::HostTensor;
 /// One attribute value.
 #[derive(Debug, Clone)]
 pub enum Attribute {
+    /// One integer (`INT`). Flags and element types are integers too.
     Int(i64),
+    /// One number in f32 (`FLOAT`).
     Float(f32),
+    /// A text (`STRING`); ONNX stores it as UTF-8 bytes.
     String(String),
+    /// A list of integers (`INTS`), such as axes or padding.
     Ints(Vec<i64>),
+    /// A list of numbers in f32 (`FLOATS`).
     Floats(Vec<f32>),
+    /// A list of texts (`STRINGS`).
     Strings(Vec<String>),
+    /// A tensor with its data (`TENSOR`), such as the value of a Constant node.
     Tensor(HostTensor),
+    /// A subgraph (`GRAPH`): a branch of If, or the body of Loop or Scan.
     Graph(Rc<Graph>),
     /// A kind that nothing here uses (types, sparse tensors, lists of graphs); named in the error if an operator has it.
     Other(&'static str),
@@ -64,19 +72,23 @@ macro_rules! getter {
 }
 
 impl Attributes {
+    /// Attributes by name; none of them counts as read yet.
     pub fn new(values: BTreeMap<String, Attribute>) -> Self {
         Self { values, read: RefCell::default() }
     }
 
+    /// The attribute of this name, if the node has it. It counts as read from now on: see [`Attributes::finish`].
     pub fn get(&self, name: &str) -> Option<&Attribute> {
         self.read.borrow_mut().insert(name.to_owned());
         self.values.get(name)
     }
 
+    /// Adds an attribute, or replaces the one of this name.
     pub fn set(&mut self, name: &str, value: Attribute) {
         self.values.insert(name.to_owned(), value);
     }
 
+    /// All attributes with their names, in the order of the names. None of them counts as read by this.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Attribute)> {
         self.values.iter().map(|(k, v)| (k.as_str(), v))
     }

@@ -12,7 +12,9 @@ pub type ValueId = usize;
 /// A graph input or output.
 #[derive(Debug, Clone)]
 pub struct Port {
+    /// The name in the file, by which callers give or receive the tensor.
     pub name: String,
+    /// The value of the graph that this input sets, or that this output returns.
     pub value: ValueId,
     /// Element type, where the file says it.
     pub dtype: Option<DType>,
@@ -21,7 +23,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// `f32[batch, 3, 64, 64]`.
+    /// Element type and shape as text, such as `f32[batch, 3, 64, 64]`; `?` for what the file does not say.
     pub fn describe(&self) -> String {
         let dtype = self.dtype.map_or("?".to_owned(), |d| d.to_string());
         match &self.shape {
@@ -53,22 +55,32 @@ pub enum Origin {
     Initializer(usize),
     /// The `value` attribute of the Constant node of this index in the file.
     ConstantNode(usize),
-    /// Inside the subgraph that this attribute of this node (index in the file) holds.
-    Within { node: usize, attribute: String, origin: Box<Origin> },
-    /// Made by us.
+    /// Inside a subgraph: a branch of If, or the body of Loop or Scan.
+    Within {
+        /// Index in the file of the node that holds the subgraph.
+        node: usize,
+        /// The attribute of that node that is the subgraph, such as `then_branch`.
+        attribute: String,
+        /// The place in the subgraph.
+        origin: Box<Origin>,
+    },
+    /// Nowhere in the file: this crate made the tensor.
     Made,
 }
 
 /// A tensor known before anything runs.
 #[derive(Debug, Clone)]
 pub struct Constant {
+    /// Element type, shape and data.
     pub tensor: HostTensor,
+    /// The place in the file that the tensor was read from.
     pub origin: Origin,
 }
 
 /// One operator call.
 #[derive(Debug, Clone)]
 pub struct Node {
+    /// The operator's name, such as `Conv`.
     pub op: String,
     /// Empty for the default domain; `disback` for operators that raising makes.
     pub domain: String,
@@ -78,11 +90,13 @@ pub struct Node {
     pub opset: i64,
     /// `None` where an optional input is omitted.
     pub inputs: Vec<Option<ValueId>>,
+    /// The values that the node makes, in the operator's order; `None` where an optional output is not asked for.
     pub outputs: Vec<Option<ValueId>>,
+    /// Attributes by name; those that the file leaves out are absent here too.
     pub attributes: Attributes,
     /// Outer values that subgraph attributes refer to, as `(name, value)`.
     pub captures: Vec<(String, ValueId)>,
-    /// Index in the file's `graph.node`; `None` for nodes made by us.
+    /// Index in the file's `graph.node`; `None` for nodes that this crate made.
     pub origin: Option<usize>,
     /// Module path from the exporter's node metadata, where it wrote one.
     pub module: Option<String>,
@@ -115,15 +129,21 @@ impl Node {
 /// A graph (or subgraph) with numbered values.
 #[derive(Debug, Clone, Default)]
 pub struct Graph {
+    /// The name in the file; may be empty.
     pub name: String,
     /// Name of each value; unique and not empty.
     pub names: Vec<String>,
+    /// Operator calls in topological order: a node comes after all nodes whose results it reads.
     pub nodes: Vec<Node>,
+    /// What the caller gives, in the file's order. Initializers are not among them.
     pub inputs: Vec<Port>,
+    /// What the graph returns, in the file's order.
     pub outputs: Vec<Port>,
+    /// Values known before the graph runs: initializers and the results of Constant nodes.
     pub constants: BTreeMap<ValueId, Constant>,
     /// Values of an enclosing graph that this subgraph reads, by name.
     pub captures: Vec<(String, ValueId)>,
+    /// Version of each operator set that the file imports, by domain; the domain of ONNX itself is the empty string.
     pub opsets: BTreeMap<String, i64>,
 }
 

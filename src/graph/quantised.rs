@@ -21,9 +21,11 @@ const READERS: &[(&str, &[usize])] = &[
 /// Quantised weights of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Quantised {
+    /// Number of quantised weights: matrices and filters, without their biases.
     pub tensors: usize,
+    /// Number of elements in all of them together.
     pub elements: usize,
-    /// The first of them.
+    /// Name of the first of them.
     pub example: String,
 }
 
@@ -56,7 +58,7 @@ pub fn quantised(graph: &Graph) -> Option<Quantised> {
     found
 }
 
-/// Refuses what cannot be trained as a whole.
+/// Refuses a graph with quantised weights, by an error of kind [`crate::Kind::Unsupported`].
 pub fn refuse(graph: &Graph) -> Result<()> {
     match quantised(graph) {
         None => Ok(()),

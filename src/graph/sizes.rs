@@ -27,7 +27,7 @@ pub(crate) fn declared_dims(info: &ValueInfoProto) -> Option<Vec<Result<usize, S
     Some(t.shape.as_ref()?.dim.iter().map(size).collect())
 }
 
-/// What is known of free dimensions.
+/// Sizes of dimensions that the file leaves free, by name, or by input and axis.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sizes {
     by_name: BTreeMap<String, usize>,

@@ -8,11 +8,12 @@ use serde::Serialize;
 
 use crate::graph::{Graph, Node, ValueId};
 
-/// A division without protection.
+/// A division by a value that can be 0 everywhere and that no epsilon is added to: the result is NaN there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unguarded {
+    /// The node that divides, with its operator, as [`Node::label`] writes it.
     pub node: String,
-    /// The value that it divides by.
+    /// Name of the value that it divides by.
     pub divisor: String,
 }
 
@@ -27,7 +28,7 @@ impl std::fmt::Display for Unguarded {
     }
 }
 
-/// All of them, in the order of the nodes.
+/// All such divisions of a graph, in the order of its nodes.
 pub fn unguarded(graph: &Graph) -> Vec<Unguarded> {
     let single = |v: Option<ValueId>| {
         let t = &graph.constants.get(&v?)?.tensor;

@@ -23,7 +23,7 @@ pub enum How {
     Measured,
     /// What is usual; nothing in the file or in the numbers speaks for or against it.
     Assumed,
-    /// Nobody knows: the user has to say it.
+    /// Not known: the user has to give the value.
     Undecided,
 }
 
@@ -42,15 +42,17 @@ impl fmt::Display for How {
 /// One key of the proposed card.
 #[derive(Debug, Clone, Serialize)]
 pub struct Finding {
-    /// `["schedule", "kind"]`.
+    /// The key in parts, such as `["schedule", "kind"]`.
     #[serde(skip)]
     pub path: Vec<String>,
-    /// The dotted key.
+    /// The key as text, such as `schedule.kind`.
     pub key: String,
-    /// Absent where undecided.
+    /// The value, as TOML; absent where undecided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<toml::Value>,
+    /// How the value was found.
     pub how: How,
+    /// Why this value, or why none, in words for the user.
     pub evidence: String,
 }
 
@@ -82,6 +84,7 @@ impl Findings {
         self.set(path, None, How::Undecided, why);
     }
 
+    /// The finding of a key, where there is one.
     pub fn get(&self, path: &[&str]) -> Option<&Finding> {
         self.list.iter().find(|f| f.path.iter().map(String::as_str).eq(path.iter().copied()))
     }
@@ -96,6 +99,7 @@ impl Findings {
         self.get(path).is_some_and(|f| f.how == How::Given)
     }
 
+    /// All findings, in the order in which they were made.
     pub fn iter(&self) -> impl Iterator<Item = &Finding> {
         self.list.iter()
     }

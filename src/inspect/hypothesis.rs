@@ -10,17 +10,22 @@ use crate::diffusion::{Betas, Conversion, Prediction, ScheduleSpec, TeacherCard,
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
+    /// EDM: `x_t = x0 + sigma e`.
     Edm,
+    /// Variance preserving, betas spaced evenly (DDPM).
     VpLinear,
+    /// Variance preserving, square roots of the betas spaced evenly (Stable Diffusion).
     VpScaledLinear,
+    /// Variance preserving, cosine schedule (improved DDPM).
     VpCosine,
+    /// Rectified flow: `x_t = (1 - t) x0 + t e`.
     Flow,
     /// The schedule that the card's sources give.
     Given,
 }
 
 impl Family {
-    /// `schedule.kind` and `schedule.betas`.
+    /// The family as the card writes it: `schedule.kind`, and `schedule.betas` where it has betas.
     pub fn keys(self) -> (&'static str, Option<&'static str>) {
         match self {
             Self::Edm => ("edm", None),
@@ -33,13 +38,18 @@ impl Family {
     }
 }
 
-/// One reading of the network.
+/// One assumption about what the network's input and output mean.
 #[derive(Debug, Clone)]
 pub struct Hypothesis {
+    /// What the network's output is taken to be.
     pub prediction: Prediction,
+    /// What number the time input is taken to be.
     pub time_unit: TimeUnit,
+    /// Schedule that relates the time to a noise level.
     pub family: Family,
+    /// Standard deviation of the data; only `edm-raw` depends on it.
     pub sigma_data: f64,
+    /// All of the above as one conversion of the output to x0.
     pub conversion: Conversion,
 }
 
@@ -57,31 +67,36 @@ impl fmt::Display for Hypothesis {
     }
 }
 
-/// The card's word for a value.
+/// The value as a card writes it, such as `edm-raw`; empty for a value that a card does not write as text.
 pub fn word<T: Serialize>(value: &T) -> String {
     toml::Value::try_from(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// What is settled before the probe.
+/// What is known before the probe.
 #[derive(Debug, Clone, Default)]
 pub struct Settled {
+    /// The prediction, where the card's sources state it; otherwise every prediction is tried.
     pub prediction: Option<Prediction>,
+    /// The time unit, where the card's sources state it.
     pub time_unit: Option<TimeUnit>,
+    /// The schedule, where the card's sources state it; otherwise each [`Family`] is tried.
     pub schedule: Option<ScheduleSpec>,
+    /// Standard deviation of the data, where the card's sources state it; otherwise 0.5 and 1 are tried.
     pub sigma_data: Option<f64>,
-    /// The time input's name says sigma.
+    /// Whether the name of the time input contains `sigma`.
     pub named_sigma: bool,
-    /// The time input holds integers: steps of a table.
+    /// Whether the time input holds integers, which are steps of a table.
     pub integer_time: bool,
     /// Entries of a VP table, where the graph shows them.
     pub steps: Option<usize>,
 }
 
-/// All readings that agree with what is settled. `base` gives names and shape.
+/// All hypotheses that agree with what is known. `base` gives names and shape.
 ///
-/// Only natural pairs of unit and schedule are tried: a network told sigma or its logarithm gets EDM's `x0 + sigma e`; one
-/// told a step or a fraction of the way gets VP's or the flow's mixture. (For networks that give x0, the input's scale at
-/// high noise leaves no trace to measure.) VP with `thousand` differs from `step` by a thousandth and is taken for it.
+/// Only natural pairs of unit and schedule are tried: a network told sigma or its logarithm gets EDM's `x0 + sigma e`;
+/// one told a step or a fraction of the way gets VP's or the flow's mixture. (For networks that give x0, the input's
+/// scale at high noise leaves no trace to measure.) VP with `thousand` differs from `step` by a thousandth and is taken
+/// for it.
 pub fn all(base: &TeacherCard, settled: &Settled) -> Vec<Hypothesis> {
     use Prediction as P;
     use TimeUnit as U;

@@ -35,10 +35,14 @@ use crate::torch::{ImportOptions, Network};
 /// A graph input or output.
 #[derive(Debug, Clone, Serialize)]
 pub struct Signature {
+    /// Name of the input or output in the graph.
     pub name: String,
+    /// Element type, such as `f32`; absent where the file does not state it.
     pub dtype: Option<String>,
-    /// Numbers, symbols, or null where unknown.
+    /// One entry a dimension: a number, the symbol of a free dimension, or null where unknown. Absent where the file
+    /// states no shape.
     pub shape: Option<Vec<serde_json::Value>>,
+    /// Element type and shape for a table, such as `f32[batch, 3, 64, 64]`.
     #[serde(skip)]
     pub text: String,
 }
@@ -46,7 +50,9 @@ pub struct Signature {
 /// How many tensors and elements.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Count {
+    /// Number of tensors.
     pub count: usize,
+    /// Number of values in all of them together.
     pub elements: usize,
 }
 
@@ -60,52 +66,73 @@ impl Count {
 /// A tensor of the file.
 #[derive(Debug, Clone, Serialize)]
 pub struct TensorRow {
+    /// Name of the tensor in the file.
     pub name: String,
+    /// A parameter's role (`conv weight`, `bias`, ...); for a tensor that is not trained, the reason why not.
     pub role: String,
+    /// Size of each dimension; empty for a scalar.
     pub shape: Vec<usize>,
+    /// Element type, such as `f32`.
     pub dtype: String,
 }
 
 /// A node that cannot be imported.
 #[derive(Debug, Clone, Serialize)]
 pub struct UnsupportedNode {
+    /// Operator; with its domain in front (`domain.Op`) where the domain is not ONNX's own.
     pub operator: String,
+    /// Version of the operator set that the file uses for this operator.
     pub opset: i64,
+    /// Name of the node; may be empty.
     pub node: String,
+    /// Why the node cannot be imported, in one line.
     pub reason: String,
+    /// What the user can do about it; absent where nothing is known to help.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub way_out: Option<String>,
 }
 
-/// See the module's text.
+/// Everything that `disback inspect` says about a file except the proposed card.
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
+    /// Name and version of the program that wrote the file; empty where the file does not state it.
     pub producer: String,
+    /// Version of the ONNX file format.
     pub ir_version: i64,
+    /// Version of each operator set by its domain; ONNX's own domain is `ai.onnx`.
     pub opset: BTreeMap<String, i64>,
+    /// Inputs of the graph; one that has an initializer is not among them.
     pub inputs: Vec<Signature>,
+    /// Outputs of the graph.
     pub outputs: Vec<Signature>,
+    /// All trainable tensors together.
     pub parameters: Count,
     /// Whether a converter wrote down which tensors the framework trains; otherwise roles decide.
     pub parameters_declared: bool,
     /// Names that the framework has for one tensor, each group with the initializer's first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tied: Vec<Vec<String>>,
+    /// Trainable tensors by what they do: `conv weight`, `linear weight`, `bias`, `scale` or `embedding`.
     pub parameters_by_role: BTreeMap<String, Count>,
-    /// By the first part of their names (`down_blocks.0`).
+    /// Trainable tensors by the first part of their names, such as `down_blocks.0`.
     pub parameters_by_group: BTreeMap<String, Count>,
+    /// Constant tensors that are not trained.
     pub buffers: Vec<TensorRow>,
+    /// How many nodes of each operator there are; after raising, where the file can be imported.
     pub operators: BTreeMap<String, usize>,
+    /// How many rewrites of each pattern were made when groups of nodes were raised to one operator.
     pub raised: BTreeMap<&'static str, usize>,
+    /// Places where a rewrite nearly applied.
     pub near_misses: Vec<NearMissRow>,
+    /// Nodes that cannot be imported; empty where the file can be.
     pub unsupported: Vec<UnsupportedNode>,
-    /// Weights in whole numbers.
+    /// Weights that the file stores as integers; absent where there are none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantised: Option<Quantised>,
-    /// Divisions by what can be 0.
+    /// Divisions whose divisor can become 0.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unguarded_divisions: Vec<Unguarded>,
-    /// Null where nobody knows the sizes of the inputs.
+    /// Cost of one forward pass; its values are null where the sizes of the inputs are not known.
     #[serde(flatten)]
     pub cost: Cost,
     /// Every parameter (`--parameters`).
@@ -116,8 +143,11 @@ pub struct Inspection {
 /// A rewrite that nearly applied.
 #[derive(Debug, Clone, Serialize)]
 pub struct NearMissRow {
+    /// Name of the pattern that nearly matched.
     pub pattern: &'static str,
+    /// Name of the node that the pattern was tried at.
     pub node: String,
+    /// Why the pattern did not match.
     pub reason: String,
 }
 

@@ -20,33 +20,39 @@ const CLEAR: f64 = 0.03;
 /// A null class denoises to the mean of the classes: nearer to it than this share of what a class is.
 const NULL_SHARE: f64 = 0.4;
 
-/// One reading with its score.
+/// One combination of prediction, time unit and schedule with its score.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
+    /// What the network's output was taken to be.
     pub prediction: Prediction,
+    /// What number the time input was taken to be.
     pub time_unit: TimeUnit,
+    /// Kind of the schedule, as the card writes it (`edm`, `vp`, `flow`); `given`: the one that the card states.
     pub schedule: &'static str,
+    /// How the betas of a VP schedule are made, as the card writes it; absent for the other schedules.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub betas: Option<&'static str>,
+    /// Standard deviation of the data; absent except for the prediction `edm-raw`, the only one that depends on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sigma_data: Option<f64>,
-    /// Nats of squared error left on the table; 0 is a perfect denoiser of its own samples.
+    /// How far the network is from a denoiser of its own samples when read like this, in nats; 0 is a perfect denoiser.
     pub score: f64,
 }
 
 /// What the probe did and found.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Readings tried; those not among `readings` blew up, or their samples fell to a point.
+    /// Combinations tried. A combination whose samples diverged or all became equal has no score.
     pub tried: usize,
-    /// Readings left out for want of time.
+    /// Combinations not tried because the time was over.
     pub unexamined: usize,
     /// Samples that the network was run on.
     pub evaluations: usize,
+    /// Seconds spent in the network.
     pub seconds: f64,
-    /// The best readings, best first.
+    /// The best combinations (six at most), best first.
     pub readings: Vec<Row>,
-    /// By key: what the numbers say.
+    /// Values that the probe decided, by dotted key of the card.
     pub measured: BTreeMap<String, toml::Value>,
     /// Keys that the card's sources give and the numbers contradict.
     pub contradicted: Vec<String>,
@@ -55,7 +61,7 @@ pub struct Report {
 /// What to probe for.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// The probe begins no new reading after so many seconds in the network.
+    /// No further combination is tried after this many seconds in the network.
     pub seconds: f64,
     /// Multiply-adds of one image, where they are known: what the network costs decides how thoroughly it is probed, the
     /// same on a busy machine as on an idle one.

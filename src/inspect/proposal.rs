@@ -16,6 +16,7 @@ const PROBE_SIDE: usize = 32;
 /// A proposed card with what speaks for each of its values.
 #[derive(Debug, Clone)]
 pub struct Proposal {
+    /// The values of the card and what speaks for each of them.
     pub findings: Findings,
     /// What the numerical probe did; absent where it was not run.
     pub probe: Option<Report>,
@@ -26,10 +27,14 @@ pub struct Proposal {
 /// The proposal as JSON shows it beside the card's values.
 #[derive(Debug, Serialize)]
 pub struct Shown<'a> {
+    /// Dotted keys that have no value yet.
     pub undecided: Vec<String>,
+    /// All findings, in the order in which they were made.
     pub findings: Vec<&'a Finding>,
+    /// What the numerical probe did; absent where it was not run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probe: Option<&'a Report>,
+    /// Why the probe could not be run; absent where it ran.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probe_failed: Option<&'a str>,
 }

@@ -11,23 +11,24 @@ use crate::inspect::hypothesis::Hypothesis;
 use crate::inspect::subject::{Feed, Subject};
 use crate::noise::batch_noise;
 
-/// How much is spent on one reading.
+/// How much is computed to score one hypothesis.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Effort {
     /// Samples drawn.
     pub rows: usize,
     /// Steps of the sampler.
     pub steps: usize,
+    /// Noise levels sigma at which the denoiser is tested.
     pub levels: &'static [f64],
 }
 
-/// Noise levels at which the denoiser is put to the test.
-/// The middle ones first: most wrong readings are seen through there.
+/// Noise levels sigma at which the denoiser is tested, the middle ones first: most wrong assumptions fail there.
 pub const LEVELS: [f64; 5] = [1.0, 0.3, 3.0, 0.1, 10.0];
+/// The same for a network that costs too much for all of [`LEVELS`].
 pub const FEW_LEVELS: [f64; 3] = [1.0, 0.2, 4.0];
 
 impl Effort {
-    /// Rows of the network that one reading takes.
+    /// Rows of samples that the network is run on to score one hypothesis.
     pub fn cost(&self) -> usize {
         self.rows * (self.steps + 5 * self.levels.len())
     }
@@ -42,11 +43,11 @@ const WILD: f64 = 5.0;
 const OTHER_TIME: f64 = 1.6;
 const OTHER_SCALE: f64 = 1.15;
 
-/// The outcome for one reading.
+/// The score of one hypothesis.
 #[derive(Debug, Clone)]
 pub struct Score {
-    /// Nats of squared error that the reading leaves on the table; lower is better. At least so many where it is above
-    /// the bound that [`score`] was given.
+    /// The score in nats; 0 is a perfect denoiser of its own samples, and higher is worse. Above the bound that
+    /// [`score`] was given it is only a lower limit.
     pub total: f64,
     /// Its samples, `[rows, C, H, W]`.
     pub samples: Vec<f32>,
@@ -54,7 +55,8 @@ pub struct Score {
     pub spread: f64,
 }
 
-/// `D(x; sigma)` under a reading, the network being told `time_of` instead of sigma and given `scale` times its input.
+/// `D(x; sigma)` under a hypothesis, the network being told `time_of` instead of sigma and given `scale` times its
+/// input.
 pub fn denoise(
     net: &mut Subject,
     h: &Hypothesis,
@@ -70,7 +72,8 @@ pub fn denoise(
     Ok(x.iter().zip(&f).map(|(x, f)| k.skip * k.c_in * x + k.out * f64::from(*f)).collect())
 }
 
-/// Scores a reading, no further than until it is worse than `bound`; `None` where its samples blow up or fall to a point, or the network fails on its inputs.
+/// Scores a hypothesis, and stops as soon as the score is above `bound`. `None` where the samples diverge or all become
+/// equal, or where the network fails on its inputs.
 pub fn score(net: &mut Subject, h: &Hypothesis, effort: Effort, feeds: &[Feed], bound: f64) -> Option<Score> {
     let len = net.elements();
     let noise =

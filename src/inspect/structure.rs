@@ -12,7 +12,8 @@ const LABEL_NAMES: [&str; 5] = ["label", "class", "y", "onehot", "one_hot"];
 const EMBEDDING_NAMES: [&str; 6] = ["hidden_states", "embed", "text", "pooled", "context", "prompt"];
 const SAMPLE_NAMES: [&str; 7] = ["sample", "x", "noisy", "latent", "x_t", "xt", "image"];
 
-/// Fills in what the file itself gives away. `known` is what the card's sources say; it stands above all that is found.
+/// Finds values of the card that names, types, shapes and the graph tell. `known` is what the card's own sources say;
+/// it is never replaced.
 pub fn read(graph: &Graph, known: &Known, model: &Path) -> Findings {
     let mut out = Findings::default();
     let mut given: Vec<(&Vec<String>, &toml::Value, String)> =

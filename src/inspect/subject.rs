@@ -33,7 +33,7 @@ impl Run for Box<dyn Engine> {
     }
 }
 
-/// What a row of a condition is fed.
+/// The condition of one row of samples.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Feed {
     /// The class of this number.
@@ -42,7 +42,7 @@ pub enum Feed {
     Zeros,
 }
 
-/// See the module's text.
+/// The network under test, called with plain rows of samples in `[C, H, W]` order.
 pub struct Subject<'a> {
     run: &'a mut dyn Run,
     card: TeacherCard,
@@ -54,8 +54,9 @@ pub struct Subject<'a> {
     /// Rows of one call; the graph's own batch where it is fixed.
     rows: usize,
     fixed: bool,
-    /// Rows seen by the network so far, and the seconds they took.
+    /// Rows of samples that the network was run on so far.
     pub evaluated: usize,
+    /// Seconds that the network took for them.
     pub seconds: f64,
 }
 

@@ -170,6 +170,7 @@ impl ImageSet {
     pub fn len(&self) -> usize {
         self.len
     }
+    /// Whether the set holds no image.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

@@ -14,7 +14,7 @@ pub enum Rounding {
 }
 
 impl Rounding {
-    /// The formula.
+    /// The formula as text, for reports.
     pub fn formula(self) -> &'static str {
         match self {
             Self::Edm => "trunc(x * 127.5 + 128)",

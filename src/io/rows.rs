@@ -12,7 +12,7 @@ use super::npy;
 use crate::error::{Context, Error, Result};
 use crate::tensor::{DType, HostTensor, checked_len};
 
-/// See the module's text.
+/// A file of named arrays, mapped into memory, whose rows are copied where they are asked for.
 #[derive(Debug, Clone)]
 pub struct RowFile {
     path: PathBuf,
@@ -57,6 +57,7 @@ impl RowFile {
         run().with_context(|| path.display().to_string())
     }
 
+    /// The file as it was given to [`RowFile::open`].
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -15,13 +15,18 @@ const GRADIENT_TOLERANCE: f64 = 1e-3;
 /// Outcome of [`check`].
 #[derive(Debug, Clone, Serialize)]
 pub struct DeviceParity {
+    /// Whether the output is within the tolerance, and the gradients within 0.001 of relative L2 difference.
     pub ok: bool,
+    /// The device that was compared with the CPU, such as `cuda:0`.
     pub device: String,
     /// Largest difference of an output, over its standard deviation.
     pub output_max_rel: f64,
-    /// Relative L2 difference of all gradients together, and of the worst parameter that has a gradient to speak of.
+    /// Relative L2 difference of all gradients together.
     pub gradient_rel_l2: f64,
+    /// Name of the parameter whose gradient differs most, relative to its size; gradients below 1e-6 of all together do
+    /// not count, and where none counts it is empty.
     pub worst_parameter: String,
+    /// That parameter's relative L2 difference.
     pub worst_gradient_rel_l2: f64,
 }
 

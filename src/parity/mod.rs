@@ -25,7 +25,9 @@ use crate::torch::{Forward, ImportOptions, Network, convert};
 /// What counts as equal: `|a - b| <= atol max(1, std(b)) + rtol |b|`.
 #[derive(Debug, Clone, Copy)]
 pub struct Tolerance {
+    /// Absolute part, times the standard deviation of `b` where that is above 1.
     pub atol: f64,
+    /// Relative part, times `|b|`.
     pub rtol: f64,
 }
 
@@ -38,8 +40,11 @@ impl Default for Tolerance {
 /// Error of one output.
 #[derive(Debug, Clone, Serialize)]
 pub struct OutputError {
+    /// Name of the graph's output.
     pub name: String,
+    /// Whether every value is within the tolerance.
     pub ok: bool,
+    /// Largest absolute difference of a value; infinite where one side is NaN and the other is not.
     pub max_abs: f64,
     /// `max_abs` over the reference's standard deviation.
     pub max_rel: f64,
@@ -55,31 +60,40 @@ fn none(share: &f64) -> bool {
 /// The first value, in the order of computation, on which the two disagree.
 #[derive(Debug, Clone, Serialize)]
 pub struct Divergence {
+    /// The node that makes the value, with its operator.
     pub node: String,
+    /// Name of the value in the graph.
     pub value: String,
+    /// Largest absolute difference of its elements; infinite where the shapes differ, or one side alone is NaN.
     pub max_abs: f64,
-    /// Mean and standard deviation in libtorch and in ONNX Runtime.
+    /// Mean and standard deviation in libtorch.
     pub libtorch: [f64; 2],
+    /// Mean and standard deviation in ONNX Runtime.
     pub onnxruntime: [f64; 2],
 }
 
 /// Outcome of [`check`].
 #[derive(Debug, Clone, Serialize)]
 pub struct Parity {
+    /// Whether every comparison that was made is within its tolerance.
     pub ok: bool,
+    /// Largest absolute difference of an output, over all comparisons with ONNX Runtime or stored outputs.
     pub max_abs: f64,
+    /// Largest [`OutputError::max_rel`] over the same comparisons.
     pub max_rel: f64,
-    /// Against ONNX Runtime.
+    /// libtorch against ONNX Runtime, one entry for each output; empty where ONNX Runtime cannot run the file.
     pub outputs: Vec<OutputError>,
     /// libtorch against outputs that the user gave, or that the framework left beside the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<Vec<OutputError>>,
+    /// Where libtorch and ONNX Runtime part; absent where the outputs agree, or no inner value could be compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_divergence: Option<Divergence>,
     /// For a file in half precision: the largest difference that its rounding makes in libtorch, beside the same layers in
     /// f32. ONNX Runtime may be as far away, four times over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rounding: Option<f64>,
+    /// What libtorch was compared with: ONNX Runtime with its version, or `nothing else` where it cannot run the file.
     pub engine: String,
     /// The CPU against another device, where one was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -10,8 +10,11 @@ use crate::tensor::HostTensor;
 /// Inputs of a graph and the framework's own outputs for them, by name.
 #[derive(Debug, Clone)]
 pub struct Stored {
+    /// The archive that they were read from.
     pub path: PathBuf,
+    /// One tensor for each input of the graph, in the graph's order.
     pub inputs: Vec<(String, HostTensor)>,
+    /// The outputs that the archive holds, at least one, in the graph's order.
     pub outputs: Vec<(String, HostTensor)>,
 }
 

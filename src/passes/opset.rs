@@ -12,8 +12,8 @@ pub const RANGE: std::ops::RangeInclusive<i64> = 13..=25;
 
 /// Converts the default domain to `target` in place.
 ///
-/// Errors (2): a version outside [`RANGE`] or that the graph's operators do not exist in; an operator whose change between
-/// the versions is not known here. The node is named.
+/// Errors, of kind [`crate::Kind::Usage`]: a version outside [`RANGE`] or that the graph's operators do not exist in;
+/// an operator whose change between the versions is not known here. The node is named.
 pub fn convert(model: &mut ModelProto, target: i64) -> Result<()> {
     let from = edit::opset(model);
     if target == from {

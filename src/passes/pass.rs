@@ -23,6 +23,7 @@ pub trait Pass<M, C> {
 
 /// A list of passes, with what watches them.
 pub struct Passes<'a, M, C> {
+    /// The passes, in the order in which they run.
     pub list: &'a [&'a dyn Pass<M, C>],
     /// Compares a model with what it has to compute; where there is nothing to compare with, none.
     pub check: Option<&'a dyn Fn(&M, &C) -> Result<()>>,
@@ -32,7 +33,9 @@ pub struct Passes<'a, M, C> {
 
 /// A folder that gets the model before the first pass and after each.
 pub struct Dump<'a, M> {
+    /// The folder to write into.
     pub folder: PathBuf,
+    /// Writes one model into the file of this path.
     pub write: &'a dyn Fn(&M, &Path) -> Result<()>,
 }
 

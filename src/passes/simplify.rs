@@ -28,13 +28,15 @@ const SAME_ROW: f32 = 1e-6;
 /// What simplifying did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Simplified {
+    /// Number of nodes before.
     pub nodes_before: usize,
+    /// Number of nodes after.
     pub nodes_after: usize,
     /// Values that became constants.
     pub folded: usize,
     /// Reshape targets that got a -1 for the batch.
     pub reshapes: usize,
-    /// Values that are one row for all images.
+    /// Values that are the same for every image and are now stored once.
     pub rows: usize,
 }
 

@@ -6,6 +6,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 /// One curve.
 #[derive(Debug, Clone)]
 pub struct Series {
+    /// The curve's name in the legend.
     pub name: String,
     /// (x, y), x ascending. Points that are not finite are left out.
     pub points: Vec<(f64, f64)>,
@@ -14,7 +15,9 @@ pub struct Series {
 /// A vertical line with a label: a node switch.
 #[derive(Debug, Clone)]
 pub struct Mark {
+    /// Where the line stands, in the units of the x axis.
     pub x: f64,
+    /// The text at the line.
     pub label: String,
 }
 

@@ -20,7 +20,9 @@ use crate::torch::ParamSet;
 /// The teacher, and the student's own network where it has one.
 #[derive(Debug, Clone, Copy)]
 pub struct Origin<'a> {
+    /// The teacher as imported.
     pub teacher: &'a Teacher,
+    /// The student's own network; absent where the student is the teacher's copy.
     pub file: Option<&'a StudentFile>,
 }
 
@@ -33,11 +35,12 @@ pub struct Forms {
     pub same_graph: bool,
 }
 
-/// A student's file.
+/// A student's file that was written.
 #[derive(Debug)]
 pub struct Written {
+    /// Where the file was written.
     pub path: PathBuf,
-    /// What its check said, where it did not pass.
+    /// Why the file did not pass its check; absent where it passed.
     pub failed: Option<Error>,
 }
 
@@ -248,6 +251,7 @@ pub fn method(config: &Config) -> &'static str {
     if config.degrade.nodes > 0 { "disback" } else { "base" }
 }
 
+/// The objective's name, as the configuration has it.
 pub fn objective_name(config: &Config) -> String {
     crate::distill::objective::objective(config).name().to_owned()
 }

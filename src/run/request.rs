@@ -24,23 +24,25 @@ pub struct Request {
     pub sets: Vec<String>,
     /// Values of the teacher card as `key=value`; they win over every other source.
     pub card: Vec<String>,
-    /// Globs over names of tensors that stay fixed, and of those that are trained whatever they act as.
+    /// Globs over names of tensors that are not trained.
     pub freeze: Vec<String>,
+    /// Globs over names of tensors that are trained whatever they are used for; they win over `freeze`.
     pub train: Vec<String>,
     /// Goes on with the run in the directory, from its last checkpoint.
     pub resume: bool,
+    /// Which stages to run.
     pub stages: Stages,
     /// A trajectory recorded elsewhere, or the run that recorded it; for stage 2 alone.
     pub trajectory: Option<PathBuf>,
     /// The forms in which the student is written beside `student.onnx`.
     pub forms: Forms,
-    /// Who follows the run.
+    /// Is told how the run goes on, and may pause it or ask for samples and checkpoints.
     pub monitor: Arc<dyn Monitor>,
     /// Raised from outside: the run stops after the present step, with a checkpoint.
     pub stop: Arc<AtomicBool>,
     /// Whether a progress bar is shown on standard error.
     pub progress: bool,
-    /// What `summary.json` says about how the run was started.
+    /// Command line that `summary.json` names as the run's.
     pub command: String,
 }
 

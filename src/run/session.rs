@@ -24,14 +24,19 @@ use crate::torch::{device, shim};
 
 /// A request whose teacher and student are loaded and checked. Nothing is written yet.
 pub struct Prepared {
+    /// What the run was asked to do.
     pub request: Request,
+    /// The configuration as resolved from the request.
     pub config: Config,
+    /// Device that the networks are on.
     pub device: Device,
+    /// The teacher as imported.
     pub teacher: Teacher,
     /// The teacher as both stages copy it.
     pub denoiser: Denoiser,
     /// The student's own network, where it has one.
     pub file: Option<StudentFile>,
+    /// A student made of `file`, with the weights that `file` holds; absent where `file` is.
     pub student: Option<Student>,
     decoder: Option<Decoder>,
 }

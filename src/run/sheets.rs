@@ -118,7 +118,7 @@ impl Sheets {
         self.range
     }
 
-    /// The finished student's sheet.
+    /// Writes `samples/student-final.png`, samples of the finished student.
     pub fn finished(&mut self, student: &Student) -> Result<()> {
         self.student("student-final", student)
     }
@@ -128,7 +128,7 @@ impl Sheets {
         &mut self.events
     }
 
-    /// Histograms of the largest weights.
+    /// Writes histograms of the largest weights into the event file.
     pub fn weights(&mut self, name: &str, params: &ParamSet) -> Result<()> {
         let mut tensors: Vec<(&str, &tch::Tensor)> = params.iter().collect();
         tensors.sort_by_key(|(_, t)| std::cmp::Reverse(t.numel()));
@@ -139,7 +139,7 @@ impl Sheets {
         self.events.flush()
     }
 
-    /// A sheet of a student's samples.
+    /// Writes `samples/<name>.png`, a grid of the student's samples.
     pub fn student(&mut self, name: &str, student: &Student) -> Result<()> {
         let noise = self.student_noise.as_ref().unwrap_or(&self.noise).clone();
         self.write(name, &noise, |z, conditions| student.generate(z, conditions), student.device())

@@ -18,6 +18,7 @@ use crate::torch::{Forward, ImportOptions, Network, ParamSet};
 /// An imported student.
 #[derive(Debug)]
 pub struct StudentFile {
+    /// The student's network with the weights of its file.
     pub network: Network,
     /// SHA-256 of the file.
     pub hash: String,

@@ -22,14 +22,16 @@ pub struct TeacherOptions {
     pub card: Vec<String>,
     /// File of conditions that training draws rows of, whose shapes a card need not repeat; empty: none.
     pub conditions: String,
-    /// Which of its tensors are trained.
+    /// Which of the teacher's tensors are trained.
     pub trainable: TrainableChoice,
 }
 
 /// An imported teacher.
 #[derive(Debug)]
 pub struct Teacher {
+    /// The teacher's network, trainable.
     pub network: Network,
+    /// The teacher's card, and where each of its values came from.
     pub card: ResolvedCard,
     /// SHA-256 of the file, which run directories remember.
     pub hash: String,

@@ -34,6 +34,7 @@ pub struct Watcher<'a> {
     origin: Origin<'a>,
     config: &'a Config,
     run: &'a RunDir,
+    /// Writes sample grids and the event file.
     pub sheets: Sheets,
     judge: Option<InLoop>,
     monitor: Arc<dyn Monitor>,
@@ -112,7 +113,7 @@ impl<'a> Watcher<'a> {
         Ok(Self { origin, config, run, sheets, judge, monitor, degraded, new_target: false, device })
     }
 
-    /// The run is over; the finished student's sheet.
+    /// The run is over: samples of the finished student are written.
     pub fn finished(&mut self, student: &Student) -> Result<()> {
         self.sheets.finished(student)?;
         self.sheets.weights("student", student.params())?;

@@ -20,6 +20,7 @@ use crate::tensor::{DType, HostTensor};
 /// One dimension of a graph input or output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Dim {
+    /// Of this size in every call.
     Fixed(usize),
     /// Free; the name is the graph's (`batch`), or empty.
     Symbol(String),
@@ -38,8 +39,11 @@ impl fmt::Display for Dim {
 /// Name, element type and shape of a graph input or output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ValueInfo {
+    /// The name in the file, by which callers give or receive the tensor.
     pub name: String,
+    /// Element type.
     pub dtype: DType,
+    /// Dimensions, outermost first; empty for a scalar, or where the file says no shape.
     pub shape: Vec<Dim>,
 }
 
@@ -83,8 +87,9 @@ pub struct Accelerator {
     pub profile: Option<[usize; 3]>,
     /// Smallest, usual and largest batch of the calls to come: the profile of a free batch where none is given.
     pub calls: Option<[usize; 3]>,
-    /// TensorRT may use f16, or bf16.
+    /// TensorRT may compute in f16 where that is faster.
     pub fp16: bool,
+    /// TensorRT may compute in bf16 where that is faster.
     pub bf16: bool,
     /// Record the call as a CUDA graph (fixed shapes).
     pub cuda_graph: bool,
@@ -107,6 +112,7 @@ pub enum EngineKind {
 /// How to open a network.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
+    /// Which library runs the network.
     pub engine: EngineKind,
     /// ONNX Runtime's execution provider: `cpu`, `cuda`, `tensorrt` or another that the library was built with.
     /// A provider that cannot be used is an error, never a silent step down to the CPU.
@@ -117,6 +123,7 @@ pub struct EngineOptions {
     pub device: u32,
     /// Refuse to open a network of which any node would run on the CPU instead of `provider`.
     pub strict: bool,
+    /// Options of NVIDIA's providers, TensorRT and CUDA.
     pub accelerator: Accelerator,
 }
 

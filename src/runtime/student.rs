@@ -43,32 +43,44 @@ pub fn parse_value(text: &str) -> toml::Value {
 /// One condition input of a student.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Condition {
+    /// Name, element type and shape of the input.
     pub input: ValueInfo,
+    /// What its rows hold.
     pub kind: ConditionKind,
 }
 
-/// What a condition input wants.
+/// What a condition input takes for each image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ConditionKind {
-    /// A class number an image.
-    ClassIndex { classes: usize },
-    /// A row of zeros with a one an image.
-    OneHot { classes: usize },
-    /// A row of numbers (text embedding) an image; the caller brings them.
+    /// One class number.
+    ClassIndex {
+        /// Number of classes; class numbers are 0 to `classes - 1`.
+        classes: usize,
+    },
+    /// A row of zeros with a 1 at the class number.
+    OneHot {
+        /// Number of classes, that is the length of a row.
+        classes: usize,
+    },
+    /// A row of numbers, such as a text embedding, which the caller gives.
     Embedding,
 }
 
 /// What a student's file says about it.
 #[derive(Debug, Clone)]
 pub struct StudentInfo {
+    /// How it was made: `disback`, the base method's name where no trajectory was used, or `weights` where no run is
+    /// known.
     pub method: String,
     /// Channels, height, width of a sample.
     pub shape: [usize; 3],
-    /// The same of the noise: differs from `shape` where a latent decoder is part of the file.
+    /// Channels, height, width of the noise; other than `shape` where a latent decoder is part of the file.
     pub noise_shape: [usize; 3],
     /// Range of the sample's values; absent for latents.
     pub range: Option<[f64; 2]>,
+    /// Name, element type and shape of the input `noise`: standard normal, `[B, C, H, W]`.
     pub noise: ValueInfo,
+    /// All other inputs, in the graph's order; empty for an unconditional student.
     pub conditions: Vec<Condition>,
     /// The largest term of the sum that makes a sample, as it was when the file was written; 1 where that is not known.
     /// Rounding errors of f32 are relative to it ([`ROUNDING_SCALE`]).
@@ -160,7 +172,8 @@ impl StudentInfo {
         samples.iter().flat_map(HostTensor::to_f32).fold(self.rounding_scale, |m, v| m.max(f64::from(v.abs())))
     }
 
-    /// Latents are the autoencoder's output times this.
+    /// Factor between the autoencoder's output and the latents, which are the output times this; 1 where the file does
+    /// not say.
     pub fn latent_scale(&self) -> f64 {
         self.metadata.get("latent_scale").and_then(|t| number(&parse_value(t))).unwrap_or(1.0)
     }
@@ -198,12 +211,13 @@ impl StudentInfo {
 /// What to sample. Image `k` depends on the seed and on `k` alone.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
+    /// Seed of the noise, and of the classes where they are drawn.
     pub seed: u64,
     /// Classes of images 0, 1, 2... repeated as needed; drawn uniformly from the seed where empty.
     pub classes: Vec<usize>,
     /// Rows for conditions that the caller must bring, by input name, repeated as needed.
     pub embeddings: Vec<(String, HostTensor)>,
-    /// Images a call.
+    /// Largest number of images in one call of the network.
     pub batch: usize,
 }
 
@@ -226,9 +240,11 @@ impl Student {
         Ok(Self { info: StudentInfo::from_model(&decode(bytes)?)?, engine: open_bytes(bytes, None, options)? })
     }
 
+    /// What the student's file says about it.
     pub fn info(&self) -> &StudentInfo {
         &self.info
     }
+    /// The engine that holds the network, for calls beside sampling.
     pub fn engine(&mut self) -> &mut dyn Engine {
         self.engine.as_mut()
     }

@@ -34,6 +34,7 @@ use metrics::Metrics;
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
+    /// Address and port to listen on; port 0 lets the system choose a free one.
     pub address: SocketAddr,
     /// Images a call of the network, and a request, at most.
     pub batch: usize,
@@ -43,7 +44,7 @@ pub struct ServeOptions {
     pub queue: usize,
     /// Largest body, bytes.
     pub body: usize,
-    /// How long requests are still taken after the word to stop, while `/health` says so.
+    /// How long requests are still taken after the signal to stop; `/health` reports the stop meanwhile.
     pub drain: Duration,
 }
 

@@ -85,6 +85,7 @@ pub struct ImportOptions {
     pub raise: bool,
     /// Whether the layers of a file in half precision are computed in f32 (see `graph::widen`); otherwise as it is written.
     pub widen: bool,
+    /// Which tensors are trained and which stay as they are.
     pub trainable: TrainableChoice,
     /// The operators that there are; absent: those of this crate ([`ops::registry`], which can be cloned and added to).
     pub operators: Option<Arc<Registry>>,
@@ -99,16 +100,21 @@ impl Default for ImportOptions {
 /// Everything that the copies of a network share.
 #[derive(Debug)]
 pub struct Imported {
+    /// The file as it was loaded.
     pub model: Model,
     /// The graph as it runs: raised, its dead nodes gone.
     pub graph: Graph,
     /// Operators of the file, before raising, with their counts.
     pub operators: std::collections::BTreeMap<String, usize>,
+    /// The tensors that are trained, in the order of every copy's [`ParamSet`].
     pub parameters: Vec<Parameter>,
+    /// The floating constants that are not trained, without those of one element.
     pub buffers: Vec<Buffer>,
+    /// What raising did; empty where it was turned off.
     pub raised: Report,
     /// Whether the file computes in half precision, and its layers in f32 here.
     pub widened: bool,
+    /// The operators, ready to run.
     pub plan: Plan,
 }
 
@@ -198,15 +204,19 @@ impl Network {
         Ok(Self { shared: Rc::new(shared), params, adapter: None, device, compute: Cell::default() })
     }
 
+    /// What this copy shares with all other copies of the network.
     pub fn shared(&self) -> &Imported {
         &self.shared
     }
+    /// The device that the parameters lie on and the network computes on.
     pub fn device(&self) -> Device {
         self.device
     }
+    /// The graph's inputs, in the order and with the element types of the file.
     pub fn inputs(&self) -> &[Port] {
         self.shared.plan.inputs()
     }
+    /// The graph's outputs, in the order and with the element types of the file.
     pub fn outputs(&self) -> &[Port] {
         self.shared.plan.outputs()
     }

@@ -70,18 +70,23 @@ impl ParamSet {
         Self { base: hash.into(), ..self }
     }
 
+    /// The names, in the order of the tensors.
     pub fn names(&self) -> &[String] {
         &self.names
     }
+    /// The tensors themselves, not copies: what changes them changes the parameters.
     pub fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }
+    /// Number of parameters, that is of tensors.
     pub fn len(&self) -> usize {
         self.tensors.len()
     }
+    /// Whether there is no parameter.
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
     }
+    /// Names and tensors together, in their order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.names.iter().map(String::as_str).zip(&self.tensors)
     }

@@ -13,9 +13,11 @@ unsafe extern "C" {
 /// One operator of libtorch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operator {
+    /// libtorch's name of the operator, such as `aten::addmm`.
     pub name: String,
+    /// How often it was called.
     pub calls: u64,
-    /// Without the operators that it called.
+    /// Time inside it, without the operators that it called.
     pub own: Duration,
 }
 
@@ -24,7 +26,7 @@ pub struct Operator {
 pub struct Times {
     /// Time inside operators, all of them together.
     pub inside: Duration,
-    /// Longest first.
+    /// Every operator that was called; the longest `own` comes first.
     pub operators: Vec<Operator>,
 }
 
@@ -39,11 +41,13 @@ pub struct OperatorTimes {
 }
 
 impl OperatorTimes {
+    /// Starts timing, with all times at zero. One at a time on each thread: they share the counters.
     pub fn start() -> Self {
         // SAFETY: adds a callback of this thread.
         Self { handle: unsafe { disback_time_operators() }, finished: false, _thread: PhantomData }
     }
 
+    /// Stops timing and returns the times since [`OperatorTimes::start`].
     pub fn finish(mut self) -> Times {
         self.end()
     }

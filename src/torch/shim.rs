@@ -82,13 +82,18 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-/// Numbers of one AdamW step.
+/// Hyperparameters of one AdamW step.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamWStep {
+    /// Learning rate of this step.
     pub lr: f64,
+    /// Decay of the mean of the gradients, 0 to 1.
     pub beta1: f64,
+    /// Decay of the mean of the squared gradients, 0 to 1.
     pub beta2: f64,
+    /// Decoupled weight decay: parameters shrink by `lr * weight_decay`.
     pub weight_decay: f64,
+    /// Added to the square root in the denominator, against division by 0.
     pub eps: f64,
 }
 
@@ -182,7 +187,9 @@ pub fn set_tf32(on: bool) -> Result<()> {
 /// Bytes of a CUDA device that tensors hold: now, and at most since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
+    /// Bytes that tensors hold now.
     pub current: u64,
+    /// The most bytes that tensors held at one time.
     pub peak: u64,
 }
 

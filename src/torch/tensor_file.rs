@@ -65,11 +65,12 @@ impl TensorFile {
         Ok(Self { path: path.to_owned(), map, tensors })
     }
 
+    /// The file as it was given to [`TensorFile::open`].
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Sorted.
+    /// Names of the tensors, in alphabetical order.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.tensors.keys().cloned().collect();
         names.sort();
@@ -82,6 +83,7 @@ impl TensorFile {
             .ok_or_else(|| Error::mismatch(format!("{} holds no tensor `{name}`", self.path.display())))
     }
 
+    /// Dimensions of a tensor of the file. Errors: no tensor of this name.
     pub fn shape(&self, name: &str) -> Result<Vec<i64>> {
         Ok(self.entry(name)?.shape.clone())
     }

@@ -243,11 +243,17 @@ pub fn hollow_product(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<O
 /// Settings of a convolution of any rank.
 #[derive(Debug, Clone)]
 pub struct Convolution {
+    /// Step of the filter along each spatial axis; of the output, where `transposed`.
     pub strides: Vec<i64>,
+    /// Zeros added at both ends of each spatial axis. A transposed convolution takes as many elements away.
     pub padding: Vec<i64>,
+    /// Distance of neighbouring filter elements along each spatial axis; 1: they touch.
     pub dilations: Vec<i64>,
+    /// Whether this is a transposed convolution (ONNX's ConvTranspose).
     pub transposed: bool,
+    /// Elements added at the end of each spatial axis of a transposed convolution's output; zeros otherwise.
     pub output_padding: Vec<i64>,
+    /// Number of groups that the channels are divided into; each is convolved alone.
     pub groups: i64,
 }
 
@@ -304,10 +310,12 @@ pub struct HostReads {
 }
 
 impl HostReads {
+    /// Starts counting at 0. One at a time on each thread: they share the counter.
     pub fn watch() -> Self {
         // SAFETY: adds a callback of this thread.
         Self { handle: unsafe { disback_watch_host_reads() }, _thread: PhantomData }
     }
+    /// Number of such operators and copies since [`HostReads::watch`].
     pub fn count(&self) -> u64 {
         // SAFETY: reads a counter of this thread.
         unsafe { disback_host_reads() }.max(0) as u64

@@ -19,11 +19,12 @@ use crate::tensor::HostTensor;
 
 pub use targets::{Refusal, Target};
 
-/// What to verify with.
+/// How a student is verified.
 #[derive(Debug, Clone)]
 pub struct VerifyOptions {
-    /// Images compared.
+    /// Number of images compared, at least 1; a file with a fixed batch is run with that.
     pub images: usize,
+    /// Seed of the noise and of the classes.
     pub seed: u64,
     /// Largest difference of a value that counts as agreement, over the sample's largest value where that is above 1 (for
     /// arithmetic in f32 over the largest term of the sum that makes the sample); by the file's precision where absent.
@@ -41,53 +42,67 @@ impl Default for VerifyOptions {
 /// One engine's verdict.
 #[derive(Debug, Clone, Serialize)]
 pub struct EngineResult {
+    /// The engine: `onnxruntime`, `tract`, `libtorch`, or one of [`peers::PEERS`].
     pub name: String,
+    /// Its version; empty where it is not known.
     pub version: String,
-    /// Largest absolute difference to the reference.
+    /// Largest absolute difference to the reference; absent where there are no samples.
     pub max_abs: Option<f64>,
-    /// Values that differ after rounding to 8 bits, as images are written.
+    /// Number of values that differ after rounding to 8 bits, as images are written; absent for latents.
     pub uint8_differing: Option<usize>,
-    /// Within the tolerance.
+    /// Whether the samples are within the tolerance.
     pub ok: bool,
-    /// Why it gave nothing, where it did not.
+    /// Why it made no samples; absent where it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Whether its failure fails the whole.
+    /// Whether the verification fails where this engine makes no samples.
     pub required: bool,
 }
 
 /// The verdict of ONNX's own checker.
 #[derive(Debug, Clone, Serialize)]
 pub struct Checked {
+    /// Whether the file is correct.
     pub ok: bool,
     /// Who checked: `onnx 1.22.0, full_check` or the engine that loaded the file.
     pub by: String,
+    /// What is wrong with the file; absent where it is correct.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// Everything found.
+/// The result of [`verify`].
 #[derive(Debug, Clone, Serialize)]
 pub struct Verification {
+    /// Whether the checker accepts the file, every engine that ran agrees, at least one did, and none that must run
+    /// failed.
     pub ok: bool,
+    /// What ONNX's checker says about the file.
     pub checker: Checked,
     /// What the engines are compared with.
     pub reference: String,
+    /// Precision of the file: `f32`, `fp16`, `bf16`, `int8` or `int8-dynamic`.
     pub precision: String,
+    /// Largest absolute difference that counted as agreement.
     pub tolerance: f64,
+    /// Number of images compared; the file's batch where that is fixed.
     pub images: usize,
-    /// Values in all images.
+    /// Number of values in all images together.
     pub values: usize,
+    /// One verdict for each engine that was found.
     pub engines: Vec<EngineResult>,
-    /// What the targets asked for will not take.
+    /// For each target asked for, what it refuses of the file.
     pub targets: Vec<(Target, Vec<Refusal>)>,
 }
 
 /// Samples of a reference: its name, images `0..n` of the request.
 pub struct Reference {
+    /// What made the samples, with its version.
     pub name: String,
+    /// The samples, `[B, C, H, W]`.
     pub samples: HostTensor,
-    /// The weights were stored in fewer bits than the reference has: agreement is looser.
+    /// Whether it computes with the run's own weights in f32, not with those in the file; for a file with weights in 8
+    /// bits the tolerance is then wider.
     pub original_weights: bool,
 }
 

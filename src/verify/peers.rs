@@ -19,8 +19,11 @@ pub const PEERS: [&str; 2] = ["openvino", "opencv"];
 
 /// One runtime's samples.
 pub struct Peer {
+    /// The runtime, one of [`PEERS`].
     pub name: String,
+    /// Its version; empty where its process ended without an answer.
     pub version: String,
+    /// The samples, `[B, C, H, W]`, or why there are none.
     pub samples: Result<HostTensor>,
 }
 

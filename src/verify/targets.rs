@@ -11,14 +11,19 @@ use crate::onnx::{GraphProto, ModelProto, NodeProto, TensorProto};
 use crate::passes::portable;
 use crate::tensor::DType;
 
-/// A runtime to look ahead to.
+/// A runtime whose limits are checked by tables, without running it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
+    /// NVIDIA TensorRT: its own ONNX parser.
     Tensorrt,
+    /// Intel OpenVINO.
     Openvino,
+    /// Apple Core ML, as execution provider of ONNX Runtime.
     Coreml,
+    /// WebGPU in browsers, through onnxruntime-web.
     Webgpu,
+    /// The dnn module of OpenCV.
     Opencv,
 }
 
@@ -37,8 +42,11 @@ impl fmt::Display for Target {
 /// A node that a target will not take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Refusal {
+    /// The node, with its operator; or the weight, or `the file`, where the reason concerns that.
     pub node: String,
+    /// The operator's name; empty where the reason concerns no node.
     pub operator: String,
+    /// Why the target refuses it, in words for the user.
     pub reason: String,
 }
 

@@ -8,12 +8,16 @@ use super::{Curve, Point};
 /// What the distance is drawn over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Axis {
+    /// Generator updates.
     Updates,
+    /// Forward passes of all networks in images, stage 1 included.
     Forwards,
+    /// Seconds of training, stage 1 included.
     Seconds,
 }
 
 impl Axis {
+    /// The value of a measurement on this axis.
     pub fn of(self, p: &Point) -> f64 {
         match self {
             Self::Updates => p.updates as f64,
@@ -51,8 +55,11 @@ fn band(curves: &[Curve], axis: Axis) -> Vec<(f64, f64, f64)> {
 /// One comparison to draw.
 #[derive(Debug, Clone, Copy)]
 pub struct Group<'a> {
+    /// Title of the row of panels; shown where there is more than one row.
     pub title: &'a str,
+    /// Runs of the base method, one a seed.
     pub base: &'a [Curve],
+    /// Runs with the trajectory, one a seed.
     pub trajectory: &'a [Curve],
 }
 

@@ -20,42 +20,49 @@ use crate::error::{Context, Error, Result};
 pub use figure::{Axis, Group, svg};
 pub use statistics::{Comparison, Interval, Reached, compare};
 
-/// A look at the student on its way.
+/// One measurement of the student in the course of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// Generator updates.
     pub updates: u64,
     /// Forward passes of all networks, in images, stage 1 included.
     pub forwards: u64,
-    /// Seconds of training, stage 1 included, looks excluded.
+    /// Seconds of training, stage 1 included, without the time of the measurements.
     pub seconds: f64,
+    /// Distance of the student from the reference, as the [`Judge`] measures it; lower is better.
     pub distance: f64,
 }
 
-/// One run.
+/// The measurements of one run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Curve {
+    /// Seed of the run.
     pub seed: u64,
     /// Nodes of the trajectory; 0: the base method.
     pub nodes: usize,
+    /// Measurements in the order of the updates.
     pub points: Vec<Point>,
 }
 
-/// Tells how far a student is from the reference.
+/// Measures how far a student is from the reference.
 pub trait Judge {
+    /// The distance of this student from the reference; lower is better.
     fn distance(&mut self, student: &Student) -> Result<f64>;
 }
 
-/// Forward passes in images: of one step of stage 1, of one iteration of stage 2, and of one generator update beside it.
+/// Forward passes of all networks, counted in images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passes {
+    /// Forward passes of one step of stage 1.
     pub degrade: u64,
+    /// Forward passes of one iteration of stage 2: the student's images and the fake score's training.
     pub iteration: u64,
+    /// Forward passes of one generator update, beside the iteration that it is part of.
     pub update: u64,
 }
 
 impl Passes {
-    /// Of a generator update with its iterations of the fake score.
+    /// Forward passes, in images, of a generator update with its `ratio` iterations.
     pub fn of_update(&self, ratio: u64) -> u64 {
         ratio * self.iteration + self.update
     }
@@ -138,8 +145,9 @@ impl Observer for Looker<'_> {
 const CURVE: &str = "curve.json";
 const LOOKS: &str = "looks.json";
 
-/// Runs one arm in `dir` and looks at it after every `every` updates; one that was finished earlier is read back, one that
-/// was interrupted goes on from its checkpoint. `student`: where it is not the teacher's copy. `None`: stopped from outside.
+/// Runs one arm in `dir` and measures it after every `every` updates; one that was finished earlier is read back, one
+/// that was interrupted goes on from its checkpoint. `student`: where it is not the teacher's copy. `None`: stopped
+/// from outside.
 #[allow(clippy::too_many_arguments)]
 pub fn run_arm(
     config: &Config,

@@ -8,13 +8,16 @@ use crate::error::{Error, Result};
 /// A mean over seeds with its 95 % confidence interval (Student's t); without an interval where there is one seed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
+    /// Mean over the seeds.
     pub mean: f64,
+    /// Lower end of the interval; absent for one seed.
     pub low: Option<f64>,
+    /// Upper end of the interval; absent for one seed.
     pub high: Option<f64>,
 }
 
 impl Interval {
-    /// Of these values, one a seed.
+    /// The mean and interval of these values, one a seed.
     pub fn of(values: &[f64]) -> Self {
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
@@ -46,41 +49,55 @@ fn t95(freedom: usize) -> f64 {
     })
 }
 
-/// Where one seed's run with the trajectory came down to the level that its base method ended with, as shares of what the
-/// base method spent in all. Linear between two looks.
+/// Where one seed's run with the trajectory came down to the level that its base method ended with, as shares of what
+/// the base method spent in all. Linear between two measurements.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Reached {
+    /// Seed of both runs.
     pub seed: u64,
-    /// Mean distance of the last looks, base method and trajectory.
+    /// Mean distance of the last fifth of the measurements of the base method.
     pub base: f64,
+    /// Mean distance of the last fifth of the measurements with the trajectory.
     pub trajectory: f64,
-    /// Share of generator updates, of forward passes (stage 1 included) and of seconds (likewise); `None`: never.
+    /// Share of the base method's generator updates, below 1 where the trajectory is faster; `None`: never.
     pub updates: Option<f64>,
+    /// The same share of the forward passes, stage 1 included; `None`: never.
     pub forwards: Option<f64>,
+    /// The same share of the seconds, stage 1 included; `None`: never.
     pub seconds: Option<f64>,
     /// The same for the base method itself: below 1 where it had come down before its end.
     pub base_updates: f64,
-    /// Generator updates, and forward passes with stage 1, to the distance that the base method has after a quarter of its
-    /// updates, over what it spent to get there; `None`: never.
+    /// Generator updates with the trajectory over those of the base method, both counted until the distance is reached
+    /// that the base method has after a quarter of its updates; `None`: never.
     pub early_updates: Option<f64>,
+    /// The same ratio of forward passes, stage 1 included; `None`: never.
     pub early_forwards: Option<f64>,
 }
 
 /// The whole comparison.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Comparison {
+    /// Each seed's pair of runs.
     pub seeds: Vec<Reached>,
+    /// Final distance of the base method.
     pub base: Interval,
+    /// Final distance with the trajectory.
     pub trajectory: Interval,
     /// Final distance with the trajectory over that without, seed by seed.
     pub final_ratio: Interval,
-    /// `None` where any seed never came down to the base method's level.
+    /// [`Reached::updates`] over the seeds; `None` where a seed never came down to the base method's level.
     pub updates: Option<Interval>,
+    /// [`Reached::forwards`] over the seeds; `None` as for `updates`.
     pub forwards: Option<Interval>,
+    /// [`Reached::seconds`] over the seeds; `None` as for `updates`.
     pub seconds: Option<Interval>,
+    /// [`Reached::base_updates`] over the seeds.
     pub base_updates: Interval,
+    /// [`Reached::early_updates`] over the seeds; `None` where it is for any seed.
     pub early_updates: Option<Interval>,
+    /// [`Reached::early_forwards`] over the seeds; `None` where it is for any seed.
     pub early_forwards: Option<Interval>,
+    /// One sentence for people: whether the trajectory pays, and by how much.
     pub verdict: String,
 }
 

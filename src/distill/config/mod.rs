@@ -39,12 +39,13 @@ pub struct Config {
     /// Records the steps as CUDA graphs, launched with one call each: for networks so small that the host launches kernels
     /// more slowly than the device computes them. Costs the memory of a further step.
     pub cuda_graphs: bool,
-    /// Of convolutions and matrix products of all networks.
+    /// What convolutions and matrix products of all networks are computed in.
     pub precision: Precision,
     /// Images a forward pass.
     pub batch: usize,
     /// Forward passes an optimiser step; a step sees `batch * accumulate` images.
     pub accumulate: usize,
+    /// What the generator minimises.
     pub objective: ObjectiveKind,
     /// Classifier-free guidance scale of the targets; 1: none.
     pub guidance: f64,
@@ -52,20 +53,35 @@ pub struct Config {
     pub guidance_interval: [f64; 2],
     /// Values of the teacher card as `key=value`, as `--card` gives them; they win over the card's other sources.
     pub card: Vec<String>,
+    /// Where the conditions of training come from.
     pub conditions: ConditionsConfig,
+    /// The student's network, its first weights, and its steps.
     pub student: StudentConfig,
+    /// Low-rank adaptation.
     pub lora: LoraConfig,
+    /// Stage 1.
     pub degrade: DegradeConfig,
+    /// Stage 2.
     pub backtrack: BacktrackConfig,
+    /// Noise levels of training.
     pub noise: NoiseConfig,
+    /// AdamW, for all networks.
     pub optimizer: OptimizerConfig,
+    /// Averages of the student's weights.
     pub ema: EmaConfig,
+    /// What the run writes while it goes on.
     pub log: LogConfig,
+    /// What memory is spent on.
     pub memory: MemoryConfig,
+    /// Measurements while training.
     pub evaluate: EvaluateConfig,
+    /// Read with `objective = "sid"`.
     pub sid: SidConfig,
+    /// Read with `objective = "sim"`.
     pub sim: SimConfig,
+    /// The diffusion GAN; there is none where `gan.data` is empty.
     pub gan: GanConfig,
+    /// Read with `objective = "f-distill"`.
     pub f_distill: FDistillConfig,
 }
 

@@ -2,24 +2,25 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The score-distillation objective of the generator (method: section 5).
+/// The score-distillation objective of the generator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ObjectiveKind {
-    /// `g = D_fake - D_target`: the KL gradient, weighted by sigma^2 in score units. Also known as VSD.
+    /// Diff-Instruct (Luo et al. 2023), also known as VSD: the gradient `g = D_fake - D_target` of the KL divergence,
+    /// which is weighted by sigma^2 in score units.
     #[serde(alias = "vsd")]
     DiffInstruct,
-    /// The same over `mean |x - D_target|` of each sample.
+    /// DMD (Yin et al. 2023): Diff-Instruct's gradient divided by `mean |x - D_target|` of each sample.
     Dmd,
-    /// DMD with a diffusion GAN on the fake score's features; needs `gan.data` and `gan.taps`.
+    /// DMD2 (Yin et al. 2024): DMD with a diffusion GAN on the fake score's features; needs `gan.data` and `gan.taps`.
     Dmd2,
-    /// DMD2 with each sample weighted by the density ratio of an f-divergence.
+    /// f-distill (Xu et al. 2025): DMD2 with each sample weighted by the density ratio of an f-divergence.
     FDistill,
-    /// Score distillation sampling: `w (eps_target - e)`, without a fake score.
+    /// Score distillation sampling (Poole et al. 2022): `w (eps_target - e)`, without a fake score.
     Sds,
-    /// Score identity distillation: the Fisher divergence, differentiated through both scores.
+    /// Score identity distillation (Zhou et al. 2024): the Fisher divergence, differentiated through both scores.
     Sid,
-    /// Score implicit matching with the pseudo-Huber distance, differentiated through the fake score.
+    /// Score implicit matching (Luo et al. 2024) with the pseudo-Huber distance, differentiated through the fake score.
     Sim,
 }
 
@@ -43,6 +44,7 @@ pub enum Divergence {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FDistillConfig {
+    /// The f-divergence that weights the samples.
     pub divergence: Divergence,
 }
 

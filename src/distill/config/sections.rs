@@ -28,8 +28,9 @@ pub enum Switch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CooldownShape {
+    /// In proportion to the updates that are left.
     Linear,
-    /// Half a cosine.
+    /// Along half a cosine.
     Cosine,
 }
 
@@ -37,8 +38,10 @@ pub enum CooldownShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
+    /// 32-bit floats.
     #[default]
     F32,
+    /// bfloat16.
     Bf16,
 }
 
@@ -49,8 +52,9 @@ pub enum MemoryFormat {
     /// Channels last on the CPU, and on CUDA where `precision` is `bf16`.
     #[default]
     Auto,
+    /// Channels last (NHWC) everywhere.
     ChannelsLast,
-    /// As ONNX has them.
+    /// Channels first (NCHW), as in ONNX.
     Contiguous,
 }
 
@@ -58,16 +62,17 @@ pub enum MemoryFormat {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryConfig {
-    /// MiB of inner values that the forward of one network may keep for its backward pass; what goes beyond is computed
-    /// again there. 0: everything is kept.
+    /// MiB of intermediate values that the forward pass of one network may keep for its backward pass; what goes beyond
+    /// is computed again there. 0: everything is kept.
     pub activations_mib: u64,
-    /// Of the target's forward, which nothing is differentiated through; `bf16` also where `precision` is `f32`.
+    /// Precision of the target's forward pass, which most objectives do not differentiate through; `bf16` also where
+    /// `precision` is `f32`.
     pub target: Precision,
-    /// Of the trajectory's nodes. `bf16`: on disk as differences from the teacher in bf16, and where the target computes in
-    /// bf16 (`target` or `precision`), its convolutions' and matrix products' weights are bf16 in memory too, the teacher's
-    /// among them, which changes nothing of what is computed.
+    /// Precision of the trajectory's nodes. `bf16`: on disk as differences from the teacher in bf16, and where the
+    /// target computes in bf16 (`target` or `precision`), its convolutions' and matrix products' weights are bf16 in
+    /// memory too, the teacher's among them, which changes nothing of what is computed.
     pub nodes: Precision,
-    /// Of filters and images.
+    /// Order of filters and images in memory.
     pub format: MemoryFormat,
 }
 
@@ -87,7 +92,9 @@ pub enum Distribution {
 pub enum FakeDistribution {
     /// As `noise.distribution` says.
     Same,
+    /// Uniform over entries of the table, whatever `noise.distribution` is.
     Table,
+    /// Log-normal with `noise.log_mean` and `noise.log_std`, whatever `noise.distribution` is.
     Lognormal,
 }
 
@@ -105,22 +112,25 @@ pub struct ConditionsConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Init {
-    /// Those of its file: the teacher's, or those of `student.file`.
+    /// The weights of its file: the teacher's, or those of `student.file`.
     #[default]
     Given,
-    /// Fresh ones from `seed`, see [`crate::torch::train::init`].
+    /// Fresh weights drawn from `seed`, see [`crate::torch::train::init`].
     Random,
 }
 
+/// The student's network, its first weights, and its steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StudentConfig {
     /// ONNX file of the student's network; empty: the teacher's own. A network with a card is evaluated at `sigma_init` and
     /// `sigmas` as the teacher's copy would be; any other takes noise and the teacher's conditions.
     pub file: String,
+    /// Where its first weights come from.
     pub init: Init,
-    /// Input of `file` that takes the noise, and its output that is the sample; empty: found by name and shape.
+    /// Input of `file` that takes the noise; empty: found by name and shape.
     pub noise: String,
+    /// Output of `file` that is the sample; empty: found by name and shape.
     pub output: String,
     /// Inputs of `file` for the teacher's conditions, each `condition=input`; those left out are found by name and shape.
     pub conditions: Vec<String>,
@@ -129,7 +139,8 @@ pub struct StudentConfig {
     pub sigma_init: f64,
     /// Noise levels of the steps after the first, falling; empty: a one-step student.
     pub sigmas: Vec<f64>,
-    /// Whether fresh noise is added before each of them (as in DMD2), or the noise that was found.
+    /// Whether fresh noise is added before each of these steps (as in DMD2); otherwise the noise that the step before
+    /// has found in its sample is added again (as in DDIM).
     pub stochastic: bool,
 }
 
@@ -139,7 +150,7 @@ pub struct StudentConfig {
 pub struct LoraConfig {
     /// Rank of the change to each weight; 0: all weights are trained.
     pub rank: usize,
-    /// The change weighs `alpha / rank`; 0: alpha is the rank.
+    /// The change is multiplied by `alpha / rank`; 0: alpha is the rank.
     pub alpha: f64,
     /// Globs over the names of Conv, Gemm and MatMul weights.
     pub include: Vec<String>,
@@ -153,10 +164,12 @@ pub struct DegradeConfig {
     pub nodes: usize,
     /// Training steps of the degrading copy (at most, where `patience` is set).
     pub steps: u64,
-    /// 0: twice `backtrack.lr_generator`. At a quarter of the generator's rate the copy hardly gets to the student's samples.
+    /// Learning rate of stage 1; 0: twice `backtrack.lr_generator`. At a quarter of the generator's rate the copy
+    /// hardly learns the student's samples.
     pub lr: f64,
     /// AdamW's beta1 and beta2 of stage 1; empty: the optimiser's.
     pub betas: Vec<f64>,
+    /// Where on the course of stage 1 the nodes lie.
     pub spacing: Spacing,
     /// Stop when the loss on the initial student's samples has not fallen by 1 % for this many steps; 0: never.
     pub patience: u64,
@@ -170,27 +183,31 @@ pub struct BacktrackConfig {
     pub updates: u64,
     /// Fake-score steps a generator update.
     pub ratio: u64,
+    /// Learning rate of the generator.
     pub lr_generator: f64,
+    /// Learning rate of the fake score.
     pub lr_fake: f64,
     /// AdamW's beta1 and beta2 of the generator; empty: the optimiser's.
     pub betas_generator: Vec<f64>,
-    /// Those of the fake score and of a discriminator's head.
+    /// AdamW's beta1 and beta2 of the fake score and of a discriminator's head; empty: the optimiser's.
     pub betas_fake: Vec<f64>,
     /// Share of the updates, at the end, over which the learning rates fall to 0; 0: none.
     pub cooldown: f64,
-    /// The same for the fake score, where it differs; below 0: as `cooldown`.
+    /// `cooldown` of the fake score; below 0: the same as `cooldown`.
     pub cooldown_fake: f64,
-    /// How they fall.
+    /// How the learning rates fall.
     pub cooldown_shape: CooldownShape,
+    /// When stage 2 goes on to the next target.
     pub switch: Switch,
-    /// Generator updates a target (`switch = "count"`), or between two looks at the mismatch (`"mismatch"`).
+    /// Generator updates a target (`switch = "count"`), or between two measurements of the mismatch (`"mismatch"`).
     pub switch_every: u64,
-    /// Looks without a lower mismatch before a switch (`switch = "mismatch"`).
+    /// Measurements without a lower mismatch before a switch (`switch = "mismatch"`).
     pub switch_patience: u64,
     /// Generator updates a target at most (`switch = "mismatch"`).
     pub switch_max: u64,
 }
 
+/// Noise levels of training. Entries of the table are counted from 0.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NoiseConfig {
@@ -200,10 +217,14 @@ pub struct NoiseConfig {
     pub generator: [usize; 2],
     /// First and last entry drawn for the fake score's training, and for stage 1.
     pub fake: [usize; 2],
+    /// How noise levels are drawn.
     pub distribution: Distribution,
-    /// Of the fake score in stage 2. Stage 1 keeps to `distribution`: its nodes must know every level compared later.
+    /// How the noise levels of the fake score are drawn in stage 2. Stage 1 always uses `distribution`: its nodes must
+    /// know every level that is compared later.
     pub fake_distribution: FakeDistribution,
+    /// Mean of `ln sigma` (`distribution = "lognormal"`).
     pub log_mean: f64,
+    /// Standard deviation of `ln sigma` (`distribution = "lognormal"`).
     pub log_std: f64,
 }
 
@@ -211,10 +232,13 @@ pub struct NoiseConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OptimizerConfig {
-    /// 0 keeps the two-player game of stage 2 from oscillating; 0.9 is the usual value elsewhere.
+    /// AdamW's beta1. 0 keeps the two-player game of stage 2 from oscillating; 0.9 is the usual value elsewhere.
     pub beta1: f64,
+    /// AdamW's beta2.
     pub beta2: f64,
+    /// AdamW's epsilon, added to the root of the second moment.
     pub eps: f64,
+    /// Decoupled weight decay; each step it is multiplied by the learning rate.
     pub weight_decay: f64,
     /// Largest global gradient norm; 0: no clipping.
     pub clip: f64,
@@ -224,6 +248,7 @@ pub struct OptimizerConfig {
     pub max_skips: u64,
 }
 
+/// Exponential moving averages of the student's weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EmaConfig {
@@ -235,6 +260,7 @@ pub struct EmaConfig {
     pub ramp: f64,
 }
 
+/// What a run writes while it goes on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LogConfig {
@@ -260,11 +286,11 @@ pub struct EvaluateConfig {
     pub reference: String,
     /// ONNX feature network; empty: the sliced Wasserstein distance, which needs none.
     pub features: String,
-    /// Images of stage 2 between two looks.
+    /// Images of stage 2 between two measurements.
     pub every: u64,
-    /// Images of the averaged student a look: few, always from the same noise.
+    /// Images of the averaged student in a measurement: few, always from the same noise.
     pub images: usize,
-    /// Looks without a new least distance after which stage 2 ends; 0: it never ends early.
+    /// Measurements without a new lowest distance after which stage 2 ends; 0: it never ends early.
     pub patience: u64,
 }
 

@@ -136,6 +136,7 @@ impl RealImages {
     pub fn len(&self) -> usize {
         self.len
     }
+    /// Whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

@@ -83,6 +83,7 @@ impl Head {
         Ok(Self { params: ParamSet::new(names, tensors)?, forms, channels_last })
     }
 
+    /// Trained weights of the head.
     pub fn params(&self) -> &ParamSet {
         &self.params
     }

@@ -24,6 +24,7 @@ pub use head::Head;
 #[derive(Debug)]
 pub struct Gan {
     head: Head,
+    /// Optimiser of the head.
     pub adam: AdamW,
     data: RealImages,
     taps: Vec<String>,
@@ -73,6 +74,7 @@ impl Gan {
         }))
     }
 
+    /// Trained weights of the head.
     pub fn params(&self) -> &ParamSet {
         self.head.params()
     }
@@ -93,8 +95,8 @@ impl Gan {
         self.logits(&features)
     }
 
-    /// `w_g mean softplus(-l(x_t))`: what the generator does to be taken for real. The caller holds the network's and the
-    /// head's parameters still.
+    /// The generator's loss against the discriminator, `w_g mean softplus(-l(x_t))`. The caller must have frozen the
+    /// network's and the head's parameters.
     pub fn generator_loss(
         &self,
         network: &Denoiser,
@@ -109,8 +111,8 @@ impl Gan {
         Ok(softplus(&logits.f_neg()?)?.f_mul_scalar(self.weight_generator)?)
     }
 
-    /// `w_d [mean softplus(l(fake)) + mean softplus(-l(real))]` on the same noise levels, with a gradient to the network
-    /// as well as to the head.
+    /// The discriminator's loss, `w_d [mean softplus(l(fake)) + mean softplus(-l(real))]` on the same noise levels,
+    /// with a gradient to the network as well as to the head.
     pub fn discriminator_loss(
         &self,
         network: &Denoiser,

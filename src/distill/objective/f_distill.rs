@@ -9,6 +9,7 @@ use crate::error::Result;
 /// DMD's gradient times `h(r) / mean h(r)`, `h(r) = r^2 f''(r)` of the f-divergence and `r = p_data / p_generator`.
 #[derive(Debug, Clone, Copy)]
 pub struct FDistill {
+    /// The f-divergence whose weight `h` is used.
     pub divergence: Divergence,
 }
 

@@ -50,6 +50,7 @@ impl Terms<'_> {
 
 /// A score-distillation objective.
 pub trait Objective: Send + Sync {
+    /// The objective's name, as `objective` in the configuration has it.
     fn name(&self) -> &'static str;
 
     /// Whether the gradient runs through the two denoisers (Fisher-type objectives). If not, they are evaluated without

@@ -32,15 +32,21 @@ pub enum Class {
     Indexing,
     /// Products of matrices, convolutions, and layers with one of them inside.
     Product,
+    /// Normalisation: BatchNormalization, GroupNormalization, LayerNormalization and their like.
     Norm,
+    /// Attention: products of queries, keys and values, with the softmax or linear form between them.
     Attention,
+    /// Recurrent layers: GRU, LSTM and RNN.
     Recurrent,
+    /// Reduces axes to one number: the sum, mean, largest element and so on, or the place of the largest or smallest.
     Reduction,
-    /// Each element of the result depends on all those along an axis.
+    /// Each element of the result depends on several along an axis: Softmax, CumSum and their like.
     AlongAxis,
+    /// Means or maxima over windows, or over all positions, and MaxUnpool, which puts maxima back.
     Pooling,
-    /// Interpolates between elements, or says where.
+    /// Interpolates between elements, as Resize and GridSample do, or computes the places for it (AffineGrid).
     Sampling,
+    /// Losses of training: NegativeLogLikelihoodLoss and SoftmaxCrossEntropyLoss.
     Loss,
     /// Reads the shape of its input, not its elements.
     Size,
@@ -50,21 +56,24 @@ pub enum Class {
     Random,
     /// Has operands or a result of 8 bits.
     Quantised,
-    /// Runs graphs.
+    /// Runs subgraphs: If, Loop and Scan.
     Control,
     /// Sequences and optional values.
     Sequence,
+    /// None of the other classes: text, images in files, Fourier transforms and single cases such as Det.
     Other,
 }
 
 /// The element type of an operator's first result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResultType {
-    /// That of this input.
+    /// The element type of the input in this slot.
     Input(usize),
+    /// Always bool, as comparisons make.
     Bool,
+    /// Always i64, as indices and shapes are.
     Int64,
-    /// Said by an attribute, fixed otherwise, or no tensor.
+    /// None of these: an attribute says it, the operator fixes another one, or the result is no tensor.
     Other,
 }
 
@@ -73,30 +82,35 @@ pub enum ResultType {
 pub enum Weight {
     /// Filters of a convolution.
     Filter,
-    /// Of a product of matrices.
+    /// Operand of a product of matrices.
     Matrix,
+    /// Added to features: the bias of a convolution, a linear layer, a recurrent layer or a norm.
     Bias,
+    /// Multiplies features: the scale of a norm.
     Scale,
     /// A running mean or variance.
     Statistic,
 }
 
-/// One operator.
+/// What is known of one operator.
 #[derive(Debug, Clone, Copy)]
 pub struct OpSchema {
     /// Empty for ONNX's own.
     pub domain: &'static str,
+    /// The operator's name as nodes have it, such as `Conv`.
     pub name: &'static str,
     /// The first version of its domain that has it.
     pub since: i64,
     /// Later versions in which its meaning or form is another, for graphs of f32, f16 and integer tensors. Versions that
     /// only took in more element types are not among them: such a node is the same in both.
     pub changes: &'static [i64],
-    /// Fewest and most inputs.
+    /// Smallest and largest number of inputs; [`MANY`]: no limit.
     pub inputs: (usize, usize),
+    /// What kind of computation it is.
     pub class: Class,
     /// Input slots in which a constant is a weight.
     pub weights: &'static [(usize, Weight)],
+    /// Element type of its first result.
     pub result: ResultType,
     /// libtorch's autocast computes it in bf16, whatever the type of its operands.
     pub autocast: bool,

@@ -38,15 +38,20 @@ pub struct Rewrite {
 /// A pattern that fitted but for one thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NearMiss {
+    /// The operator that would have been made, such as `GroupNorm` or `Attention`.
     pub pattern: &'static str,
+    /// The name of the node at which the chain ends.
     pub node: String,
+    /// What did not fit, in words for the user.
     pub reason: String,
 }
 
 /// What [`raise`] did.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
+    /// The rewrites that were done and are still in the graph.
     pub raised: Vec<Rewrite>,
+    /// The patterns that nearly fitted, sorted by node; each pattern at most once a node.
     pub near_misses: Vec<NearMiss>,
 }
 

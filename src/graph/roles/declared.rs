@@ -17,19 +17,20 @@ pub struct StoredLayout {
     pub perm: Vec<usize>,
 }
 
-/// `disback.parameters`, `disback.parameters.tied` and `disback.parameters.layout`.
+/// What a converter wrote into the model's metadata about its parameters: the entries `disback.parameters`,
+/// `disback.parameters.tied` and `disback.parameters.layout`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Declared {
     /// Initializers that the framework trains; absent where nobody says.
     pub parameters: Option<Vec<String>>,
     /// The framework's names of one tensor each; the first is the initializer's.
     pub tied: Vec<Vec<String>>,
-    /// By initializer, where it does not lie as the framework has it.
+    /// Layout of each initializer that is stored otherwise than the framework has it, by the initializer's name.
     pub layouts: HashMap<String, StoredLayout>,
 }
 
 impl Declared {
-    /// Reads them.
+    /// Reads the three entries; those that the model lacks are empty.
     ///
     /// Errors: an entry that is not JSON of its form.
     pub fn of(model: &Model) -> Result<Self> {

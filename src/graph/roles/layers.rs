@@ -6,7 +6,7 @@ use crate::graph::ir::{Graph, Node, ValueId};
 use crate::graph::op_schema::{self, OpSchema};
 use crate::tensor::HostTensor;
 
-/// See the module's text.
+/// Which values of a graph depend on the elements of its inputs, and which on the output of a layer.
 #[derive(Debug, Default)]
 pub struct Flow {
     /// Depends on a graph input's elements (not merely on its shape or type).

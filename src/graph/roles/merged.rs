@@ -13,7 +13,9 @@ use crate::tensor::{DType, HostTensor};
 /// Another tensor of the file, folded from the same weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Twin {
+    /// Where the other tensor lies in the file, so that it can be written back too.
     pub origin: Origin,
+    /// How the other tensor is computed from the weight.
     pub how: Derived,
 }
 
@@ -146,6 +148,7 @@ pub enum Derived {
     Transposed,
     /// `w * w`, as demodulation and variances read it.
     Squared,
+    /// `w * w`, transposed.
     SquaredTransposed,
     /// The same elements in the same order, with other dimensions of 1: one kernel of a stack of one.
     Reshaped,

@@ -53,12 +53,15 @@ impl fmt::Display for Role {
 /// A trainable tensor of the graph.
 #[derive(Debug, Clone)]
 pub struct Parameter {
+    /// The value that the parameter has in the graph.
     pub value: ValueId,
     /// The initializer's name; parted copies of one initializer get `#2`, `#3`...
     pub name: String,
+    /// How the network uses it; never [`Role::Buffer`].
     pub role: Role,
+    /// Its dimensions as they are in the graph.
     pub shape: Vec<usize>,
-    /// Element type in the file; masters are f32 whatever it is.
+    /// Element type in the file; the trained weights are f32 whatever it is.
     pub dtype: DType,
     /// Where the bytes came from, for writing back.
     pub origin: Origin,
@@ -71,8 +74,11 @@ pub struct Parameter {
 /// A floating constant with more than one element that is not trained.
 #[derive(Debug, Clone)]
 pub struct Buffer {
+    /// The name of its value in the graph: that of the initializer, with `#2`, `#3`... for parted copies.
     pub name: String,
+    /// Its dimensions as they are in the graph.
     pub shape: Vec<usize>,
+    /// Element type in the file.
     pub dtype: DType,
     /// Why it is not a parameter.
     pub reason: &'static str,
@@ -94,7 +100,9 @@ pub struct TrainableChoice {
 /// The outcome of [`classify`].
 #[derive(Debug, Clone, Default)]
 pub struct Roles {
+    /// The tensors that are trained, in the order of their values.
     pub parameters: Vec<Parameter>,
+    /// The floating constants that are not trained, without those of one element, in the order of their values.
     pub buffers: Vec<Buffer>,
 }
 

@@ -37,20 +37,23 @@ pub enum Raise {
     All,
 }
 
-/// What was written.
+/// The operators that were written in the place of chains, and the chains that stay.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Written {
-    /// Nodes by operator.
+    /// Number of nodes written, by operator.
     pub operators: BTreeMap<String, usize>,
-    /// Chains that stay: node at which one ends, operator, reason.
+    /// The chains that stay as they are.
     pub kept: Vec<Chain>,
 }
 
 /// A chain that was recognised and not replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Chain {
+    /// The name of the node at which the chain ends.
     pub node: String,
+    /// The ONNX operator that would have replaced it, such as `LayerNormalization`.
     pub operator: String,
+    /// Why it was not replaced, in words for the user.
     pub reason: String,
 }
 

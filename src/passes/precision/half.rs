@@ -33,20 +33,24 @@ const TRIES: usize = 12;
 /// A node that stays in f32.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Kept {
+    /// The node, with its operator, as errors and tables name it.
     pub node: String,
+    /// The operator's name, such as `Softmax`.
     pub operator: String,
+    /// Why it stays in f32, in words for the user.
     pub reason: String,
 }
 
-/// What became of the network.
+/// What the conversion to 16 bits did.
 #[derive(Debug, Clone, Serialize)]
 pub struct Converted {
     /// Nodes computed in 16 bits.
     pub nodes: usize,
+    /// The nodes that stay in f32, with their reasons.
     pub kept: Vec<Kept>,
     /// Largest difference of the sample to the f32 network's over the calibration inputs.
     pub max_abs: f64,
-    /// How that was measured.
+    /// How `max_abs` was measured, in words for the user.
     pub checked: String,
 }
 

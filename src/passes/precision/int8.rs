@@ -18,7 +18,8 @@ use crate::passes::evaluate::Inputs;
 /// Smaller tensors stay: they would save nothing.
 pub(super) const SMALLEST: usize = 1024;
 
-/// What became of the weights, or of the nodes that multiply with them.
+/// What quantisation did: with the weights, or, where arithmetic is in 8 bits too, with the nodes that multiply by
+/// them.
 #[derive(Debug, Clone, Serialize)]
 pub struct Quantised {
     /// Weights stored in 8 bits.
@@ -41,7 +42,7 @@ struct Candidate {
 /// Quantises in place as many weights as keep the sample within `limit` of the f32 network's on the calibration inputs:
 /// where all of them do not, those with the largest error of their own stay f32.
 ///
-/// Errors (2): an opset below 13; no weight that can be quantised within the limit.
+/// Errors, of kind [`crate::Kind::Usage`]: an opset below 13; no weight that can be quantised within the limit.
 pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> Result<Quantised> {
     if edit::opset(model) < 13 {
         return Err(Error::usage(format!(

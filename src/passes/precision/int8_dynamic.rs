@@ -28,7 +28,7 @@ struct Candidate {
 /// Quantises in place as many nodes as keep the sample within `limit` of the f32 network's on the calibration inputs: where
 /// all of them do not, those whose own result suffers most stay in f32.
 ///
-/// Errors (2): an opset below 11; no node that can be quantised within the limit.
+/// Errors, of kind [`crate::Kind::Usage`]: an opset below 11; no node that can be quantised within the limit.
 pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> Result<Quantised> {
     if edit::opset(model) < 11 {
         return Err(Error::usage(format!(

@@ -32,7 +32,7 @@ use crate::tensor::HostTensor;
 pub struct Library {
     /// What was loaded; a bare file name where the system's loader found it.
     pub path: PathBuf,
-    /// `1.32.0`.
+    /// Its version, such as `1.32.0`.
     pub version: String,
     /// Providers the library was built with (`CPUExecutionProvider`...). Being listed does not mean that one can load.
     pub providers: Vec<String>,
@@ -48,7 +48,7 @@ pub struct LibraryError {
 }
 
 impl LibraryError {
-    /// No library anywhere, and none asked for: another engine may step in.
+    /// Whether no library was found and none was asked for: another engine may then be used.
     pub fn is_absent(&self) -> bool {
         self.absent
     }

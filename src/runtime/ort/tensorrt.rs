@@ -11,7 +11,8 @@ use crate::runtime::{Accelerator, Dim, ValueInfo};
 
 /// Options of the TensorRT provider for a student with these inputs.
 ///
-/// Errors (2): profiles that do not rise from smallest to largest; a profile for a network without a free batch.
+/// Errors, of kind [`crate::Kind::Usage`]: profiles that do not rise from smallest to largest; a profile for a network
+/// without a free batch.
 pub fn options(a: &Accelerator, inputs: &[ValueInfo]) -> Result<Vec<(String, String)>> {
     let mut pairs = BTreeMap::new();
     let mut set = |key: &str, value: String| {
@@ -85,7 +86,9 @@ fn shapes(inputs: &[ValueInfo], batch: usize) -> Result<String> {
 pub struct Stamp {
     /// Model name of the device, as the driver gives it.
     pub device: String,
+    /// Version of the NVIDIA kernel driver; `none` where it cannot be read.
     pub driver: String,
+    /// Version of ONNX Runtime.
     pub onnxruntime: String,
     /// SHA-256 of the student's file.
     pub model: String,

@@ -29,16 +29,19 @@ const LEAST_SIDE: i64 = 16;
 /// (benches/RESULTS.md).
 const LARGE_SIDE: i64 = 256;
 
-/// Vectors that the kernels here are written for and the processor has; libtorch's own variable `ATEN_CPU_CAPABILITY`
-/// (`default`, `avx2`) limits them too.
+/// The widest vector instructions that the processor has and the kernels here are written for; libtorch's own variable
+/// `ATEN_CPU_CAPABILITY` (`default`, `avx2`) limits them too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
+    /// Neither: the kernels here cannot be used, and libtorch's compute instead.
     None,
+    /// AVX2: vectors of 256 bits, eight numbers in f32.
     Avx2,
+    /// AVX-512: vectors of 512 bits, sixteen numbers in f32.
     Avx512,
 }
 
-/// What `gemm.cpp` found.
+/// The level of this processor.
 pub fn level() -> Level {
     // SAFETY: asks the processor.
     static LEVEL: LazyLock<Level> = LazyLock::new(|| match unsafe { disback_level() } {
@@ -62,7 +65,7 @@ fn at_home() -> bool {
     *AT_HOME
 }
 
-/// Whether `x [.., K]` times `w [K, N]` goes this way.
+/// Whether [`linear`] can multiply `x [.., K]` by `w [K, N]` and is expected to be faster than libtorch there.
 pub fn pays(x: &Tensor, w: &Tensor) -> bool {
     takes(x, w) && !(at_home() && w.size().iter().all(|&side| side >= LARGE_SIDE))
 }
@@ -81,7 +84,8 @@ fn takes(x: &Tensor, w: &Tensor) -> bool {
     }
 }
 
-/// `x [.., K]` times `w [K, N]` of any strides, plus a bias `[N]`: `[.., N]`. In f32 on the CPU, with 16 rows or more.
+/// `x [.., K]` times `w [K, N]` of any strides, plus a bias `[N]`: `[.., N]`. For tensors of f32 on the CPU that
+/// [`pays`] accepts.
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     debug_assert!(takes(x, w));
     let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);

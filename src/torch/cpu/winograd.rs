@@ -25,7 +25,8 @@ const LEAST_TILES: i64 = 28;
 /// Channels up to which widened operands are convolved faster than those of bf16 by libtorch's direct convolution.
 const MOST_NARROW_CHANNELS: i64 = 128;
 
-/// Whether a convolution with stride 1, padding 1 and one group goes this way.
+/// Whether [`convolution`] can convolve `x [N,C,H,W]` with `w [K,C,3,3]` (stride 1, padding 1, one group) and is
+/// expected to be faster than libtorch there.
 pub fn pays(x: &Tensor, w: &Tensor) -> bool {
     let narrow = match (x.kind(), w.kind()) {
         (Kind::Float, Kind::Float) => false,
@@ -45,8 +46,8 @@ pub fn pays(x: &Tensor, w: &Tensor) -> bool {
     }
 }
 
-/// `x [N,C,H,W]` with filters `w [K,C,3,3]` and a bias `[K]`, padded by one: channels-last `[N,K,H,W]`, differentiable once.
-/// Where [`pays`] says so.
+/// `x [N,C,H,W]` with filters `w [K,C,3,3]` and a bias `[K]`, padded by one: channels-last `[N,K,H,W]`, differentiable
+/// once. For tensors that [`pays`] accepts.
 pub fn convolution(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     debug_assert!(pays(x, w));
     let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);

@@ -38,9 +38,11 @@ impl Value {
     pub fn host(cpu: Tensor) -> Self {
         Self::Host(Rc::new(HostValue { cpu, moved: OnceCell::new() }))
     }
+    /// A value that depends on the data, from a tensor on any device.
     pub fn device(t: Tensor) -> Self {
         Self::Device(Rc::new(t))
     }
+    /// Whether the value is known from constants and shapes alone. A sequence is where all its elements are.
     pub fn is_host(&self) -> bool {
         match self {
             Self::Host(_) => true,
@@ -90,9 +92,11 @@ impl<'a> Args<'a> {
     pub fn device(&self) -> Device {
         self.device
     }
+    /// Number of input slots of the call; optional inputs that are left out in between are counted.
     pub fn len(&self) -> usize {
         self.values.len()
     }
+    /// Whether the call has no inputs at all.
     pub fn is_empty(&self) -> bool {
         self.values.is_empty()
     }
@@ -121,6 +125,7 @@ impl<'a> Args<'a> {
             Value::Nothing => return Err(Error::invalid("an empty optional where a tensor is expected")),
         })
     }
+    /// Element type of the i-th input. Errors: the input is missing, a sequence or an empty optional.
     pub fn kind(&self, i: usize) -> Result<Kind> {
         match self.value(i)? {
             Value::Host(h) => Ok(h.cpu.kind()),
@@ -208,6 +213,8 @@ fn first_line(panic: &(dyn Any + Send)) -> String {
 }
 
 impl Kernel {
+    /// A kernel that runs this function. It reads no input on the host and its result's shape does not depend on the
+    /// data, unless [`Kernel::host`], [`Kernel::shapes`] or [`Kernel::dynamic`] say otherwise.
     pub fn new(run: impl Fn(&Args) -> Result<Outputs> + 'static) -> Self {
         Self { run: Box::new(run), host_slots: Vec::new(), shape_only: false, dynamic: false }
     }

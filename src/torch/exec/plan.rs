@@ -29,7 +29,7 @@ type Observe<'a> = dyn FnMut(ValueId, &Value) + 'a;
 /// Outputs by name, and the tapped values in the order asked for.
 pub type Tapped = (Vec<(String, Tensor)>, Vec<Option<Tensor>>);
 
-/// See the module's text.
+/// An imported graph that is ready to run: immutable, and shared by all copies of a network.
 #[derive(Debug)]
 pub struct Plan {
     steps: Rc<[Step]>,
@@ -127,9 +127,11 @@ impl Plan {
         })
     }
 
+    /// The graph's inputs, in the order of the file.
     pub fn inputs(&self) -> &[Port] {
         &self.inputs
     }
+    /// The graph's outputs, in the order of the file.
     pub fn outputs(&self) -> &[Port] {
         &self.outputs
     }
@@ -137,6 +139,7 @@ impl Plan {
     pub fn len(&self) -> usize {
         self.steps.len()
     }
+    /// Whether the graph calls no operator: its outputs are inputs, parameters or constants.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
     }

@@ -14,17 +14,21 @@ pub type Build = fn(&Node) -> Result<Kernel>;
 /// One operator over a range of versions.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
+    /// Domain of the operator; empty for ONNX's own.
     pub domain: &'static str,
+    /// The operator's name, such as `Conv`.
     pub op: &'static str,
-    /// First and last opset version with this meaning.
+    /// First version of the domain's operator set with this meaning.
     pub since: i64,
+    /// Last version with this meaning; `i64::MAX` where no later one changes it.
     pub until: i64,
-    /// Fewest and most inputs.
+    /// Smallest and largest number of inputs; [`MANY`]: no limit.
     pub inputs: (usize, usize),
+    /// Builds the kernel of a node of this operator.
     pub build: Build,
 }
 
-/// All operators.
+/// The operators that can be built, by domain and name.
 #[derive(Debug, Clone, Default)]
 pub struct Registry {
     entries: HashMap<(&'static str, &'static str), Vec<Entry>>,
@@ -36,6 +40,7 @@ impl Registry {
         self.add_entry(Entry { domain: "", op, since, until: i64::MAX, inputs, build });
     }
 
+    /// Adds an operator of any domain and range of versions. Where two ranges overlap, the one added first counts.
     pub fn add_entry(&mut self, entry: Entry) {
         self.entries.entry((entry.domain, entry.op)).or_default().push(entry);
     }

@@ -10,8 +10,8 @@ use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 use crate::torch::params::ParamSet;
 
-/// Which parameters, in their order, meet products alone. `widened`: the layers of a file in half precision are computed in
-/// f32 (see [`crate::graph::widen`]).
+/// For each parameter whether only matrix products and convolutions read it. `widened`: the layers of a file in half
+/// precision are computed in f32 (see [`crate::graph::widen`]).
 pub fn kernels(graph: &Graph, parameters: &[Parameter], widened: bool) -> Vec<bool> {
     let of = |p: &Parameter| {
         let float = p.dtype == DType::F32 || (widened && p.dtype != DType::F64);

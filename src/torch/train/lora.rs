@@ -11,15 +11,16 @@ use crate::graph::roles::{Parameter, Role};
 use crate::torch::params::ParamSet;
 use crate::torch::shim;
 
-/// What is adapted.
+/// Settings of low-rank adaptation (LoRA, Hu et al. 2021).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraOptions {
+    /// Rank of the change to each weight, at least 1; a weight whose own rank is smaller gets a change of that rank.
     pub rank: usize,
     /// Weight of the product is `alpha / rank`.
     pub alpha: f64,
     /// Globs over the names of the weights of Conv, Gemm and MatMul.
     pub include: Vec<String>,
-    /// Of the factors' initial values.
+    /// Seed of the factors' initial values.
     pub seed: u64,
 }
 
@@ -93,7 +94,7 @@ impl Adapter {
         Ok((Rc::new(Self { base, places, scale: options.alpha / options.rank as f64 }), factors))
     }
 
-    /// Of all weights that are frozen.
+    /// Bytes of all frozen weights, which are in f32.
     pub fn bytes(&self) -> u64 {
         4 * self.base.elements() as u64
     }

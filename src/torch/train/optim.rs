@@ -14,8 +14,11 @@ use crate::torch::shim;
 pub struct AdamWConfig {
     /// Learning rate after warm-up.
     pub lr: f64,
+    /// Decay of the mean of the gradients, 0 to 1.
     pub beta1: f64,
+    /// Decay of the mean of the squared gradients, 0 to 1.
     pub beta2: f64,
+    /// Added to the square root in the denominator, against division by 0.
     pub eps: f64,
     /// Decoupled: parameters shrink by `lr * weight_decay` a step.
     pub weight_decay: f64,
