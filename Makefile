@@ -25,9 +25,13 @@ test-converters: build
 test-web: setup
 	scripts/test-web
 
-# The build for production hosts, without libtorch: does it compile. With the dependencies of the whole build, where there is one.
+# The builds for production hosts, without libtorch: do they compile, the one that only samples and the one that serves. With
+# the dependencies of the whole build, where there is one.
 check-small:
-	cargo build --release --no-default-features --features ort,tract --lib --config profile.release.package.disback.opt-level=0
+	for features in ort ort,tract,serve,report; do \
+		cargo build --release --no-default-features --features $$features --lib \
+			--config profile.release.package.disback.opt-level=0 || exit 1; \
+	done
 
 # Step times and peak memory beside native PyTorch, alternating in one run.
 bench: setup

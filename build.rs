@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 fn main() {
     generate_onnx_types();
+    #[cfg(feature = "train")]
     generate_event_types();
     bake_onnxruntime_hint();
     #[cfg(feature = "train")]
@@ -19,6 +20,7 @@ fn generate_onnx_types() {
 }
 
 /// TensorBoard's event files. Maps are ordered, so that equal settings give equal bytes.
+#[cfg(feature = "train")]
 fn generate_event_types() {
     const FOLDER: &str = "src/report/tfevents";
     println!("cargo:rerun-if-changed={FOLDER}/tfevents.proto");

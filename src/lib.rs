@@ -55,6 +55,7 @@ pub mod report;
 #[cfg(feature = "train")]
 pub mod run;
 pub mod runtime;
+#[cfg(feature = "serve")]
 pub mod serve;
 pub mod tensor;
 #[cfg(feature = "train")]

@@ -25,15 +25,21 @@ pub mod inspect;
 #[cfg(not(feature = "train"))]
 #[path = "inspect_light.rs"]
 pub mod inspect;
+mod not_built;
 #[cfg(feature = "train")]
 pub mod parity;
+#[cfg(feature = "report")]
 pub mod report;
 pub mod sample;
+#[cfg(feature = "serve")]
 pub mod serve;
 mod ship_args;
 #[cfg(feature = "train")]
 mod teacher;
-#[cfg(feature = "train")]
+#[cfg(feature = "tui")]
+mod tui;
+#[cfg(all(feature = "train", not(feature = "tui")))]
+#[path = "tui_missing.rs"]
 mod tui;
 pub mod verify;
 
@@ -41,7 +47,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
 #[derive(Debug, Parser)]
@@ -85,15 +91,21 @@ enum Command {
     Verify(verify::VerifyArgs),
     Sample(sample::SampleArgs),
     Evaluate(Box<evaluate::EvaluateArgs>),
+    #[cfg(feature = "report")]
     Report(report::ReportArgs),
     Bench(bench::BenchArgs),
+    #[cfg(feature = "serve")]
     Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
 pub fn main() -> ExitCode {
-    let matches = help::with_help(Cli::command()).get_matches();
+    let matches = not_built::with_missing(help::with_help(Cli::command())).get_matches();
+    if let Some(e) = not_built::refusal(&matches) {
+        // Its arguments were not parsed.
+        return failed(&e, std::env::args_os().any(|a| a == "--json"));
+    }
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -106,14 +118,17 @@ pub fn main() -> ExitCode {
     let globals = Globals { json: cli.json, quiet: cli.quiet };
     match run(cli.command, globals) {
         Ok(code) => code,
-        Err(e) => {
-            if globals.json {
-                println!("{}", serde_json::json!({ "ok": false, "error": e.to_string() }));
-            }
-            eprintln!("error: {e}");
-            ExitCode::from(e.exit_code())
-        }
+        Err(e) => failed(&e, globals.json),
     }
+}
+
+/// Says why, and gives the exit code.
+fn failed(e: &Error, json: bool) -> ExitCode {
+    if json {
+        println!("{}", serde_json::json!({ "ok": false, "error": e.to_string() }));
+    }
+    eprintln!("error: {e}");
+    ExitCode::from(e.exit_code())
 }
 
 fn run(command: Command, globals: Globals) -> Result<ExitCode> {
@@ -135,8 +150,10 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         Command::Verify(args) => verify::run(&args, globals),
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
+        #[cfg(feature = "report")]
         Command::Report(args) => report::run(&args, globals),
         Command::Bench(args) => bench::run(&args, globals),
+        #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(&args, globals),
         Command::Doctor(args) => doctor::run(&args, globals),
     }
