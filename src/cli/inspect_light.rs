@@ -20,6 +20,7 @@ use crate::runtime::student::StudentInfo;
 pub struct InspectArgs {
     /// The ONNX file.
     pub model: PathBuf,
+    /// What the command line says about the card.
     #[command(flatten)]
     pub card: CardArgs,
 }

@@ -21,12 +21,15 @@ pub trait Pass<M, C> {
     fn keeps_values(&self) -> bool;
 }
 
+/// Compares a model with what it has to compute.
+pub type Check<'a, M, C> = dyn Fn(&M, &C) -> Result<()> + 'a;
+
 /// A list of passes, with what watches them.
 pub struct Passes<'a, M, C> {
     /// The passes, in the order in which they run.
     pub list: &'a [&'a dyn Pass<M, C>],
-    /// Compares a model with what it has to compute; where there is nothing to compare with, none.
-    pub check: Option<&'a dyn Fn(&M, &C) -> Result<()>>,
+    /// Where there is nothing to compare with, none.
+    pub check: Option<&'a Check<'a, M, C>>,
     /// Writes a model into this file, for `--dump-passes`.
     pub dump: Option<Dump<'a, M>>,
 }
