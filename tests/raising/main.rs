@@ -3,11 +3,11 @@
 
 mod activations;
 mod attention;
+mod cse;
 mod elementwise;
 mod frameworks;
 mod graphs;
 mod layers;
 mod layout;
 mod norms;
-mod repeats;
-mod turns;
+mod transposes;

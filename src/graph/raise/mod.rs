@@ -18,7 +18,7 @@ mod norm;
 mod pattern;
 mod ranges;
 mod rule;
-mod turns;
+mod transposes;
 mod view;
 
 use std::collections::{BTreeMap, HashSet};
@@ -71,17 +71,18 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
     let mut report = Report::default();
     casts::simplify(graph, &mut report);
     cse::merge(graph, trained, &mut report);
-    let rules: Vec<Rule> = [activation::rules(), norm::rules(), turns::rules(), attention::rules(), linear::rules()]
-        .into_iter()
-        .flatten()
-        .collect();
+    let rules: Vec<Rule> =
+        [activation::rules(), norm::rules(), transposes::rules(), attention::rules(), linear::rules()]
+            .into_iter()
+            .flatten()
+            .collect();
     for rule in &rules {
         rule::exhaust(graph, trained, rule, &mut report);
     }
     layout::cancel(graph, &mut report);
     ranges::join(graph, trained, &mut report);
-    turns::part_first(graph, &mut report);
-    turns::straighten(graph, &mut report);
+    transposes::part_first(graph, &mut report);
+    transposes::straighten(graph, &mut report);
     // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
     for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
         node.op = norm::final_name(node).to_owned();
