@@ -514,9 +514,14 @@ fn a_library_call_makes_the_bytes_that_the_command_makes() {
     stopped.stop.store(true, Ordering::Relaxed);
     let stopped = Session::open(stopped).unwrap().distill().unwrap();
     assert!(matches!(stopped, Finished::Stopped(stage) if stage.name() == "degrade"), "{stopped:?}");
+    // What a killed start left of its rehearsed export goes; what is not ours stays.
+    for name in [".disback-export-x1", ".mine"] {
+        std::fs::create_dir_all(dir.join("stopped").join(name).join("inside")).unwrap();
+    }
     let again = Request { resume: true, ..Request::new(TEACHER, dir.join("stopped")) };
     assert!(matches!(Session::open(again).unwrap().distill().unwrap(), Finished::Distilled(_)));
     assert!(weights(&dir.join("stopped")) == weights(&dir.join("command")));
+    assert!(!dir.join("stopped/.disback-export-x1").exists() && dir.join("stopped/.mine/inside").is_dir());
     // A request that cannot be carried out leaves nothing.
     let broken = request("broken").set("student.sigma_init=-1");
     assert!(Session::open(broken).is_err() && !dir.join("broken").exists());

@@ -142,6 +142,19 @@ fn ort_is_here() -> bool {
     false
 }
 
+/// How folders of a rehearsed export begin.
+const REHEARSAL: &str = ".disback-export-";
+
+/// Removes the folders of rehearsed exports that a process which was killed left in a run. Links are left alone.
+pub(super) fn sweep(run: &Path) {
+    for entry in std::fs::read_dir(run).into_iter().flatten().flatten() {
+        let ours = entry.file_name().to_string_lossy().starts_with(REHEARSAL);
+        if ours && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// An export that fails must not cost a run either: the untrained student is written, checked and run in a folder that is
 /// removed again.
 pub fn rehearse(
@@ -152,7 +165,7 @@ pub fn rehearse(
     forms: Forms,
     place: &Path,
 ) -> Result<()> {
-    let folder = tempfile::Builder::new().prefix(".disback-export-").tempdir_in(place);
+    let folder = tempfile::Builder::new().prefix(REHEARSAL).tempdir_in(place);
     let folder = folder.with_context(|| place.display().to_string())?;
     let student = Student::initial(given, teacher, &config.student, config.seed)?;
     origin.rehearse(&student, config, forms, folder.path()).map_err(|e| {

@@ -129,6 +129,7 @@ impl Prepared {
     fn reopen(&self) -> Result<(RunDir, Config)> {
         let request = &self.request;
         let (run, saved) = RunDir::open(&request.out)?;
+        checks::sweep(run.path());
         let card = &self.teacher.card;
         run.check_card(&card.card, &card.origins)?;
         let base = request.config.clone().unwrap_or_else(|| run.config_file());

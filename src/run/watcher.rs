@@ -15,7 +15,7 @@ use crate::distill::checkpoint::StageKind;
 use crate::distill::inputs::denoising_loss;
 use crate::distill::metrics::{self, Row};
 use crate::distill::observer::Begin;
-use crate::distill::{Config, DebugBatch, Observer, RunDir, Running, Step, Student, Wish};
+use crate::distill::{Config, DebugBatch, Observer, RunDir, Running, Step, Student, Wish, compare};
 use crate::error::{Context, Error, Kind, Result};
 use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
@@ -136,12 +136,11 @@ impl<'a> Watcher<'a> {
         HostTensor::concat_rows(&parts)
     }
 
-    /// Forward passes so far, counted in images: stage 1 samples the student and runs the copy; stage 2 runs student and fake
-    /// score, and for a generator update the target (twice under guidance) and the fake score once more.
-    fn passes(&self, step: &Step, networks: &Running) -> u64 {
-        let fake = u64::from(networks.fake.is_some());
-        let guided = u64::from(self.config.guidance != 1.0);
-        2 * self.degraded.0 + step.images * (1 + fake) + step.updates * self.config.images() * (1 + guided + fake)
+    /// Forward passes of all networks so far, in images, stage 1 included: as a comparison counts them.
+    fn passes(&self, step: &Step) -> u64 {
+        let each = compare::passes(self.config);
+        let iterations = step.images / self.config.images();
+        2 * self.degraded.0 + iterations * each.iteration + step.updates * each.update
     }
 
     fn measure(&mut self, step: &Step, networks: &Running) -> Result<()> {
@@ -151,7 +150,7 @@ impl<'a> Watcher<'a> {
         let at = At {
             update: step.updates,
             images: step.images,
-            passes: self.passes(step, networks),
+            passes: self.passes(step),
             seconds: self.degraded.1 + step.seconds,
             node: step.node,
         };
