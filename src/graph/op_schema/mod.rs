@@ -1,6 +1,6 @@
 //! What each operator is, said once: since when it exists, what it takes, what kind of computation it is, which inputs are
 //! weights, what type its result has, what it allows in half precision. Whoever asks such a question reads the [`TABLE`];
-//! how an operator is computed stands in `torch::registry`, which a test holds to this table.
+//! how an operator is computed stands in `torch::exec::registry`, which a test holds to this table.
 
 mod table;
 
