@@ -13,7 +13,7 @@ demo: build
 
 # One thread a test: the test runners themselves run several at a time.
 test: setup
-	OMP_NUM_THREADS=1 cargo test --release
+	OMP_NUM_THREADS=1 cargo test --release --workspace
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 converters/tests tests/python --ignore=converters/tests/frameworks
 
 # The frameworks that disagree about versions, each in an environment of its own: trained networks converted live, imported,

@@ -132,7 +132,7 @@ fn memory_and_precision_of_training() {
         let config = Config::resolve(None, &sets).unwrap();
         let start = counted_memory(true).current;
         let teacher = adapted(teacher, &config);
-        let file = StudentFile::load(&config.student, teacher.card(), Device::Cpu).unwrap();
+        let file = StudentFile::load(&config.student, teacher.card(), &Default::default(), Device::Cpu).unwrap();
         let student = file.as_ref().map(|f| f.student(&config.student).unwrap());
         let told = estimate(&teacher, student.as_ref(), &config).unwrap();
         let mut measured = Vec::new();

@@ -11,7 +11,6 @@ use super::{Globals, table};
 use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{Config, Precision, Switch};
 use crate::distill::metrics::Row;
-use crate::distill::objective::objective;
 use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, estimate};
 use crate::error::{Context, Error, Result};
 use crate::run::Prepared;
@@ -63,7 +62,7 @@ fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
     // Weights, gradient, and two moments.
     const TRAINED: u64 = 4;
     let Sizes { trained, target, shared, student } = *sizes;
-    let fake = if objective(config).needs_fake() { TRAINED * trained } else { 0 };
+    let fake = if config.has_fake() { TRAINED * trained } else { 0 };
     let averages = 1 + config.ema.more.len() as u64;
     let mut all = vec![("teacher".to_owned(), trained + shared)];
     if config.degrade.nodes > 0 {
@@ -127,7 +126,7 @@ pub fn run(prepared: &Prepared, globals: Globals) -> Result<ExitCode> {
     // Node files, the teacher's among them, and the largest checkpoint.
     let nodes = if config.degrade.nodes > 0 { config.degrade.nodes as u64 + 1 } else { 1 };
     // (A checkpoint holds all but gradients and the target.)
-    let fake = if objective(config).needs_fake() { 3 * sizes.trained } else { 0 };
+    let fake = if config.has_fake() { 3 * sizes.trained } else { 0 };
     let checkpoint = (4 + config.ema.more.len() as u64) * sizes.student + fake;
     let nodes = match config.memory.nodes {
         Precision::F32 => nodes * trained,
@@ -157,7 +156,7 @@ pub fn run(prepared: &Prepared, globals: Globals) -> Result<ExitCode> {
     }
     println!(
         "objective {}, guidance {}, batch {} x {}, on {}",
-        objective(config).name(),
+        config.objective.name(),
         config.guidance,
         config.batch,
         config.accumulate,

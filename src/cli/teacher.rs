@@ -1,6 +1,7 @@
 //! The teacher on the command line: its file, its card, which of its tensors are trained.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use tch::Device;
@@ -37,6 +38,7 @@ impl ReadingArgs {
             card: config.card.clone(),
             conditions: config.conditions.file.clone(),
             trainable: TrainableChoice { declared: None, freeze: self.freeze.clone(), train: self.train.clone() },
+            operators: Arc::default(),
         };
         Teacher::load(path, &options, device)
     }

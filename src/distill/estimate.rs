@@ -16,7 +16,7 @@ use crate::distill::config::{Config, Precision};
 use crate::distill::draws::{Phase, Purpose};
 use crate::distill::inputs::denoising_loss;
 use crate::distill::job::lay_out;
-use crate::distill::objective::{objective, surrogate};
+use crate::distill::objective::surrogate;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
 use crate::torch::training::{Compute, Hollow, counted_memory};
@@ -124,7 +124,7 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
         let total = weights + gradients + optimizer + activations;
         StageCost { weights, gradients, optimizer, activations, total, passes, student_passes }
     };
-    let objective = objective(config);
+    let objective = config.built_objective()?;
     let fake = u64::from(objective.needs_fake());
     let guided = if config.guidance != 1.0 { 2.0 } else { 1.0 };
     let scores = guided + fake as f64;

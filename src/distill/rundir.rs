@@ -56,7 +56,7 @@ impl RunDir {
         for dir in [run.checkpoints(), run.samples()] {
             std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         }
-        let config = Config::resolve(Some(&file), &[])?;
+        let config = Config::of_run(&file)?;
         Ok((run, config))
     }
 

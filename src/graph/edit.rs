@@ -51,6 +51,16 @@ pub fn ints_attribute(name: &str, values: &[i64]) -> AttributeProto {
     }
 }
 
+/// An attribute holding a tensor.
+pub fn tensor_attribute(name: &str, value: TensorProto) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Tensor as i32),
+        t: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
 /// A graph input or output. `Err` is a symbolic dimension.
 pub fn value_info(name: &str, dtype: DType, shape: &[Result<usize, &str>]) -> ValueInfoProto {
     let dim = shape

@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use prost::Message;
 
 use crate::error::{Error, Result};
+use crate::graph::definition::{self, Call, Definition};
 use crate::onnx::attribute_proto::AttributeType;
 use crate::onnx::{AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto};
 
@@ -29,13 +30,15 @@ fn key_of(node: &NodeProto) -> Key {
     (domain(node.domain()).to_owned(), node.op_type().to_owned(), node.overload().to_owned())
 }
 
-/// Replaces every call of a model-local function by the function's body, and drops the functions.
+/// Replaces every call of a model-local function, or of an operator that is defined here, by the function's body, and drops the
+/// functions. Gives the replaced calls of the defined operators; those inside subgraphs and functions are not among them.
 ///
 /// Errors: recursive functions, functions of another operator set version than the model's, more outputs or inputs than
 /// the function has, attributes without a value, absurd growth.
-pub fn inline(model: &mut ModelProto) -> Result<()> {
+pub fn inline(model: &mut ModelProto, definitions: &[Definition]) -> Result<Vec<Call>> {
+    definition::attach(model, definitions)?;
     if model.functions.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let functions = std::mem::take(&mut model.functions);
     let mut table: HashMap<Key, &FunctionProto> = HashMap::new();
@@ -45,8 +48,12 @@ pub fn inline(model: &mut ModelProto) -> Result<()> {
             return Err(Error::invalid(format!("function `{}` is defined twice", f.name())));
         }
     }
-    let Some(graph) = model.graph.as_mut() else { return Ok(()) };
+    let Some(graph) = model.graph.as_mut() else { return Ok(Vec::new()) };
+    let imports = model.opset_import.iter();
     let mut inliner = Inliner {
+        definitions,
+        opsets: imports.map(|o| (domain(o.domain()).to_owned(), o.version())).collect(),
+        replaced: Vec::new(),
         functions: table,
         used: HashSet::new(),
         calls: 0,
@@ -58,7 +65,7 @@ pub fn inline(model: &mut ModelProto) -> Result<()> {
     names(graph, &mut inliner.used);
     inliner.graph(graph, 0)?;
     // A body means what the operator sets of its function say; the model's must say the same.
-    let called = inliner.called;
+    let (called, replaced) = (inliner.called, inliner.replaced);
     for f in functions.iter().filter(|f| called.contains(f.name())) {
         for import in &f.opset_import {
             let mine = model.opset_import.iter().find(|o| domain(o.domain()) == domain(import.domain()));
@@ -80,7 +87,7 @@ pub fn inline(model: &mut ModelProto) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(replaced)
 }
 
 /// Encoded size without the raw bytes of tensors, which copies share.
@@ -116,6 +123,10 @@ fn names(graph: &GraphProto, into: &mut HashSet<String>) {
 }
 
 struct Inliner<'a> {
+    definitions: &'a [Definition],
+    /// Versions of the model's operator sets.
+    opsets: HashMap<String, i64>,
+    replaced: Vec<Call>,
     functions: HashMap<Key, &'a FunctionProto>,
     used: HashSet<String>,
     calls: usize,
@@ -153,7 +164,16 @@ impl Inliner<'_> {
             return Err(Error::invalid(format!("more than {MOST_NODES} nodes once functions are inlined")).hint(GROWTH));
         }
         match self.functions.get(&key_of(&node)).copied() {
-            Some(f) => self.call(&node, f, depth, out),
+            Some(f) => {
+                let before = out.len();
+                self.call(&node, f, depth, out)?;
+                if depth == 0 && self.definitions.iter().any(|d| d.is(node.domain(), node.op_type())) {
+                    let body = out[before..].iter().flat_map(|n| n.output.iter().cloned()).collect();
+                    let opset = self.opsets.get(node.domain()).copied().unwrap_or(1);
+                    self.replaced.push(Call { node, opset, body });
+                }
+                Ok(())
+            }
             None => {
                 out.push(node);
                 Ok(())
@@ -376,7 +396,7 @@ mod tests {
         let outer =
             function("Outer", vec![node("Twice", "mine", &["a"], &["t"]), node("Twice", "mine", &["t"], &["b"])]);
         let mut m = model(vec![node("Outer", "mine", &["x"], &["y"])], vec![twice, outer]);
-        inline(&mut m).unwrap();
+        inline(&mut m, &[]).unwrap();
         assert!(m.functions.is_empty());
         let all = ops(&m);
         assert_eq!(all.iter().map(|o| o.0).collect::<Vec<_>>(), ["Exp", "Neg", "Exp", "Neg"]);
@@ -411,7 +431,7 @@ mod tests {
         let mut given = node("F", "mine", &["x"], &["t"]);
         given.attribute = vec![int("dim", 2)];
         let mut m = model(vec![given, node("F", "mine", &["t"], &["y"])], vec![f]);
-        inline(&mut m).unwrap();
+        inline(&mut m, &[]).unwrap();
         let nodes = &m.graph.as_ref().unwrap().node;
         let axis = |n: &NodeProto| (n.attribute[0].name().to_owned(), n.attribute[0].i());
         assert_eq!(axis(&nodes[0]), ("axis".into(), 2));
@@ -424,7 +444,7 @@ mod tests {
             vec![node("F", "mine", &["x"], &["y"])],
             vec![function("F", vec![node("F", "mine", &["a"], &["b"])])],
         );
-        assert!(inline(&mut m).unwrap_err().to_string().contains("recursive"));
+        assert!(inline(&mut m, &[]).unwrap_err().to_string().contains("recursive"));
 
         let bomb: Vec<FunctionProto> = (0..40)
             .map(|i| {
@@ -434,11 +454,11 @@ mod tests {
             })
             .collect();
         let mut m = model(vec![node("F0", "mine", &["x"], &["y"])], bomb);
-        assert!(inline(&mut m).unwrap_err().to_string().contains("more than"));
+        assert!(inline(&mut m, &[]).unwrap_err().to_string().contains("more than"));
 
         let mut old = function("F", vec![node("Exp", "", &["a"], &["b"])]);
         old.opset_import = vec![opset("", 12)];
         let mut m = model(vec![node("F", "mine", &["x"], &["y"])], vec![old]);
-        assert!(inline(&mut m).unwrap_err().to_string().contains("version 12"));
+        assert!(inline(&mut m, &[]).unwrap_err().to_string().contains("version 12"));
     }
 }

@@ -11,6 +11,7 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result};
+use crate::graph::definition::{Call, Definition};
 use crate::graph::inline::inline;
 use crate::graph::sizes::Sizes;
 use crate::onnx::{GraphProto, ModelProto, TensorProto, tensor_proto::DataLocation};
@@ -24,6 +25,8 @@ pub struct Model {
     pub proto: Arc<ModelProto>,
     /// Sizes of dimensions that the file leaves free; they are put in where the graph is read.
     pub sizes: Arc<Sizes>,
+    /// Calls of a caller's own operators that stand in `proto` as their bodies.
+    pub calls: Arc<Vec<Call>>,
 }
 
 impl Model {
@@ -31,13 +34,20 @@ impl Model {
     ///
     /// Errors: not an ONNX file, truncated, external data missing, too short or outside the model's folder.
     pub fn load(path: &Path) -> Result<Self> {
+        Self::load_with(path, &[])
+    }
+
+    /// [`Model::load`] of a file with operators that ONNX does not define.
+    ///
+    /// Errors: besides, a definition for other operator sets than the file's.
+    pub fn load_with(path: &Path, definitions: &[Definition]) -> Result<Self> {
         let shown = path.display();
         if path.is_dir() {
             return Err(Error::io(format!("{shown} is a folder, expected an .onnx file")));
         }
         let bytes = map_file(path).with_context(|| format!("cannot read {shown}"))?;
         let mut proto = decode(&bytes).with_context(|| shown.to_string())?;
-        inline(&mut proto).with_context(|| shown.to_string())?;
+        let calls = inline(&mut proto, definitions).with_context(|| shown.to_string())?;
         drop_weight_inputs(&mut proto);
         let dir = match path.parent() {
             Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
@@ -47,24 +57,29 @@ impl Model {
         if let Some(graph) = proto.graph.as_mut() {
             resolve_graph(graph, &mut files).with_context(|| shown.to_string())?;
         }
-        Ok(Self { path: path.to_path_buf(), ..Self::from_proto(proto) })
+        Ok(Self { path: path.to_path_buf(), calls: Arc::new(calls), ..Self::from_proto(proto) })
     }
 
     /// Takes a model from memory (an exporter of ours, a test); external data is refused.
     pub fn from_bytes(bytes: Bytes) -> Result<Self> {
+        Self::from_bytes_with(bytes, &[])
+    }
+
+    /// [`Model::from_bytes`] of a model with operators that ONNX does not define.
+    pub fn from_bytes_with(bytes: Bytes, definitions: &[Definition]) -> Result<Self> {
         let mut proto = decode(&bytes)?;
-        inline(&mut proto)?;
+        let calls = inline(&mut proto, definitions)?;
         drop_weight_inputs(&mut proto);
         if let Some(graph) = proto.graph.as_mut() {
             let mut none = ExternalFiles { dir: PathBuf::new(), open: HashMap::new() };
             resolve_graph(graph, &mut none)?;
         }
-        Ok(Self::from_proto(proto))
+        Ok(Self { calls: Arc::new(calls), ..Self::from_proto(proto) })
     }
 
     /// Takes a decoded model.
     pub fn from_proto(proto: ModelProto) -> Self {
-        Self { path: PathBuf::new(), proto: Arc::new(proto), sizes: Arc::default() }
+        Self { path: PathBuf::new(), proto: Arc::new(proto), sizes: Arc::default(), calls: Arc::default() }
     }
 
     /// `metadata_props` as pairs, in file order.

@@ -1,6 +1,7 @@
 //! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, raising of decomposed operators.
 
 pub mod attributes;
+pub mod definition;
 pub mod edit;
 pub mod inline;
 pub mod ir;
@@ -18,6 +19,7 @@ pub mod unguarded_division;
 pub mod widen;
 
 pub use attributes::{Attribute, Attributes};
+pub use definition::Definition;
 pub use ir::{Graph, Node, Port, ValueId};
 pub use load::Model;
 pub use roles::{Role, TrainableChoice};

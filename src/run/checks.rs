@@ -28,7 +28,7 @@ pub(super) fn check_recorded(trajectory: &Path, config: &Config, card: &Resolved
         return Ok(());
     }
     let levels = ["student.sigma_init", "student.sigmas", "student.stochastic"];
-    let recorded = Config::resolve(Some(&file), &[])?;
+    let recorded = Config::of_run(&file)?;
     match recorded.differences(config)?.into_iter().find(|d| levels.contains(&d.0.as_str())) {
         None => Ok(()),
         Some((key, before, now)) => Err(Error::usage(format!(

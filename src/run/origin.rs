@@ -78,7 +78,7 @@ fn runnable(path: &Path) -> Result<Option<sampling::Student>> {
 
 /// The configured student of this teacher; `None`: the teacher's copy.
 pub fn load(config: &Config, teacher: &Teacher, device: Device) -> Result<Option<StudentFile>> {
-    StudentFile::load(&config.student, &teacher.card.card, device)
+    StudentFile::load(&config.student, &teacher.card.card, &teacher.operators, device)
 }
 
 /// The configured student's network with its file's weights, tried out; `None`: the teacher's copy.
@@ -253,7 +253,7 @@ pub fn method(config: &Config) -> &'static str {
 
 /// The objective's name, as the configuration has it.
 pub fn objective_name(config: &Config) -> String {
-    crate::distill::objective::objective(config).name().to_owned()
+    config.objective.name().to_owned()
 }
 
 /// What the student is, for tables and summaries.

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use crate::distill::objective::Objective;
 use crate::distill::{Config, Stages};
 use crate::error::Result;
 use crate::graph::TrainableChoice;
 use crate::run::monitor::{Console, Monitor};
 use crate::run::origin::Forms;
 use crate::run::teacher::TeacherOptions;
+use crate::torch::Operators;
 
 /// A run as it is asked for: which teacher, where, with which settings.
 #[derive(Clone)]
@@ -34,6 +36,10 @@ pub struct Request {
     pub stages: Stages,
     /// A trajectory recorded elsewhere, or the run that recorded it; for stage 2 alone.
     pub trajectory: Option<PathBuf>,
+    /// Operators of the teacher's file beside those of this crate.
+    pub operators: Arc<Operators>,
+    /// An objective of the caller's own; it wins over the configuration's.
+    pub objective: Option<Arc<dyn Objective>>,
     /// The forms in which the student is written beside `student.onnx`.
     pub forms: Forms,
     /// Is told how the run goes on, and may pause it or ask for samples and checkpoints.
@@ -60,6 +66,8 @@ impl Request {
             resume: false,
             stages: Stages::Both,
             trajectory: None,
+            operators: Arc::default(),
+            objective: None,
             forms: Forms::default(),
             monitor: Arc::new(Console::default()),
             stop: Arc::new(AtomicBool::new(false)),
@@ -72,6 +80,20 @@ impl Request {
     #[must_use]
     pub fn set(mut self, pair: impl Into<String>) -> Self {
         self.sets.push(pair.into());
+        self
+    }
+
+    /// Adds operators that the teacher's file has and ONNX does not define.
+    #[must_use]
+    pub fn operators(mut self, operators: Operators) -> Self {
+        self.operators = Arc::new(operators);
+        self
+    }
+
+    /// Trains with an objective of the caller's own. A run that goes on wants the same one again.
+    #[must_use]
+    pub fn objective(mut self, objective: impl Objective + 'static) -> Self {
+        self.objective = Some(Arc::new(objective));
         self
     }
 
@@ -95,7 +117,7 @@ impl Request {
 
     /// The configuration of a file with this request's keys and card.
     pub(crate) fn resolve(&self, file: Option<&Path>) -> Result<Config> {
-        let mut config = Config::resolve(file, &self.sets)?;
+        let mut config = Config::resolve_with(file, &self.sets, self.objective.clone())?;
         config.card.extend(self.card.iter().cloned());
         Ok(config)
     }
@@ -106,6 +128,7 @@ impl Request {
             card: config.card.clone(),
             conditions: config.conditions.file.clone(),
             trainable: TrainableChoice { declared: None, freeze: self.freeze.clone(), train: self.train.clone() },
+            operators: self.operators.clone(),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::export::{self, Steps, StudentOptions, unroll};
 use crate::graph::{Model, Sizes, sizes};
 use crate::onnx::ModelProto;
 use crate::run::teacher;
-use crate::torch::{Forward, ImportOptions, Network, ParamSet};
+use crate::torch::{Forward, ImportOptions, Network, Operators, ParamSet};
 
 /// An imported student.
 #[derive(Debug)]
@@ -41,20 +41,31 @@ impl StudentFile {
     /// The configured file, where there is one, checked against the teacher's card.
     ///
     /// Errors: samples of another shape or range than the teacher's, conditions that do not go together.
-    pub fn load(config: &StudentConfig, card: &TeacherCard, device: Device) -> Result<Option<Self>> {
+    pub fn load(
+        config: &StudentConfig,
+        card: &TeacherCard,
+        operators: &Arc<Operators>,
+        device: Device,
+    ) -> Result<Option<Self>> {
         if config.file.is_empty() {
             return Ok(None);
         }
         let path = Path::new(&config.file);
         let shown = path.display().to_string();
-        Self::open(config, path, card, device).map(Some).map_err(|e| {
+        Self::open(config, path, card, operators, device).map(Some).map_err(|e| {
             let named = e.to_string().contains(&shown);
             e.context(if named { "student.file".to_owned() } else { format!("student.file: {shown}") })
         })
     }
 
-    fn open(config: &StudentConfig, path: &Path, card: &TeacherCard, device: Device) -> Result<Self> {
-        let mut model = Model::load(path)?;
+    fn open(
+        config: &StudentConfig,
+        path: &Path,
+        card: &TeacherCard,
+        operators: &Arc<Operators>,
+        device: Device,
+    ) -> Result<Self> {
+        let mut model = Model::load_with(path, operators.definitions())?;
         let metadata = model.metadata();
         let has = |key: &str| metadata.iter().any(|(k, _)| k == key);
         // A student of ours has the teacher's card in it, but takes no time any more.
@@ -71,7 +82,7 @@ impl StudentFile {
             }
         }
         let hash = model.hash();
-        let network = Network::import(model, &ImportOptions::default(), device)?;
+        let network = Network::import(model, &ImportOptions { operators: operators.clone(), ..ImportOptions::default() }, device)?;
         let (inputs, outputs) = (specs(&network.fed_inputs()), specs(network.outputs()));
         let kind = match own_card {
             Some(own) => {

@@ -13,7 +13,7 @@ use crate::graph::{Model, TrainableChoice, quantised, sizes};
 use crate::inspect::rows_looked_up;
 use crate::io::RowFile;
 use crate::tensor::DType;
-use crate::torch::{ImportOptions, Network};
+use crate::torch::{ImportOptions, Network, Operators};
 
 /// What a caller says about a teacher beside its file.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +24,8 @@ pub struct TeacherOptions {
     pub conditions: String,
     /// Which of the teacher's tensors are trained.
     pub trainable: TrainableChoice,
+    /// Operators of the file beside those of this crate.
+    pub operators: Arc<Operators>,
 }
 
 /// An imported teacher.
@@ -35,6 +37,8 @@ pub struct Teacher {
     pub card: ResolvedCard,
     /// SHA-256 of the file, which run directories remember.
     pub hash: String,
+    /// Operators of the file beside those of this crate.
+    pub operators: Arc<Operators>,
 }
 
 /// A port as the card checks it: unknown types count as f32, an unknown shape as rank 0 to be refused by the check.
@@ -97,19 +101,23 @@ fn check_classes(model: &Model, card: &TeacherCard) -> Result<()> {
 impl Teacher {
     /// Loads the file, resolves its card (command line first) and checks one against the other.
     pub fn load(path: &Path, given: &TeacherOptions, device: Device) -> Result<Self> {
-        let mut model = Model::load(path)?;
+        let mut model = Model::load_with(path, given.operators.definitions())?;
         let source = card_source(&model, &given.card).rows(rows_of(&given.conditions)?);
         let card = source.resolve().with_context(|| path.display().to_string())?;
         fix_dims(&mut model, &card.card).with_context(|| path.display().to_string())?;
         let hash = model.hash();
-        let options = ImportOptions { trainable: given.trainable.clone(), ..ImportOptions::default() };
+        let options = ImportOptions {
+            trainable: given.trainable.clone(),
+            operators: given.operators.clone(),
+            ..ImportOptions::default()
+        };
         let network = Network::import(model, &options, device)?;
         quantised::refuse(&network.shared().graph).with_context(|| path.display().to_string())?;
         let inputs: Vec<InputSpec> = network.fed_inputs().iter().map(spec).collect();
         let outputs: Vec<InputSpec> = network.outputs().iter().map(spec).collect();
         card.card.check_against(&inputs, &outputs).with_context(|| path.display().to_string())?;
         check_classes(&network.shared().model, &card.card).with_context(|| path.display().to_string())?;
-        Ok(Self { network, card, hash })
+        Ok(Self { network, card, hash, operators: given.operators.clone() })
     }
 
     /// Inputs of the graph as specs, for the denoiser.

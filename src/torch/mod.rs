@@ -6,6 +6,7 @@ pub mod device;
 pub mod exec;
 pub mod file_layout;
 pub mod network;
+pub mod operators;
 pub mod ops;
 pub mod params;
 pub mod profile;
@@ -15,5 +16,6 @@ pub mod train;
 pub mod training;
 
 pub use network::{Forward, ImportOptions, Network};
+pub use operators::Operators;
 pub use params::ParamSet;
 pub use training::Compute;

@@ -10,16 +10,15 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::graph::raise::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
-use crate::graph::{Graph, Model, Port, TrainableChoice, lower, widen};
+use crate::graph::{Graph, Model, Port, TrainableChoice, definition, lower, widen};
 use crate::onnx::ModelProto;
 use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
 use crate::torch::exec::kernel::Value;
 use crate::torch::exec::plan::Plan;
-use crate::torch::exec::registry::Registry;
 use crate::torch::exec::{host_dependence, registry};
 use crate::torch::file_layout::FileLayout;
-use crate::torch::ops;
+use crate::torch::operators::Operators;
 use crate::torch::params::ParamSet;
 use crate::torch::train::bf16_storage;
 use crate::torch::train::lora::{Adapter, LoraOptions};
@@ -87,13 +86,13 @@ pub struct ImportOptions {
     pub widen: bool,
     /// Which tensors are trained and which stay as they are.
     pub trainable: TrainableChoice,
-    /// The operators that there are; absent: those of this crate ([`ops::registry`], which can be cloned and added to).
-    pub operators: Option<Arc<Registry>>,
+    /// Operators beside those of this crate. The model is loaded with the same ([`Model::load_with`]).
+    pub operators: Arc<Operators>,
 }
 
 impl Default for ImportOptions {
     fn default() -> Self {
-        Self { raise: true, widen: true, trainable: TrainableChoice::default(), operators: None }
+        Self { raise: true, widen: true, trainable: TrainableChoice::default(), operators: Arc::default() }
     }
 }
 
@@ -161,6 +160,9 @@ impl Network {
         let widened = options.widen && widen::widen(&mut graph);
         let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
         let trained = values.iter().copied().collect();
+        if options.raise && !widened {
+            definition::restore(&mut graph, &model.calls, &|domain, op| options.operators.has_kernel(domain, op));
+        }
         let raised = if options.raise { raise::raise(&mut graph, &trained) } else { Report::default() };
         graph.remove_dead();
         host_dependence::check_branches(&graph)?;
@@ -168,8 +170,7 @@ impl Network {
             ErrorKind::Unsupported => e.hint(registry::advice(model.proto.producer_name())),
             _ => e,
         };
-        let known = options.operators.as_deref().unwrap_or_else(|| ops::registry());
-        let plan = Plan::new(&graph, &values, known).map_err(advice)?;
+        let plan = Plan::new(&graph, &values, options.operators.registry()).map_err(advice)?;
         let mut tensors = Vec::with_capacity(values.len());
         for p in &roles.parameters {
             let constant = graph

@@ -5,6 +5,8 @@ mod generator;
 mod networks;
 mod switching;
 
+use std::sync::Arc;
+
 use tch::{Kind, Tensor};
 
 use self::networks::Networks;
@@ -18,7 +20,7 @@ use crate::distill::inputs::Inputs;
 use crate::distill::job::{Job, recorder};
 use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::Finding;
-use crate::distill::objective::{Objective, objective};
+use crate::distill::objective::Objective;
 use crate::distill::observer::Running;
 use crate::distill::prefetch::Nodes;
 use crate::distill::stage::{self, Ended, Stage};
@@ -47,7 +49,7 @@ struct Backtrack<'a> {
     config: &'a Config,
     teacher: &'a Denoiser,
     batches: Batches,
-    objective: Box<dyn Objective>,
+    objective: Arc<dyn Objective>,
     guidance: Guidance,
     networks: Networks,
     nodes: Nodes<'a>,
@@ -88,7 +90,7 @@ impl<'a> Backtrack<'a> {
             teacher.check_guidance()?;
         }
         let batches = Batches::new(config, teacher)?;
-        let objective = objective(config);
+        let objective = config.built_objective()?;
         let mut networks = Networks::new(config, teacher, job.initial(teacher)?, &batches, &*objective)?;
         networks.target.network().configure(config.target_compute());
         let mut mismatch_sum = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{BacktrackConfig, Config, DegradeConfig};
-use crate::distill::objective::objective;
 use crate::distill::observer::{Begin, Step, Wish};
 use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
@@ -72,10 +71,12 @@ impl Passes {
 /// student, of the degrading copy and of the fake score in training, in both arms alike.)
 pub fn passes(config: &Config) -> Passes {
     let images = config.images();
-    let fake = u64::from(objective(config).needs_fake());
+    let fake = u64::from(config.has_fake());
+    // A student of several steps is trained at one of them, each as often, and the steps before that one are run too.
+    let made = images * (config.student.sigmas.len() as u64 + 2) / 2;
     let gan = u64::from(!config.gan.data.is_empty());
     let target = if config.guidance == 1.0 { 1 } else { 2 };
-    Passes { degrade: 2 * images, iteration: (1 + fake + 2 * gan) * images, update: (target + fake + gan) * images }
+    Passes { degrade: 2 * images, iteration: made + (fake + 2 * gan) * images, update: (target + fake + gan) * images }
 }
 
 /// What an unfinished run leaves beside its checkpoint.

@@ -1,16 +1,25 @@
 //! Values that make no sense, refused before the first step.
 
-use super::{Config, Init, LoraConfig, ObjectiveKind};
+use super::{Config, Init, LoraConfig};
+use crate::distill::objective::Objective;
 use crate::diffusion::Guidance;
 use crate::error::{Error, Result};
 
 impl Config {
     pub(super) fn validate(&self) -> Result<()> {
+        let objective = self.built_objective()?;
+        self.validate_values()?;
+        self.check_objective(&*objective)
+    }
+
+    /// What can be checked without the objective.
+    pub(super) fn validate_values(&self) -> Result<()> {
         self.check_counts()?;
         self.check_rates()?;
         self.check_levels()?;
         self.check_students()?;
-        self.check_objectives()?;
+        self.settings.check()?;
+        self.check_additions()?;
         if self.degrade.nodes as u64 > self.degrade.steps {
             return Err(Error::usage(format!(
                 "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step",
@@ -64,7 +73,6 @@ impl Config {
             ("backtrack.lr_fake", self.backtrack.lr_fake),
             ("optimizer.eps", self.optimizer.eps),
             ("noise.log_std", self.noise.log_std),
-            ("sim.c", self.sim.c),
             ("gan.lr", self.gan.lr),
         ];
         if let Some((key, v)) = rates.iter().find(|(_, v)| !(v.is_finite() && *v > 0.0)) {
@@ -78,7 +86,6 @@ impl Config {
             ("optimizer.clip", self.optimizer.clip),
             ("ema.half_life", self.ema.half_life),
             ("ema.ramp", self.ema.ramp),
-            ("sid.alpha", self.sid.alpha),
             ("lora.alpha", self.lora.alpha),
             ("gan.weight_generator", self.gan.weight_generator),
             ("gan.weight_discriminator", self.gan.weight_discriminator),
@@ -175,19 +182,28 @@ impl Config {
         Ok(())
     }
 
-    /// What goes with which objective, and low-rank adaptation.
-    fn check_objectives(&self) -> Result<()> {
-        if self.objective == ObjectiveKind::Sds && self.backtrack.ratio != 1 {
+    /// What goes with this objective.
+    fn check_objective(&self, objective: &dyn Objective) -> Result<()> {
+        let name = objective.name();
+        if !objective.needs_fake() && self.backtrack.ratio != 1 {
             return Err(Error::usage(format!(
-                "backtrack.ratio is {}, but the objective `sds` has no fake score to be stepped: expected 1",
+                "backtrack.ratio is {}, but the objective `{name}` has no fake score to be stepped: expected 1",
                 self.backtrack.ratio
             )));
         }
-        let adversarial = matches!(self.objective, ObjectiveKind::Dmd2 | ObjectiveKind::FDistill);
-        if adversarial && self.gan.data.is_empty() {
+        if objective.needs_discriminator() && self.gan.data.is_empty() {
             return Err(Error::usage("this objective has a discriminator, which needs real images: gan.data is empty")
                 .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
         }
+        if !objective.needs_fake() && !self.gan.data.is_empty() {
+            return Err(Error::usage(format!("gan.data is given, but the objective `{name}` has no fake score to tap"))
+                .hint("the discriminator goes with every objective that has a fake score"));
+        }
+        Ok(())
+    }
+
+    /// The discriminator and low-rank adaptation: settings that say nothing without each other.
+    fn check_additions(&self) -> Result<()> {
         if !self.gan.taps.is_empty() && self.gan.data.is_empty() {
             return Err(Error::usage(
                 "gan.taps is given, but gan.data is empty: there is no discriminator to read them",
@@ -199,10 +215,6 @@ impl Config {
                 "lora.alpha or lora.include is given, but lora.rank is 0: all weights are trained",
             )
             .hint("set lora.rank, 4 to 64 are usual, or leave them out"));
-        }
-        if self.objective == ObjectiveKind::Sds && !self.gan.data.is_empty() {
-            return Err(Error::usage("gan.data is given, but the objective `sds` has no fake score to tap")
-                .hint("the discriminator goes with every other objective"));
         }
         Ok(())
     }

@@ -2,22 +2,24 @@
 //! refused with the nearest known name, values checked before the first step.
 
 mod check;
+mod gan;
 mod keys;
-mod objectives;
 mod sections;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::diffusion::Guidance;
+use crate::distill::objective::{Choice, Objective, ObjectiveKind, Settings};
 use crate::error::{Context, Error, Result};
 use crate::torch::Compute;
 use crate::torch::train::lora::LoraOptions;
 use crate::torch::train::optim::AdamWConfig;
 
-pub use objectives::{Divergence, FDistillConfig, GanConfig, ObjectiveKind, SidConfig, SimConfig};
+pub use gan::GanConfig;
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
     FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, MemoryFormat, NoiseConfig, OptimizerConfig, Precision,
@@ -46,7 +48,7 @@ pub struct Config {
     /// Forward passes an optimiser step; a step sees `batch * accumulate` images.
     pub accumulate: usize,
     /// What the generator minimises.
-    pub objective: ObjectiveKind,
+    pub objective: Choice,
     /// Classifier-free guidance scale of the targets; 1: none.
     pub guidance: f64,
     /// Noise levels between which (above the first, up to the second) the targets are guided.
@@ -75,14 +77,11 @@ pub struct Config {
     pub memory: MemoryConfig,
     /// Measurements while training.
     pub evaluate: EvaluateConfig,
-    /// Read with `objective = "sid"`.
-    pub sid: SidConfig,
-    /// Read with `objective = "sim"`.
-    pub sim: SimConfig,
+    /// The objectives' own sections.
+    #[serde(flatten)]
+    pub settings: Settings,
     /// The diffusion GAN; there is none where `gan.data` is empty.
     pub gan: GanConfig,
-    /// Read with `objective = "f-distill"`.
-    pub f_distill: FDistillConfig,
 }
 
 impl Default for Config {
@@ -96,7 +95,7 @@ impl Default for Config {
             precision: Precision::F32,
             batch: 128,
             accumulate: 1,
-            objective: ObjectiveKind::Dmd,
+            objective: ObjectiveKind::Dmd.into(),
             guidance: 1.0,
             guidance_interval: [0.0, f64::INFINITY],
             card: Vec::new(),
@@ -111,10 +110,8 @@ impl Default for Config {
             log: LogConfig::default(),
             memory: MemoryConfig::default(),
             evaluate: EvaluateConfig::default(),
-            sid: SidConfig::default(),
-            sim: SimConfig::default(),
+            settings: Settings::default(),
             gan: GanConfig::default(),
-            f_distill: FDistillConfig::default(),
         }
     }
 }
@@ -129,6 +126,28 @@ fn in_words(text: &str) -> String {
 impl Config {
     /// Defaults, then the file, then `key=value` pairs in order; checked.
     pub fn resolve(file: Option<&Path>, sets: &[String]) -> Result<Self> {
+        Self::resolve_with(file, sets, None)
+    }
+
+    /// [`Config::resolve`] with a caller's own objective, which wins over the file's.
+    pub fn resolve_with(file: Option<&Path>, sets: &[String], objective: Option<Arc<dyn Objective>>) -> Result<Self> {
+        let mut config = Self::read(file, sets)?;
+        if let Some(own) = objective {
+            config.objective = Choice::Given(own);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The configuration of a run that is there. Its objective may be one that its caller handed in, of which there is the name
+    /// alone.
+    pub fn of_run(file: &Path) -> Result<Self> {
+        let config = Self::read(Some(file), &[])?;
+        config.validate_values()?;
+        Ok(config)
+    }
+
+    fn read(file: Option<&Path>, sets: &[String]) -> Result<Self> {
         let mut table = match file {
             None => Table::new(),
             Some(path) => {
@@ -143,11 +162,21 @@ impl Config {
         for set in sets {
             keys::apply(&mut table, set).with_context(|| format!("--set {set}"))?;
         }
-        let config: Self = Value::Table(table).try_into().map_err(|e: toml::de::Error| {
+        Value::Table(table).try_into().map_err(|e: toml::de::Error| {
             Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end())))
-        })?;
-        config.validate()?;
-        Ok(config)
+        })
+    }
+
+    /// Whether a fake score is trained beside the student.
+    pub fn has_fake(&self) -> bool {
+        self.built_objective().map_or(true, |objective| objective.needs_fake())
+    }
+
+    /// What the generator minimises.
+    ///
+    /// Errors: a name that is none of this crate's objectives.
+    pub fn built_objective(&self) -> Result<Arc<dyn Objective>> {
+        self.objective.build(&self.settings)
     }
 
     /// The resolved configuration as TOML text that [`Config::resolve`] reads back unchanged.

@@ -20,7 +20,7 @@ fn the_command_line_wins_over_the_file_over_the_defaults() {
     .unwrap();
     assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 3));
     assert_eq!((c.degrade_lr(), sets(&["backtrack.lr_generator=3e-4"]).unwrap().degrade_lr()), (2e-3, 6e-4));
-    assert_eq!((c.objective, c.device.as_str()), (ObjectiveKind::DiffInstruct, "cpu"));
+    assert_eq!((c.objective.clone(), c.device.as_str()), (ObjectiveKind::DiffInstruct.into(), "cpu"));
     assert_eq!(sets(&["noise.fake=[1, 5]", "noise.levels = 6", "noise.generator=[0,2]"]).unwrap().noise.fake, [1, 5]);
     assert_eq!(sets(&["objective=vsd"]).unwrap().objective, ObjectiveKind::DiffInstruct, "two names of one method");
     assert_eq!(sets(&["backtrack.lr_fake=1"]).unwrap().backtrack.lr_fake, 1.0, "an integer is a number");

@@ -10,7 +10,7 @@ use crate::error::Result;
 pub struct DiffInstruct;
 
 impl Objective for DiffInstruct {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "diff-instruct"
     }
 

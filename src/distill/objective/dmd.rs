@@ -10,7 +10,7 @@ use crate::error::Result;
 pub struct Dmd;
 
 impl Objective for Dmd {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "dmd"
     }
 
@@ -25,8 +25,12 @@ impl Objective for Dmd {
 pub struct Dmd2;
 
 impl Objective for Dmd2 {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "dmd2"
+    }
+
+    fn needs_discriminator(&self) -> bool {
+        true
     }
 
     fn loss(&self, t: &Terms) -> Result<Tensor> {

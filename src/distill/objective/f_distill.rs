@@ -1,10 +1,40 @@
 //! f-distill (Xu et al. 2025): DMD with each sample weighted by the density ratio that a discriminator tells.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::distill::config::Divergence;
 use crate::distill::objective::{Objective, Terms, distance_to_target, surrogate};
 use crate::error::Result;
+
+/// The f-divergences of f-distill by their weight `h(r) = r^2 f''(r)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Divergence {
+    /// `h = 1`: DMD2.
+    ReverseKl,
+    /// `h = r`.
+    ForwardKl,
+    /// `h = r / (1 + r)`.
+    JensenShannon,
+    /// `h = sqrt r`.
+    SquaredHellinger,
+    /// `h = 1 + r`.
+    Jeffreys,
+}
+
+/// `objective = "f-distill"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FDistillConfig {
+    /// The f-divergence that weights the samples.
+    pub divergence: Divergence,
+}
+
+impl Default for FDistillConfig {
+    fn default() -> Self {
+        Self { divergence: Divergence::JensenShannon }
+    }
+}
 
 /// DMD's gradient times `h(r) / mean h(r)`, `h(r) = r^2 f''(r)` of the f-divergence and `r = p_data / p_generator`.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +63,7 @@ impl FDistill {
 }
 
 impl Objective for FDistill {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "f-distill"
     }
 

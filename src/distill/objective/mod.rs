@@ -1,5 +1,7 @@
 //! What the generator minimises. One small file an objective; a trajectory node replaces the teacher in `target` alone.
+//! `docs/adding-an-objective.md` says how to add one.
 
+mod choice;
 mod diff_instruct;
 mod dmd;
 mod f_distill;
@@ -9,17 +11,104 @@ mod sim;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::distill::config::{Config, ObjectiveKind};
 use crate::error::{Error, Result};
 
+pub use choice::Choice;
 pub use diff_instruct::DiffInstruct;
 pub use dmd::{Dmd, Dmd2};
-pub use f_distill::FDistill;
+pub use f_distill::{Divergence, FDistill, FDistillConfig};
 pub use sds::Sds;
-pub use sid::Sid;
-pub use sim::Sim;
+pub use sid::{Sid, SidConfig};
+pub use sim::{Sim, SimConfig};
+
+/// The objectives of this crate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ObjectiveKind {
+    /// Diff-Instruct (Luo et al. 2023), also known as VSD: the gradient `g = D_fake - D_target` of the KL divergence,
+    /// which is weighted by sigma^2 in score units.
+    DiffInstruct,
+    /// DMD (Yin et al. 2023): Diff-Instruct's gradient divided by `mean |x - D_target|` of each sample.
+    Dmd,
+    /// DMD2 (Yin et al. 2024): DMD with a diffusion GAN on the fake score's features; needs `gan.data` and `gan.taps`.
+    Dmd2,
+    /// f-distill (Xu et al. 2025): DMD2 with each sample weighted by the density ratio of an f-divergence.
+    FDistill,
+    /// Score distillation sampling (Poole et al. 2022): `w (eps_target - e)`, without a fake score.
+    Sds,
+    /// Score identity distillation (Zhou et al. 2024): the Fisher divergence, differentiated through both scores.
+    Sid,
+    /// Score implicit matching (Luo et al. 2024) with the pseudo-Huber distance, differentiated through the fake score.
+    Sim,
+}
+
+/// Settings of the objectives that have any; each is a section of the configuration.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Settings {
+    /// Read with `objective = "sid"`.
+    pub sid: SidConfig,
+    /// Read with `objective = "sim"`.
+    pub sim: SimConfig,
+    /// Read with `objective = "f-distill"`.
+    pub f_distill: FDistillConfig,
+}
+
+impl Settings {
+    /// Refuses numbers that no objective could be computed with.
+    pub(crate) fn check(&self) -> Result<()> {
+        let (alpha, c) = (self.sid.alpha, self.sim.c);
+        if !(alpha.is_finite() && alpha >= 0.0) {
+            return Err(Error::usage(format!("sid.alpha is {alpha}, expected 0 or more")));
+        }
+        if !(c.is_finite() && c > 0.0) {
+            return Err(Error::usage(format!("sim.c is {c}, expected a number above 0")));
+        }
+        Ok(())
+    }
+}
+
+impl ObjectiveKind {
+    /// Every objective of this crate.
+    pub const ALL: [Self; 7] =
+        [Self::Dmd, Self::DiffInstruct, Self::Sid, Self::Sim, Self::Sds, Self::Dmd2, Self::FDistill];
+
+    /// The objective as it is configured.
+    pub fn build(self, settings: &Settings) -> Arc<dyn Objective> {
+        match self {
+            Self::DiffInstruct => Arc::new(DiffInstruct),
+            Self::Dmd => Arc::new(Dmd),
+            Self::Dmd2 => Arc::new(Dmd2),
+            Self::FDistill => Arc::new(FDistill { divergence: settings.f_distill.divergence }),
+            Self::Sds => Arc::new(Sds),
+            Self::Sid => Arc::new(Sid { alpha: settings.sid.alpha }),
+            Self::Sim => Arc::new(Sim { c: settings.sim.c }),
+        }
+    }
+
+    /// Its name, as `objective` in the configuration has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DiffInstruct => "diff-instruct",
+            Self::Dmd => "dmd",
+            Self::Dmd2 => "dmd2",
+            Self::FDistill => "f-distill",
+            Self::Sds => "sds",
+            Self::Sid => "sid",
+            Self::Sim => "sim",
+        }
+    }
+
+    /// The objective of this name; `vsd` is another one for Diff-Instruct.
+    pub fn named(name: &str) -> Option<Self> {
+        let name = if name == "vsd" { "diff-instruct" } else { name };
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
 
 /// What an objective sees of one micro-batch; images are f32 `[B, C, H, W]` in the clean samples' scale.
 pub struct Terms<'a> {
@@ -43,7 +132,9 @@ pub struct Terms<'a> {
 
 impl Terms<'_> {
     /// The fake score's estimate, for objectives that need one.
-    fn fake(&self) -> Result<&Tensor> {
+    ///
+    /// Errors: an objective without a fake score asks for it.
+    pub fn fake(&self) -> Result<&Tensor> {
         self.fake.ok_or_else(|| Error::mismatch("the objective needs a fake score, which is not there"))
     }
 }
@@ -51,7 +142,7 @@ impl Terms<'_> {
 /// A score-distillation objective.
 pub trait Objective: Send + Sync {
     /// The objective's name, as `objective` in the configuration has it.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
 
     /// Whether the gradient runs through the two denoisers (Fisher-type objectives). If not, they are evaluated without
     /// a graph.
@@ -64,6 +155,11 @@ pub trait Objective: Send + Sync {
         true
     }
 
+    /// Whether it is defined with a discriminator only, so that `gan.data` must be given.
+    fn needs_discriminator(&self) -> bool {
+        self.needs_ratio()
+    }
+
     /// Whether samples are weighted by a discriminator's density ratio.
     fn needs_ratio(&self) -> bool {
         false
@@ -71,19 +167,6 @@ pub trait Objective: Send + Sync {
 
     /// The loss (rank 0) whose gradient the generator descends. (A GAN's term is added outside.)
     fn loss(&self, terms: &Terms) -> Result<Tensor>;
-}
-
-/// The configured objective.
-pub fn objective(config: &Config) -> Box<dyn Objective> {
-    match config.objective {
-        ObjectiveKind::DiffInstruct => Box::new(DiffInstruct),
-        ObjectiveKind::Dmd => Box::new(Dmd),
-        ObjectiveKind::Dmd2 => Box::new(Dmd2),
-        ObjectiveKind::FDistill => Box::new(FDistill { divergence: config.f_distill.divergence }),
-        ObjectiveKind::Sds => Box::new(Sds),
-        ObjectiveKind::Sid => Box::new(Sid { alpha: config.sid.alpha }),
-        ObjectiveKind::Sim => Box::new(Sim { c: config.sim.c }),
-    }
 }
 
 /// Keeps 0/0 out where a sample equals its denoised self.

@@ -12,7 +12,7 @@ use crate::error::Result;
 pub struct Sds;
 
 impl Objective for Sds {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "sds"
     }
 

@@ -1,9 +1,24 @@
 //! Score identity distillation (Zhou et al. 2024): the Fisher divergence, differentiated through both scores.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::distill::objective::{Objective, Terms, distance_to_target};
 use crate::error::Result;
+
+/// `objective = "sid"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SidConfig {
+    /// Weight of the squared distance between the scores that is taken off the projected one; 1.0 to 1.2 in the paper.
+    pub alpha: f64,
+}
+
+impl Default for SidConfig {
+    fn default() -> Self {
+        Self { alpha: 1.2 }
+    }
+}
 
 /// `L = mean (D_r - D_f) [(D_r - x0) - alpha (D_r - D_f)] / sg mean_chw |x0 - D_r|`.
 #[derive(Debug, Clone, Copy)]
@@ -13,7 +28,7 @@ pub struct Sid {
 }
 
 impl Objective for Sid {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "sid"
     }
 

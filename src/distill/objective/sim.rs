@@ -1,9 +1,24 @@
 //! Score implicit matching (Luo et al. 2024) with the pseudo-Huber distance.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::distill::objective::{Objective, Terms};
 use crate::error::Result;
+
+/// `objective = "sim"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SimConfig {
+    /// Softening of the pseudo-Huber distance `sqrt(|y|^2 + c^2) - c` between scores.
+    pub c: f64,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self { c: 0.01 }
+    }
+}
 
 /// `L = -w d'(y) . (s_f - grad log q(x_t | x0))`, `y = s_f - s_r`, `d'(y) = y / sqrt(y.y + c^2)` over the whole image, with
 /// `w = sigma^2`, which makes it `-d'(y) . (D_f - x0)`. The fake score's own dependence on the generator needs no
@@ -15,7 +30,7 @@ pub struct Sim {
 }
 
 impl Objective for Sim {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "sim"
     }
 

@@ -10,8 +10,8 @@ fn denoiser(mean: f64, variance: f64, x: &Tensor, sigma: f64) -> Tensor {
     (x * variance + sigma * sigma * mean) / (variance + sigma * sigma)
 }
 
-fn configured(kind: ObjectiveKind) -> Box<dyn Objective> {
-    objective(&Config { objective: kind, ..Config::default() })
+fn configured(kind: ObjectiveKind) -> Arc<dyn Objective> {
+    kind.build(&Settings::default())
 }
 
 fn gradient(kind: ObjectiveKind, theta: f64, s: f64, m: f64, v: f64, sigma: f64) -> (f64, f64) {
@@ -104,9 +104,9 @@ fn fisher(kind: ObjectiveKind, alpha: f64, theta: f64, s: f64, m: f64, v: f64, p
     let terms =
         Terms { log_ratio: None, x0: &x0, x_t: &x_t, noise: &e, sigma: &level, target: &target, fake: Some(&fake) };
     let weight = distance_to_target(&terms).unwrap().double_value(&[]);
-    let mut config = Config { objective: kind, ..Config::default() };
-    config.sid.alpha = alpha;
-    objective(&config).loss(&terms).unwrap().backward();
+    let mut settings = Settings::default();
+    settings.sid.alpha = alpha;
+    kind.build(&settings).loss(&terms).unwrap().backward();
     t.grad().double_value(&[]) * weight
 }
 
@@ -144,11 +144,11 @@ fn gradients_are_those_of_an_independent_computation_in_score_units() {
     let denoised =
         |x: &Tensor, p: &[f64]| (x * p[0] + x.tanh() * p[1] + x.roll([1], [3]) * p[2]) / (sigma.square() + 1.0) + p[3];
     let (target, fake) = (numbers(&file["target"]), numbers(&file["fake"]));
-    let mut config = Config::default();
-    (config.sid.alpha, config.sim.c) = (file["alpha"].as_f64().unwrap(), file["c"].as_f64().unwrap());
+    let mut settings = Settings::default();
+    (settings.sid.alpha, settings.sim.c) = (file["alpha"].as_f64().unwrap(), file["c"].as_f64().unwrap());
     for (name, expected) in file["gradients"].as_object().unwrap() {
-        config.objective = serde_json::from_value(name.as_str().into()).unwrap();
-        let objective = objective(&config);
+        let choice: Choice = serde_json::from_value(name.as_str().into()).unwrap();
+        let objective = choice.build(&settings).unwrap();
         assert_eq!(objective.name(), name);
         let x0 = Tensor::from_slice(&numbers(&file["x0"])).view(shape.as_slice()).set_requires_grad(true);
         let x_t = &x0 + &e * &sigma;

@@ -2,10 +2,9 @@
 
 use super::*;
 use crate::distill::batches::Batches;
-use crate::distill::config::{Divergence, ObjectiveKind};
 use crate::distill::draws::{Phase, Purpose};
 use crate::distill::gan::{Gan, Head};
-use crate::distill::objective::{FDistill, Objective, Terms};
+use crate::distill::objective::{Divergence, FDistill, Objective, ObjectiveKind, Terms};
 use crate::io::npy;
 use crate::tensor::HostTensor;
 use crate::torch::shim;
@@ -24,7 +23,7 @@ fn real_images(dir: &std::path::Path, mean: &[f32], sd: &[f32], n: i64) -> Strin
 
 fn adversarial(dir: &std::path::Path, objective: ObjectiveKind) -> Config {
     let mut c = config();
-    c.objective = objective;
+    c.objective = objective.into();
     c.gan.data = real_images(dir, &[0.8, -0.4], &[0.7, 0.3], 4000);
     c.gan.taps = vec!["moments".into()];
     c.gan.lr = 0.01;
@@ -39,7 +38,7 @@ fn dmd2_and_f_distill_reach_a_gaussian_with_and_without_a_trajectory() {
         (c.degrade.nodes, c.batch, c.degrade.steps) = (nodes, 256, 100);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (600, 2, 30);
         c.ema.half_life = 20_000.0;
-        c.f_distill.divergence = Divergence::JensenShannon;
+        c.settings.f_distill.divergence = Divergence::JensenShannon;
         let run_dir = dir.path().join(format!("{objective:?}-{nodes}"));
         let (outcome, seen) = run(&run_dir, &c, &plain(), None).unwrap();
         let (mean, sd) = moments(&finished(outcome), 20_000);
@@ -100,7 +99,7 @@ fn a_gan_of_weight_zero_is_dmd_bit_for_bit() {
     let with = hash("with", &c);
     (c.gan.weight_generator, c.gan.weight_discriminator) = (0.0, 0.0);
     let zero = hash("zero", &c);
-    (c.objective, c.gan.data) = (ObjectiveKind::Dmd, String::new());
+    (c.objective, c.gan.data) = (ObjectiveKind::Dmd.into(), String::new());
     assert_eq!(zero, hash("dmd", &c));
     assert_ne!(zero, with);
 }

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::diffusion::{Generator, GeneratorNames, GeneratorPorts};
-use crate::distill::config::{Init, ObjectiveKind};
+use crate::distill::config::Init;
+use crate::distill::objective::ObjectiveKind;
 
 /// `x = shift + exp(log_scale) z`, `z` one row of two numbers a sample.
 struct Affine {
@@ -58,7 +59,7 @@ fn every_objective_brings_a_generator_to_the_teacher() {
     for (objective, nodes) in [(Dmd, 4), (Dmd, 0), (DiffInstruct, 4), (Sid, 4), (Sim, 0)] {
         let dir = tempfile::tempdir().unwrap();
         let mut c = of_its_own();
-        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective, nodes, 256, 200);
+        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective.into(), nodes, 256, 200);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (700, 2, 30);
         c.ema.half_life = 20_000.0;
         let student = affine([-0.5, 0.6], [0.2, 0.9]);

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::distill::batches::Batches;
-use crate::distill::config::ObjectiveKind;
+use crate::distill::objective::{Choice, ObjectiveKind};
 use crate::distill::draws::{Phase, Purpose};
 use crate::torch::convert::column;
 use crate::torch::shim;
@@ -21,7 +21,7 @@ fn objectives_reach_a_gaussian_with_and_without_a_trajectory() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let mut c = config();
-        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective, nodes, 256, 200);
+        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective.into(), nodes, 256, 200);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (700, 2, 30);
         c.ema.half_life = 20_000.0;
         let (outcome, _) = run(dir.path(), &c, &teacher, None).unwrap();
@@ -39,7 +39,7 @@ fn without_a_fake_score_the_student_seeks_the_mode() {
     for nodes in [0, 4] {
         let dir = tempfile::tempdir().unwrap();
         let mut c = config();
-        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (ObjectiveKind::Sds, nodes, 256, 100);
+        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (ObjectiveKind::Sds.into(), nodes, 256, 100);
         (c.backtrack.updates, c.backtrack.switch_every, c.ema.half_life) = (900, 30, 20_000.0);
         let (outcome, seen) = run(dir.path(), &c, &teacher, None).unwrap();
         let (mean, sd) = moments(&finished(outcome), 20_000);
@@ -102,19 +102,20 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         let fake_x = fake.denoise(&x_t, &sigmas, &conditions).unwrap();
         let distance = (x.detach() - real.detach()).abs().mean_dim(pixels.as_slice(), true, Kind::Float);
         let towards = |g: Tensor| (&x - (x.detach() - g.detach())).square().mean(Kind::Float) * 0.5;
-        let loss = match c.objective {
+        let Choice::Known(kind) = c.objective else { panic!("{:?}", c.objective) };
+        let loss = match kind {
             ObjectiveKind::DiffInstruct => towards(fake_x - real),
             ObjectiveKind::Dmd | ObjectiveKind::Dmd2 | ObjectiveKind::FDistill => towards((fake_x - real) / distance),
             ObjectiveKind::Sds => towards(((x_t - real) / &sigma - e) * &sigma),
             ObjectiveKind::Sid => {
                 let difference = &real - fake_x;
-                let projected = (&real - &x) - &difference * c.sid.alpha;
+                let projected = (&real - &x) - &difference * c.settings.sid.alpha;
                 (difference * projected / distance).mean(Kind::Float)
             }
             ObjectiveKind::Sim => {
                 let y = (&fake_x - real) / sigma.square();
                 let length = y.square().sum_dim_intlist(pixels.as_slice(), true, Kind::Float);
-                let direction = y / (length + c.sim.c * c.sim.c).sqrt();
+                let direction = y / (length + c.settings.sim.c * c.settings.sim.c).sqrt();
                 -(direction * (fake_x - &x)).sum_dim_intlist(pixels.as_slice(), false, Kind::Float).mean(Kind::Float)
             }
         };
@@ -142,7 +143,7 @@ fn no_nodes_is_the_base_method_bit_for_bit() {
     for objective in [Dmd, DiffInstruct, Sds, Sid, Sim] {
         let teacher = labelled();
         let mut c = config();
-        (c.objective, c.degrade.nodes) = (objective, 0);
+        (c.objective, c.degrade.nodes) = (objective.into(), 0);
         let dir = tempfile::tempdir().unwrap();
         let (outcome, seen) = run(dir.path(), &c, &teacher, None).unwrap();
         let student = finished(outcome).params().hash().unwrap();
@@ -165,7 +166,7 @@ fn every_objective_resumes_to_the_same_bytes() {
     let teacher = labelled();
     for objective in [DiffInstruct, Sds, Sid, Sim] {
         let mut c = config();
-        (c.objective, c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (objective, 6, 8, 2);
+        (c.objective, c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (objective.into(), 6, 8, 2);
         let dir = tempfile::tempdir().unwrap();
         let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
         run(&whole, &c, &teacher, None).unwrap();

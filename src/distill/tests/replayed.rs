@@ -2,7 +2,7 @@
 //! on each piece works on the tensors of that run, filled anew, and on whatever else it had then.
 
 use super::*;
-use crate::distill::config::ObjectiveKind;
+use crate::distill::objective::ObjectiveKind;
 use crate::torch::train::cuda_graph::rehearse;
 
 /// A rehearsed run leaves the bytes of a plain one: nodes, checkpoints, the student.
@@ -27,7 +27,7 @@ fn same_bytes(what: &str, teacher: &Denoiser, change: impl Fn(&mut Config)) {
 #[test]
 fn a_rehearsed_run_is_the_plain_one_bit_for_bit() {
     for kind in [ObjectiveKind::Dmd, ObjectiveKind::Sid, ObjectiveKind::Sds, ObjectiveKind::Sim] {
-        same_bytes(&format!("{kind:?}"), &plain(), |c| c.objective = kind);
+        same_bytes(&format!("{kind:?}"), &plain(), |c| c.objective = kind.into());
     }
     for ratio in [2, 5] {
         same_bytes(&format!("ratio {ratio}"), &labelled(), |c| c.backtrack.ratio = ratio);

@@ -1,14 +1,14 @@
 //! The loop does not wait for the device between two rows of metrics.
 
 use super::*;
-use crate::distill::config::ObjectiveKind;
+use crate::distill::objective::ObjectiveKind;
 use crate::torch::training::HostReads;
 
 /// Host reads of a run of both stages with so many steps and updates, one row of metrics each.
 fn reads(kind: ObjectiveKind, ratio: u64, steps: u64) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let mut c = config();
-    c.objective = kind;
+    c.objective = kind.into();
     c.degrade.nodes = 1;
     c.degrade.steps = steps;
     c.backtrack.updates = steps;

@@ -32,6 +32,12 @@ pub struct Entry {
 #[derive(Debug, Clone, Default)]
 pub struct Registry {
     entries: HashMap<(&'static str, &'static str), Vec<Entry>>,
+    /// A caller's own, by domain and name.
+    own: HashMap<String, Build>,
+}
+
+fn own_key(domain: &str, op: &str) -> String {
+    format!("{domain}.{op}")
 }
 
 impl Registry {
@@ -45,13 +51,28 @@ impl Registry {
         self.entries.entry((entry.domain, entry.op)).or_default().push(entry);
     }
 
-    /// All that was added, in no order.
+    /// Adds a caller's own operator, in all versions and with any number of inputs. It wins over one of this crate.
+    pub fn add_own(&mut self, domain: &str, op: &str, build: Build) {
+        self.own.insert(own_key(domain, op), build);
+    }
+
+    /// Whether a caller added this operator.
+    pub fn has_own(&self, domain: &str, op: &str) -> bool {
+        self.own.contains_key(&own_key(domain, op))
+    }
+
+    /// All operators of this crate, in no order.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.entries.values().flatten()
     }
 
     /// Builds the kernel of a node, or says why not.
     pub fn build(&self, node: &Node) -> Result<Kernel> {
+        if let Some(build) = self.own.get(&own_key(&node.domain, &node.op)) {
+            let kernel = build(node)?;
+            node.attributes.finish()?;
+            return Ok(kernel);
+        }
         let Some(entries) = self.entries.get(&(node.domain.as_str(), node.op.as_str())) else {
             return Err(self.unknown(node));
         };
@@ -98,7 +119,10 @@ impl Registry {
             ),
             // The way out depends on who wrote the file: [`advice`].
             "" => e,
-            _ => e.hint("custom operators cannot be trained; export the layer with standard operators"),
+            _ => e.hint(
+                "export the layer with standard operators, or hand the operator in from a program of your own: \
+                 docs/adding-an-operator.md",
+            ),
         }
     }
 
