@@ -8,6 +8,7 @@ pub mod ir;
 pub mod load;
 pub mod lower;
 pub mod op_schema;
+pub mod pass;
 pub mod quantised;
 pub mod raise;
 pub mod roles;

@@ -6,9 +6,8 @@ pub mod contrib;
 pub mod evaluate;
 pub mod fuse;
 pub mod opset;
-pub mod pass;
 pub mod portable;
 pub mod precision;
 pub mod simplify;
 
-pub use pass::{Dump, Pass, Passes};
+pub use crate::graph::pass::{Dump, Pass, Passes};

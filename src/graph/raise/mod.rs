@@ -23,7 +23,9 @@ mod view;
 
 use std::collections::{BTreeMap, HashSet};
 
+use crate::error::Result;
 use crate::graph::ir::{Graph, ValueId};
+use crate::graph::pass::{Pass, run_in_order};
 use rule::Rule;
 
 /// One rewrite that was done.
@@ -66,26 +68,84 @@ impl Report {
     }
 }
 
-/// Rewrites the graph in place. `trained` are the constants that training changes: their numbers decide nothing here.
-pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
-    let mut report = Report::default();
-    casts::simplify(graph, &mut report);
-    cse::merge(graph, trained, &mut report);
-    let rules: Vec<Rule> =
-        [activation::rules(), norm::rules(), transposes::rules(), attention::rules(), linear::rules()]
-            .into_iter()
-            .flatten()
-            .collect();
-    for rule in &rules {
-        rule::exhaust(graph, trained, rule, &mut report);
+/// What the passes of raising share.
+struct Raising {
+    /// Constants that training changes: their numbers decide nothing here.
+    trained: HashSet<ValueId>,
+    report: Report,
+}
+
+/// A rewrite of the whole graph under a name.
+struct Rewriting(&'static str, fn(&mut Graph, &mut Raising));
+
+impl Pass<Graph, Raising> for Rewriting {
+    fn name(&self) -> &'static str {
+        self.0
     }
-    layout::cancel(graph, &mut report);
-    ranges::join(graph, trained, &mut report);
-    transposes::part_first(graph, &mut report);
-    transposes::straighten(graph, &mut report);
-    // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
+    fn applies(&self, graph: &Graph, _: &Raising) -> bool {
+        !graph.nodes.is_empty()
+    }
+    fn run(&self, graph: &mut Graph, raising: &mut Raising) -> Result<()> {
+        self.1(graph, raising);
+        Ok(())
+    }
+    fn keeps_values(&self) -> bool {
+        true
+    }
+}
+
+/// Applies rules one after the other, each everywhere.
+fn apply(rules: impl IntoIterator<Item = Rule>, graph: &mut Graph, raising: &mut Raising) {
+    for rule in rules {
+        rule::exhaust(graph, &raising.trained, &rule, &mut raising.report);
+    }
+}
+
+/// Gives the raised nodes the names of what they turned out to be.
+fn name_results(graph: &mut Graph) {
     for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
         node.op = norm::final_name(node).to_owned();
+    }
+}
+
+const CASTS: Rewriting = Rewriting("casts", |g, r| casts::simplify(g, &mut r.report));
+const CSE: Rewriting = Rewriting("cse", |g, r| cse::merge(g, &r.trained, &mut r.report));
+const NORMS: Rewriting = Rewriting("norms", |g, r| apply(norm::rules(), g, r));
+const ATTENTION: Rewriting = Rewriting("attention", |g, r| apply(attention::rules(), g, r));
+
+/// What an imported graph goes through, in this order: later passes read what earlier ones made.
+const ON_IMPORT: &[&dyn Pass<Graph, Raising>] = &[
+    &CASTS,
+    &CSE,
+    &Rewriting("activations", |g, r| apply(activation::rules(), g, r)),
+    &NORMS,
+    &Rewriting("transposes", |g, r| apply(transposes::rules(), g, r)),
+    &ATTENTION,
+    &Rewriting("linear", |g, r| apply(linear::rules(), g, r)),
+    &Rewriting("layout", |g, r| layout::cancel(g, &mut r.report)),
+    &Rewriting("ranges", |g, r| ranges::join(g, &r.trained, &mut r.report)),
+    &Rewriting("parts-first", |g, r| transposes::part_first(g, &mut r.report)),
+    &Rewriting("views", |g, r| transposes::straighten(g, &mut r.report)),
+    &Rewriting("names", |g, _| name_results(g)),
+];
+
+/// The chains of norms, GELU and attention alone: what ONNX has operators for.
+const FOR_EXPORT: &[&dyn Pass<Graph, Raising>] = &[
+    &CASTS,
+    &CSE,
+    &Rewriting("gelu", |g, r| apply(activation::rules().into_iter().filter(|rule| rule.name == "Gelu"), g, r)),
+    &NORMS,
+    &ATTENTION,
+    &Rewriting("names", |g, _| name_results(g)),
+];
+
+/// Rewrites the graph in place. `trained` are the constants that training changes: their numbers decide nothing here.
+pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
+    let mut raising = Raising { trained: trained.clone(), report: Report::default() };
+    run(ON_IMPORT, graph, &mut raising);
+    let mut report = raising.report;
+    // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
+    for node in graph.nodes.iter().filter(|n| n.domain == "disback") {
         if let Some(pattern) = RAISED.iter().find(|p| **p == node.op) {
             report.raised.push(Rewrite { pattern, node: node.name.clone() });
         }
@@ -101,16 +161,13 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
 /// The chains of norms, GELU and attention alone, of a graph that is not trained: what `export` writes as ONNX's own
 /// operators. Activations that ONNX has no operator for in most operator sets, and transposes, stay as they are.
 pub(crate) fn raise_for_export(graph: &mut Graph) {
-    let mut report = Report::default();
-    let trained = HashSet::new();
-    casts::simplify(graph, &mut report);
-    cse::merge(graph, &trained, &mut report);
-    let activations = activation::rules().into_iter().filter(|r| r.name == "Gelu");
-    for rule in activations.chain(norm::rules()).chain(attention::rules()) {
-        rule::exhaust(graph, &trained, &rule, &mut report);
-    }
-    for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
-        node.op = norm::final_name(node).to_owned();
+    run(FOR_EXPORT, graph, &mut Raising { trained: HashSet::new(), report: Report::default() });
+}
+
+/// No pass of raising fails: one that does not fit leaves the graph as it is.
+fn run(list: &[&dyn Pass<Graph, Raising>], graph: &mut Graph, raising: &mut Raising) {
+    if let Err(e) = run_in_order(list, graph, raising) {
+        debug_assert!(false, "{e}");
     }
 }
 

@@ -42,6 +42,21 @@ pub struct Dump<'a, M> {
     pub write: &'a dyn Fn(&M, &Path) -> Result<()>,
 }
 
+/// Runs those passes that apply, in order, without checks: for a list whose result is compared as a whole.
+///
+/// Errors: of a pass, which the pass's name goes before.
+pub fn run_in_order<M, C>(list: &[&dyn Pass<M, C>], model: &mut M, shared: &mut C) -> Result<()> {
+    for pass in list {
+        if !pass.applies(model, shared) {
+            continue;
+        }
+        let _span = tracing::debug_span!("pass", name = pass.name()).entered();
+        pass.run(model, shared).with_context(|| format!("pass `{}`", pass.name()))?;
+        tracing::debug!("done");
+    }
+    Ok(())
+}
+
 impl<M: Clone + PartialEq, C> Passes<'_, M, C> {
     /// Runs those that apply, in order. What left the model as it was needs no check.
     ///
