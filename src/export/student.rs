@@ -130,11 +130,7 @@ pub(super) fn describe(
         ("steps", "1".to_owned()),
         ("teacher_hash", options.teacher_hash.clone()),
         ("noise", "standard normal".to_owned()),
-        (
-            "seed_convention",
-            "image k of seed s: ChaCha8 keyed by (s, k), Box-Muller pairs in row-major order; see disback::noise"
-                .to_owned(),
-        ),
+        ("seed_convention", crate::noise::SEED_CONVENTION.to_owned()),
     ];
     for (key, value) in entries.iter().chain(extra) {
         save::set_metadata(&mut model, &format!("disback.student.{key}"), value);

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::torch::shim::check;
 use crate::torch::training::{autocast_enabled, hollow_product};
 
@@ -86,8 +86,18 @@ fn takes(x: &Tensor, w: &Tensor) -> bool {
 
 /// `x [.., K]` times `w [K, N]` of any strides, plus a bias `[N]`: `[.., N]`. For tensors of f32 on the CPU that
 /// [`pays`] accepts.
+///
+/// Errors: tensors of other types, devices or sizes.
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    debug_assert!(takes(x, w));
+    if !takes(x, w) {
+        return Err(Error::mismatch(format!(
+            "x {:?} {:?} and w {:?} {:?} are no operands of the CPU's product: f32 [.., K] and [K, N] are",
+            x.kind(),
+            x.size(),
+            w.kind(),
+            w.size()
+        )));
+    }
     let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
     let mut out = std::ptr::null_mut();
     // SAFETY: live tensors in; on success `out` is a new handle that is ours.

@@ -5,7 +5,7 @@ use std::ffi::c_char;
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::torch::cpu::linear::has_products;
 use crate::torch::shim::check;
 
@@ -48,8 +48,19 @@ pub fn pays(x: &Tensor, w: &Tensor) -> bool {
 
 /// `x [N,C,H,W]` with filters `w [K,C,3,3]` and a bias `[K]`, padded by one: channels-last `[N,K,H,W]`, differentiable
 /// once. For tensors that [`pays`] accepts.
+///
+/// Errors: tensors of other types, devices or sizes.
 pub fn convolution(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    debug_assert!(pays(x, w));
+    if !pays(x, w) {
+        return Err(Error::mismatch(format!(
+            "x {:?} {:?} and w {:?} {:?} are no operands of the CPU's convolution: f32 or bf16 [N, C, H, W] and [K, C, 3, 3] are, \
+             with even sides and multiples of 16 channels",
+            x.kind(),
+            x.size(),
+            w.kind(),
+            w.size()
+        )));
+    }
     let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
     let mut out = std::ptr::null_mut();
     // SAFETY: live tensors in; on success `out` is a new handle that is ours.
