@@ -97,8 +97,9 @@ impl<'a> Watcher<'a> {
                     batch: config.batch,
                     range: [-1.0, 1.0],
                 };
+                let shape = sheets.image_shape(&origin.teacher.card.card)?;
                 let judge = InLoop::open(&wanted, run.path(), &EngineOptions::default())?;
-                judge.check(sheets.image_shape(&origin.teacher.card.card)?, sheets.range())?;
+                judge.check(shape, sheets.range())?;
                 Some(judge)
             }
         };
