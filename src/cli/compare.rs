@@ -145,6 +145,12 @@ impl CompareArgs {
     fn judge(&self, config: &Config, denoiser: &Denoiser, student: Option<&Student>) -> Result<FrechetJudge> {
         let card = denoiser.card();
         let decoder = run::sheets::decoder(config, card)?;
+        if decoder.is_none() && card.image_shape().is_none() {
+            return Err(Error::usage(format!(
+                "the teacher's samples are {:?}, which are no images: there is no image distance of them",
+                card.shape
+            )));
+        }
         let range = decoder.as_ref().map(|_| Decoder::RANGE).or(card.range).ok_or_else(|| {
             Error::usage("the teacher makes latents, which have no image distance")
                 .hint("log.decoder = \"decoder.onnx\" makes images of them")
@@ -153,15 +159,13 @@ impl CompareArgs {
         let mut network = FeatureNet::open(&self.features, &FeatureOptions::default(), &options)?;
         let images = ImageSet::open(&self.reference, range)?;
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
-        let [c, h, w] = student.map_or(card.shape, |s| {
-            let [_, c, h, w] = s.noise_size(0);
-            [c, h, w].map(|d| d as usize)
-        });
-        let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, c * h * w);
+        let row = student.map_or_else(|| card.shape.clone(), Student::noise_shape);
+        let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, row.iter().product());
+        let size: Vec<usize> = std::iter::once(self.samples).chain(row).collect();
         Ok(FrechetJudge {
             network,
             reference,
-            noise: HostTensor::new(&[self.samples, c, h, w], &noise)?,
+            noise: HostTensor::new(&size, &noise)?,
             conditions: batches::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
             range,
             decoder,

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::axes::{Layout, Modality};
 use crate::error::Result;
 use crate::export::attach;
 use crate::graph::save;
@@ -22,9 +23,14 @@ pub fn consumer_metadata(model: &mut ModelProto, precision: &str) -> Result<()> 
             })
             .collect::<Vec<_>>()
     };
+    // What lies outside the graph: images are [B, C, H, W] there.
+    let layout = match (info.shape.len(), info.layout) {
+        (3, Layout::ChannelsFirst) | (_, Layout::Nhwc) => json!("nchw"),
+        (_, other) => json!(other),
+    };
     let mut inputs = vec![json!({
         "name": "noise", "dtype": info.noise.dtype.to_string(), "shape": dims(&info.noise.shape),
-        "layout": "nchw", "distribution": "standard normal",
+        "layout": layout, "distribution": "standard normal",
     })];
     for c in &info.conditions {
         let mut entry =
@@ -42,16 +48,22 @@ pub fn consumer_metadata(model: &mut ModelProto, precision: &str) -> Result<()> 
         }
         inputs.push(entry);
     }
-    let outputs: Vec<_> = outputs
+    let mut outputs: Vec<_> = outputs
         .iter()
         .map(|o| match o.name.as_str() {
             attach::IMAGE => {
                 json!({ "name": o.name, "dtype": "u8", "shape": dims(&o.shape), "layout": "nhwc", "range": [0, 255] })
             }
-            _ => json!({ "name": o.name, "dtype": o.dtype.to_string(), "shape": dims(&o.shape), "layout": "nchw",
+            _ => json!({ "name": o.name, "dtype": o.dtype.to_string(), "shape": dims(&o.shape), "layout": layout,
                 "range": info.range }),
         })
         .collect();
+    if info.modality != Modality::Image
+        && let Some(sample) = outputs.iter_mut().find(|o| o["name"] == "sample")
+    {
+        sample["modality"] = json!(info.modality);
+        sample["sample_rate"] = json!(info.sample_rate);
+    }
     let text = json!({ "inputs": inputs, "outputs": outputs, "precision": precision,
         "seed_convention": crate::noise::SEED_CONVENTION })
     .to_string();

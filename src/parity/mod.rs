@@ -177,7 +177,7 @@ pub fn random_inputs(
                 Err(symbol) if dims.contains_key(symbol) => Ok(dims[symbol]),
                 Err(_) if i == 0 => Ok(batch),
                 Err(symbol) => match card {
-                    Some(c) if c.sample == p.name && declared.len() == 4 => Ok(sample_dim(c, i)),
+                    Some(c) if c.sample == p.name && declared.len() == 1 + c.rank() => Ok(sample_dim(c, i)),
                     _ => Err(Error::usage(format!("dimension {i} (`{symbol}`) of input `{}` is free", p.name)).hint(
                         match symbol.as_str() {
                             "" => "the card's shape of this input says it, or give --inputs FILE.npz".to_owned(),
@@ -250,11 +250,7 @@ fn role(p: &Port, card: Option<&TeacherCard>) -> InputRole {
 }
 
 fn sample_dim(card: &TeacherCard, axis: usize) -> usize {
-    let [c, h, w] = card.shape;
-    match card.layout {
-        crate::diffusion::Layout::Nhwc => [0, h, w, c][axis],
-        crate::diffusion::Layout::Nchw => [0, c, h, w][axis],
-    }
+    axis.checked_sub(1).and_then(|at| card.graph_shape().get(at).copied()).unwrap_or(1)
 }
 
 /// Runs `net` in libtorch and the same file in ONNX Runtime on the CPU; a file in bf16, which that has no kernels for, in

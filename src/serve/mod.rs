@@ -122,12 +122,11 @@ async fn stopped() {
 }
 
 async fn health(State(s): State<Arc<Service>>) -> Response {
-    let [c, h, w] = s.info.shape;
     let conditions: serde_json::Map<String, serde_json::Value> =
         s.info.embeddings().map(|c| (c.input.name.clone(), json!(body::wanted(&c.input)))).collect();
     let stopping = s.stopping.load(Ordering::Relaxed);
     let (code, status) = if stopping { (StatusCode::SERVICE_UNAVAILABLE, "stopping") } else { (StatusCode::OK, "ok") };
-    let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": [c, h, w],
+    let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": s.info.shape,
         "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "conditions": conditions, "range": s.info.range,
         "max_images": s.options.batch, "max_body_bytes": s.options.body });
     answer(code, "application/json", body.to_string().into_bytes())
@@ -216,6 +215,9 @@ fn wanted(
         Some(other) => return Err(bad(&format!("format={other}: expected png or npy"))),
         None => accept.contains("npy") || accept.contains("octet-stream"),
     };
+    if !npy && s.info.image_shape().is_none() {
+        return Err(bad("the student's samples are no images: ask for format=npy"));
+    }
     if !npy && s.info.range.is_none() {
         return Err(bad("the student makes latents, which are no images: ask for format=npy"));
     }
@@ -273,10 +275,10 @@ fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<Respo
         npy::write_to(&mut out, samples)?;
         return Ok(answer(StatusCode::OK, "application/x-npy", out));
     }
-    let png = match (samples.shape().first(), info.range) {
-        (Some(1), Some(range)) if matches!(info.shape[0], 1 | 3) => {
+    let png = match (samples.shape().first(), info.range, info.image_shape()) {
+        (Some(1), Some(range), Some(shape)) if matches!(shape[0], 1 | 3) => {
             let bytes: Vec<u8> = samples.to_f64().iter().map(|&x| quantise(x, range)).collect();
-            encode_png(&bytes, info.shape)?
+            encode_png(&bytes, shape)?
         }
         _ => grid::png(samples, info.range, None)?,
     };
