@@ -181,8 +181,8 @@ impl Judge<'_> {
     /// What decides a figure beside the set itself.
     fn setting(&self) -> Result<String> {
         let statistics = self.reference.statistics.as_ref().map(|s| {
-            let trace: f64 = (0..s.dims()).map(|k| s.covariance[(k, k)]).sum();
-            format!("{:?} {trace:?} {}", s.mean, self.reference.count)
+            let trace: f64 = s.covariance.diag().iter().sum();
+            format!("{:?} {trace:?} {}", s.mean.to_vec(), self.reference.count)
         });
         let args = self.args;
         Ok(sweep::setting(&json!({

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
 use super::FeatureMatrix;
@@ -28,10 +29,10 @@ pub struct FeatureOptions {
 /// What a network makes of a batch.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// Features, f32 `[N, D]`.
-    pub features: HostTensor,
-    /// Class scores before the softmax, f32 [N, K], where the network gives them.
-    pub logits: Option<HostTensor>,
+    /// Features `[N, D]`.
+    pub features: Array2<f32>,
+    /// Class scores before the softmax, `[N, K]`, where the network gives them.
+    pub logits: Option<Array2<f32>>,
 }
 
 /// A network that turns images into rows of features.
@@ -256,7 +257,7 @@ impl FeatureNet {
         let n = images.shape().first().copied().unwrap_or(0);
         let tensor = self.prepare(images)?;
         let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), &tensor)], batch.max(1))?;
-        let mut rows = |wanted: &str| -> Result<HostTensor> {
+        let mut rows = |wanted: &str| -> Result<Array2<f32>> {
             let at = outputs.iter().position(|(name, _)| name == wanted);
             let (_, values) = outputs.swap_remove(at.ok_or_else(|| Error::backend(format!("no output `{wanted}`")))?);
             let dims = values.len().checked_div(n).unwrap_or(0);
@@ -265,7 +266,8 @@ impl FeatureNet {
                 return Err(Error::mismatch(format!("output `{wanted}` has shape {shape:?} for {n} images")));
             }
             // Pooled features often come as [N, D, 1, 1].
-            Ok(values.reshaped(&[n, dims])?.cast(DType::F32))
+            let rows = Array2::from_shape_vec((n, dims), values.to_f32());
+            rows.map_err(|e| Error::mismatch(format!("output `{wanted}`: {e}")))
         };
         let same = self.logits.as_deref() == Some(self.output.as_str());
         let features = rows(&self.output)?;
@@ -286,7 +288,9 @@ impl FeatureNet {
             parts.push(self.see(&images.batch_u8(start, count)?, batch)?.features);
             seen(count);
         }
-        FeatureMatrix::new(&HostTensor::concat_rows(&parts)?)
+        let parts: Vec<_> = parts.iter().map(Array2::view).collect();
+        let all = ndarray::concatenate(ndarray::Axis(0), &parts).map_err(|e| Error::mismatch(e.to_string()))?;
+        FeatureMatrix::new(all.view())
     }
 }
 

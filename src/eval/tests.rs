@@ -1,10 +1,11 @@
+use ndarray::{Array2, ArrayView2};
+
 use super::*;
 use crate::io::ImageSet;
 use crate::runtime::{EngineOptions, testing};
 
 pub(super) fn matrix(n: usize, d: usize, f: impl FnMut((usize, usize)) -> f64) -> FeatureMatrix {
-    let values: Vec<f64> = (0..n).flat_map(|i| (0..d).map(move |j| (i, j))).map(f).collect();
-    FeatureMatrix::new(&HostTensor::new(&[n, d], &values).unwrap()).unwrap()
+    FeatureMatrix::new(Array2::from_shape_fn((n, d), f).view()).unwrap()
 }
 
 pub(super) fn gaussian(n: usize, d: usize, seed: u64, scale: f64, shift: f64) -> FeatureMatrix {
@@ -23,8 +24,8 @@ pub(super) fn close(got: f64, want: f64, tolerance: f64) {
 fn frechet_of_known_gaussians() {
     // Diagonal covariances commute: sum of (mu difference)^2 + (sigma difference)^2.
     let diagonal = |mean: [f64; 3], sd: [f64; 3]| Statistics {
-        mean: mean.to_vec(),
-        covariance: Mat::from_fn(3, 3, |i, j| if i == j { sd[i] * sd[i] } else { 0.0 }),
+        mean: mean.to_vec().into(),
+        covariance: Array2::from_shape_fn((3, 3), |(i, j)| if i == j { sd[i] * sd[i] } else { 0.0 }),
         count: None,
         network: None,
     };
@@ -83,7 +84,7 @@ fn precision_and_recall_of_a_collapsed_set() {
 
 #[test]
 fn bad_features_are_refused() {
-    let new = |v: &[f64]| FeatureMatrix::new(&HostTensor::new(&[v.len() / 2, 2], v).unwrap()).map(|_| ());
+    let new = |v: &[f64]| FeatureMatrix::new(ArrayView2::from_shape((v.len() / 2, 2), v).unwrap()).map(|_| ());
     assert!(new(&[0.0, 1.0, f64::NAN, 0.0]).unwrap_err().to_string().contains("feature 0 of image 1 is NaN"));
     assert!(new(&[1.0, 2.0, 1.0, 2.0]).unwrap_err().to_string().contains("same features"));
     assert!(new(&[1.0, 2.0]).unwrap_err().to_string().contains("at least two"));
@@ -271,7 +272,7 @@ fn the_card_decides_what_the_network_sees() {
         let options = features::FeatureOptions { card, ..Default::default() };
         let net = FeatureNet::from_bytes(&testing::features(&weight), &options, &EngineOptions::default());
         let mut net = net.unwrap();
-        net.see(images, 8).map(|s| (s.features.to_f32(), net.fingerprint()))
+        net.see(images, 8).map(|s| (s.features, net.fingerprint()))
     };
     // 4x4 images, box filter: each output pixel is the mean of four.
     let pixels: Vec<u8> = (0..32).map(|v| v * 8).collect();
@@ -283,7 +284,7 @@ fn the_card_decides_what_the_network_sees() {
     };
     for k in 0..2 {
         for p in 0..4 {
-            assert!((got[k * 4 + p] - block(k, p / 2, p % 2)).abs() < 1e-4, "{got:?}");
+            assert!((got[(k, p)] - block(k, p / 2, p % 2)).abs() < 1e-4, "{got:?}");
         }
     }
     let card = ["size=[2,2]", "resize=box", "range=[0,255]", "mean=[10]", "std=[2]"];
