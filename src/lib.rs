@@ -32,6 +32,7 @@
 
 #![warn(missing_docs)]
 
+pub mod axes;
 pub mod cli;
 #[cfg(feature = "train")]
 pub mod conformance;

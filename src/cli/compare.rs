@@ -153,15 +153,13 @@ impl CompareArgs {
         let mut network = FeatureNet::open(&self.features, &FeatureOptions::default(), &options)?;
         let images = ImageSet::open(&self.reference, range)?;
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
-        let [c, h, w] = student.map_or(card.shape, |s| {
-            let [_, c, h, w] = s.noise_size(0);
-            [c, h, w].map(|d| d as usize)
-        });
-        let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, c * h * w);
+        let row = student.map_or_else(|| card.shape.clone(), Student::noise_shape);
+        let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, row.iter().product());
+        let size: Vec<usize> = std::iter::once(self.samples).chain(row).collect();
         Ok(FrechetJudge {
             network,
             reference,
-            noise: HostTensor::new(&[self.samples, c, h, w], &noise)?,
+            noise: HostTensor::new(&size, &noise)?,
             conditions: batches::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
             range,
             decoder,

@@ -189,8 +189,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     }
     let ms = seconds * 1e3 / args.number as f64;
     if globals.json {
-        let [c, h, w] = student.info().shape;
-        let shape = [args.number, c, h, w];
+        let shape: Vec<usize> = std::iter::once(args.number).chain(student.info().shape.iter().copied()).collect();
         let out = json!({ "ok": true, "out": args.out, "images": args.number, "shape": shape, "seed": args.seed,
             "engine": student.engine_name(), "seconds": seconds, "ms_per_image": ms, "not_finite": broken });
         println!("{out}");

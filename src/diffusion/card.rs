@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::axes::written;
+pub use crate::axes::{Layout, Modality};
 use crate::error::{Context, Error, Result};
 use crate::graph::{Sizes, sizes};
 use crate::tensor::DType;
@@ -60,17 +62,6 @@ pub enum TimeUnit {
     Thousand,
 }
 
-/// How the graph lays out a batch of samples. Outside the graph it is always `[B, C, H, W]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Layout {
-    /// `[B, C, H, W]`.
-    #[default]
-    Nchw,
-    /// `[B, H, W, C]`.
-    Nhwc,
-}
-
 fn one() -> f64 {
     1.0
 }
@@ -94,11 +85,17 @@ pub struct TeacherCard {
     pub prediction: Prediction,
     /// The number that the network takes as time.
     pub time_unit: TimeUnit,
-    /// C, H, W of one sample, whatever the layout.
-    pub shape: [usize; 3],
-    /// How the graph lays out a batch of samples.
+    /// One sample, without the batch, in the graph's own order; for [`Layout::Nhwc`] C, H, W.
+    pub shape: Vec<usize>,
+    /// Which axis of a sample holds the channels.
     #[serde(default)]
     pub layout: Layout,
+    /// What a sample is; absent: by its rank ([`TeacherCard::modality`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modality: Option<Modality>,
+    /// Values a second of a sample that is sound, Hz.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample_rate: Option<u32>,
     /// Lowest and highest value of a clean sample; absent for latents.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<[f64; 2]>,
@@ -128,15 +125,17 @@ pub struct TeacherCard {
 #[cfg(test)]
 impl TeacherCard {
     /// A denoiser of `shape` in EDM's terms, without conditions.
-    pub(crate) fn plain(shape: [usize; 3]) -> Self {
+    pub(crate) fn plain(shape: &[usize]) -> Self {
         Self {
             sample: "x".into(),
             time: "sigma".into(),
             output: "denoised".into(),
             prediction: Prediction::Denoised,
             time_unit: TimeUnit::Sigma,
-            shape,
-            layout: Layout::Nchw,
+            shape: shape.to_vec(),
+            layout: Layout::ChannelsFirst,
+            modality: None,
+            sample_rate: None,
             range: None,
             sigma_data: 0.5,
             latent_scale: 1.0,
@@ -209,13 +208,8 @@ impl TeacherCard {
     ///
     /// Errors: `dims` names a dimension that no input has.
     pub fn sizes(&self, inputs: &[sizes::Declared]) -> Result<Sizes> {
-        let [c, h, w] = self.shape;
-        let sample = match self.layout {
-            Layout::Nchw => vec![c, h, w],
-            Layout::Nhwc => vec![h, w, c],
-        };
         let rows = self.conditions.iter().map(|(name, condition)| (name.clone(), condition.row_shape()));
-        Sizes::new(inputs, &self.dims, rows.chain([(self.sample.clone(), sample)]))
+        Sizes::new(inputs, &self.dims, rows.chain([(self.sample.clone(), self.graph_shape())]))
     }
 
     /// The schedule with its tables.
@@ -236,9 +230,7 @@ impl TeacherCard {
                 return bad(format!("`{key}` is empty"));
             }
         }
-        if self.shape.contains(&0) || self.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).is_none() {
-            return bad(format!("`shape` is {:?}, expected C, H, W above 0", self.shape));
-        }
+        self.validate_axes()?;
         if let Some([low, high]) = self.range
             && !(low < high && low.is_finite() && high.is_finite())
         {
@@ -271,23 +263,6 @@ impl TeacherCard {
         Ok(())
     }
 
-    /// The prediction in an output of `rows` samples, which may have a learned variance behind it; in the card's layout.
-    /// `None` where it is of another size.
-    pub fn prediction_of(&self, output: Vec<f32>, rows: usize) -> Option<Vec<f32>> {
-        let [c, h, w] = self.shape;
-        let len = rows * c * h * w;
-        // Each run of channels, or of whole images, and as much of the variance behind it.
-        let run = match self.layout {
-            Layout::Nchw => c * h * w,
-            Layout::Nhwc => c,
-        };
-        match output.len() {
-            n if n == len => Some(output),
-            n if n == 2 * len => Some(output.chunks_exact(2 * run).flat_map(|both| &both[..run]).copied().collect()),
-            _ => None,
-        }
-    }
-
     /// Checks that the graph has what the card names and that every graph input is covered. `inputs` without
     /// initializers.
     pub fn check_against(&self, inputs: &[InputSpec], outputs: &[InputSpec]) -> Result<()> {
@@ -310,28 +285,25 @@ impl TeacherCard {
         let sample = find("sample", &self.sample, inputs, "input")?;
         let time = find("time", &self.time, inputs, "input")?;
         let output = find("output", &self.output, outputs, "output")?;
-        let [c, h, w] = self.shape;
-        let row = match self.layout {
-            Layout::Nchw => [c, h, w],
-            Layout::Nhwc => [h, w, c],
-        };
+        let row = self.graph_shape();
         if !sample.dtype.is_float() {
             return Err(fail(format!("sample `{sample}` is not a float")));
         }
         if !fits(&sample.shape, &row) {
-            return Err(fail(format!("sample `{sample}` does not fit [B, {}, {}, {}]", row[0], row[1], row[2])));
+            return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self.layout))));
         }
         // Exporters may leave an output's shape out; it reads like a scalar then.
-        let both = match self.layout {
-            Layout::Nchw => [2 * c, h, w],
-            Layout::Nhwc => [h, w, 2 * c],
-        };
-        if !output.shape.is_empty() && !fits(&output.shape, &row) && !fits(&output.shape, &both) {
-            return Err(fail(format!(
-                "output `{output}` does not fit [B, {}, {}, {}], nor twice the channels, of which the second half is a \
-                 learned variance",
-                row[0], row[1], row[2]
-            )));
+        let both = self.graph_shape_with_variance();
+        if !output.shape.is_empty()
+            && !fits(&output.shape, &row)
+            && !both.as_ref().is_some_and(|both| fits(&output.shape, both))
+        {
+            let twice = match both {
+                Some(_) if self.rank() > 1 => ", nor twice the channels, of which the second half is a learned variance",
+                Some(_) => ", nor twice as many values, of which the second half is a learned variance",
+                None => "",
+            };
+            return Err(fail(format!("output `{output}` does not fit {}{twice}", written(&row))));
         }
         let batch = sample.shape[0];
         let lead = time.shape.first().copied().flatten();
@@ -376,6 +348,11 @@ impl TeacherCard {
         let table = toml::Table::try_from(self).map_err(|e| Error::usage(format!("card: {e}")))?;
         let mut leaves = Vec::new();
         flatten(String::new(), toml::Value::Table(table), &mut leaves);
+        // The layout of images under its first name, which files and readers of before know.
+        let images = self.rank() == 3 && self.layout == Layout::ChannelsFirst;
+        for (_, value) in leaves.iter_mut().filter(|(key, _)| images && key == "layout") {
+            *value = "nchw".into();
+        }
         Ok(leaves)
     }
 
@@ -402,6 +379,17 @@ impl TeacherCard {
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| Error::usage(format!("card: {e}")))
     }
+}
+
+/// The shape that the graph declares, as the card would have it; empty where it leaves a size open.
+fn says(sample: &InputSpec, layout: Layout) -> String {
+    let row: Option<Vec<usize>> = sample.shape.get(1..).and_then(|dims| dims.iter().copied().collect());
+    let shape = match (layout, row.as_deref()) {
+        (Layout::Nhwc, Some([h, w, c])) => vec![*c, *h, *w],
+        (Layout::Nhwc, _) | (_, None | Some([])) => return String::new(),
+        (_, Some(row)) => row.to_vec(),
+    };
+    format!("; by the graph it is shape = {shape:?}")
 }
 
 /// A graph's shape against `[B, ...row]`; dynamic dimensions fit anything.

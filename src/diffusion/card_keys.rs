@@ -56,7 +56,7 @@ pub(super) const FOREIGN: [&str; 10] = [
     "version",
     "same_graph",
 ];
-pub(super) const TOP: [&str; 15] = [
+pub(super) const TOP: [&str; 17] = [
     "sample",
     "time",
     "output",
@@ -64,6 +64,8 @@ pub(super) const TOP: [&str; 15] = [
     "time_unit",
     "shape",
     "layout",
+    "modality",
+    "sample_rate",
     "range",
     "sigma_data",
     "latent_scale",
@@ -220,7 +222,9 @@ pub(super) fn probe(key: &Key, value: &toml::Value) -> Result<()> {
         ["prediction"] => as_type::<super::card::Prediction>(value),
         ["time_unit"] => as_type::<super::card::TimeUnit>(value),
         ["layout"] => as_type::<super::card::Layout>(value),
-        ["shape"] => as_type::<[usize; 3]>(value),
+        ["shape"] => as_type::<Vec<usize>>(value),
+        ["modality"] => as_type::<super::card::Modality>(value),
+        ["sample_rate"] => as_type::<u32>(value),
         ["range"] => as_type::<[f64; 2]>(value),
         ["sigma_data" | "latent_scale"] | ["constants", _] => as_type::<f64>(value),
         ["schedule", "betas"] => as_type::<super::schedule::Betas>(value),

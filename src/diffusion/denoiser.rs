@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::torch::convert;
 use crate::torch::{Forward, ParamSet};
 
-use super::card::{InputSpec, Layout, TeacherCard};
+use super::card::{InputSpec, TeacherCard};
 use super::condition::Condition;
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
@@ -92,7 +92,7 @@ impl Denoiser {
         Conditions::from_host(&HostConditions::draw(&self.card, rng, batch)?, Device::Cpu)
     }
 
-    /// `D(x; sigma, c)`: x0 estimated from `x_edm = x0 + sigma e`, `[B, C, H, W]` f32, `sigma` one finite level a row.
+    /// `D(x; sigma, c)`: x0 estimated from `x_edm = x0 + sigma e`, `[B, ...shape]` f32, `sigma` one finite level a row.
     /// Differentiable with respect to `x_edm` and the parameters.
     pub fn denoise(&self, x_edm: &Tensor, sigma: &[f64], cond: &Conditions) -> Result<Tensor> {
         Ok(self.denoise_tapped(x_edm, sigma, cond, &[])?.0)
@@ -126,7 +126,7 @@ impl Denoiser {
 
     /// What an evaluation at these noise levels takes beside samples and conditions, on `device`.
     pub fn prepare(&self, sigma: &[f64], form: Form, device: Device) -> Result<Prepared> {
-        Prepared::new(&self.coefficients(sigma)?, &self.binding.time, self.single(), form, device)
+        Prepared::new(&self.coefficients(sigma)?, self.card.rank(), &self.binding.time, self.single(), form, device)
     }
 
     /// [`Denoiser::prepare`] for an evaluation under guidance.
@@ -140,17 +140,17 @@ impl Denoiser {
         }
         check_guidance(&self.card)?;
         let mut prepared = self.prepare(&[sigma, sigma].concat(), form, device)?;
-        prepared.guide(guidance, sigma, &self.binding.conditions, form, device)?;
+        prepared.guide(guidance, sigma, self.card.rank(), &self.binding.conditions, form, device)?;
         Ok(prepared)
     }
 
     /// What [`Denoiser::generate`] takes beside noise and conditions.
     pub fn prepare_start(&self, rows: usize, start: &StudentStart, device: Device) -> Result<Prepared> {
         let coefficients = vec![Coefficients { c_in: start.init_scale, ..start.coefficients }; rows];
-        Prepared::new(&coefficients, &self.binding.time, self.single(), Form::Short, device)
+        Prepared::new(&coefficients, self.card.rank(), &self.binding.time, self.single(), Form::Short, device)
     }
 
-    /// The evaluation that was prepared, of `x_edm` `[B, C, H, W]`; and the tensors of these names inside the network, first
+    /// The evaluation that was prepared, of `x_edm` `[B, ...shape]`; and the tensors of these names inside the network, first
     /// dimension the batch (none under guidance).
     pub fn denoise_prepared(
         &self,
@@ -192,7 +192,7 @@ impl Denoiser {
         check_guidance(&self.card)
     }
 
-    /// The one-step student: x0 from `z ~ N(0, I)`, `[B, C, H, W]`: `x_net = init_scale z`, `x0 = skip x_net + out F`.
+    /// The one-step student: x0 from `z ~ N(0, I)`, `[B, ...shape]`: `x_net = init_scale z`, `x0 = skip x_net + out F`.
     pub fn generate(&self, z: &Tensor, cond: &Conditions, start: &StudentStart) -> Result<Tensor> {
         let rows = z.size().first().copied().unwrap_or(0) as usize;
         Ok(self.denoise_prepared(z, &self.prepare_start(rows, start, z.device())?, cond, &[])?.0)
@@ -211,8 +211,7 @@ impl Denoiser {
     }
 
     fn check_batch(&self, x: &Tensor, cond: &Conditions, rows: usize) -> Result<()> {
-        let [c, h, w] = self.card.shape.map(|d| d as i64);
-        let expected = [rows as i64, c, h, w];
+        let expected = self.card.size_of(rows);
         if x.size() != expected {
             return Err(Error::mismatch(format!("samples of shape {:?}, expected {expected:?}", x.size())));
         }
@@ -266,10 +265,7 @@ impl Denoiser {
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let device = x.device();
         let x_net = part.c_in.times(x)?;
-        let wanted = match self.card.layout {
-            Layout::Nchw => x_net.shallow_clone(),
-            Layout::Nhwc => x_net.f_permute([0, 2, 3, 1])?.f_contiguous()?,
-        };
+        let wanted = self.card.layout.into_graph(&x_net)?;
         let sample = wanted.f_to_kind(convert::kind(self.binding.sample.dtype))?;
         let constants = self
             .binding
@@ -287,14 +283,10 @@ impl Denoiser {
         let (_, output) = outputs.into_iter().find(|(name, _)| *name == self.card.output).ok_or_else(|| {
             Error::usage(format!("the card names the output `{}`, which the graph does not have", self.card.output))
         })?;
-        let output = match self.card.layout {
-            Layout::Nchw => output,
-            Layout::Nhwc => output.f_permute([0, 3, 1, 2])?,
-        };
-        let output = without_variance(output, self.card.shape[0])?.f_to_kind(Kind::Float)?;
+        let output = self.card.without_variance(self.card.layout.out_of_graph(output)?)?.f_to_kind(Kind::Float)?;
         if output.size() != x.size() {
             return Err(Error::mismatch(format!(
-                "output `{}` has shape {:?}, expected {:?} (in the order B, C, H, W)",
+                "output `{}` has shape {:?}, expected {:?} (in the order of the card's shape)",
                 self.card.output,
                 output.size(),
                 x.size()
@@ -305,14 +297,6 @@ impl Denoiser {
             return Ok((fresh, features));
         }
         Ok((part.skip.times(&x_net)?.f_add(&fresh)?, features))
-    }
-}
-
-/// The prediction of `[B, C, H, W]`, or of `[B, 2 C, H, W]` with a learned variance behind it.
-pub(crate) fn without_variance(output: Tensor, channels: usize) -> Result<Tensor> {
-    match output.size().get(1) {
-        Some(&n) if n == 2 * channels as i64 => Ok(output.f_narrow(1, 0, channels as i64)?),
-        _ => Ok(output),
     }
 }
 

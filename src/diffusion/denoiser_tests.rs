@@ -58,7 +58,7 @@ fn card() -> TeacherCard {
         prediction: Prediction::EdmRaw,
         time_unit: TimeUnit::LnSigma4,
         shape: [2, 1, 3],
-        layout: Layout::Nchw,
+        layout: Layout::ChannelsFirst,
         range: None,
         sigma_data: 0.5,
         latent_scale: 1.0,
@@ -80,8 +80,8 @@ fn denoiser(card: TeacherCard, inputs: &[InputSpec]) -> (Denoiser, Seen) {
 
 fn inputs(time: DType, time_shape: &[Option<usize>], layout: Layout) -> Vec<InputSpec> {
     let image = match layout {
-        Layout::Nchw => [None, Some(2), Some(1), Some(3)],
         Layout::Nhwc => [None, Some(1), Some(3), Some(2)],
+        _ => [None, Some(2), Some(1), Some(3)],
     };
     vec![InputSpec::new("x", DType::F32, &image), InputSpec::new("t", time, time_shape)]
 }
@@ -117,7 +117,7 @@ fn assert_close(found: &Tensor, expected: &[f64]) {
 fn every_form_of_time_and_layout_gives_the_conversions_value() {
     let sigma = [0.5, 3.0, 0.5, 20.0];
     let vp = ScheduleSpec::Vp { betas: Betas::Linear, beta_start: None, beta_end: None, steps: None, table: vec![] };
-    for layout in [Layout::Nchw, Layout::Nhwc] {
+    for layout in [Layout::ChannelsFirst, Layout::Nhwc] {
         type Case<'a> = (DType, &'a [Option<usize>], usize, Vec<i64>);
         let cases: [Case; 6] = [
             (DType::F32, &[None], 1, vec![4]),
@@ -148,7 +148,7 @@ fn every_form_of_time_and_layout_gives_the_conversions_value() {
     }
     // Integer steps: levels next to a table entry give that entry.
     let card = TeacherCard { prediction: Prediction::Epsilon, time_unit: TimeUnit::Step, schedule: vp, ..card() };
-    let (d, seen) = denoiser(card.clone(), &inputs(DType::I64, &[None], Layout::Nchw));
+    let (d, seen) = denoiser(card.clone(), &inputs(DType::I64, &[None], Layout::ChannelsFirst));
     let schedule = card.schedule().unwrap();
     let sigma = [schedule.sigma(0.0), schedule.sigma(500.0), schedule.sigma(999.0)];
     let found = d.denoise(&batch(3), &sigma, &Conditions::none(3)).unwrap();
@@ -162,7 +162,7 @@ fn every_form_of_time_and_layout_gives_the_conversions_value() {
 #[test]
 fn a_denoising_graph_is_used_untouched() {
     let card = TeacherCard { prediction: Prediction::Denoised, time_unit: TimeUnit::Sigma, ..card() };
-    let (d, _) = denoiser(card, &inputs(DType::F32, &[None], Layout::Nchw));
+    let (d, _) = denoiser(card, &inputs(DType::F32, &[None], Layout::ChannelsFirst));
     let x = batch(2);
     let found = d.denoise(&x, &[2.0, 3.0], &Conditions::none(2)).unwrap();
     let w = &d.params().tensors()[0];
@@ -173,7 +173,7 @@ fn a_denoising_graph_is_used_untouched() {
 fn with_classes(null: Option<i64>) -> (TeacherCard, Vec<InputSpec>) {
     let mut card = card();
     card.conditions.insert("c".into(), Condition::ClassIndex { classes: 4, null });
-    let mut inputs = inputs(DType::F32, &[None], Layout::Nchw);
+    let mut inputs = inputs(DType::F32, &[None], Layout::ChannelsFirst);
     inputs.push(InputSpec::new("c", DType::I64, &[None]));
     (card, inputs)
 }
@@ -260,7 +260,7 @@ fn guidance_extrapolates_from_the_null_condition_in_one_call() {
 
 #[test]
 fn the_student_is_the_denoiser_at_its_start() {
-    let (d, _) = denoiser(card(), &inputs(DType::F32, &[None], Layout::Nchw));
+    let (d, _) = denoiser(card(), &inputs(DType::F32, &[None], Layout::ChannelsFirst));
     let start = d.conversion().at_start(Some(2.5)).unwrap();
     let z = batch(2);
     let student = d.generate(&z, &Conditions::none(2), &start).unwrap();
@@ -273,7 +273,7 @@ fn the_student_is_the_denoiser_at_its_start() {
         schedule: ScheduleSpec::Flow { shift: 1.0 },
         ..card()
     };
-    let (d, _) = denoiser(flow, &inputs(DType::F32, &[None], Layout::Nchw));
+    let (d, _) = denoiser(flow, &inputs(DType::F32, &[None], Layout::ChannelsFirst));
     let start = d.conversion().at_start(None).unwrap();
     let found = d.generate(&z, &Conditions::none(2), &start).unwrap();
     let want: Vec<f64> = values(&z).iter().map(|z| z - (W * z + 1.0)).collect();
@@ -282,7 +282,7 @@ fn the_student_is_the_denoiser_at_its_start() {
 
 #[test]
 fn copies_have_their_own_parameters() {
-    let (d, _) = denoiser(card(), &inputs(DType::F32, &[None], Layout::Nchw));
+    let (d, _) = denoiser(card(), &inputs(DType::F32, &[None], Layout::ChannelsFirst));
     let copy = d.copy().unwrap();
     assert_eq!(copy.params().hash().unwrap(), d.params().hash().unwrap());
     let _ = tch::no_grad(|| copy.params().tensors()[0].shallow_clone().fill_(3.0));
@@ -320,7 +320,7 @@ fn drawn_conditions_are_classes_of_the_card_and_depend_on_the_generator_alone() 
 fn sampling_with_a_linear_network_runs_the_ode() {
     // Prediction `denoised` with w = 0 and time 0 would be D = 0; here D = w x + sigma is not physical, but NFE and shape are.
     let card = TeacherCard { prediction: Prediction::Denoised, time_unit: TimeUnit::Sigma, ..card() };
-    let (d, seen) = denoiser(card, &inputs(DType::F32, &[None], Layout::Nchw));
+    let (d, seen) = denoiser(card, &inputs(DType::F32, &[None], Layout::ChannelsFirst));
     let found = d.sample(&batch(2), &Conditions::none(2), crate::diffusion::Sampler::Heun, 5, 1.0).unwrap();
     assert_eq!((found.nfe, seen.borrow().len()), (9, 9));
     assert_eq!(found.value.size(), [2, 2, 1, 3]);

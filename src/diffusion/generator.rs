@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
+use crate::axes::written;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 use crate::torch::{Forward, ParamSet, convert};
@@ -43,16 +44,16 @@ pub struct GeneratorCondition {
 pub struct GeneratorPorts {
     /// Input that takes the noise.
     pub noise: InputSpec,
-    /// Noise of one sample as the graph takes it: one to three dimensions.
+    /// Noise of one sample as the graph takes it, of one dimension to as many as the sample has (three at least).
     pub noise_row: Vec<usize>,
     /// Output that is the sample.
     pub output: InputSpec,
-    /// How the output lays out a batch of samples.
+    /// Whether the output has images with their channels last ([`Layout::Nhwc`]); else it is as the card's shape says.
     pub layout: Layout,
     /// The teacher's conditions with the inputs that take them.
     pub conditions: Vec<GeneratorCondition>,
-    /// C, H, W of one sample.
-    pub shape: [usize; 3],
+    /// One sample.
+    pub shape: Vec<usize>,
 }
 
 impl GeneratorPorts {
@@ -155,15 +156,16 @@ impl GeneratorPorts {
                 Ok(GeneratorCondition { name, input, form })
             })
             .collect::<Result<Vec<_>>>()?;
-        if !noise.dtype.is_float() || !(2..=4).contains(&noise.shape.len()) {
-            let what = format!("noise `{noise}` is not [B, ...] of floats with one to three dimensions a sample");
+        let most = card.rank().max(3);
+        if !noise.dtype.is_float() || !(2..=1 + most).contains(&noise.shape.len()) {
+            let what = format!("noise `{noise}` is not [B, ...] of floats with one to {most} dimensions a sample");
             return Err(fail(what, "student.noise names another input".into()));
         }
         // Dimensions that the file leaves open are the sample's.
         let noise_row = noise.shape[1..]
             .iter()
             .zip(&card.shape)
-            .map(|(d, sample)| d.or((noise.shape.len() == 4).then_some(*sample)))
+            .map(|(d, sample)| d.or((noise.shape.len() == 1 + card.rank()).then_some(*sample)))
             .collect::<Option<Vec<usize>>>()
             .ok_or_else(|| {
                 fail(format!("noise `{noise}` leaves its size open"), "export it with fixed sizes but the batch".into())
@@ -176,29 +178,36 @@ impl GeneratorPorts {
         let output = output.cloned().ok_or_else(|| {
             fail("which output is the sample?".into(), "student.output names the output that is the sample".into())
         })?;
-        let [c, h, w] = card.shape;
-        let fits = |row: [usize; 3]| {
+        let fits = |row: &[usize]| {
             let dims = output.shape.iter().skip(1);
-            output.shape.len() == 4 && dims.zip(row).all(|(d, n)| d.is_none_or(|d| d == n))
+            output.shape.len() == 1 + row.len() && dims.zip(row).all(|(d, n)| d.is_none_or(|d| d == *n))
+        };
+        // Images may come out with their channels last, which other samples have where the card says so.
+        let turned = match (card.image_shape(), card.shape.as_slice()) {
+            (Some(_), [c, h, w]) => Some([*h, *w, *c]),
+            _ => None,
         };
         // Exporters may leave an output's shape out; the trial call sees it then.
-        let layout = if output.shape.is_empty() || fits([c, h, w]) {
-            Layout::Nchw
-        } else if fits([h, w, c]) {
+        let layout = if output.shape.is_empty() || fits(&card.shape) {
+            Layout::ChannelsFirst
+        } else if turned.is_some_and(|row| fits(&row)) {
             Layout::Nhwc
         } else {
             return Err(fail(
-                format!("output `{output}` is not [B, {c}, {h}, {w}], which the teacher's samples are"),
+                format!("output `{output}` is not {}, which the teacher's samples are", written(&card.shape)),
                 "student and teacher must make samples of one shape; student.output names another output".into(),
             ));
         };
-        Ok(Self { noise, noise_row, output, layout, conditions, shape: card.shape })
+        Ok(Self { noise, noise_row, output, layout, conditions, shape: card.shape.clone() })
     }
 
-    /// The noise of one sample with its dimensions filled up to three.
-    pub fn noise_shape(&self) -> [usize; 3] {
-        let at = |k: usize| self.noise_row.get(k).copied().unwrap_or(1);
-        [at(0), at(1), at(2)]
+    /// The noise of one sample as a caller gives it: that of images with its dimensions filled up to three.
+    pub fn noise_shape(&self) -> Vec<usize> {
+        let mut row = self.noise_row.clone();
+        if self.shape.len() == 3 {
+            row.resize(row.len().max(3), 1);
+        }
+        row
     }
 
     /// The batch that the graph fixes, where it does.
@@ -269,7 +278,7 @@ impl Generator {
         self.ports.conditions.iter().map(|c| conditions.bound(&c.name, &c.form, &c.input)).collect()
     }
 
-    /// Samples `[B, C, H, W]` f32 for noise `[B, ...noise_shape]` f32.
+    /// Samples `[B, ...shape]` f32 for noise `[B, ...noise_shape]` f32.
     pub fn generate(&self, z: &Tensor, conditions: &Conditions) -> Result<Tensor> {
         let ports = &*self.ports;
         let rows = z.size().first().copied().unwrap_or(0);
@@ -290,14 +299,11 @@ impl Generator {
             .into_iter()
             .find(|(n, _)| n == name)
             .ok_or_else(|| Error::usage(format!("the student has no output `{name}`")))?;
-        let output = match ports.layout {
-            Layout::Nchw => output,
-            Layout::Nhwc => output.f_permute([0, 3, 1, 2])?,
-        };
+        let output = ports.layout.out_of_graph(output)?;
         if output.size() != sized(&ports.shape) {
             let expected = sized(&ports.shape);
             return Err(Error::mismatch(format!(
-                "the student's output `{name}` has shape {:?}, expected {expected:?} (in the order B, C, H, W)",
+                "the student's output `{name}` has shape {:?}, expected {expected:?}",
                 output.size()
             )));
         }

@@ -2,7 +2,7 @@ use super::*;
 
 fn card(conditions: &[(&str, Condition)]) -> TeacherCard {
     let conditions = conditions.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect();
-    TeacherCard { conditions, ..TeacherCard::plain([3, 8, 6]) }
+    TeacherCard { conditions, ..TeacherCard::plain(&[3, 8, 6]) }
 }
 
 fn classes() -> Condition {
@@ -33,7 +33,7 @@ fn ports_are_found_by_name_then_by_shape() {
     let card_of_two = card(&[("labels", classes()), ("text", rows(&[7, 4]))]);
     let inputs = [float("text", &[7, 4]), port("labels", DType::I64, &[]), float("eps", &[32])];
     let found = find(&card_of_two, &none, &inputs).unwrap();
-    assert_eq!((found.noise.name.as_str(), found.noise_shape(), found.layout), ("eps", [32, 1, 1], Layout::Nchw));
+    assert_eq!((found.noise.name.as_str(), found.noise_shape(), found.layout), ("eps", [32, 1, 1], Layout::ChannelsFirst));
     assert_eq!(found.conditions.iter().map(|c| c.input.name.as_str()).collect::<Vec<_>>(), ["labels", "text"]);
     // By shape where the names are others: an embedding is told from the noise by its shape.
     let inputs = [float("a", &[7, 4]), port("b", DType::I32, &[1]), float("z", &[4, 5, 5])];

@@ -17,12 +17,13 @@ pub mod guidance;
 pub mod loss_weight;
 #[cfg(feature = "train")]
 pub mod prepared;
+pub mod sample_axes;
 pub mod sampler;
 pub mod schedule;
 mod scheduler_config;
 pub mod teacher_engine;
 
-pub use card::{InputSpec, Layout, Prediction, TeacherCard, TimeUnit};
+pub use card::{InputSpec, Layout, Modality, Prediction, TeacherCard, TimeUnit};
 pub use card_source::{CardSource, Origin, ResolvedCard};
 pub use condition::{Condition, Null};
 pub use condition_source::ConditionSource;

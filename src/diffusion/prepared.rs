@@ -5,6 +5,7 @@ use tch::{Device, Tensor};
 
 use crate::error::{Context, Error, Result};
 use crate::torch::convert;
+use crate::torch::convert::column;
 use crate::torch::device::send;
 
 use super::card::InputSpec;
@@ -27,20 +28,19 @@ pub enum Form {
 pub(super) enum Factor {
     One,
     Number(f64),
-    /// f32 `[B, 1, 1, 1]`.
+    /// f32 `[B, 1, ...]`, of the samples' rank.
     Column(Tensor),
 }
 
 impl Factor {
-    pub(super) fn new(values: &[f64], form: Form, device: Device) -> Result<Self> {
+    pub(super) fn new(values: &[f64], rank: usize, form: Form, device: Device) -> Result<Self> {
         if values.iter().all(|v| *v == 1.0) {
             return Ok(Self::One);
         }
         if values.iter().all(|v| *v == values[0]) && (form == Form::Short || values[0] == 0.0) {
             return Ok(Self::Number(values[0]));
         }
-        let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-        Ok(Self::Column(send(&Tensor::f_from_slice(&values)?.f_view([values.len() as i64, 1, 1, 1])?, device)?))
+        Ok(Self::Column(column(values, rank, device)?))
     }
 
     pub(super) fn is_zero(&self) -> bool {
@@ -87,9 +87,16 @@ pub(super) struct Part {
 }
 
 impl Part {
-    fn new(coefficients: &[Coefficients], spec: &InputSpec, single: bool, form: Form, device: Device) -> Result<Self> {
+    fn new(
+        coefficients: &[Coefficients],
+        rank: usize,
+        spec: &InputSpec,
+        single: bool,
+        form: Form,
+        device: Device,
+    ) -> Result<Self> {
         let factor = |pick: fn(&Coefficients) -> f64| {
-            Factor::new(&coefficients.iter().map(pick).collect::<Vec<_>>(), form, device)
+            Factor::new(&coefficients.iter().map(pick).collect::<Vec<_>>(), rank, form, device)
         };
         Ok(Self {
             rows: None,
@@ -130,11 +137,12 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Of these coefficients, one a row. `single`: the network takes one time for the whole batch.
+    /// Of these coefficients, one a row, for samples of `rank` axes. `single`: the network takes one time for the whole batch.
     ///
     /// Errors: a fixed form of rows at several times for such a network.
     pub(super) fn new(
         coefficients: &[Coefficients],
+        rank: usize,
         spec: &InputSpec,
         single: bool,
         form: Form,
@@ -149,7 +157,7 @@ impl Prepared {
         if together {
             let parts = match samples {
                 0 => Vec::new(),
-                _ => vec![Part::new(coefficients, spec, single, form, device)?],
+                _ => vec![Part::new(coefficients, rank, spec, single, form, device)?],
             };
             return Ok(Self { samples, parts, back: None, guided: None });
         }
@@ -165,7 +173,7 @@ impl Prepared {
         for (_, rows) in &groups {
             let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
             let index = send(&Tensor::f_from_slice(rows)?, device)?;
-            parts.push(Part { rows: Some(index), ..Part::new(&picked, spec, true, form, device)? });
+            parts.push(Part { rows: Some(index), ..Part::new(&picked, rank, spec, true, form, device)? });
         }
         let order = groups.iter().flat_map(|(_, rows)| rows.iter().copied());
         let mut back = vec![0i64; samples];
@@ -219,6 +227,7 @@ impl Prepared {
         &mut self,
         guidance: Guidance,
         sigma: &[f64],
+        rank: usize,
         conditions: &[(Condition, InputSpec)],
         form: Form,
         device: Device,
@@ -233,8 +242,8 @@ impl Prepared {
             Strength::Everywhere(guidance.scale)
         } else {
             // Rows outside the interval keep `D_c`, bit for bit.
-            let extra: Vec<f32> = scales.iter().map(|s| (s - 1.0) as f32).collect();
-            Strength::Extra(send(&Tensor::f_from_slice(&extra)?.f_view([extra.len() as i64, 1, 1, 1])?, device)?)
+            let extra: Vec<f64> = scales.iter().map(|s| s - 1.0).collect();
+            Strength::Extra(column(&extra, rank, device)?)
         };
         self.guided = Some(Guided { nulls: nulls.collect::<Result<_>>()?, strength });
         self.samples = sigma.len();

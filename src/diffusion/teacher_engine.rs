@@ -13,7 +13,7 @@ use crate::runtime::student::Request;
 use crate::runtime::{self, Dim, Engine, EngineOptions};
 use crate::tensor::{DType, HostTensor};
 
-use super::card::{InputSpec, Layout, TeacherCard};
+use super::card::{InputSpec, TeacherCard};
 use super::card_source::{CardSource, ResolvedCard};
 use super::condition::Condition;
 use super::conditions::{HostConditions, check_guidance};
@@ -36,7 +36,7 @@ pub struct TeacherRequest {
 /// Samples of a teacher.
 #[derive(Debug, Clone)]
 pub struct TeacherSamples {
-    /// f32 `[count, C, H, W]`, clipped to the card's range where it has one.
+    /// f32 `[count, ...shape]`, clipped to the card's range where it has one.
     pub images: HostTensor,
     /// Network evaluations an image (guidance takes two a step).
     pub nfe: usize,
@@ -119,12 +119,12 @@ impl TeacherOnEngine {
         self.engine.name()
     }
 
-    /// `D(x; sigma, c)` with guidance `D_u + scale (D_c - D_u)`: `x_edm` are `cond.len()` samples `[C, H, W]`.
+    /// `D(x; sigma, c)` with guidance `D_u + scale (D_c - D_u)`: `x_edm` are `cond.len()` samples one after the other.
     pub fn denoise(&mut self, x_edm: &[f32], sigma: f64, cond: &HostConditions, guidance: f64) -> Result<Vec<f32>> {
         let rows = cond.len();
-        let [c, h, w] = self.card.shape;
-        if x_edm.len() != rows * c * h * w {
-            return Err(Error::mismatch(format!("{} values for {rows} samples of {:?}", x_edm.len(), self.card.shape)));
+        let (layout, shape) = (self.card.layout, self.card.shape.as_slice());
+        if x_edm.len() != rows * self.card.sample_len() {
+            return Err(Error::mismatch(format!("{} values for {rows} samples of {shape:?}", x_edm.len())));
         }
         let guided = guidance != 1.0;
         if guided {
@@ -133,10 +133,8 @@ impl TeacherOnEngine {
         let total = if guided { 2 * rows } else { rows };
         let k = self.conversion.at(sigma)?;
         let x_net: Vec<f32> = x_edm.iter().map(|v| v * k.c_in as f32).collect();
-        let mut given = match self.card.layout {
-            Layout::Nchw => HostTensor::new(&[rows, c, h, w], &x_net)?,
-            Layout::Nhwc => HostTensor::new(&[rows, h, w, c], &transpose(&x_net, c, h * w))?,
-        };
+        let in_graph: Vec<usize> = std::iter::once(rows).chain(self.card.graph_shape()).collect();
+        let mut given = HostTensor::new(&in_graph, &layout.values_into_graph(&x_net, shape))?;
         if guided {
             given = HostTensor::concat_rows(&[given.clone(), given])?;
         }
@@ -161,9 +159,7 @@ impl TeacherOnEngine {
         let mut f = f.ok_or_else(|| {
             Error::mismatch(format!("output {output:?} for {total} samples of {:?}", self.card.shape))
         })?;
-        if self.card.layout == Layout::Nhwc {
-            f = transpose(&f, h * w, c);
-        }
+        f = layout.values_out_of_graph(f, shape);
         if guided {
             // The conversion is affine with the same coefficients for both halves, so F may be extrapolated.
             let (with, without) = f.split_at(x_net.len());
@@ -211,7 +207,6 @@ impl TeacherOnEngine {
         let schedule = self.conversion.schedule().clone();
         let (sampler, steps) = request.sampler.fitting(self.card.prediction, request.steps);
         let sigmas = sampler.sigmas(&schedule, steps);
-        let [c, h, w] = self.card.shape;
         let len = self.card.sample_len();
         let batch = request.images.batch.max(1);
         let (mut images, mut nfe) = (Vec::with_capacity(count * len), 0);
@@ -231,7 +226,7 @@ impl TeacherOnEngine {
         if request.guidance != 1.0 {
             nfe *= 2;
         }
-        Ok(TeacherSamples { images: HostTensor::new(&[count, c, h, w], &images)?, nfe })
+        Ok(TeacherSamples { images: HostTensor::new(&self.card.batch_of(count), &images)?, nfe })
     }
 }
 
@@ -251,15 +246,6 @@ fn filled(spec: &InputSpec, value: f64, rows: usize, batch: Option<usize>) -> Re
         DType::Bool => DType::U8,
         other => other,
     }))
-}
-
-/// `[B, a, b]` to `[B, b, a]`.
-fn transpose(values: &[f32], a: usize, b: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(values.len());
-    for row in values.chunks_exact(a * b) {
-        (0..b).for_each(|j| out.extend((0..a).map(|i| row[i * b + j])));
-    }
-    out
 }
 
 #[cfg(test)]

@@ -19,7 +19,8 @@ pub struct Batches {
     /// Device on which tensors are made: the teacher's.
     pub device: Device,
     seed: u64,
-    shape: [i64; 3],
+    /// Of a micro-batch of samples.
+    size: Vec<i64>,
     conditions: ConditionSource,
     /// Noise levels at which target and fake score are compared in stage 2.
     pub generator_levels: Levels,
@@ -49,7 +50,7 @@ impl Batches {
             batch: config.batch,
             device: teacher.params().tensors().first().map_or(Device::Cpu, Tensor::device),
             seed: config.seed,
-            shape: card.shape.map(|d| d as i64),
+            size: card.size_of(config.batch),
             conditions: conditions(config, card)?,
             generator_levels: levels(noise.distribution, noise.generator),
             fake_levels: levels(fake, noise.fake),
@@ -75,10 +76,9 @@ impl Batches {
         Draws::new(self.seed, phase, iteration, micro)
     }
 
-    /// Standard normal images.
+    /// Standard normal samples.
     pub fn noise(&self, draws: &Draws, what: Purpose) -> Result<Tensor> {
-        let [c, h, w] = self.shape;
-        draws.noise(what, &[self.batch as i64, c, h, w], self.device)
+        draws.noise(what, &self.size, self.device)
     }
 
     /// Standard normal noise for a batch of a student's images.

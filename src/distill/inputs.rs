@@ -28,7 +28,7 @@ impl Noised {
         let device: Device = noise.device();
         Ok(Self {
             noise: noise.shallow_clone(),
-            sigma: column(sigmas, device)?,
+            sigma: column(sigmas, denoiser.card().rank(), device)?,
             weights: weights(denoiser, sigmas, device)?,
             prepared: denoiser.prepare(sigmas, form, device)?,
         })

@@ -261,7 +261,7 @@ mod tests {
     fn a_run_knows_its_card() {
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::create(&dir.path().join("run"), &Config::default()).unwrap();
-        let card = TeacherCard::plain([1, 8, 8]);
+        let card = TeacherCard::plain(&[1, 8, 8]);
         let mut other = card.clone();
         other.sigma_data = 0.9;
         // A run of an earlier version has no card.

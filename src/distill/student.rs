@@ -111,9 +111,8 @@ impl Student {
         let z = shim::randn(STEP_NOISE, &self.noise_size(rows), device)?;
         let conditions = Conditions::from_host(conditions, device)?;
         let made = tch::no_grad(|| self.generate(&z, &conditions)).context("the student's first samples")?;
-        let [c, h, w] = card.shape.map(|d| d as i64);
-        if made.size() != [rows, c, h, w] {
-            let (found, expected) = (made.size(), [rows, c, h, w]);
+        let (found, expected) = (made.size(), card.size_of(conditions.len() as usize));
+        if found != expected {
             return Err(Error::mismatch(format!(
                 "the student makes samples of shape {found:?}, expected {expected:?}"
             )));
@@ -125,15 +124,19 @@ impl Student {
     }
 
     /// Shape of the noise of `rows` samples.
-    pub fn noise_size(&self, rows: i64) -> [i64; 4] {
-        let [a, b, c] = match self {
-            Self::Levels(s) => s.denoiser.card().shape,
-            Self::Generator(g) => g.ports().noise_shape(),
-        };
-        [rows, a as i64, b as i64, c as i64]
+    pub fn noise_size(&self, rows: i64) -> Vec<i64> {
+        std::iter::once(rows).chain(self.noise_shape().into_iter().map(|d| d as i64)).collect()
     }
 
-    /// Images for standard normal `z` of [`Student::noise_size`], `[B, C, H, W]` f32, by all steps. The noise of further
+    /// Shape of the noise of one sample.
+    pub fn noise_shape(&self) -> Vec<usize> {
+        match self {
+            Self::Levels(s) => s.denoiser.card().shape.clone(),
+            Self::Generator(g) => g.ports().noise_shape(),
+        }
+    }
+
+    /// Images for standard normal `z` of [`Student::noise_size`], `[B, ...shape]` f32, by all steps. The noise of further
     /// steps depends on the step and the batch's shape alone.
     pub fn generate(&self, z: &Tensor, conditions: &Conditions) -> Result<Tensor> {
         match self {

@@ -132,13 +132,13 @@ impl Source {
     /// Puts a decoder behind a source of latents; any other stays as it is.
     pub fn decoded(self, decoder: Option<&Path>, options: &EngineOptions) -> Result<Self> {
         let latents = match &self {
-            Self::Student(s) if s.info().range.is_none() => Some((s.info().shape, s.info().latent_scale())),
-            Self::Teacher(t) if t.card().range.is_none() => Some((t.card().shape, t.card().latent_scale)),
+            Self::Student(s) if s.info().range.is_none() => Some((s.info().shape.clone(), s.info().latent_scale())),
+            Self::Teacher(t) if t.card().range.is_none() => Some((t.card().shape.clone(), t.card().latent_scale)),
             _ => None,
         };
         let (Some(decoder), Some((shape, scale))) = (decoder, latents) else { return Ok(self) };
-        let mut decoder = Decoder::open(decoder, shape, scale, options)?;
-        let shape = decoder.image_shape(shape)?;
+        let mut decoder = Decoder::open(decoder, &shape, scale, options)?;
+        let shape = decoder.image_shape(&shape)?;
         Ok(Self::Decoded(Box::new(Decoded { latents: self, decoder, shape })))
     }
 
@@ -165,12 +165,12 @@ impl Source {
         }
     }
 
-    /// Channels, height and width of its images.
+    /// Channels, height and width of its images; `None` where it holds none.
     pub fn shape(&self) -> Option<[usize; 3]> {
         match self {
             Self::Images(set) => Some(set.shape()),
-            Self::Student(student) => Some(student.info().shape),
-            Self::Teacher(teacher) => Some(teacher.card().shape),
+            Self::Student(student) => student.info().image_shape(),
+            Self::Teacher(teacher) => teacher.card().image_shape(),
             Self::Decoded(d) => Some(d.shape),
             Self::Statistics(_) => None,
         }

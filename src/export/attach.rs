@@ -25,6 +25,9 @@ pub fn image(model: &mut ModelProto) -> Result<()> {
     let [low, high] = info.range.ok_or_else(|| {
         Error::usage("the student makes latents, which are no images").hint("append their decoder with --decoder FILE")
     })?;
+    let [c, h, w] = info.image_shape().ok_or_else(|| {
+        Error::usage(format!("the student's samples are {:?}, which are no images: they have no 8-bit form", info.shape))
+    })?;
     let opset = edit::opset(model);
     let Some(graph) = model.graph.as_mut() else { return Ok(()) };
     if edit::value_names(graph).contains(IMAGE) {
@@ -52,7 +55,6 @@ pub fn image(model: &mut ModelProto) -> Result<()> {
         turn,
         cast,
     ]);
-    let [c, h, w] = info.shape;
     let batch = match info.noise.shape.first() {
         Some(Dim::Fixed(n)) => Ok(*n),
         _ => Err("batch"),
@@ -76,14 +78,20 @@ pub fn decoder(model: &mut ModelProto, path: &Path, range: [f64; 2]) -> Result<(
     let mut decoder = (*Model::load(path)?.proto).clone();
     save::internalise(&mut decoder);
     let (inputs, outputs) = model_values(&decoder).with_context(|| shown.clone())?;
-    let fits = |shape: &[Dim], want: [usize; 3]| {
-        shape.len() == 4 && shape[1..].iter().zip(want).all(|(d, n)| matches!(d, Dim::Symbol(_)) || *d == Dim::Fixed(n))
+    if info.shape.len() != 3 {
+        return Err(Error::usage(format!(
+            "--decoder: a decoder makes images of latents [C, h, w]; the student's samples are {:?}",
+            info.shape
+        )));
+    }
+    let fits = |shape: &[Dim], want: &[usize]| {
+        shape.len() == 4 && shape[1..].iter().zip(want).all(|(d, n)| matches!(d, Dim::Symbol(_)) || *d == Dim::Fixed(*n))
     };
     let [input] = inputs.as_slice() else {
         let names: Vec<String> = inputs.iter().map(|i| i.to_string()).collect();
         return Err(Error::usage(format!("{shown}: a decoder has one input, this has {}", names.join("; "))));
     };
-    if !fits(&input.shape, info.shape) || !input.dtype.is_float() {
+    if !fits(&input.shape, &info.shape) || !input.dtype.is_float() {
         return Err(Error::usage(format!("{shown}: input {input} does not take latents of {:?}", info.shape)));
     }
     let images = outputs.iter().find(|o| o.shape.len() == 4 && o.dtype.is_float());

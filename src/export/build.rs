@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::diffusion::{Coefficients, Layout, StudentStart, TeacherCard};
+use crate::diffusion::{Coefficients, StudentStart, TeacherCard};
 use crate::error::{Error, Result};
 use crate::export::fold;
 use crate::export::trained::port;
@@ -45,6 +45,12 @@ fn declared_types(model: &ModelProto) -> HashMap<String, DType> {
     typed.collect()
 }
 
+/// A batch of f32 samples as a graph's input or output.
+pub(super) fn batch_info(name: &str, batch: std::result::Result<usize, &str>, shape: &[usize]) -> ValueInfoProto {
+    let dims: Vec<_> = std::iter::once(batch).chain(shape.iter().copied().map(Ok)).collect();
+    value_info(name, DType::F32, &dims)
+}
+
 /// What a student is built of.
 pub(super) struct Plan<'a> {
     pub net: &'a Network,
@@ -75,8 +81,7 @@ pub(super) fn build(base: &ModelProto, plan: &Plan) -> Result<ModelProto> {
     let Wiring { before, after, graph, .. } = wiring;
     let middle = std::mem::take(&mut graph.node);
     graph.node = before.into_iter().chain(middle).chain(after).collect();
-    let [c, h, w] = card.shape;
-    graph.output = vec![value_info("sample", DType::F32, &[batch.ok_or("batch"), Ok(c), Ok(h), Ok(w)])];
+    graph.output = vec![batch_info("sample", batch.ok_or("batch"), &card.shape)];
     // Some converters leave nodes in no order.
     edit::sort(graph);
     edit::remove_dead(graph);
@@ -144,9 +149,7 @@ impl Wiring<'_> {
                 declare(v, batch, &p.dims().unwrap_or_default());
             }
         }
-        let [c, h, w] = card.shape;
-        let dims = [batch.ok_or("batch"), Ok(c), Ok(h), Ok(w)];
-        self.graph.input.insert(0, value_info("noise", DType::F32, &dims));
+        self.graph.input.insert(0, batch_info("noise", batch.ok_or("batch"), &card.shape));
     }
 
     /// noise -> scaled -> layout -> element type -> the network's sample. Gives the name of the scaled noise.
@@ -160,9 +163,9 @@ impl Wiring<'_> {
             at = "disback/x_start".into();
         }
         let scaled = at.clone();
-        if card.layout == Layout::Nhwc {
+        if let Some(perm) = card.layout.to_graph() {
             let mut n = node("Transpose", &[&at], "disback/x_nhwc");
-            n.attribute.push(ints_attribute("perm", &[0, 2, 3, 1]));
+            n.attribute.push(ints_attribute("perm", &perm));
             self.before.push(n);
             at = "disback/x_nhwc".into();
         }
@@ -222,15 +225,15 @@ impl Wiring<'_> {
             self.after.push(n);
             out = "disback/f_cast".into();
         }
-        if card.layout == Layout::Nhwc {
+        if let Some(perm) = card.layout.from_graph() {
             let mut n = node("Transpose", &[&out], "disback/f_nchw");
-            n.attribute.push(ints_attribute("perm", &[0, 3, 1, 2]));
+            n.attribute.push(ints_attribute("perm", &perm));
             self.after.push(n);
             out = "disback/f_nchw".into();
         }
-        if *variance {
+        if let Some(axis) = card.variance_axis().filter(|_| *variance) {
             let mut n = node("Slice", &[&out], "disback/f_mean");
-            for (name, at) in [("starts", 0), ("ends", card.shape[0] as i64), ("axes", 1)] {
+            for (name, at) in [("starts", 0), ("ends", card.shape[axis] as i64), ("axes", 1 + axis as i64)] {
                 if self.opset < 10 {
                     n.attribute.push(ints_attribute(name, &[at]));
                 } else {

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::axes::Layout;
 use crate::error::Result;
 use crate::export::attach;
 use crate::graph::save;
@@ -22,9 +23,14 @@ pub fn consumer_metadata(model: &mut ModelProto, precision: &str) -> Result<()> 
             })
             .collect::<Vec<_>>()
     };
+    // What lies outside the graph: images are [B, C, H, W] there.
+    let layout = match (info.shape.len(), info.layout) {
+        (3, Layout::ChannelsFirst) | (_, Layout::Nhwc) => json!("nchw"),
+        (_, other) => json!(other),
+    };
     let mut inputs = vec![json!({
         "name": "noise", "dtype": info.noise.dtype.to_string(), "shape": dims(&info.noise.shape),
-        "layout": "nchw", "distribution": "standard normal",
+        "layout": layout, "distribution": "standard normal",
     })];
     for c in &info.conditions {
         let mut entry =
@@ -48,7 +54,7 @@ pub fn consumer_metadata(model: &mut ModelProto, precision: &str) -> Result<()> 
             attach::IMAGE => {
                 json!({ "name": o.name, "dtype": "u8", "shape": dims(&o.shape), "layout": "nhwc", "range": [0, 255] })
             }
-            _ => json!({ "name": o.name, "dtype": o.dtype.to_string(), "shape": dims(&o.shape), "layout": "nchw",
+            _ => json!({ "name": o.name, "dtype": o.dtype.to_string(), "shape": dims(&o.shape), "layout": layout,
                 "range": info.range }),
         })
         .collect();

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use tch::{Device, Tensor};
 
 use super::base;
-use super::build::{clip, declare};
+use super::build::{batch_info, clip, declare};
 use super::student::{StudentOptions, describe, needs_opset};
 use super::trained::{self, Expected, largest};
-use crate::diffusion::{Conditions, Generator, GeneratorPorts, HostConditions, Layout, TeacherCard};
+use crate::diffusion::{Conditions, Generator, GeneratorPorts, HostConditions, TeacherCard};
 use crate::error::{Error, Result};
 use crate::graph::edit;
-use crate::graph::edit::{node, value_info};
+use crate::graph::edit::node;
 use crate::graph::tensors;
 use crate::noise::batch_noise;
 use crate::onnx::{GraphProto, ModelProto};
@@ -40,8 +40,7 @@ pub fn generator(
 
     free_names(graph, ports);
     let dim = ports.batch().ok_or("batch");
-    let [a, b, c] = ports.noise_shape();
-    let mut kept = vec![value_info("noise", DType::F32, &[dim, Ok(a), Ok(b), Ok(c)])];
+    let mut kept = vec![batch_info("noise", dim, &ports.noise_shape())];
     for condition in &ports.conditions {
         let input = graph.input.iter().find(|v| v.name() == condition.name);
         let mut input = input
@@ -55,7 +54,7 @@ pub fn generator(
     // noise -> its own rank -> its element type
     let mut before = Vec::new();
     let mut at = "noise".to_owned();
-    if ports.noise_row.len() < 3 {
+    if ports.noise_row != ports.noise_shape() {
         let mut shape = vec![0i64];
         shape.extend(ports.noise_row.iter().map(|d| *d as i64));
         graph.initializer.push(tensors::to_proto("disback/noise_shape", &HostTensor::vec(&shape)));
@@ -78,17 +77,16 @@ pub fn generator(
         after.push(cast);
         out = "disback/sample_cast".into();
     }
-    if ports.layout == Layout::Nhwc {
+    if let Some(perm) = ports.layout.from_graph() {
         let mut transpose = node("Transpose", &[&out], "disback/sample_nchw");
-        transpose.attribute.push(edit::ints_attribute("perm", &[0, 3, 1, 2]));
+        transpose.attribute.push(edit::ints_attribute("perm", &perm));
         after.push(transpose);
         out = "disback/sample_nchw".into();
     }
     after.push(clip(graph, &out, card.range, opset));
     let middle = std::mem::take(&mut graph.node);
     graph.node = before.into_iter().chain(middle).chain(after).collect();
-    let [c, h, w] = card.shape;
-    graph.output = vec![value_info("sample", DType::F32, &[dim, Ok(c), Ok(h), Ok(w)])];
+    graph.output = vec![batch_info("sample", dim, &card.shape)];
     edit::remove_dead(graph);
 
     // A consumer wants to know what the inputs of this file take, not the teacher's.
@@ -153,7 +151,7 @@ fn check(
     let mut samples = Vec::new();
     for batch in ports.batch().map_or(vec![1, 3], |b| vec![b]) {
         let row = ports.noise_shape();
-        let shape = [batch, row[0], row[1], row[2]].map(|d| d as i64);
+        let shape: Vec<i64> = std::iter::once(batch).chain(row.iter().copied()).map(|d| d as i64).collect();
         let z = Tensor::f_from_slice(&batch_noise(0, 0, batch, row.iter().product()))?.f_reshape(shape)?;
         let mut given = Vec::new();
         for c in &ports.conditions {

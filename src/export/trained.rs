@@ -2,8 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::diffusion::denoiser::without_variance;
-use crate::diffusion::{Coefficients, Layout, StudentStart, TeacherCard};
+use crate::diffusion::{Coefficients, StudentStart, TeacherCard};
 use crate::error::{Context, Error, Result};
 use crate::graph::Model;
 use crate::graph::ir::Port;
@@ -121,9 +120,8 @@ impl Reference<'_> {
     }
 
     fn noise(&self, batch: usize) -> Result<Tensor> {
-        let [c, h, w] = self.card.shape;
-        let values = crate::noise::batch_noise(0, 0, batch, c * h * w);
-        Ok(Tensor::f_from_slice(&values)?.f_reshape([batch as i64, c as i64, h as i64, w as i64])?)
+        let values = crate::noise::batch_noise(0, 0, batch, self.card.sample_len());
+        Ok(Tensor::f_from_slice(&values)?.f_reshape(self.card.size_of(batch))?)
     }
 
     /// Different class indices for the images, ones for other conditions.
@@ -153,24 +151,28 @@ impl Reference<'_> {
 
     /// Whether the network gives a variance behind its prediction, which has no place in a student.
     pub(super) fn learns_variance(&self) -> Result<bool> {
-        let axis = if self.card.layout == Layout::Nhwc { 3 } else { 1 };
+        let Some(wanted) = self.card.graph_shape_with_variance() else { return Ok(false) };
         let output = self.net.outputs().iter().find(|p| p.name == self.card.output);
-        let channels = match output.and_then(|p| p.dims()).and_then(|d| d.get(axis).copied().flatten()) {
-            Some(n) => n,
+        let declared: Option<Vec<usize>> =
+            output.and_then(|p| p.dims()).and_then(|d| d.get(1..).map(<[_]>::to_vec)?.into_iter().collect());
+        let row = match declared.filter(|row| row.len() == wanted.len()) {
+            Some(row) => row,
             // Exporters may leave it open.
             None => {
                 let dims = port(self.net, &self.card.sample)?.dims();
                 let batch = dims.and_then(|d| d.first().copied().flatten()).unwrap_or(1);
-                tch::no_grad(|| self.raw(&self.noise(batch)?, &self.conditions(batch)?))?.size()[1] as usize
+                let raw = tch::no_grad(|| self.raw(&self.noise(batch)?, &self.conditions(batch)?))?;
+                let size = self.card.layout.into_graph(&raw)?.size();
+                size[1..].iter().map(|d| *d as usize).collect()
             }
         };
-        Ok(channels == 2 * self.card.shape[0])
+        Ok(row == wanted)
     }
 
     /// The sample, and the largest term of the sum that makes it.
     fn forward(&self, noise: &Tensor, conditions: &[(String, Tensor)]) -> Result<(Tensor, f64)> {
         let x = noise.f_mul_scalar(self.start.init_scale)?;
-        let f = without_variance(self.raw(noise, conditions)?, self.card.shape[0])?;
+        let f = self.card.without_variance(self.raw(noise, conditions)?)?;
         let Coefficients { skip, out, .. } = self.start.coefficients;
         let terms = [f.f_mul_scalar(out)?, x.f_mul_scalar(skip)?];
         let scale = largest(&terms[0])?.max(largest(&terms[1])?);
@@ -182,14 +184,14 @@ impl Reference<'_> {
         Ok((x0, scale))
     }
 
-    /// The network's own output on this noise, as [B, C, H, W] in f32.
+    /// The network's own output on this noise, in the order of the card's shape, in f32.
     fn raw(&self, noise: &Tensor, conditions: &[(String, Tensor)]) -> Result<Tensor> {
         let batch = noise.size()[0];
         let x = noise.f_mul_scalar(self.start.init_scale)?;
-        let nhwc = self.card.layout == Layout::Nhwc;
+        let layout = self.card.layout;
         let x_port = port(self.net, &self.card.sample)?;
         let cast = |t: &Tensor, p: &Port| -> Result<Tensor> { Ok(t.f_to_kind(self.fed(p))?) };
-        let x_in = cast(&if nhwc { x.f_permute([0, 2, 3, 1])? } else { x.shallow_clone() }, x_port)?;
+        let x_in = cast(&layout.into_graph(&x)?, x_port)?;
         let full = |p: &Port, v: f64| -> Result<Tensor> {
             let size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(batch, |n| n as i64)).collect();
             cast(&Tensor::f_full(&size[..], v, (Kind::Double, Device::Cpu))?, p)
@@ -214,6 +216,6 @@ impl Reference<'_> {
             .find(|(n, _)| *n == self.card.output)
             .ok_or_else(|| Error::usage(format!("the graph has no output `{}`", self.card.output)))?;
         let f = f.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-        Ok(if nhwc { f.f_permute([0, 3, 1, 2])? } else { f })
+        layout.out_of_graph(f)
     }
 }

@@ -44,8 +44,9 @@ pub fn per_step(
     Ok(models)
 }
 
-/// All steps in one graph. `noise` is `[batch, n C, H, W]` for a stochastic student of n steps (the noise of its first
-/// step in the first C channels, and so on), `[batch, C, H, W]` otherwise.
+/// All steps in one graph. `noise` has n times the channels for a stochastic student of n steps, `[batch, n C, H, W]` for images
+/// (the noise of its first step in the first C channels, and so on), and is `[batch, ...shape]` otherwise. Where no dimension
+/// holds channels it is the first behind the batch.
 pub fn unrolled(
     net: &Network,
     params: &ParamSet,
@@ -64,7 +65,8 @@ pub fn unrolled(
     let conversion = Conversion::new(card)?;
     let start = conversion.at_start(options.sigma_init)?;
     let opset = edit::opset(&model);
-    let [c, _, _] = card.shape;
+    let axis = card.channel_axis().unwrap_or(0);
+    let c = card.shape[axis];
     let total = steps.levels.len() + 1;
     let graph = model.graph.as_mut().ok_or_else(|| Error::invalid("the model holds no graph"))?;
     let mut numbers = Numbers::default();
@@ -76,11 +78,11 @@ pub fn unrolled(
         let mut nodes = Vec::new();
         for k in 0..total {
             let range = [k * c, (k + 1) * c].map(|v| v as i64);
-            nodes.push(numbers.slice(graph, "noise", range, &part(k), opset));
+            nodes.push(numbers.slice(graph, "noise", (1 + axis, range), &part(k), opset));
         }
         nodes.append(&mut graph.node);
         graph.node = nodes;
-        set_channels(&mut input, "noise", total * c);
+        set_channels(&mut input, "noise", 1 + axis, total * c);
         graph.input.insert(0, input);
     }
     let mut found = String::new();
@@ -157,12 +159,12 @@ impl Numbers {
         ]);
     }
 
-    /// Channels `range` of `x`.
+    /// Elements `from..to` of `x` along an axis.
     fn slice(
         &mut self,
         graph: &mut GraphProto,
         x: &str,
-        [from, to]: [i64; 2],
+        (axis, [from, to]): (usize, [i64; 2]),
         out: &str,
         opset: i64,
     ) -> crate::onnx::NodeProto {
@@ -170,19 +172,19 @@ impl Numbers {
             let mut n = node("Slice", &[x], out);
             n.attribute.push(edit::ints_attribute("starts", &[from]));
             n.attribute.push(edit::ints_attribute("ends", &[to]));
-            n.attribute.push(edit::ints_attribute("axes", &[1]));
+            n.attribute.push(edit::ints_attribute("axes", &[axis as i64]));
             return n;
         }
-        let [from, to, axis] = [from, to, 1].map(|v| self.constant(graph, HostTensor::vec(&[v])));
+        let [from, to, axis] = [from, to, axis as i64].map(|v| self.constant(graph, HostTensor::vec(&[v])));
         node("Slice", &[x, &from, &to, &axis], out)
     }
 }
 
-fn set_channels(input: &mut crate::onnx::ValueInfoProto, name: &str, channels: usize) {
+fn set_channels(input: &mut crate::onnx::ValueInfoProto, name: &str, axis: usize, channels: usize) {
     use crate::onnx::tensor_shape_proto::dimension::Value;
     input.name = Some(name.into());
     if let Some(crate::onnx::type_proto::Value::TensorType(t)) = input.r#type.as_mut().and_then(|t| t.value.as_mut())
-        && let Some(dim) = t.shape.as_mut().and_then(|s| s.dim.get_mut(1))
+        && let Some(dim) = t.shape.as_mut().and_then(|s| s.dim.get_mut(axis))
     {
         dim.value = Some(Value::DimValue(channels as i64));
     }

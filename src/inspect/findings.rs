@@ -159,7 +159,7 @@ impl Findings {
             prediction: Prediction::Denoised,
             time_unit: if time_is_integer { TimeUnit::Step } else { TimeUnit::Sigma },
             shape: value("shape")?.try_into().ok()?,
-            layout: value("layout").and_then(|v| v.try_into().ok()).unwrap_or(Layout::Nchw),
+            layout: value("layout").and_then(|v| v.try_into().ok()).unwrap_or(Layout::ChannelsFirst),
             range: None,
             sigma_data: value("sigma_data").and_then(|v| v.as_float()).unwrap_or(0.5),
             latent_scale: 1.0,

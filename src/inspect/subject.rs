@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use crate::diffusion::{Condition, InputSpec, Layout, TeacherCard};
+use crate::diffusion::{Condition, InputSpec, TeacherCard};
 use crate::error::{Error, Result};
 use crate::runtime::Engine;
 use crate::tensor::HostTensor;
@@ -42,15 +42,13 @@ pub enum Feed {
     Zeros,
 }
 
-/// The network under test, called with plain rows of samples in `[C, H, W]` order.
+/// The network under test, called with plain rows of samples in the order of the card's shape.
 pub struct Subject<'a> {
     run: &'a mut dyn Run,
     card: TeacherCard,
     sample: InputSpec,
     time: InputSpec,
     others: Vec<(InputSpec, Other)>,
-    layout: Layout,
-    shape: [usize; 3],
     /// Rows of one call; the graph's own batch where it is fixed.
     rows: usize,
     fixed: bool,
@@ -94,8 +92,6 @@ impl<'a> Subject<'a> {
             card: card.clone(),
             time: find(&card.time)?,
             others,
-            layout: card.layout,
-            shape: card.shape,
             rows: fixed.unwrap_or(64).max(1),
             fixed: fixed.is_some(),
             sample,
@@ -106,10 +102,10 @@ impl<'a> Subject<'a> {
 
     /// Elements of one sample.
     pub fn elements(&self) -> usize {
-        self.shape.iter().product()
+        self.card.sample_len()
     }
 
-    /// `F(x_net, time)`; `x` holds rows of `[C, H, W]`, one after the other, `feeds` one entry a row.
+    /// `F(x_net, time)`; `x` holds samples, one after the other, `feeds` one entry a row.
     pub fn forward(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
         let len = self.elements();
         let total = feeds.len();
@@ -132,11 +128,9 @@ impl<'a> Subject<'a> {
 
     fn call(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
         let rows = feeds.len();
-        let [c, h, w] = self.shape;
-        let sample = match self.layout {
-            Layout::Nchw => HostTensor::new(&[rows, c, h, w], x)?,
-            Layout::Nhwc => HostTensor::new(&[rows, h, w, c], &transposed(x, c, h * w))?,
-        };
+        let (layout, shape) = (self.card.layout, self.card.shape.as_slice());
+        let size: Vec<usize> = std::iter::once(rows).chain(self.card.graph_shape()).collect();
+        let sample = HostTensor::new(&size, &layout.values_into_graph(x, shape))?;
         let mut inputs = vec![(self.sample.name.as_str(), sample.cast(self.sample.dtype))];
         let batch = self.sample.shape[0];
         inputs.push((&self.time.name, filled(&self.time, time, rows, batch)?));
@@ -172,14 +166,11 @@ impl<'a> Subject<'a> {
         self.evaluated += rows;
         let y32 = self.card.prediction_of(y.to_f32(), rows).ok_or_else(|| {
             Error::mismatch(format!(
-                "output `{}` is {y:?} for samples of [{rows}, {c}, {h}, {w}]: not one value a value of the sample",
+                "output `{}` is {y:?} for {rows} samples of {shape:?}: not one value a value of the sample",
                 self.card.output
             ))
         })?;
-        Ok(match self.layout {
-            Layout::Nchw => y32,
-            Layout::Nhwc => transposed(&y32, h * w, c),
-        })
+        Ok(layout.values_out_of_graph(y32, shape))
     }
 }
 
@@ -203,13 +194,4 @@ fn filled(spec: &InputSpec, value: f64, rows: usize, batch: Option<usize>) -> Re
         return Err(Error::unsupported(format!("`{spec}` is too large for the probe")));
     }
     Ok(HostTensor::new(&shape, &vec![value; len])?.cast(spec.dtype))
-}
-
-/// `[B, a, b]` to `[B, b, a]`.
-fn transposed(values: &[f32], a: usize, b: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(values.len());
-    for row in values.chunks_exact(a * b) {
-        (0..b).for_each(|j| out.extend((0..a).map(|i| row[i * b + j])));
-    }
-    out
 }

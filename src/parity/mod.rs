@@ -250,11 +250,7 @@ fn role(p: &Port, card: Option<&TeacherCard>) -> InputRole {
 }
 
 fn sample_dim(card: &TeacherCard, axis: usize) -> usize {
-    let [c, h, w] = card.shape;
-    match card.layout {
-        crate::diffusion::Layout::Nhwc => [0, h, w, c][axis],
-        crate::diffusion::Layout::Nchw => [0, c, h, w][axis],
-    }
+    axis.checked_sub(1).and_then(|at| card.graph_shape().get(at).copied()).unwrap_or(1)
 }
 
 /// Runs `net` in libtorch and the same file in ONNX Runtime on the CPU; a file in bf16, which that has no kernels for, in

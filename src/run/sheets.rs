@@ -6,7 +6,7 @@ use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, 
 use crate::distill::batches;
 use crate::distill::metrics::Row;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::report::grid;
 use crate::report::tfevents::EventWriter;
 use crate::runtime::EngineOptions;
@@ -26,6 +26,8 @@ pub struct Sheets {
     conditions: HostConditions,
     range: Option<[f64; 2]>,
     decoder: Option<Decoder>,
+    /// Samples are images with their channels first.
+    images: bool,
     steps: usize,
     guidance: Guidance,
     /// Images a forward pass.
@@ -45,17 +47,19 @@ impl Sheets {
         decoder: Option<Decoder>,
     ) -> Result<Self> {
         let (count, seed) = (config.log.samples, config.seed);
-        let noise = |[c, h, w]: [usize; 3]| {
-            HostTensor::new(&[count, c, h, w], &crate::noise::batch_noise(seed, 0, count, c * h * w))
+        let noise = |row: &[usize]| {
+            let size: Vec<usize> = std::iter::once(count).chain(row.iter().copied()).collect();
+            HostTensor::new(&size, &crate::noise::batch_noise(seed, 0, count, row.iter().product()))
         };
-        let own = student.map(|s| s.noise_size(0)).map(|[_, c, h, w]| [c, h, w].map(|d| d as usize));
+        let own = student.map(Student::noise_shape);
         Ok(Self {
             folder: run.samples(),
-            noise: noise(card.shape)?,
-            student_noise: own.filter(|shape| *shape != card.shape).map(noise).transpose()?,
+            noise: noise(&card.shape)?,
+            student_noise: own.filter(|shape| *shape != card.shape).map(|row| noise(&row)).transpose()?,
             conditions: batches::conditions(config, card)?.of_images(card, seed, 0, count)?,
             range: if decoder.is_some() { Some(Decoder::RANGE) } else { card.range },
             decoder,
+            images: card.image_shape().is_some(),
             steps: config.log.sample_steps,
             guidance: config.target_guidance()?,
             batch: config.batch,
@@ -85,6 +89,9 @@ impl Sheets {
         }
         let all = HostTensor::concat_rows(&parts)?;
         self.events.histogram(&format!("{name}/values"), self.iteration, &all.to_f32())?;
+        if !self.shows_images() {
+            return self.events.flush();
+        }
         self.sheet(name, &grid::png(&all, self.range, None)?)
     }
 
@@ -105,12 +112,25 @@ impl Sheets {
         }
     }
 
-    /// C, H, W of [`Sheets::images`] of samples of this shape.
-    pub fn image_shape(&mut self, sample: [usize; 3]) -> Result<[usize; 3]> {
-        match &mut self.decoder {
-            Some(decoder) => decoder.image_shape(sample).context("log.decoder"),
-            None => Ok(sample),
+    /// C, H, W of [`Sheets::images`] of this teacher's samples.
+    ///
+    /// Errors: samples that are no images.
+    pub fn image_shape(&mut self, card: &TeacherCard) -> Result<[usize; 3]> {
+        match (&mut self.decoder, card.image_shape()) {
+            (Some(decoder), _) => decoder.image_shape(&card.shape).context("log.decoder"),
+            (None, Some(shape)) => Ok(shape),
+            (None, None) => Err(Error::usage(format!(
+                "evaluate.reference: the teacher's samples are {:?}, which are no images: they are not measured while it is \
+                 trained",
+                card.shape
+            ))
+            .hint("leave evaluate.reference out")),
         }
+    }
+
+    /// Whether what a network makes is shown as images. (Of everything else no picture is written here.)
+    fn shows_images(&self) -> bool {
+        self.images || self.decoder.is_some()
     }
 
     /// Value range of [`Sheets::images`]; none: latents.
@@ -150,7 +170,7 @@ impl Sheets {
 pub fn decoder(config: &Config, card: &TeacherCard) -> Result<Option<Decoder>> {
     let path = Some(Path::new(&config.log.decoder)).filter(|p| !p.as_os_str().is_empty());
     let options = EngineOptions::default();
-    path.map(|p| Decoder::open(p, card.shape, card.latent_scale, &options).context("log.decoder")).transpose()
+    path.map(|p| Decoder::open(p, &card.shape, card.latent_scale, &options).context("log.decoder")).transpose()
 }
 
 /// Conditions of images `start..start+count` of the run's seed.
@@ -213,6 +233,9 @@ impl Observer for Sheets {
     }
 
     fn debug_batch(&mut self, node: usize, updates: u64, batch: &DebugBatch) -> Result<()> {
+        if !self.images {
+            return Ok(());
+        }
         let rows = batch.x_t.size()[0].min(DEBUG_ROWS);
         // A row a sample: x_t, x0 by the target, x0 by the fake score, the gradient; x_t and gradient each scaled to
         // their own largest value.

@@ -98,8 +98,7 @@ impl<'a> Watcher<'a> {
                     range: [-1.0, 1.0],
                 };
                 let judge = InLoop::open(&wanted, run.path(), &EngineOptions::default())?;
-                let shape = sheets.image_shape(origin.teacher.card.card.shape)?;
-                judge.check(shape, sheets.range())?;
+                judge.check(sheets.image_shape(&origin.teacher.card.card)?, sheets.range())?;
                 Some(judge)
             }
         };
@@ -123,12 +122,13 @@ impl<'a> Watcher<'a> {
     /// Samples of the averaged student, always the same noise and classes.
     fn samples(&self, student: &Student, count: usize) -> Result<HostTensor> {
         let card = &self.origin.teacher.card.card;
-        let [_, c, h, w] = student.noise_size(0).map(|d| d as usize);
+        let row = student.noise_shape();
         let (seed, batch) = (self.config.seed, self.config.batch.max(1));
         let mut parts = Vec::new();
         for start in (0..count).step_by(batch) {
             let rows = batch.min(count - start);
-            let noise = HostTensor::new(&[rows, c, h, w], &batch_noise(seed, start as u64, rows, c * h * w))?;
+            let size: Vec<usize> = std::iter::once(rows).chain(row.iter().copied()).collect();
+            let noise = HostTensor::new(&size, &batch_noise(seed, start as u64, rows, row.iter().product()))?;
             let conditions = sheets::conditions(self.config, card, start as u64, rows, self.device)?;
             let z = convert::to_torch(&noise)?.f_to_device(self.device)?;
             parts.push(convert::to_host(&tch::no_grad(|| student.generate(&z, &conditions))?)?);
@@ -214,10 +214,9 @@ impl<'a> Watcher<'a> {
         let sigmas: Vec<f64> = (0..LEVELS).filter_map(at).collect();
         let count = LEVEL_IMAGES.min(self.config.batch.max(1));
         let x0 = convert::to_torch(&self.samples(networks.average, count)?)?.f_to_device(self.device)?;
-        let [c, h, w] = card.shape;
         // Another seed than the samples': their noise must not come back.
-        let noise = batch_noise(!self.config.seed, 0, count, c * h * w);
-        let noise = convert::to_torch(&HostTensor::new(&[count, c, h, w], &noise)?)?.f_to_device(self.device)?;
+        let noise = batch_noise(!self.config.seed, 0, count, card.sample_len());
+        let noise = convert::to_torch(&HostTensor::new(&card.batch_of(count), &noise)?)?.f_to_device(self.device)?;
         let conditions = sheets::conditions(self.config, card, 0, count, self.device)?;
         let loss = |denoiser: &Denoiser| -> Result<Vec<f64>> {
             let one = |s: &f64| denoising_loss(denoiser, &x0, &vec![*s; count], &noise, &conditions);

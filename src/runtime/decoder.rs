@@ -19,15 +19,22 @@ impl Decoder {
     pub const RANGE: [f64; 2] = [-1.0, 1.0];
 
     /// Opens a decoder for latents of this shape (C, h, w).
-    pub fn open(path: &Path, shape: [usize; 3], scale: f64, options: &EngineOptions) -> Result<Self> {
+    ///
+    /// Errors: latents of another rank, a graph that does not take them.
+    pub fn open(path: &Path, shape: &[usize], scale: f64, options: &EngineOptions) -> Result<Self> {
         let run = || -> Result<Self> {
             let engine = open(path, options)?;
             let [input] = engine.inputs() else {
                 let names: Vec<_> = engine.inputs().iter().map(|i| format!("`{}`", i.name)).collect();
                 return Err(Error::usage(format!("a decoder has one input, this graph has {}", names.join(", "))));
             };
+            let &[_, _, _] = shape else {
+                return Err(Error::usage(format!(
+                    "a decoder makes images of latents [C, h, w]; the samples are {shape:?}, which no decoder is for"
+                )));
+            };
             let fits = input.shape.len() == 4
-                && input.shape[1..].iter().zip(shape).all(|(d, s)| !matches!(d, Dim::Fixed(n) if *n != s));
+                && input.shape[1..].iter().zip(shape).all(|(d, s)| !matches!(d, Dim::Fixed(n) if n != s));
             if !fits {
                 return Err(Error::usage(format!("the decoder wants {input}, the latents are {shape:?}")));
             }
@@ -37,8 +44,9 @@ impl Decoder {
     }
 
     /// C, H, W of the images of latents of this shape, seen on one of zeros.
-    pub fn image_shape(&mut self, [c, h, w]: [usize; 3]) -> Result<[usize; 3]> {
-        let images = self.decode(&HostTensor::new(&[1, c, h, w], &vec![0f32; c * h * w])?)?;
+    pub fn image_shape(&mut self, shape: &[usize]) -> Result<[usize; 3]> {
+        let size: Vec<usize> = std::iter::once(1).chain(shape.iter().copied()).collect();
+        let images = self.decode(&HostTensor::new(&size, &vec![0f32; shape.iter().product()])?)?;
         match images.shape() {
             [1, c, h, w] => Ok([*c, *h, *w]),
             other => Err(Error::mismatch(format!("the decoder makes {other:?} of one latent, expected [1, C, H, W]"))),
@@ -77,14 +85,16 @@ mod tests {
         let options = EngineOptions::default();
         let latents: Vec<f32> = (0..5 * 4 * 6).map(|v| v as f32 * 0.01 - 0.5).collect();
         let latents = HostTensor::new(&[5, 4, 2, 3], &latents).unwrap();
-        let mut decoder = Decoder::open(&path, [4, 2, 3], 0.25, &options).unwrap();
-        assert_eq!(decoder.image_shape([4, 2, 3]).unwrap(), [4, 2, 3]);
+        let mut decoder = Decoder::open(&path, &[4, 2, 3], 0.25, &options).unwrap();
+        assert_eq!(decoder.image_shape(&[4, 2, 3]).unwrap(), [4, 2, 3]);
         let images = decoder.decode(&latents).unwrap();
         assert_eq!(images.shape(), [5, 4, 2, 3]);
         for (image, latent) in images.to_f32().iter().zip(latents.to_f32()) {
             assert!((image - (latent / 0.25).tanh()).abs() < 1e-5);
         }
-        let Err(e) = Decoder::open(&path, [3, 2, 3], 1.0, &options) else { panic!("three channels for four") };
+        let Err(e) = Decoder::open(&path, &[3, 2, 3], 1.0, &options) else { panic!("three channels for four") };
         assert!(e.exit_code() == 2 && e.to_string().contains("decoder.onnx"), "{e}");
+        let Err(e) = Decoder::open(&path, &[4, 2], 1.0, &options) else { panic!("a sequence") };
+        assert!(e.exit_code() == 2 && e.to_string().contains("the samples are [4, 2]"), "{e}");
     }
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use prost::Message;
 
 use super::{Dim, Engine, EngineOptions, ValueInfo, open, open_bytes, run_batched};
+use crate::axes::{self, Layout, Modality, usual_modality};
 use crate::error::{Context, Error, Result};
 use crate::noise::{batch_noise, image_class};
 use crate::onnx::ModelProto;
@@ -72,13 +73,19 @@ pub struct StudentInfo {
     /// How it was made: `disback`, the base method's name where no trajectory was used, or `weights` where no run is
     /// known.
     pub method: String,
-    /// Channels, height, width of a sample.
-    pub shape: [usize; 3],
-    /// Channels, height, width of the noise; other than `shape` where a latent decoder is part of the file.
-    pub noise_shape: [usize; 3],
+    /// One sample: C, H, W of an image.
+    pub shape: Vec<usize>,
+    /// The noise of one sample; other than `shape` where a latent decoder is part of the file.
+    pub noise_shape: Vec<usize>,
+    /// Which axis of a sample holds the channels.
+    pub layout: Layout,
+    /// What a sample is.
+    pub modality: Modality,
+    /// Values a second of a sample that is sound, Hz.
+    pub sample_rate: Option<u32>,
     /// Range of the sample's values; absent for latents.
     pub range: Option<[f64; 2]>,
-    /// Name, element type and shape of the input `noise`: standard normal, `[B, C, H, W]`.
+    /// Name, element type and shape of the input `noise`: standard normal, `[B, ...noise_shape]`.
     pub noise: ValueInfo,
     /// All other inputs, in the graph's order; empty for an unconditional student.
     pub conditions: Vec<Condition>,
@@ -114,15 +121,16 @@ impl StudentInfo {
             return Err(Error::mismatch("the student has no output `sample`"));
         };
         let fixed = |d: Option<&Dim>| if let Some(Dim::Fixed(n)) = d { Some(*n) } else { None };
-        let in_graph = |v: &ValueInfo| -> Option<[usize; 3]> {
-            let dims: Vec<usize> = (1..4).filter_map(|k| fixed(v.shape.get(k))).collect();
-            <[usize; 3]>::try_from(dims).ok().filter(|_| v.shape.len() == 4)
+        let in_graph = |v: &ValueInfo| -> Option<Vec<usize>> {
+            let row: Option<Vec<usize>> = v.shape.iter().skip(1).map(|d| fixed(Some(d))).collect();
+            row.filter(|row| !row.is_empty())
         };
         let noise_shape = match in_graph(&noise) {
             Some(shape) => shape,
             None => Self::card_shape(&metadata)?,
         };
-        let shape = in_graph(sample).unwrap_or(noise_shape);
+        let shape = in_graph(sample).unwrap_or_else(|| noise_shape.clone());
+        let (layout, modality, sample_rate) = Self::axes(&metadata, &shape)?;
         let range = match metadata.get("range").map(|t| parse_value(t)) {
             None => None,
             Some(toml::Value::Array(v)) if v.len() == 2 => match (number(&v[0]), number(&v[1])) {
@@ -151,17 +159,60 @@ impl StudentInfo {
         }
         let scale = metadata.get(ROUNDING_SCALE.trim_start_matches(PREFIX)).and_then(|t| t.parse::<f64>().ok());
         let rounding_scale = scale.filter(|s| s.is_finite()).map_or(1.0, |s| s.max(1.0));
-        Ok(Self { method, shape, noise_shape, range, noise, conditions, rounding_scale, metadata })
+        Ok(Self {
+            method,
+            shape,
+            noise_shape,
+            layout,
+            modality,
+            sample_rate,
+            range,
+            noise,
+            conditions,
+            rounding_scale,
+            metadata,
+        })
     }
 
-    fn card_shape(metadata: &BTreeMap<String, String>) -> Result<[usize; 3]> {
+    /// The card's layout, modality and sample rate; those of images where a decoder makes images of latents.
+    fn axes(metadata: &BTreeMap<String, String>, shape: &[usize]) -> Result<(Layout, Modality, Option<u32>)> {
+        fn one<T: serde::de::DeserializeOwned>(metadata: &BTreeMap<String, String>, key: &str) -> Result<Option<T>> {
+            let Some(text) = metadata.get(key) else { return Ok(None) };
+            let value = parse_value(text).try_into::<T>();
+            value.map(Some).map_err(|_| Error::invalid(format!("metadata disback.{key} is {text}")))
+        }
+        if metadata.contains_key("student.decoder") {
+            return Ok((Layout::ChannelsFirst, Modality::Image, None));
+        }
+        let layout = one(metadata, "layout")?.unwrap_or_default();
+        let sample_rate = one(metadata, "sample_rate")?;
+        let modality = one(metadata, "modality")?;
+        Ok((layout, modality.unwrap_or_else(|| usual_modality(layout, shape.len(), sample_rate)), sample_rate))
+    }
+
+    /// The axis of `shape` that holds the channels, without the batch; `None` where none does.
+    pub fn channel_axis(&self) -> Option<usize> {
+        axes::channel_axis(self.layout, self.shape.len())
+    }
+
+    /// C, H, W where samples are images with their channels first; `None` for everything else.
+    pub fn image_shape(&self) -> Option<[usize; 3]> {
+        axes::image_shape(&self.shape, self.layout, self.modality)
+    }
+
+    /// Whether a person is shown PNG sheets of these samples.
+    pub fn is_shown_as_image(&self) -> bool {
+        self.image_shape().is_some()
+    }
+
+    fn card_shape(metadata: &BTreeMap<String, String>) -> Result<Vec<usize>> {
         let dims = metadata.get("shape").map(|t| parse_value(t));
         let dims = dims
             .as_ref()
             .and_then(|v| v.as_array())
             .map(|v| v.iter().filter_map(|d| usize::try_from(d.as_integer()?).ok()).collect::<Vec<_>>());
-        match dims.as_deref() {
-            Some([c, h, w]) => Ok([*c, *h, *w]),
+        match dims {
+            Some(dims) if !dims.is_empty() => Ok(dims),
             _ => Err(Error::invalid("the student's sample shape is neither in its graph nor in disback.shape")),
         }
     }
@@ -287,8 +338,8 @@ impl Student {
         start: u64,
         count: usize,
     ) -> Result<Vec<(String, HostTensor)>> {
-        let [c, h, w] = info.noise_shape;
-        let noise = HostTensor::new(&[count, c, h, w], &batch_noise(request.seed, start, count, c * h * w))?;
+        let size: Vec<usize> = std::iter::once(count).chain(info.noise_shape.iter().copied()).collect();
+        let noise = HostTensor::new(&size, &batch_noise(request.seed, start, count, info.noise_shape.iter().product()))?;
         let mut inputs = vec![("noise".to_string(), noise.cast(info.noise.dtype))];
         let labels = Self::classes_of(info, request, start, count)?.unwrap_or_default();
         for condition in &info.conditions {
@@ -319,16 +370,15 @@ impl Student {
         Ok(inputs)
     }
 
-    /// Samples `start..start+count` as f32 [count,C,H,W] in the student's range.
+    /// Samples `start..start+count` as f32 `[count, ...shape]` in the student's range.
     pub fn sample(&mut self, request: &Request, start: u64, count: usize) -> Result<HostTensor> {
         let inputs = self.inputs(request, start, count)?;
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let outputs = run_batched(self.engine.as_mut(), &named, request.batch.max(1))?;
         let (_, sample) =
             outputs.into_iter().find(|(n, _)| n == "sample").ok_or_else(|| Error::backend("no output `sample`"))?;
-        let [c, h, w] = self.info.shape;
-        if sample.shape() != [count, c, h, w] {
-            let expected = [count, c, h, w];
+        let expected: Vec<usize> = std::iter::once(count).chain(self.info.shape.iter().copied()).collect();
+        if sample.shape() != expected {
             return Err(Error::mismatch(format!("the student gave {:?}, expected {expected:?}", sample.shape())));
         }
         Ok(sample.cast(DType::F32))
@@ -350,7 +400,7 @@ mod tests {
     fn an_image_does_not_depend_on_its_batch() {
         for options in kinds() {
             let mut student = Student::from_bytes(&testing::student("batch"), &options).unwrap();
-            assert_eq!((student.info().shape, student.info().range), ([1, 2, 2], Some([-1.0, 1.0])));
+            assert_eq!((student.info().shape.as_slice(), student.info().range), (&[1, 2, 2][..], Some([-1.0, 1.0])));
             assert_eq!(student.info().classes(), Some(3));
             let mut request = Request { seed: 5, batch: 64, ..Request::default() };
             let whole = student.sample(&request, 0, 10).unwrap();

@@ -68,9 +68,11 @@ impl Given {
 
 /// Noise from a body, checked.
 fn noise(t: &HostTensor, info: &StudentInfo) -> Result<HostTensor> {
-    let [c, h, w] = info.noise_shape;
-    if t.rank() != 4 || t.shape()[1..] != [c, h, w] || !t.dtype().is_float() || t.is_empty() {
-        return Err(Error::mismatch(format!("noise of {}{:?}, expected f32[n, {c}, {h}, {w}]", t.dtype(), t.shape())));
+    let row = info.noise_shape.as_slice();
+    if t.rank() != 1 + row.len() || t.shape()[1..] != *row || !t.dtype().is_float() || t.is_empty() {
+        let dims: Vec<String> = row.iter().map(ToString::to_string).collect();
+        let (dtype, found) = (t.dtype(), t.shape());
+        return Err(Error::mismatch(format!("noise of {dtype}{found:?}, expected f32[n, {}]", dims.join(", "))));
     }
     if !t.is_finite() {
         return Err(Error::mismatch("the noise holds NaN or infinity"));

@@ -122,12 +122,11 @@ async fn stopped() {
 }
 
 async fn health(State(s): State<Arc<Service>>) -> Response {
-    let [c, h, w] = s.info.shape;
     let conditions: serde_json::Map<String, serde_json::Value> =
         s.info.embeddings().map(|c| (c.input.name.clone(), json!(body::wanted(&c.input)))).collect();
     let stopping = s.stopping.load(Ordering::Relaxed);
     let (code, status) = if stopping { (StatusCode::SERVICE_UNAVAILABLE, "stopping") } else { (StatusCode::OK, "ok") };
-    let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": [c, h, w],
+    let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": s.info.shape,
         "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "conditions": conditions, "range": s.info.range,
         "max_images": s.options.batch, "max_body_bytes": s.options.body });
     answer(code, "application/json", body.to_string().into_bytes())
@@ -216,6 +215,9 @@ fn wanted(
         Some(other) => return Err(bad(&format!("format={other}: expected png or npy"))),
         None => accept.contains("npy") || accept.contains("octet-stream"),
     };
+    if !npy && !s.info.is_shown_as_image() {
+        return Err(bad("the student's samples are no images: ask for format=npy"));
+    }
     if !npy && s.info.range.is_none() {
         return Err(bad("the student makes latents, which are no images: ask for format=npy"));
     }

@@ -89,9 +89,11 @@ pub fn to_host(t: &Tensor) -> Result<HostTensor> {
     HostTensor::from_bytes(dtype, host.size().iter().map(|&d| d as usize).collect(), bytes.into())
 }
 
-/// f32 `[B, 1, 1, 1]` on `device`, without waiting for the device.
-pub fn column(values: &[f64], device: Device) -> Result<Tensor> {
+/// One number a sample of `rank` axes, f32 `[B, 1, ...]` on `device`, without waiting for the device.
+pub fn column(values: &[f64], rank: usize, device: Device) -> Result<Tensor> {
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
-    let host = Tensor::f_from_slice(&values)?.f_view([values.len() as i64, 1, 1, 1])?;
+    let mut size = vec![1i64; 1 + rank];
+    size[0] = values.len() as i64;
+    let host = Tensor::f_from_slice(&values)?.f_view(&size[..])?;
     super::device::send(&host, device)
 }

@@ -33,10 +33,9 @@ pub fn of_weights(
         conditions = HostConditions::new(count, request.embeddings.clone());
     }
     let conditions = conditions?;
-    let [c, h, w] = card.shape;
-    let values = crate::noise::batch_noise(request.seed, 0, count, c * h * w);
+    let values = crate::noise::batch_noise(request.seed, 0, count, card.sample_len());
     let samples = tch::no_grad(|| -> Result<HostTensor> {
-        let z = Tensor::f_from_slice(&values)?.f_reshape([count as i64, c as i64, h as i64, w as i64])?;
+        let z = Tensor::f_from_slice(&values)?.f_reshape(card.size_of(count))?;
         let x0 = denoiser.generate(&z, &Conditions::from_host(&conditions, Device::Cpu)?, &start)?;
         convert::to_host(&match card.range {
             Some([low, high]) => x0.f_clamp(low, high)?,

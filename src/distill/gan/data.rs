@@ -66,7 +66,7 @@ fn check_values(file: &RowFile, name: &str, len: usize, range: Option<[f64; 2]>)
 impl RealImages {
     /// Opens a data set for the teacher of this card.
     ///
-    /// Floats `[N, C, H, W]` (`.npz`, `.npy`, `.safetensors`) are taken as the teacher's own samples: images in the card's
+    /// Floats `[N, ...shape]` (`.npz`, `.npy`, `.safetensors`) are taken as the teacher's own samples: images in the card's
     /// range, latents already multiplied by its latent scale. 8-bit images are mapped to the card's range. A conditional
     /// teacher needs the conditions of every image: classes (`dataset.json`, sub-folders, an array of integers), or arrays
     /// with the names of its conditions.
@@ -90,10 +90,11 @@ impl RealImages {
                 })
             })?;
             if dtype.is_float() {
-                let [c, h, w] = card.shape;
-                if shape.len() != 4 || shape[1..] != card.shape || shape[0] == 0 {
+                if shape.len() != 1 + card.rank() || shape[1..] != card.shape || shape[0] == 0 {
+                    let row: Vec<String> = card.shape.iter().map(ToString::to_string).collect();
                     return Err(Error::usage(format!(
-                        "array `{name}` is {dtype} {shape:?}, but the teacher's samples are [rows, {c}, {h}, {w}]"
+                        "array `{name}` is {dtype} {shape:?}, but the teacher's samples are [rows, {}]",
+                        row.join(", ")
                     )));
                 }
                 let (name, len) = (name.to_owned(), shape[0]);
@@ -108,12 +109,16 @@ impl RealImages {
                 return Ok(this);
             }
         }
+        let wanted = card.image_shape().ok_or_else(|| {
+            Error::usage(format!("no floats of the teacher's samples, {:?}", card.shape))
+                .hint("the teacher makes no images: an array `samples` of floats in a .npy, .npz or .safetensors file")
+        })?;
         let range = card.range.ok_or_else(|| {
             Error::usage("the teacher makes latents, these are images")
                 .hint("encode them first: an array `latents` of floats in a .npz or .safetensors file")
         })?;
         let set = ImageSet::open(path, range)?;
-        if set.shape() != card.shape {
+        if set.shape() != wanted {
             return Err(Error::usage(format!(
                 "images of shape {:?} for a teacher of {:?} (C, H, W)",
                 set.shape(),
@@ -141,7 +146,7 @@ impl RealImages {
         self.len == 0
     }
 
-    /// Draws `rows` images with their conditions: f32 `[rows, C, H, W]`.
+    /// Draws `rows` images with their conditions: f32 `[rows, ...shape]`.
     pub fn draw(&self, card: &TeacherCard, rng: &mut ChaCha8Rng, rows: usize) -> Result<(HostTensor, HostConditions)> {
         let index: Vec<usize> =
             (0..rows).map(|_| ((u128::from(rng.next_u64()) * self.len as u128) >> 64) as usize).collect();

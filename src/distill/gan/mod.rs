@@ -18,7 +18,7 @@ use crate::torch::train::optim::AdamW;
 use crate::torch::{ParamSet, convert};
 
 pub use data::RealImages;
-pub use head::Head;
+pub use head::{Axes, Head};
 
 /// The discriminator's head, its optimiser and the real images.
 #[derive(Debug)]
@@ -56,8 +56,7 @@ impl Gan {
             .map_err(|e| e.hint(suggestion(teacher)))?;
         let shapes: Vec<(String, Vec<i64>)> =
             config.gan.taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
-        let channels_last = card.layout == crate::diffusion::Layout::Nhwc;
-        let head = Head::new(&shapes, channels_last, config.seed, batches.device)?;
+        let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device)?;
         head.params().set_requires_grad(true)?;
         let schedule = card.schedule()?;
         let table = schedule.training_sigmas(config.noise.levels);
@@ -90,7 +89,7 @@ impl Gan {
     }
 
     fn judge(&self, network: &Denoiser, x0: &Tensor, sigmas: &[f64], noise: &Tensor, c: &Conditions) -> Result<Tensor> {
-        let x_t = x0.f_add(&noise.f_mul(&column(sigmas, x0.device())?)?)?;
+        let x_t = x0.f_add(&noise.f_mul(&column(sigmas, network.card().rank(), x0.device())?)?)?;
         let (_, features) = network.denoise_tapped(&x_t, sigmas, c, &self.taps)?;
         self.logits(&features)
     }

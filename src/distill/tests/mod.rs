@@ -69,7 +69,7 @@ impl Forward for Gaussian {
 
 fn card(channels: usize) -> TeacherCard {
     let schedule = ScheduleSpec::Edm { sigma_min: 0.05, sigma_max: 10.0, rho: 7.0 };
-    TeacherCard { schedule, ..TeacherCard::plain([channels, 1, 1]) }
+    TeacherCard { schedule, ..TeacherCard::plain(&[channels, 1, 1]) }
 }
 
 pub(crate) fn labelled_card() -> TeacherCard {
