@@ -1,4 +1,4 @@
-//! `disback sample`: images from a student.
+//! `disback sample`: images, sound, tables and anything else from a student.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,23 +10,25 @@ use serde_json::json;
 use super::Globals;
 use super::engine::EngineArgs;
 use crate::error::{Error, Result};
-use crate::io::{ImageSet, Rounding, image_writer, npy};
-use crate::report::grid;
-use crate::runtime::student::{Request, Student};
+use crate::io::{ImageSet, Rounding, image_writer, npy, table, wav};
+use crate::report::view::{self, View};
+use crate::runtime::student::{Request, Student, StudentInfo};
 use crate::tensor::HostTensor;
 
-/// Sample images from a student: image k of a seed is the same whatever the batch size, engine or machine.
+/// Sample from a student: sample k of a seed is the same whatever the batch size, engine or machine.
 #[derive(Debug, Args)]
 pub struct SampleArgs {
     /// student.onnx.
     student: PathBuf,
-    /// Number of images.
+    /// Number of samples.
     #[arg(short = 'n', long = "number", default_value_t = 64)]
     number: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to: a .png (one sheet), .npy (f32 [N,C,H,W]), .npz (`images` and `labels`), a folder (one PNG an image) or a
-    /// .zip of PNG files (EDM's data sets), both with the classes in dataset.json.
+    /// Where to: a .png (one picture of all: a sheet of images, slices or frames, or plots), .npy (f32 [N,...], such as
+    /// [N,C,H,W]), .npz (`images`, or `samples` of what is no image, and `labels`), .csv (tables: a row a sample), .wav (sound;
+    /// several are numbered), a folder (one PNG an image) or a .zip of PNG files (EDM's data sets), both with the classes in
+    /// dataset.json.
     #[arg(short, long)]
     out: PathBuf,
     /// Classes of the images in turn, as in 0-9 or 3,1,4; drawn from the seed where absent.
@@ -38,7 +40,7 @@ pub struct SampleArgs {
     /// Images a call of the network.
     #[arg(long, default_value_t = 64)]
     batch: usize,
-    /// Images a row of the sheet; about square where absent.
+    /// Images a row of the sheet (about square where absent); slices or frames of a volume or video; sequences side by side.
     #[arg(long)]
     columns: Option<usize>,
     /// 8-bit images [N,H,W,C] in a .npy, or as `arr_0` and `arr_1` (classes) in a .npz: ADM's batches.
@@ -129,31 +131,84 @@ impl Samples<'_> {
     }
 }
 
-fn write(args: &SampleArgs, samples: &mut Samples<'_>, classes: Option<&[usize]>) -> Result<()> {
-    let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
-    if args.uint8 && !matches!(extension.as_str(), "npy" | "npz") {
+/// Formats that are asked for and not written.
+const OTHERS: [&str; 13] =
+    ["jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "mp4", "mp3", "flac", "ply", "pt", "safetensors"];
+
+/// Refuses a file that the student's samples do not fit, before anything is sampled.
+fn check(args: &SampleArgs, extension: &str, info: &StudentInfo) -> Result<()> {
+    let view = View::of_student(info);
+    let refuse = |why: String, hint: &str| {
+        Err(Error::usage(format!("{}: {why}", args.out.display())).hint(hint.to_string()))
+    };
+    if args.uint8 && !matches!(extension, "npy" | "npz") {
         return Err(Error::usage("--uint8 is for .npy and .npz; PNG files are 8 bits anyway"));
     }
-    if matches!(
-        extension.as_str(),
-        "jpg" | "jpeg" | "webp" | "gif" | "bmp" | "tif" | "tiff" | "mp4" | "pt" | "safetensors"
-    ) {
-        return Err(Error::usage(format!("{}: .{extension} is not written", args.out.display()))
-            .hint("a .png is one sheet; .npy and .npz hold numbers; a folder or a .zip gets a PNG for each image"));
+    if OTHERS.contains(&extension) {
+        return refuse(
+            format!(".{extension} is not written"),
+            "a .png is one picture; .npy and .npz hold numbers, .csv tables, .wav sound; a folder or a .zip gets a PNG for each \
+             image",
+        );
     }
+    let shape = crate::axes::written(&info.shape);
+    match extension {
+        "csv" if info.shape.len() != 1 => refuse(
+            format!("a .csv holds tables, a row a sample; these samples are {shape}"),
+            ".npy and .npz hold samples of any shape",
+        ),
+        "wav" => view.check_sound().map_err(|e| e.context(args.out.display().to_string())),
+        "png" | "npy" | "npz" | "csv" if !args.uint8 => Ok(()),
+        _ if info.image_shape().is_none() => refuse(
+            format!("8-bit images are asked for; these samples are {shape}, which are no images"),
+            ".npy and .npz (without --uint8) hold samples of any shape; a .png is a picture of them",
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Sound into one file, or into numbered ones: `out.wav` becomes `out-000.wav` and on.
+fn write_sound(path: &Path, samples: &HostTensor, view: &View) -> Result<()> {
+    let (sounds, rate) = view.sound(samples)?;
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    for (k, sound) in sounds.iter().enumerate() {
+        let file = match sounds.len() {
+            1 => path.to_path_buf(),
+            _ => path.with_file_name(format!("{stem}-{k:03}.wav")),
+        };
+        crate::files::write_atomic(&file, &wav::encode(sound.view(), view.range, rate)?)?;
+    }
+    Ok(())
+}
+
+fn write(args: &SampleArgs, extension: &str, samples: &mut Samples<'_>, classes: Option<&[usize]>) -> Result<()> {
+    let view = View::of_student(samples.student.info());
     let mut next = || samples.next_u8(args.rounding);
-    match extension.as_str() {
+    match extension {
         "npy" | "npz" if args.uint8 => image_writer::array(&args.out, classes, &mut next),
         "zip" => image_writer::zip(&args.out, classes, &mut next),
         "png" => {
-            let range = samples.student.info().range;
-            grid::write(&args.out, &samples.all()?, range, args.columns)
+            let pictures = view::view(&samples.all()?, None, &view, args.columns)?;
+            crate::files::write_atomic(&args.out, &pictures.sheet)?;
+            match pictures.animation {
+                Some(moving) => {
+                    let stem = args.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    crate::files::write_atomic(&args.out.with_file_name(format!("{stem}-moving.png")), &moving)
+                }
+                None => Ok(()),
+            }
+        }
+        "wav" => write_sound(&args.out, &samples.all()?, &view),
+        "csv" => {
+            let all = samples.all()?;
+            let rows = all.array::<f32>()?.into_dimensionality::<ndarray::Ix2>();
+            table::write(&args.out, rows.map_err(|e| Error::mismatch(e.to_string()))?.view(), classes)
         }
         "npy" => npy::write(&args.out, &samples.all()?),
         "npz" => {
-            let images = samples.all()?;
+            let values = samples.all()?;
             let labels = classes.map(|c| HostTensor::vec(&c.iter().map(|&k| k as i64).collect::<Vec<_>>()));
-            let mut arrays = vec![("images", &images)];
+            let mut arrays = vec![(if view.is_image() { "images" } else { "samples" }, &values)];
             arrays.extend(labels.as_ref().map(|l| ("labels", l)));
             npy::write_npz(&args.out, &arrays)
         }
@@ -167,6 +222,8 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
         return Err(Error::usage("--number 0: nothing to sample"));
     }
     let mut student = Student::open(&args.student, &args.engine.options(&[args.batch])?)?;
+    let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+    check(args, &extension, student.info())?;
     let embeddings = read_conditions(&args.conditions)?;
     let classes = args.classes.as_deref().map(parse_classes).transpose()?.unwrap_or_default();
     let request = Request { seed: args.seed, classes, embeddings, batch: args.batch };
@@ -180,7 +237,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
         seconds: 0.0,
         broken: 0,
     };
-    let written = write(args, &mut samples, labels.as_deref());
+    let written = write(args, &extension, &mut samples, labels.as_deref());
     samples.bar.finish_and_clear();
     written?;
     let (seconds, broken) = (samples.seconds, samples.broken);
@@ -194,7 +251,9 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
             "engine": student.engine_name(), "seconds": seconds, "ms_per_image": ms, "not_finite": broken });
         println!("{out}");
     } else if !globals.quiet {
-        println!("{} images -> {} ({}, {ms:.2} ms an image)", args.number, args.out.display(), student.engine_name());
+        let what = if View::of_student(student.info()).is_image() { "image" } else { "sample" };
+        let (number, engine) = (args.number, student.engine_name());
+        println!("{number} {what}s -> {} ({engine}, {ms:.2} ms each)", args.out.display());
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -31,7 +31,7 @@ pub struct ByClass {
 }
 
 /// What a pass over a set leaves.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Collected {
     /// Mean and covariance of the features; absent without a feature network.
     pub statistics: Option<Statistics>,
@@ -110,7 +110,11 @@ pub fn collect(
     wanted: Wanted,
     mut seen: impl FnMut(usize),
 ) -> Result<Collected> {
-    let shape = source.shape().ok_or_else(|| Error::usage("statistics hold no images"))?;
+    let shape = source.shape().ok_or_else(|| match source.sample_shape() {
+        None => Error::usage("statistics hold no images"),
+        Some(other) => Error::usage(format!("the samples are {}, which are no images", crate::axes::written(&other)))
+            .hint("--values measures their values"),
+    })?;
     if count == 0 {
         return Err(Error::usage("no images to look at"));
     }

@@ -254,9 +254,28 @@ impl FeatureNet {
 
     /// Features of 8-bit images [N,C,H,W], `batch` a call.
     pub fn see(&mut self, images: &HostTensor, batch: usize) -> Result<Seen> {
-        let n = images.shape().first().copied().unwrap_or(0);
         let tensor = self.prepare(images)?;
-        let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), &tensor)], batch.max(1))?;
+        self.run(&tensor, batch)
+    }
+
+    /// Features `[N, D]` of samples that are no images, `[N, ...]`, which go in as they are, `batch` a call.
+    ///
+    /// Errors: an input that takes other samples.
+    pub fn see_values(&mut self, samples: &HostTensor, batch: usize) -> Result<Array2<f32>> {
+        let fits = |(d, s): (&Dim, &usize)| !matches!(d, Dim::Fixed(n) if n != s);
+        let shape = &self.input.shape;
+        if shape.len() != samples.rank() || !shape.iter().zip(samples.shape()).skip(1).all(fits) {
+            let found = crate::axes::written(samples.shape().get(1..).unwrap_or_default());
+            return Err(Error::mismatch(format!("the feature network wants {}, the samples are {found}", self.input))
+                .hint("export it for samples in the shape of the teacher's"));
+        }
+        let tensor = samples.cast(self.input.dtype);
+        Ok(self.run(&tensor, batch)?.features)
+    }
+
+    fn run(&mut self, tensor: &HostTensor, batch: usize) -> Result<Seen> {
+        let n = tensor.shape().first().copied().unwrap_or(0);
+        let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), tensor)], batch.max(1))?;
         let mut rows = |wanted: &str| -> Result<Array2<f32>> {
             let at = outputs.iter().position(|(name, _)| name == wanted);
             let (_, values) = outputs.swap_remove(at.ok_or_else(|| Error::backend(format!("no output `{wanted}`")))?);

@@ -1,4 +1,5 @@
-//! Distances between sets of images in the feature space of an ONNX network that the user names.
+//! Distances between sets of images in the feature space of an ONNX network that the user names; of samples that are no images,
+//! in the space of their own values ([`values`]).
 //!
 //! None of these numbers can be compared across feature networks, image sizes or sample counts; within one set-up they say
 //! which of two generators is nearer to the reference.
@@ -20,6 +21,7 @@ pub mod resize;
 pub mod sliced;
 pub mod source;
 pub mod sweep;
+pub mod values;
 
 use faer::Mat;
 use ndarray::ArrayView2;

@@ -47,17 +47,29 @@ impl View {
 
     /// What a teacher with this card makes.
     pub fn of_card(card: &TeacherCard) -> Self {
-        Self::images(&card.shape, card.range)
+        Self {
+            shape: card.shape.clone(),
+            channel_axis: card.channel_axis(),
+            modality: card.modality(),
+            range: card.range,
+            sample_rate: card.sample_rate,
+        }
     }
 
     /// What a student makes.
     pub fn of_student(info: &StudentInfo) -> Self {
-        Self::images(&info.shape, info.range)
+        Self {
+            shape: info.shape.clone(),
+            channel_axis: info.channel_axis(),
+            modality: info.modality,
+            range: info.range,
+            sample_rate: info.sample_rate,
+        }
     }
 
-    /// Whether a sheet of it is a sheet of images.
+    /// Whether a picture of it is a sheet of images, so that neither plots nor a teacher beneath belong to it.
     pub fn is_image(&self) -> bool {
-        self.modality == Modality::Image
+        self.shown() == Modality::Image
     }
 
     /// What can be shown of samples of this shape: of another number of dimensions than the modality has, they are numbers.
@@ -65,6 +77,7 @@ impl View {
         let frames = 4 - usize::from(self.channel_axis.is_none());
         match (self.modality, self.shape.len()) {
             (Modality::Image, r) if r + 1 != frames => Modality::Vector,
+            (Modality::Audio, 2) if self.channel_axis.is_none() => Modality::Vector,
             (Modality::Volume | Modality::Video, r) if r != frames => Modality::Vector,
             (Modality::Sequence | Modality::Audio, 0 | 3..) => Modality::Vector,
             (Modality::Points, r) if r != 2 => Modality::Vector,
@@ -85,36 +98,45 @@ impl View {
             return Ok(samples.reshaped(&[n, 1, len])?.cast(DType::F32).array::<f32>()?.into_owned());
         }
         let mut values = samples.cast(DType::F32).array::<f32>()?.into_owned();
-        let rank = self.shape.len();
-        let table = matches!(self.shown(), Modality::Sequence | Modality::Points) && rank == 2;
-        match self.channel_axis.or(table.then_some(1)) {
-            Some(axis) if rank > 1 || self.shown() != Modality::Audio => {
-                let mut order: Vec<usize> = (0..=rank).collect();
+        match self.channels() {
+            Some(axis) => {
+                let mut order: Vec<usize> = (0..values.ndim()).collect();
                 let channels = order.remove(axis + 1);
                 order.insert(1, channels);
                 values = values.permuted_axes(IxDyn(&order));
-                if rank == 1 {
-                    values.insert_axis_inplace(Axis(1));
-                }
             }
-            _ => values.insert_axis_inplace(Axis(1)),
+            None => values.insert_axis_inplace(Axis(1)),
         }
         Ok(values)
     }
 
-    /// The samples as sound, each `[C, L]`, with the number of values a second. An error where they are none, or the rate is
-    /// not known.
-    pub fn sound(&self, samples: &HostTensor) -> Result<(Vec<ndarray::Array2<f32>>, u32)> {
-        let rate = self.sample_rate.filter(|r| *r > 0);
-        if self.shown() != Modality::Audio && (rate.is_none() || !matches!(self.shape.len(), 1 | 2)) {
-            return Err(Error::usage("the samples are no sound: the card has neither modality = \"audio\" nor sample_rate")
-                .hint(".npy and .npz hold samples of any kind"));
+    /// The axis of `shape` that is shown as channels.
+    fn channels(&self) -> Option<usize> {
+        let table = self.shape.len() == 2;
+        match (self.shown(), self.channel_axis) {
+            // Coordinates are few, points are many: nobody means 1024 coordinates of 3 points.
+            (Modality::Points, _) => Some(usize::from(self.shape[1] <= self.shape[0])),
+            (Modality::Sequence, None) if table => Some(1),
+            (_, axis) => axis,
         }
-        let rate = rate.ok_or_else(|| {
+    }
+
+    /// Refuses samples that are no sound, or whose rate is not known; gives the rate, Hz.
+    pub fn check_sound(&self) -> Result<u32> {
+        if self.shown() != Modality::Audio {
+            let shape = crate::axes::written(&self.shape);
+            return Err(Error::usage(format!("the samples are {shape}, which the card does not call sound"))
+                .hint("sound is [B, L] or [B, C, L] with a `sample_rate` in the card; .npy and .npz hold samples of any kind"));
+        }
+        self.sample_rate.filter(|r| *r > 0).ok_or_else(|| {
             Error::usage("the card does not say how many values a second of sound has").hint("sample_rate = 22050")
-        })?;
-        let own = Self { modality: Modality::Audio, ..self.clone() };
-        let values = own.channels_first(samples)?;
+        })
+    }
+
+    /// The samples as sound, each `[C, L]`, with the number of values a second. Errors as [`View::check_sound`].
+    pub fn sound(&self, samples: &HostTensor) -> Result<(Vec<ndarray::Array2<f32>>, u32)> {
+        let rate = self.check_sound()?;
+        let values = self.channels_first(samples)?;
         let each = values.outer_iter().map(|sample| {
             let two = sample.to_owned().into_dimensionality::<ndarray::Ix2>();
             two.map_err(|e| Error::mismatch(format!("sound of shape {:?}: {e}", self.shape)))
@@ -123,14 +145,22 @@ impl View {
     }
 }
 
+/// Samples that are drawn beneath others.
+#[derive(Debug, Clone, Copy)]
+pub struct Beneath<'a> {
+    /// Samples of the same shape, from the same noise.
+    pub samples: &'a HostTensor,
+    /// What those on top are called, and these.
+    pub names: [&'a str; 2],
+}
+
 /// Pictures of samples `[N, ...]` of the view's shape, by its modality:
 /// images as a sheet in rows of `columns` (about square where absent); volumes as a row of slices each; videos as a row of
 /// frames each, and as they move; sequences and sound as curves, a row a channel and a column a sample; vectors as histograms
-/// and clouds of their leading values; points as clouds, a row a sample. `under`, samples of a teacher, is drawn beneath in
-/// curves, clouds and histograms. NaN and infinities are magenta.
+/// and clouds of their leading values; points as clouds, a row a sample. `beneath` is seen in curves, clouds and histograms alone. NaN and infinities are magenta.
 pub fn view(
     samples: &HostTensor,
-    under: Option<&HostTensor>,
+    beneath: Option<Beneath<'_>>,
     view: &View,
     columns: Option<usize>,
 ) -> Result<Pictures> {
@@ -144,7 +174,7 @@ pub fn view(
             Ok(Pictures { sheet, animation: Some(slices::animation(&values, view.range)?) })
         }
         other => {
-            let under = under.map(|u| view.channels_first(u)).transpose()?;
+            let under = beneath.map(|b| Ok::<_, Error>((view.channels_first(b.samples)?, b.names))).transpose()?;
             Ok(still(plot(values, under, view, other, columns)?))
         }
     }
@@ -153,7 +183,7 @@ pub fn view(
 #[cfg(feature = "report")]
 fn plot(
     values: ArrayD<f32>,
-    under: Option<ArrayD<f32>>,
+    under: Option<(ArrayD<f32>, [&str; 2])>,
     view: &View,
     modality: Modality,
     columns: Option<usize>,
@@ -162,22 +192,24 @@ fn plot(
         a.into_dimensionality::<ndarray::Ix3>()
             .map_err(|e| Error::mismatch(format!("samples of {:?}: {e}", view.shape)))
     };
-    let (values, under) = (three(values)?, under.map(three).transpose()?);
+    let names = under.as_ref().map_or(Vec::new(), |(_, names)| names.to_vec());
+    let (values, under) = (three(values)?, under.map(|(u, _)| three(u)).transpose()?);
     let under = under.as_ref().map(|u| u.view());
+    let set = plots::Sets { legend: &names, own: values.view(), under };
     match modality {
-        Modality::Points => plots::points(values.view(), under),
+        Modality::Points => plots::points(&set),
         Modality::Sequence | Modality::Audio => {
             let unit = match (modality, view.sample_rate) {
                 (Modality::Audio, Some(rate)) if rate > 0 => 1.0 / f64::from(rate),
                 _ => 1.0,
             };
-            plots::lines(values.view(), under, unit, columns)
+            plots::lines(&set, unit, columns)
         }
-        _ => plots::vectors(values.index_axis(Axis(1), 0), under.map(|u| u.index_axis_move(Axis(1), 0))),
+        _ => plots::vectors(&set),
     }
 }
 
 #[cfg(not(feature = "report"))]
-fn plot(_: ArrayD<f32>, _: Option<ArrayD<f32>>, _: &View, _: Modality, _: Option<usize>) -> Result<Vec<u8>> {
+fn plot(_: ArrayD<f32>, _: Option<(ArrayD<f32>, [&str; 2])>, _: &View, _: Modality, _: Option<usize>) -> Result<Vec<u8>> {
     Err(Error::unsupported("this program was built without plots").hint("build it with the feature `report`"))
 }

@@ -46,25 +46,22 @@ fn curve(values: ArrayView1<'_, f32>, unit: f64) -> Vec<(f64, f64)> {
     all.chunks(all.len().div_ceil(STEPS / 2)).flat_map(extremes).collect()
 }
 
-/// Names of the sets in their colours: the samples first, what lies under them second.
-fn legend(under: bool) -> &'static [&'static str] {
-    if under { &["student", "teacher"] } else { &[] }
+/// What is shown: samples `[N, C, ...]`, and what lies beneath them.
+pub(super) struct Sets<'a> {
+    /// Names of both, where there are two.
+    pub legend: &'a [&'a str],
+    pub own: ArrayView3<'a, f32>,
+    pub under: Option<ArrayView3<'a, f32>>,
 }
 
-/// Samples `[N, C, L]` as curves, a row a channel and a column a sample; `unit` is what a step means on the x axis. `under` is
-/// drawn below in another colour.
-pub(super) fn lines(
-    samples: ArrayView3<'_, f32>,
-    under: Option<ArrayView3<'_, f32>>,
-    unit: f64,
-    columns: Option<usize>,
-) -> Result<Vec<u8>> {
+/// Samples `[N, C, L]` as curves, a row a channel and a column a sample; `unit` is what a step means on the x axis.
+pub(super) fn lines(Sets { legend, own: samples, under }: &Sets<'_>, unit: f64, columns: Option<usize>) -> Result<Vec<u8>> {
     let (n, channels, length) = samples.dim();
     let columns = columns.unwrap_or(ACROSS).clamp(1, n);
     let mut panels = Vec::new();
     for channel in 0..channels.min(DOWN) {
         let of = |set: &ArrayView3<'_, f32>| set.slice(s![..columns.min(set.dim().0), channel, ..]).to_owned();
-        let (own, other) = (of(&samples), under.as_ref().map(of));
+        let (own, other) = (of(samples), under.as_ref().map(of));
         let y = span(own.iter().chain(other.iter().flatten()).copied());
         for k in 0..columns {
             let mut parts = Vec::new();
@@ -82,7 +79,7 @@ pub(super) fn lines(
             });
         }
     }
-    png(&panels, columns, legend(under.is_some()))
+    png(&panels, columns, legend)
 }
 
 /// Shares of the values in each of [`BINS`] bins from low to high.
@@ -121,29 +118,30 @@ fn scatter(title: String, own: [ArrayView1<'_, f32>; 2], under: Option<[ArrayVie
     Panel { title, x: along(0), y: along(1), content: Content::Dots(clouds), broken }
 }
 
-/// Rows `[N, D]`: each of the leading dimensions as a histogram, and pairs of the first four as clouds.
-pub(super) fn vectors(samples: ArrayView2<'_, f32>, under: Option<ArrayView2<'_, f32>>) -> Result<Vec<u8>> {
+/// Rows `[N, 1, D]`: each of the leading dimensions as a histogram, and pairs of the first four as clouds.
+pub(super) fn vectors(Sets { legend, own, under }: &Sets<'_>) -> Result<Vec<u8>> {
+    let samples = own.index_axis(Axis(1), 0);
     let dims = samples.ncols();
-    let of = |set: &Option<ArrayView2<'_, f32>>, k: usize| set.map(|u| u.column(k).to_owned());
+    let of = |set: &Option<ArrayView3<'_, f32>>, k: usize| set.as_ref().map(|u| u.slice(s![.., 0, k]).to_owned());
     let mut panels = Vec::new();
     for k in 0..dims.min(2 * ACROSS) {
-        let other = of(&under, k);
+        let other = of(under, k);
         let more = if k + 1 == 2 * ACROSS && dims > k + 1 { format!(" of {dims}") } else { String::new() };
         panels.push(histogram(format!("value {k}{more}"), samples.column(k), other.as_ref().map(|o| o.view())));
     }
     for b in 1..dims.min(ACROSS) {
         for a in 0..b {
-            let other = of(&under, a).zip(of(&under, b));
+            let other = of(under, a).zip(of(under, b));
             let other = other.as_ref().map(|(x, y)| [x.view(), y.view()]);
             panels.push(scatter(format!("{a} across, {b} up"), [samples.column(a), samples.column(b)], other));
         }
     }
-    png(&panels, ACROSS, legend(under.is_some()))
+    png(&panels, ACROSS, legend)
 }
 
 /// Clouds `[N, C, P]` of `P` points: a row a sample with pairs of its first three coordinates, then the coordinates of all
 /// samples as histograms.
-pub(super) fn points(samples: ArrayView3<'_, f32>, under: Option<ArrayView3<'_, f32>>) -> Result<Vec<u8>> {
+pub(super) fn points(Sets { legend, own: samples, under }: &Sets<'_>) -> Result<Vec<u8>> {
     let (n, dims, _) = samples.dim();
     let pairs: &[(usize, usize)] = if dims < 3 { &[(0, 1)] } else { &[(0, 1), (0, 2), (1, 2)] };
     let columns = if dims < 3 { ACROSS } else { 3 };
@@ -163,8 +161,8 @@ pub(super) fn points(samples: ArrayView3<'_, f32>, under: Option<ArrayView3<'_, 
     }
     for d in 0..dims.min(3) {
         let all = |set: &ArrayView3<'_, f32>| set.index_axis(Axis(1), d).iter().copied().collect::<ndarray::Array1<f32>>();
-        let (own, other) = (all(&samples), under.as_ref().map(all));
+        let (own, other) = (all(samples), under.as_ref().map(all));
         panels.push(histogram(format!("coordinate {d}, all samples"), own.view(), other.as_ref().map(|o| o.view())));
     }
-    png(&panels, columns, legend(under.is_some()))
+    png(&panels, columns, legend)
 }
