@@ -157,7 +157,7 @@ fn check(args: &SampleArgs, extension: &str, info: &StudentInfo) -> Result<()> {
             format!("a .csv holds tables, a row a sample; these samples are {shape}"),
             ".npy and .npz hold samples of any shape",
         ),
-        "wav" => view.check_sound().map_err(|e| e.context(args.out.display().to_string())),
+        "wav" => view.check_sound().map(|_| ()).map_err(|e| e.context(args.out.display().to_string())),
         "png" | "npy" | "npz" | "csv" if !args.uint8 => Ok(()),
         _ if info.image_shape().is_none() => refuse(
             format!("8-bit images are asked for; these samples are {shape}, which are no images"),
@@ -261,6 +261,71 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Runs the command in `dir`; the student makes half its noise.
+    fn sampled(dir: &Path, shape: &[usize], more: &[(&str, &str)], arguments: &[&str]) -> Result<()> {
+        use clap::FromArgMatches as _;
+        let student = dir.join("student.onnx");
+        std::fs::write(&student, crate::runtime::testing::halved(shape, more)).unwrap();
+        let all = ["sample", student.to_str().unwrap(), "-n", "3", "--seed", "5", "--engine", "tract"];
+        let command = SampleArgs::augment_args(clap::Command::new("sample"));
+        let found = command.get_matches_from(all.iter().chain(arguments));
+        let args = SampleArgs::from_arg_matches(&found).unwrap();
+        run(&args, Globals { json: false, quiet: true }).map(|_| ())
+    }
+
+    fn expected(len: usize) -> Vec<f32> {
+        crate::noise::batch_noise(5, 0, 3, len).iter().map(|v| v / 2.0).collect()
+    }
+
+    #[test]
+    fn tables_sound_and_sequences_are_written_by_extension() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let read = |name: &str| dir.path().join(name);
+        // A table: .csv, .npy, a picture.
+        for name in ["t.csv", "t.npy", "t.npz", "t.png"] {
+            sampled(dir.path(), &[4], &[], &["-o", &path(name)]).unwrap();
+        }
+        let rows = table::read(&read("t.csv")).unwrap();
+        assert_eq!((rows.dim(), rows.iter().copied().collect::<Vec<_>>()), ((3, 4), expected(4)));
+        assert_eq!(npy::read(&read("t.npy")).unwrap().to_f32(), expected(4));
+        assert_eq!(npy::read_npz(&read("t.npz")).unwrap()[0].0, "samples");
+        assert_eq!(image::open(read("t.png")).unwrap().width(), 1200);
+        // Sound: a file for each, exact numbers, the card's rate.
+        let sound = [("disback.sample_rate", "8000")];
+        sampled(dir.path(), &[2, 5], &sound, &["-o", &path("s.wav")]).unwrap();
+        let mut reader = hound::WavReader::open(read("s-002.wav")).unwrap();
+        assert_eq!((reader.spec().channels, reader.spec().sample_rate), (2, 8000));
+        let values: Vec<f32> = reader.samples::<f32>().map(|v| v.unwrap()).collect();
+        let third = &expected(10)[20..];
+        assert_eq!(values, (0..5).flat_map(|k| [third[k], third[5 + k]]).collect::<Vec<_>>());
+        // A video: its frames, and as it moves.
+        let video = [("disback.layout", "frames-first"), ("disback.range", "[-1, 1]")];
+        sampled(dir.path(), &[5, 1, 4, 4], &video, &["-o", &path("v.png")]).unwrap();
+        assert!(std::fs::read(read("v-moving.png")).unwrap().windows(4).any(|w| w == b"acTL"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_before_anything_is_sampled() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let cases: [(&str, &[usize], &str); 6] = [
+            ("a.csv", &[4, 3], "a .csv holds tables"),
+            ("a.wav", &[4, 3], "which the card does not call sound"),
+            ("a.mp3", &[16], ".mp3 is not written"),
+            ("folder", &[4, 3], "which are no images"),
+            ("a.zip", &[4], "which are no images"),
+            ("a.ply", &[4, 3], ".ply is not written"),
+        ];
+        for (name, shape, says) in cases {
+            let error = sampled(dir.path(), shape, &[], &["-o", &path(name)]).unwrap_err();
+            assert!(error.to_string().contains(says) && error.exit_code() == 2, "{name}: {error}");
+            assert!(!dir.path().join(name).exists());
+        }
+        let error = sampled(dir.path(), &[4], &[], &["-o", &path("a.npy"), "--uint8"]).unwrap_err();
+        assert!(error.to_string().contains("no images"), "{error}");
+    }
 
     #[test]
     fn class_lists() {

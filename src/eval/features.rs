@@ -307,7 +307,7 @@ impl FeatureNet {
             parts.push(self.see(&images.batch_u8(start, count)?, batch)?.features);
             seen(count);
         }
-        let parts: Vec<_> = parts.iter().map(Array2::view).collect();
+        let parts: Vec<_> = parts.iter().map(|p| p.view()).collect();
         let all = ndarray::concatenate(ndarray::Axis(0), &parts).map_err(|e| Error::mismatch(e.to_string()))?;
         FeatureMatrix::new(all.view())
     }

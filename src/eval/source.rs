@@ -146,29 +146,30 @@ impl Source {
         }
     }
 
-    /// Whether a file holds, or a network makes, samples that are no images, as far as the file says it.
-    pub fn is_no_image(path: &Path) -> Result<bool> {
+    /// Whether a file holds, or a network makes, samples that are no images, as far as the file says it. What cannot be read is
+    /// told where it is opened.
+    pub fn is_no_image(path: &Path) -> bool {
         let images = |t: &HostTensor| match *t.shape() {
             [_, _, _] => true,
             [_, a, _, c] => [a, c].iter().any(|d| matches!(d, 1 | 3)),
             _ => false,
         };
-        Ok(match path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase().as_str() {
+        match path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase().as_str() {
             "csv" => true,
-            "npy" => path.is_file() && !images(&npy::read(path)?),
+            "npy" => npy::read(path).is_ok_and(|t| !images(&t)),
             "onnx" => {
                 let decoded = std::fs::read(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
-                let model = decoded.with_context(|| path.display().to_string())?;
+                let Ok(model) = decoded else { return false };
                 let metadata = student::metadata(&model);
                 if metadata.contains_key("student.method") {
-                    return Ok(student::StudentInfo::from_model(&model)?.image_shape().is_none());
+                    return student::StudentInfo::from_model(&model).is_ok_and(|info| info.image_shape().is_none());
                 }
                 let rank = metadata.get("shape").and_then(|t| Some(student::parse_value(t).as_array()?.len()));
                 let named = metadata.get("modality").map(|t| t.trim_matches('"') != "image");
                 named.or(rank.map(|r| r != 3)).unwrap_or(false)
             }
             _ => false,
-        })
+        }
     }
 
     fn model(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {

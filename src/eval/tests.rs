@@ -296,3 +296,45 @@ fn the_card_decides_what_the_network_sees() {
     let colour = HostTensor::new(&[1, 3, 2, 2], &[0u8; 12]).unwrap();
     assert!(see(&["channels=1", "range=[0,1]"], &colour).unwrap_err().to_string().contains("colour is not made grey"));
 }
+
+#[test]
+fn values_of_a_student_are_measured() {
+    let student = crate::runtime::student::Student::from_bytes(&testing::halved(&[4, 3], &[]), &EngineOptions::default());
+    let mut source = Source::Student(Box::new(student.unwrap()));
+    // The student's own distribution, and one beside it.
+    let noise = |seed: u64, shift: f32| {
+        let values: Vec<f32> = crate::noise::batch_noise(seed, 0, 200, 12).iter().map(|v| 0.5 * v + shift).collect();
+        Source::Values(HostTensor::new(&[200, 4, 3], &values).unwrap())
+    };
+    let draw = source::Draw::default();
+    let row = |reference: &mut Source, source: &mut Source| {
+        let reference = values::Reference::collect(reference, &draw, None, 200, 200, |_| ()).unwrap();
+        reference.measure("student", source, &draw, None, (100, 2), |_| ())
+    };
+    let near = row(&mut noise(9, 0.0), &mut source).unwrap();
+    let far = row(&mut noise(9, 1.0), &mut source).unwrap();
+    assert_eq!((near.kind.as_str(), near.nfe, near.features, near.blocks), ("student", Some(1), Some(12), 2));
+    // The means differ by 1 in 12 values.
+    assert!(near.frechet < Some(1.0) && far.frechet > Some(11.0) && far.frechet < Some(14.0), "{near:?} {far:?}");
+    assert!(near.coverage > Some(0.7) && far.coverage < Some(0.1) && far.sliced > near.sliced);
+    assert!(near.sliced_standard_error.is_some() && near.kernel.is_some() && near.warnings.is_empty(), "{near:?}");
+    // Another shape, too few, NaN.
+    let other = |shape: &[usize]| Source::Values(HostTensor::new(shape, &vec![0.5f32; shape.iter().product()]).unwrap());
+    let error = row(&mut noise(9, 0.0), &mut other(&[100, 3, 4])).unwrap_err().to_string();
+    assert!(error.contains("[B, 3, 4], the reference [B, 4, 3]"), "{error}");
+    let error = row(&mut noise(9, 0.0), &mut other(&[100, 4, 3])).unwrap_err().to_string();
+    assert!(error.contains("too few"), "{error}");
+    let mut broken = vec![0.5f32; 200 * 12];
+    broken[31] = f32::NAN;
+    let mut broken = Source::Values(HostTensor::new(&[200, 4, 3], &broken).unwrap());
+    let error = row(&mut noise(9, 0.0), &mut broken).unwrap_err().to_string();
+    assert!(error.contains("sample 2 holds NaN"), "{error}");
+    // A network of features for them takes the values as they are.
+    let weight: Vec<f32> = (0..8).map(|k| k as f32 - 3.0).collect();
+    let options = features::FeatureOptions { range: Some([0.0, 1.0]), ..Default::default() };
+    let mut net = FeatureNet::from_bytes(&testing::features(&weight), &options, &EngineOptions::default()).unwrap();
+    let samples = HostTensor::new(&[2, 1, 2, 2], &[1f32, 0.0, 0.0, 0.0, 0.0, -2.0, 0.0, 0.0]).unwrap();
+    assert_eq!(net.see_values(&samples, 8).unwrap(), ndarray::array![[-3.0, -2.0], [2.0, 0.0]]);
+    let error = net.see_values(&HostTensor::new(&[2, 4], &[0f32; 8]).unwrap(), 8).unwrap_err().to_string();
+    assert!(error.contains("the samples are [B, 4]"), "{error}");
+}

@@ -81,7 +81,7 @@ fn collect(
         seen(n);
     }
     let join = |parts: &[Array2<f32>]| {
-        let parts: Vec<_> = parts.iter().map(Array2::view).collect();
+        let parts: Vec<_> = parts.iter().map(|p| p.view()).collect();
         ndarray::concatenate(Axis(0), &parts).map_err(|_| Error::usage("no samples to look at"))
     };
     Ok(Set {

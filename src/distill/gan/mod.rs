@@ -18,7 +18,7 @@ use crate::torch::train::optim::AdamW;
 use crate::torch::{ParamSet, convert};
 
 pub use data::RealImages;
-pub use head::Head;
+pub use head::{Axes, Head};
 
 /// The discriminator's head, its optimiser and the real images.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl Gan {
             .map_err(|e| e.hint(suggestion(teacher)))?;
         let shapes: Vec<(String, Vec<i64>)> =
             config.gan.taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
-        let head = Head::new(&shapes, card.layout == crate::diffusion::Layout::Nhwc, config.seed, batches.device)?;
+        let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device)?;
         head.params().set_requires_grad(true)?;
         let schedule = card.schedule()?;
         let table = schedule.training_sigmas(config.noise.levels);

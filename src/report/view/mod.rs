@@ -213,3 +213,6 @@ fn plot(
 fn plot(_: ArrayD<f32>, _: Option<(ArrayD<f32>, [&str; 2])>, _: &View, _: Modality, _: Option<usize>) -> Result<Vec<u8>> {
     Err(Error::unsupported("this program was built without plots").hint("build it with the feature `report`"))
 }
+
+#[cfg(test)]
+mod tests;
