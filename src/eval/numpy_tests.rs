@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::tests::{close, gaussian};
 use super::*;
+use crate::tensor::HostTensor;
 use crate::io::npy;
 
 /// Runs a script in `dir`; what it prints is JSON.

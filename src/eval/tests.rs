@@ -1,6 +1,7 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::*;
+use crate::tensor::HostTensor;
 use crate::io::ImageSet;
 use crate::runtime::{EngineOptions, testing};
 
