@@ -170,7 +170,7 @@ fn statistics_of_another_network_are_refused() {
     // Symmetric, variances fine, and yet no covariance: found when it is read, and when it is used.
     assert!(write([1.0, 2.0, 2.0, 1.0]).contains("eigenvalue of -1.000e0"));
     let bent = Statistics {
-        covariance: Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { 2.0 }),
+        covariance: Array2::from_shape_fn((2, 2), |(i, j)| if i == j { 1.0 } else { 2.0 }),
         ..Statistics::of(&gaussian(20, 2, 1, 1.0, 0.0)).unwrap()
     };
     let error = frechet::distance(&bent, &bent).unwrap_err().to_string();
