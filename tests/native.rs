@@ -180,9 +180,8 @@ fn student_errors(folder: &Path, case: &str) -> Result<(f64, f64), String> {
     let rows = if case.ends_with("static") { 3 } else { 5 };
     let request = Request { batch: rows, ..Request::default() };
     let conditions = HostConditions::of_images(&card, 0, 0, rows).map_err(text)?;
-    let [c, h, w] = card.shape;
-    let z = Tensor::from_slice(&disback::noise::batch_noise(0, 0, rows, c * h * w));
-    let z = z.reshape([rows as i64, c as i64, h as i64, w as i64]);
+    let z = Tensor::from_slice(&disback::noise::batch_noise(0, 0, rows, card.sample_len()));
+    let z = z.reshape(card.batch_of(rows).iter().map(|d| *d as i64).collect::<Vec<_>>());
     let expected = tch::no_grad(|| {
         let x0 = denoiser.generate(&z, &Conditions::from_host(&conditions, Device::Cpu)?, &start)?;
         convert::to_host(&card.range.map_or(x0.shallow_clone(), |[low, high]| x0.clamp(low, high)))

@@ -44,7 +44,7 @@ fn a_fitting_graph_passes_and_each_contradiction_is_named() {
     let cases: [(Change, &str); 11] = [
         (|c, _| c.sample = "y".into(), "`sample` names `y`, which is no input"),
         (|c, _| c.output = "eps".into(), "`output` names `eps`, which is no output"),
-        (|c, _| c.shape = [3, 8, 8], "does not fit [B, 3, 8, 8]"),
+        (|c, _| c.shape = vec![3, 8, 8], "does not fit [B, 3, 8, 8]"),
         (|c, _| c.layout = Layout::Nhwc, "does not fit [B, 8, 8, 1]"),
         (|_, g| g[0].shape.truncate(3), "does not fit [B, 1, 8, 8]"),
         (|_, g| g[0].dtype = DType::I64, "is not a float"),
@@ -68,7 +68,7 @@ fn a_fitting_graph_passes_and_each_contradiction_is_named() {
 #[test]
 fn values_that_make_no_sense_are_refused() {
     let cases: [fn(&mut TeacherCard); 9] = [
-        |c| c.shape = [1, 0, 8],
+        |c| c.shape = vec![1, 0, 8],
         |c| c.range = Some([1.0, -1.0]),
         |c| c.sigma_data = 0.0,
         |c| c.latent_scale = f64::INFINITY,

@@ -1,4 +1,5 @@
 use super::*;
+use crate::diffusion::Layout;
 use crate::diffusion::{Betas, Null, Prediction, ScheduleSpec, TimeUnit, condition::Zeros};
 use crate::tensor::DType;
 use std::cell::RefCell;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::diffusion::Layout;
 use crate::diffusion::{Betas, Prediction, ScheduleSpec, TimeUnit};
 use crate::noise::image_noise;
 use crate::onnx::{AttributeProto, GraphProto};

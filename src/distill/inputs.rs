@@ -14,9 +14,9 @@ use crate::torch::train::cuda_graph::Feed;
 pub struct Noised {
     /// `e ~ N(0, I)`, f32 `[B, C, H, W]`.
     pub noise: Tensor,
-    /// Noise level of each sample, f32 `[B, 1, 1, 1]`.
+    /// Noise level of each sample, f32 `[B, 1, ...]`.
     pub sigma: Tensor,
-    /// Weight of each sample in the denoising loss, f32 `[B, 1, 1, 1]`.
+    /// Weight of each sample in the denoising loss, f32 `[B, 1, ...]`.
     pub weights: Tensor,
     /// The denoiser's coefficients and times at the noise levels.
     pub prepared: Prepared,

@@ -80,7 +80,7 @@ impl Probe<'_> {
         let Some((gan, fake)) = self.judge else { return Ok(None) };
         let sigmas = self.batches.fake_levels.spread(self.batches.batch);
         let noise = self.batches.noise(self.draws, Purpose::GeneratorNoise)?;
-        let x_t = noise.f_mul(&column(&sigmas, x.dim() - 1, self.batches.device)?)?;
+        let x_t = noise.f_mul(&column(&sigmas, noise.dim() - 1, self.batches.device)?)?;
         let (_, features) = fake.denoise_tapped(&x_t, &sigmas, conditions, gan.taps())?;
         let found = "the discriminator's head gives NaN or infinity".to_owned();
         let hint = "it has diverged: a lower gan.lr, or a smaller gan.weight_discriminator".into();
@@ -93,7 +93,7 @@ impl Probe<'_> {
         let noise = self.batches.noise(self.draws, Purpose::GeneratorNoise)?;
         let mut bad = Vec::new();
         for sigmas in candidate.levels.spread(count).chunks(batch) {
-            let x_t = noise.f_mul(&column(sigmas, x.dim() - 1, self.batches.device)?)?;
+            let x_t = noise.f_mul(&column(sigmas, noise.dim() - 1, self.batches.device)?)?;
             let x0 = candidate.network.guided(&x_t, sigmas, conditions, candidate.guidance)?;
             let finite = x0.f_flatten(1, -1)?.f_isfinite()?.f_all_dim(1, false)?;
             let finite = Vec::<bool>::try_from(finite.f_to_device(tch::Device::Cpu)?)?;

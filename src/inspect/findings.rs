@@ -160,6 +160,8 @@ impl Findings {
             time_unit: if time_is_integer { TimeUnit::Step } else { TimeUnit::Sigma },
             shape: value("shape")?.try_into().ok()?,
             layout: value("layout").and_then(|v| v.try_into().ok()).unwrap_or(Layout::ChannelsFirst),
+            modality: None,
+            sample_rate: None,
             range: None,
             sigma_data: value("sigma_data").and_then(|v| v.as_float()).unwrap_or(0.5),
             latent_scale: 1.0,

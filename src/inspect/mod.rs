@@ -1,6 +1,7 @@
 //! What an ONNX file holds and what would become of it: signature, parameters by role and group, operators, what is raised,
 //! what is not supported, cost, and a proposed teacher card.
 
+mod axes;
 mod cost;
 pub mod findings;
 pub mod hypothesis;

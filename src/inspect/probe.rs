@@ -313,7 +313,7 @@ fn range_and_deviation(base: &TeacherCard, h: &Hypothesis, s: &Score, findings: 
     let at = |q: f64| sorted[((sorted.len() - 1) as f64 * q).round() as usize];
     let (low, high) = (at(0.002), at(0.998));
     let seen = format!("its samples run from {low:.2} to {high:.2}");
-    let images = base.shape[0] == 1 || base.shape[0] == 3;
+    let images = base.image_shape().is_some_and(|[c, ..]| c == 1 || c == 3);
     let range = match (low, high) {
         (l, h) if (-1.35..=-0.6).contains(&l) && (0.5..=1.35).contains(&h) => Some([-1.0, 1.0]),
         (l, h) if (-0.2..=0.25).contains(&l) && (0.6..=1.25).contains(&h) => Some([0.0, 1.0]),

@@ -85,7 +85,7 @@ fn base(graph: &Graph, findings: &Findings) -> Result<(TeacherCard, Option<usize
     let steps = time.filter(|_| integer).and_then(|p| structure::rows_looked_up(graph, p.value)).map(|(n, _)| n);
     let mut with_shape = findings.clone();
     if let Some(shape) = guessed_shape(graph, findings) {
-        with_shape.value(&["shape"], shape.map(|d| d as i64).to_vec(), crate::inspect::How::Assumed, "");
+        with_shape.value(&["shape"], shape, crate::inspect::How::Assumed, "");
     }
     let card = with_shape
         .stand_in(integer)
@@ -93,18 +93,26 @@ fn base(graph: &Graph, findings: &Findings) -> Result<(TeacherCard, Option<usize
     Ok((card, steps))
 }
 
-/// The shape where only its height and width are free.
-fn guessed_shape(graph: &Graph, findings: &Findings) -> Option<[usize; 3]> {
+/// The shape where only its spatial sizes are free, or its length.
+fn guessed_shape(graph: &Graph, findings: &Findings) -> Option<Vec<i64>> {
     let open = findings.get(&["shape"])?.value.is_none();
     let sample = findings.text(&["sample"])?;
     let dims = graph.inputs.iter().find(|p| p.name == sample)?.dims()?;
-    let nhwc = findings.text(&["layout"])? == "nhwc";
-    let (c, h, w) = match *dims.as_slice() {
-        [_, h, w, c] if nhwc => (c, h, w),
-        [_, c, h, w] => (c, h, w),
-        _ => return None,
+    let mut row = dims.get(1..)?.to_vec();
+    let layout = findings.text(&["layout"]);
+    let channels = match layout.as_deref() {
+        Some("nhwc" | "channels-last") => row.len().checked_sub(1),
+        Some("frames-first") => Some(1),
+        _ if row.len() > 1 => Some(0),
+        _ => None,
     };
-    (open && c.is_some()).then_some([c?, h.unwrap_or(PROBE_SIDE), w.unwrap_or(PROBE_SIDE)])
+    if !open || row.is_empty() || channels.is_some_and(|at| row.get(at).is_none_or(Option::is_none)) {
+        return None;
+    }
+    if layout.as_deref() == Some("nhwc") {
+        row.rotate_right(1);
+    }
+    Some(row.into_iter().map(|d| d.unwrap_or(PROBE_SIDE) as i64).collect())
 }
 
 impl Proposal {

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use crate::graph::{Graph, Port, ValueId, op_schema};
+use crate::inspect::axes;
 use crate::inspect::findings::{Findings, How, Known};
 
 const TIME_NAMES: [&str; 9] =
@@ -33,9 +34,9 @@ pub fn read(graph: &Graph, known: &Known, model: &Path) -> Findings {
             }
         }
     };
-    let images: Vec<&Port> = graph.inputs.iter().filter(|p| rank(p) == Some(4) && float(p)).collect();
-    take(&mut out, "sample", pick(&images, &SAMPLE_NAMES, "float input of rank 4"));
     let conditions: Vec<&str> = known.keys().filter(|k| k[0] == "conditions" && k.len() > 1).map(|k| &*k[1]).collect();
+    let (samples, what) = sample_candidates(graph, &conditions);
+    take(&mut out, "sample", pick(&samples, &SAMPLE_NAMES, &what));
     let scalars: Vec<&Port> = graph
         .inputs
         .iter()
@@ -48,10 +49,13 @@ pub fn read(graph: &Graph, known: &Known, model: &Path) -> Findings {
         (found, _) => found,
     };
     take(&mut out, "time", time);
+    let sample = out.text(&["sample"]).and_then(|n| graph.inputs.iter().find(|p| p.name == n));
+    let wanted = sample.and_then(rank).unwrap_or(4);
     let outputs: Vec<&Port> =
-        graph.outputs.iter().filter(|p| rank(p).is_none_or(|r| r == 4 || r == 0) && float(p)).collect();
-    take(&mut out, "output", pick(&outputs, &["denoised", "out_sample", "sample", "output"], "float output of rank 4"));
-    shape(graph, model, &mut out);
+        graph.outputs.iter().filter(|p| rank(p).is_none_or(|r| r == wanted || r == 0) && float(p)).collect();
+    let what = format!("float output of rank {wanted}");
+    take(&mut out, "output", pick(&outputs, &["denoised", "out_sample", "sample", "output"], &what));
+    axes::read(graph, model, &mut out);
     let taken: Vec<String> = ["sample", "time"].iter().filter_map(|k| out.text(&[k])).collect();
     for p in graph.inputs.iter().filter(|p| !taken.contains(&p.name)) {
         if known.keys().any(|k| k.len() > 1 && (k[0] == "conditions" || k[0] == "constants") && k[1] == p.name) {
@@ -97,82 +101,37 @@ fn one_number_a_row(p: &Port) -> bool {
     p.shape.as_ref().is_some_and(|dims| dims.len() <= 1 || dims.iter().skip(1).all(|d| *d == Ok(1)))
 }
 
-fn shape(graph: &Graph, model: &Path, out: &mut Findings) {
-    let Some(port) = out.text(&["sample"]).and_then(|n| graph.inputs.iter().find(|p| p.name == n)) else {
-        return out.undecided(&["shape"], "the sample input is not known");
+/// Inputs that could take the sample, and what they are called in a message: images where there are any, and otherwise what an
+/// output has the shape of.
+fn sample_candidates<'a>(graph: &'a Graph, conditions: &[&str]) -> (Vec<&'a Port>, String) {
+    let rank = |p: &Port| p.shape.as_ref().map(Vec::len);
+    let float = |p: &Port| p.dtype.is_none_or(|d| d.is_float());
+    let images: Vec<&Port> = graph.inputs.iter().filter(|p| rank(p) == Some(4) && float(p)).collect();
+    let out_of_images = graph.outputs.iter().any(|o| float(o) && rank(o).is_none_or(|r| r == 4 || r == 0));
+    if !images.is_empty() && out_of_images {
+        return (images, "float input of rank 4".into());
+    }
+    let arrays = |p: &&Port| {
+        float(p)
+            && rank(p).is_some_and(|r| r >= 2)
+            && !one_number_a_row(p)
+            && !conditions.contains(&p.name.as_str())
+            && !is_named(p, &LABEL_NAMES)
     };
-    let Some(dims) = port.dims().filter(|d| d.len() == 4) else {
-        return out.undecided(&["shape"], format!("`{}` declares no shape of rank 4", port.name));
-    };
-    let channels = |d: Option<usize>| d.is_some_and(|n| n <= 32);
-    let (first, last) = (dims[1], dims[3]);
-    match path_to_convolution(graph, port.value) {
-        Some(true) => {
-            out.value(&["layout"], "nhwc", How::Read, "transposed to N, C, H, W before the first convolution")
-        }
-        Some(false) => out.value(&["layout"], "nchw", How::Read, "reaches the first convolution as it is"),
-        None if channels(first) && (!channels(last) || dims[2] == last) => {
-            out.value(&["layout"], "nchw", How::Read, format!("dimensions {}", port.describe()));
-        }
-        None if channels(last) && (!channels(first) || first == dims[2]) => {
-            out.value(&["layout"], "nhwc", How::Read, format!("dimensions {}", port.describe()));
-        }
-        None => out.undecided(&["layout"], format!("no convolution, and {} fits both", port.describe())),
-    }
-    let Some(layout) = out.text(&["layout"]) else { return out.undecided(&["shape"], "the layout is undecided") };
-    let (c, mut h, mut w) = if layout == "nhwc" { (dims[3], dims[1], dims[2]) } else { (dims[1], dims[2], dims[3]) };
-    let mut why = format!("declared: {}", port.describe());
-    if let (None, Some(size)) = (h.and(w), sample_size(model)) {
-        (h, w) = (h.or(Some(size[0])), w.or(Some(size[1])));
-        why = "channels declared, sample_size of config.json beside the model".into();
-    }
-    match (c, h, w) {
-        (Some(c), Some(h), Some(w)) => {
-            out.value(&["shape"], vec![c as i64, h as i64, w as i64], How::Read, why);
-        }
-        _ => out.undecided(&["shape"], format!("free in the graph: {}", port.describe())),
-    }
-}
-
-/// Whether a Transpose to NCHW lies between the sample and the first convolution; `None` where no convolution is met.
-fn path_to_convolution(graph: &Graph, from: ValueId) -> Option<bool> {
-    let consumers = graph.consumers();
-    let mut queue = std::collections::VecDeque::from([(from, false)]);
-    let mut seen = HashSet::from([from]);
-    while let Some((value, moved)) = queue.pop_front() {
-        for &(index, slot) in consumers.get(&value).into_iter().flatten() {
-            let Some(node) = graph.nodes.get(index) else { continue };
-            let moved = match node.op.as_str() {
-                "Conv" if slot == 0 => return Some(moved),
-                "Transpose" => match node.attributes.ints("perm").ok().flatten().as_deref() {
-                    Some([0, 3, 1, 2]) => true,
-                    Some([0, 2, 3, 1]) => false,
-                    _ => continue,
-                },
-                // Beyond these the axes mean something else.
-                "Reshape" | "Shape" | "Flatten" | "MatMul" | "Gemm" => continue,
-                _ => moved,
-            };
-            for v in node.outputs.iter().flatten() {
-                if seen.insert(*v) && seen.len() < 200 {
-                    queue.push_back((*v, moved));
-                }
+    let made = |p: &&Port| {
+        graph.outputs.iter().filter(|o| float(o)).any(|o| match (p.dims(), o.dims()) {
+            (Some(a), Some(b)) => {
+                a.len() == b.len() && a.iter().zip(&b).skip(1).all(|(a, b)| a.is_none() || b.is_none() || a == b)
             }
-        }
+            _ => rank(o).is_none_or(|r| r == 0),
+        })
+    };
+    let mut found: Vec<&Port> = graph.inputs.iter().filter(arrays).filter(made).collect();
+    if found.len() > 1 {
+        let plain: Vec<&Port> = found.iter().copied().filter(|p| !is_named(p, &EMBEDDING_NAMES)).collect();
+        found = if plain.is_empty() { found } else { plain };
     }
-    None
-}
-
-/// diffusers' `sample_size` in the `config.json` beside the model: H and W.
-fn sample_size(model: &Path) -> Option<[usize; 2]> {
-    let text = std::fs::read_to_string(model.parent()?.join("config.json")).ok()?;
-    let json: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let size = json.get("sample_size")?;
-    let one = |v: &serde_json::Value| v.as_u64().map(|n| n as usize).filter(|n| (1..=65536).contains(n));
-    match size.as_array().map(Vec::as_slice) {
-        Some([h, w]) => Some([one(h)?, one(w)?]),
-        _ => one(size).map(|n| [n, n]),
-    }
+    (found, "float input of the shape of an output".into())
 }
 
 fn condition(graph: &Graph, p: &Port, out: &mut Findings) {

@@ -177,7 +177,7 @@ pub fn random_inputs(
                 Err(symbol) if dims.contains_key(symbol) => Ok(dims[symbol]),
                 Err(_) if i == 0 => Ok(batch),
                 Err(symbol) => match card {
-                    Some(c) if c.sample == p.name && declared.len() == 4 => Ok(sample_dim(c, i)),
+                    Some(c) if c.sample == p.name && declared.len() == 1 + c.rank() => Ok(sample_dim(c, i)),
                     _ => Err(Error::usage(format!("dimension {i} (`{symbol}`) of input `{}` is free", p.name)).hint(
                         match symbol.as_str() {
                             "" => "the card's shape of this input says it, or give --inputs FILE.npz".to_owned(),

@@ -200,11 +200,6 @@ impl StudentInfo {
         axes::image_shape(&self.shape, self.layout, self.modality)
     }
 
-    /// Whether a person is shown PNG sheets of these samples.
-    pub fn is_shown_as_image(&self) -> bool {
-        self.image_shape().is_some()
-    }
-
     fn card_shape(metadata: &BTreeMap<String, String>) -> Result<Vec<usize>> {
         let dims = metadata.get("shape").map(|t| parse_value(t));
         let dims = dims

@@ -215,7 +215,7 @@ fn wanted(
         Some(other) => return Err(bad(&format!("format={other}: expected png or npy"))),
         None => accept.contains("npy") || accept.contains("octet-stream"),
     };
-    if !npy && !s.info.is_shown_as_image() {
+    if !npy && s.info.image_shape().is_none() {
         return Err(bad("the student's samples are no images: ask for format=npy"));
     }
     if !npy && s.info.range.is_none() {
@@ -275,10 +275,10 @@ fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<Respo
         npy::write_to(&mut out, samples)?;
         return Ok(answer(StatusCode::OK, "application/x-npy", out));
     }
-    let png = match (samples.shape().first(), info.range) {
-        (Some(1), Some(range)) if matches!(info.shape[0], 1 | 3) => {
+    let png = match (samples.shape().first(), info.range, info.image_shape()) {
+        (Some(1), Some(range), Some(shape)) if matches!(shape[0], 1 | 3) => {
             let bytes: Vec<u8> = samples.to_f64().iter().map(|&x| quantise(x, range)).collect();
-            encode_png(&bytes, info.shape)?
+            encode_png(&bytes, shape)?
         }
         _ => grid::png(samples, info.range, None)?,
     };

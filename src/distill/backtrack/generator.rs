@@ -73,7 +73,9 @@ pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch
     let log_ratio = match (gan, &fake) {
         (Some(gan), Some((_, features))) => {
             let logits = tch::no_grad(|| gan.logits(features))?;
-            Some(logits.f_view([batches.batch as i64, 1, 1, 1])?)
+            let mut column = vec![1; x_t.dim()];
+            column[0] = batches.batch as i64;
+            Some(logits.f_view(&column[..])?)
         }
         _ => None,
     };

@@ -21,7 +21,7 @@ pub use sds::Sds;
 pub use sid::Sid;
 pub use sim::Sim;
 
-/// What an objective sees of one micro-batch; images are f32 `[B, C, H, W]` in the clean samples' scale.
+/// What an objective sees of one micro-batch; samples are f32 `[B, ...shape]` in their clean scale.
 pub struct Terms<'a> {
     /// The generator's images, with the generator's graph.
     pub x0: &'a Tensor,
@@ -29,14 +29,14 @@ pub struct Terms<'a> {
     pub x_t: &'a Tensor,
     /// `e ~ N(0, I)`.
     pub noise: &'a Tensor,
-    /// Noise levels, `[B, 1, 1, 1]`.
+    /// Noise levels, `[B, 1, ...]` of the samples' rank.
     pub sigma: &'a Tensor,
     /// Denoised by the target (a node of the trajectory, or the teacher), guided. It carries the graph of `x_t` where the
     /// objective asks for it ([`Objective::through_scores`]).
     pub target: &'a Tensor,
     /// Denoised by the fake score, never guided; `None` where the objective does without. Graph as `target`'s.
     pub fake: Option<&'a Tensor>,
-    /// `log p_data / p_generator` of each `x_t`, `[B, 1, 1, 1]`, without a graph, where the objective asks for it
+    /// `log p_data / p_generator` of each `x_t`, `[B, 1, ...]`, without a graph, where the objective asks for it
     /// ([`Objective::needs_ratio`]) and the target is the teacher.
     pub log_ratio: Option<&'a Tensor>,
 }
@@ -89,7 +89,7 @@ pub fn objective(config: &Config) -> Box<dyn Objective> {
 /// Keeps 0/0 out where a sample equals its denoised self.
 const SMALLEST_DISTANCE: f64 = 1e-8;
 
-/// `mean_chw |x0 - D_target|` of each sample, `[B, 1, 1, 1]`, without a graph: the scale by which DMD and SiD divide.
+/// The mean of `|x0 - D_target|` over each sample, `[B, 1, ...]`, without a graph: the scale by which DMD and SiD divide.
 fn distance_to_target(t: &Terms) -> Result<Tensor> {
     let distance = t.x0.detach().f_sub(&t.target.detach())?.f_abs()?;
     Ok(mean_of_each(&distance)?.f_clamp_min(SMALLEST_DISTANCE)?)

@@ -5,6 +5,7 @@ mod conditions;
 mod generators;
 mod memory_format;
 mod objectives;
+mod ranks;
 mod replayed;
 mod steps;
 mod sync;
@@ -35,12 +36,14 @@ impl Forward for Gaussian {
     fn forward(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let get = |name: &str| inputs.iter().find(|(n, _)| *n == name).map(|(_, t)| *t);
         let x = get("x").expect("given");
-        let sigma2 = get("sigma").expect("given").f_view([-1, 1, 1, 1])?.f_square()?;
+        let mut column = vec![1i64; x.dim()];
+        column[0] = -1;
+        let sigma2 = get("sigma").expect("given").f_view(&column[..])?.f_square()?;
         let [mean, log_sd, shift] = self.params.tensors() else { panic!("three parameters") };
         let var = log_sd.f_mul_scalar(2.0)?.f_exp()?;
         let mut mean = mean.shallow_clone();
         if let Some(labels) = get("labels") {
-            mean = mean.f_add(&shift.f_index_select(0, labels)?.f_view([-1, 1, 1, 1])?)?;
+            mean = mean.f_add(&shift.f_index_select(0, labels)?.f_view(&column[..])?)?;
         }
         let d = x.f_mul(&var)?.f_add(&mean.f_mul(&sigma2)?)?.f_div(&var.f_add(&sigma2)?)?;
         Ok(vec![("denoised".into(), d)])
@@ -78,18 +81,19 @@ pub(crate) fn labelled_card() -> TeacherCard {
     card
 }
 
+/// One mean and standard deviation a value of a sample of the card's shape.
 fn gaussian(card: TeacherCard, mean: &[f32], sd: &[f32]) -> Denoiser {
-    let channels = mean.len() as i64;
+    let row = card.size_of(1);
     let log_sd: Vec<f32> = sd.iter().map(|s| s.ln()).collect();
     let tensors = vec![
-        Tensor::from_slice(mean).view([1, channels, 1, 1]),
-        Tensor::from_slice(&log_sd).view([1, channels, 1, 1]),
+        Tensor::from_slice(mean).view(&row[..]),
+        Tensor::from_slice(&log_sd).view(&row[..]),
         Tensor::arange(11, (Kind::Float, Device::Cpu)) * 0.1,
     ];
     let names = ["mean", "log_sd", "shift"].map(String::from).to_vec();
     let network = Gaussian { params: ParamSet::new(names, tensors).unwrap() };
     let inputs = [
-        InputSpec::new("x", DType::F32, &[None, Some(mean.len()), Some(1), Some(1)]),
+        InputSpec::new("x", DType::F32, &std::iter::once(None).chain(card.shape.iter().copied().map(Some)).collect::<Vec<_>>()),
         InputSpec::new("sigma", DType::F32, &[None]),
         InputSpec::new("labels", DType::I64, &[None]),
     ];

@@ -95,7 +95,7 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         let z = batches.noise(&draws, Purpose::Latent).unwrap();
         let x = student.generate(&z, &conditions, &start).unwrap();
         let sigmas = draws.sigmas(Purpose::GeneratorSigma, &batches.generator_levels, c.batch);
-        let sigma = column(&sigmas, Device::Cpu).unwrap();
+        let sigma = column(&sigmas, 3, Device::Cpu).unwrap();
         let e = batches.noise(&draws, Purpose::GeneratorNoise).unwrap();
         let x_t = &x + &e * &sigma;
         let real = teacher.denoise(&x_t, &sigmas, &conditions).unwrap();
