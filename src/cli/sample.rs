@@ -138,9 +138,8 @@ const OTHERS: [&str; 13] =
 /// Refuses a file that the student's samples do not fit, before anything is sampled.
 fn check(args: &SampleArgs, extension: &str, info: &StudentInfo) -> Result<()> {
     let view = View::of_student(info);
-    let refuse = |why: String, hint: &str| {
-        Err(Error::usage(format!("{}: {why}", args.out.display())).hint(hint.to_string()))
-    };
+    let refuse =
+        |why: String, hint: &str| Err(Error::usage(format!("{}: {why}", args.out.display())).hint(hint.to_string()));
     if args.uint8 && !matches!(extension, "npy" | "npz") {
         return Err(Error::usage("--uint8 is for .npy and .npz; PNG files are 8 bits anyway"));
     }

@@ -143,9 +143,7 @@ impl InLoop {
                 let values = Reference::collect(&mut source, &draw, net.as_mut(), count, samples, |_| {});
                 (Collected { count, ..Collected::default() }, Some(values.with_context(context)?))
             }
-            false => {
-                (reference(&mut source, &draw, net.as_mut(), count, wanted, |_| {}).with_context(context)?, None)
-            }
+            false => (reference(&mut source, &draw, net.as_mut(), count, wanted, |_| {}).with_context(context)?, None),
         };
         let path = run.join(FILE);
         let points = read(&path);

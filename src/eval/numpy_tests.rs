@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::tests::{close, gaussian};
 use super::*;
-use crate::tensor::HostTensor;
 use crate::io::npy;
+use crate::tensor::HostTensor;
 
 /// Runs a script in `dir`; what it prints is JSON.
 fn python(dir: &Path, script: &str) -> Vec<f64> {
@@ -134,7 +134,9 @@ fn numpy_and_scipy_agree_on_values() {
             .flat_map(|i| {
                 let x = crate::noise::image_noise(seed, i, d);
                 // Of falling variance and correlated, as samples are.
-                (0..d).map(move |j| scale * (x[j] + 0.6 * x[(j + 1) % d]) / (1.0 + j as f32 / 7.0) + shift).collect::<Vec<_>>()
+                (0..d)
+                    .map(move |j| scale * (x[j] + 0.6 * x[(j + 1) % d]) / (1.0 + j as f32 / 7.0) + shift)
+                    .collect::<Vec<_>>()
             })
             .collect();
         HostTensor::new(&[&[n], shape].concat(), &rows).unwrap()

@@ -130,7 +130,8 @@ impl Source {
                 let found = named.iter().find_map(|name| arrays.iter().find(|(n, _)| n == name));
                 let found = found.or(arrays.first().filter(|_| arrays.len() == 1));
                 found.map(|(_, t)| t.clone()).ok_or_else(|| {
-                    Error::usage("which array holds the samples?").hint("name it `samples`, or keep it alone in the file")
+                    Error::usage("which array holds the samples?")
+                        .hint("name it `samples`, or keep it alone in the file")
                 })
             }
             _ => Err(Error::usage("samples that are measured by their values are read from a .npy, .npz or .csv")),

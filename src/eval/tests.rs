@@ -1,9 +1,9 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::*;
-use crate::tensor::HostTensor;
 use crate::io::ImageSet;
 use crate::runtime::{EngineOptions, testing};
+use crate::tensor::HostTensor;
 
 pub(super) fn matrix(n: usize, d: usize, f: impl FnMut((usize, usize)) -> f64) -> FeatureMatrix {
     FeatureMatrix::new(Array2::from_shape_fn((n, d), f).view()).unwrap()
@@ -300,7 +300,8 @@ fn the_card_decides_what_the_network_sees() {
 
 #[test]
 fn values_of_a_student_are_measured() {
-    let student = crate::runtime::student::Student::from_bytes(&testing::halved(&[4, 3], &[]), &EngineOptions::default());
+    let student =
+        crate::runtime::student::Student::from_bytes(&testing::halved(&[4, 3], &[]), &EngineOptions::default());
     let mut source = Source::Student(Box::new(student.unwrap()));
     // The student's own distribution, and one beside it.
     let noise = |seed: u64, shift: f32| {
@@ -320,7 +321,8 @@ fn values_of_a_student_are_measured() {
     assert!(near.coverage > Some(0.7) && far.coverage < Some(0.1) && far.sliced > near.sliced);
     assert!(near.sliced_standard_error.is_some() && near.kernel.is_some() && near.warnings.is_empty(), "{near:?}");
     // Another shape, too few, NaN.
-    let other = |shape: &[usize]| Source::Values(HostTensor::new(shape, &vec![0.5f32; shape.iter().product()]).unwrap());
+    let other =
+        |shape: &[usize]| Source::Values(HostTensor::new(shape, &vec![0.5f32; shape.iter().product()]).unwrap());
     let error = row(&mut noise(9, 0.0), &mut other(&[100, 3, 4])).unwrap_err().to_string();
     assert!(error.contains("[B, 3, 4], the reference [B, 4, 3]"), "{error}");
     let error = row(&mut noise(9, 0.0), &mut other(&[100, 4, 3])).unwrap_err().to_string();

@@ -195,7 +195,8 @@ impl Reference {
         seen: impl FnMut(usize),
     ) -> Result<Self> {
         let shape = source.sample_shape().ok_or_else(|| {
-            Error::usage("statistics hold no samples").hint("measures on values need the reference's samples themselves")
+            Error::usage("statistics hold no samples")
+                .hint("measures on values need the reference's samples themselves")
         })?;
         let set = collect(source, draw, net.as_deref_mut(), (0, count), seen)?;
         let space = match net {

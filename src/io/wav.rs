@@ -10,15 +10,10 @@ use crate::error::{Error, Result};
 /// Errors: more than 65535 channels, or more than 4 GiB.
 pub fn encode(sound: ArrayView2<'_, f32>, range: Option<[f64; 2]>, rate: u32) -> Result<Vec<u8>> {
     let wrong = |e: hound::Error| Error::io(format!(".wav: {e}"));
-    let channels = u16::try_from(sound.nrows()).map_err(|_| {
-        Error::mismatch(format!("sound of {} channels: a .wav has at most 65535", sound.nrows()))
-    })?;
-    let spec = hound::WavSpec {
-        channels,
-        sample_rate: rate,
-        bits_per_sample: 32,
-        sample_format: hound::SampleFormat::Float,
-    };
+    let channels = u16::try_from(sound.nrows())
+        .map_err(|_| Error::mismatch(format!("sound of {} channels: a .wav has at most 65535", sound.nrows())))?;
+    let spec =
+        hound::WavSpec { channels, sample_rate: rate, bits_per_sample: 32, sample_format: hound::SampleFormat::Float };
     let [low, high] = range.unwrap_or([-1.0, 1.0]);
     let plain = [low, high] == [-1.0, 1.0];
     let mut out = std::io::Cursor::new(Vec::new());

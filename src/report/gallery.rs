@@ -43,7 +43,9 @@ fn both(run: &Run) -> Vec<(String, &'static str)> {
 fn moving(run: &Run) -> String {
     let one = |(stem, name): (String, &str)| {
         let data = embed::whole("image/png", &run.sample(&format!("{stem}-moving.png"))?)?;
-        Some(format!("<figure><img alt=\"the {name}'s videos\" src=\"{data}\"><figcaption>The {name}'s videos</figcaption></figure>\n"))
+        Some(format!(
+            "<figure><img alt=\"the {name}'s videos\" src=\"{data}\"><figcaption>The {name}'s videos</figcaption></figure>\n"
+        ))
     };
     let all: String = both(run).into_iter().filter_map(one).collect();
     if all.is_empty() { all } else { format!("<div class=\"pair\">{all}</div>\n") }
@@ -55,7 +57,9 @@ fn sounds(run: &Run) -> String {
     for k in 0..4 {
         let one = |(stem, name): &(String, &str)| {
             let data = embed::whole("audio/wav", &run.sound(&format!("{stem}-{k}.wav"))?)?;
-            Some(format!("<figure><audio controls src=\"{data}\"></audio><figcaption>Sample {k}, the {name}</figcaption></figure>\n"))
+            Some(format!(
+                "<figure><audio controls src=\"{data}\"></audio><figcaption>Sample {k}, the {name}</figcaption></figure>\n"
+            ))
         };
         let row: String = both(run).iter().filter_map(one).collect();
         if !row.is_empty() {

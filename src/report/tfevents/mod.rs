@@ -10,7 +10,9 @@ use prost::Message;
 mod proto;
 
 use crate::error::{Context, Result};
-use proto::{Audio, Event, Histogram, HparamsData, Image, Metadata, PluginData, SessionEnd, SessionStart, Summary, Value};
+use proto::{
+    Audio, Event, Histogram, HparamsData, Image, Metadata, PluginData, SessionEnd, SessionStart, Summary, Value,
+};
 
 pub use proto::Hparam;
 
@@ -135,7 +137,14 @@ impl EventWriter {
     }
 
     /// Sound over steps: the bytes of a .wav with that many channels and steps of values, `rate` a second.
-    pub fn sound_wav(&mut self, tag: &str, step: i64, wav: &[u8], [channels, steps]: [usize; 2], rate: u32) -> Result<()> {
+    pub fn sound_wav(
+        &mut self,
+        tag: &str,
+        step: i64,
+        wav: &[u8],
+        [channels, steps]: [usize; 2],
+        rate: u32,
+    ) -> Result<()> {
         let audio = Audio {
             sample_rate: rate as f32,
             num_channels: channels as i64,

@@ -125,8 +125,9 @@ impl View {
     pub fn check_sound(&self) -> Result<u32> {
         if self.shown() != Modality::Audio {
             let shape = crate::axes::written(&self.shape);
-            return Err(Error::usage(format!("the samples are {shape}, which the card does not call sound"))
-                .hint("sound is [B, L] or [B, C, L] with a `sample_rate` in the card; .npy and .npz hold samples of any kind"));
+            return Err(Error::usage(format!("the samples are {shape}, which the card does not call sound")).hint(
+                "sound is [B, L] or [B, C, L] with a `sample_rate` in the card; .npy and .npz hold samples of any kind",
+            ));
         }
         self.sample_rate.filter(|r| *r > 0).ok_or_else(|| {
             Error::usage("the card does not say how many values a second of sound has").hint("sample_rate = 22050")
@@ -210,7 +211,13 @@ fn plot(
 }
 
 #[cfg(not(feature = "report"))]
-fn plot(_: ArrayD<f32>, _: Option<(ArrayD<f32>, [&str; 2])>, _: &View, _: Modality, _: Option<usize>) -> Result<Vec<u8>> {
+fn plot(
+    _: ArrayD<f32>,
+    _: Option<(ArrayD<f32>, [&str; 2])>,
+    _: &View,
+    _: Modality,
+    _: Option<usize>,
+) -> Result<Vec<u8>> {
     Err(Error::unsupported("this program was built without plots").hint("build it with the feature `report`"))
 }
 

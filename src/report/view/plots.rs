@@ -31,8 +31,12 @@ fn span(values: impl Iterator<Item = f32>) -> (f64, f64) {
 
 /// A curve of values over `x = step * unit`; what is not finite is left out.
 fn curve(values: ArrayView1<'_, f32>, unit: f64) -> Vec<(f64, f64)> {
-    let all: Vec<(f64, f64)> =
-        values.iter().enumerate().map(|(k, v)| (k as f64 * unit, f64::from(*v))).filter(|(_, v)| v.is_finite()).collect();
+    let all: Vec<(f64, f64)> = values
+        .iter()
+        .enumerate()
+        .map(|(k, v)| (k as f64 * unit, f64::from(*v)))
+        .filter(|(_, v)| v.is_finite())
+        .collect();
     if all.len() <= STEPS {
         return all;
     }
@@ -55,7 +59,11 @@ pub(super) struct Sets<'a> {
 }
 
 /// Samples `[N, C, L]` as curves, a row a channel and a column a sample; `unit` is what a step means on the x axis.
-pub(super) fn lines(Sets { legend, own: samples, under }: &Sets<'_>, unit: f64, columns: Option<usize>) -> Result<Vec<u8>> {
+pub(super) fn lines(
+    Sets { legend, own: samples, under }: &Sets<'_>,
+    unit: f64,
+    columns: Option<usize>,
+) -> Result<Vec<u8>> {
     let (n, channels, length) = samples.dim();
     let columns = columns.unwrap_or(ACROSS).clamp(1, n);
     let mut panels = Vec::new();
@@ -160,7 +168,8 @@ pub(super) fn points(Sets { legend, own: samples, under }: &Sets<'_>) -> Result<
         }
     }
     for d in 0..dims.min(3) {
-        let all = |set: &ArrayView3<'_, f32>| set.index_axis(Axis(1), d).iter().copied().collect::<ndarray::Array1<f32>>();
+        let all =
+            |set: &ArrayView3<'_, f32>| set.index_axis(Axis(1), d).iter().copied().collect::<ndarray::Array1<f32>>();
         let (own, other) = (all(samples), under.as_ref().map(all));
         panels.push(histogram(format!("coordinate {d}, all samples"), own.view(), other.as_ref().map(|o| o.view())));
     }

@@ -45,7 +45,10 @@ fn volumes_and_videos_are_rows_of_slices() {
             for t in 0..3 {
                 let pixel = sheet.get_pixel(2 + 50 * t as u32 + 40, 2 + 26 * n as u32 + 20).0;
                 let want = [((n + t) as f64 / 4.0 * 255.0).round() as u8, 0, 255];
-                assert!(pixel.iter().zip(want).all(|(a, b)| a.abs_diff(b) <= 1), "{axis:?} {n} {t}: {pixel:?} {want:?}");
+                assert!(
+                    pixel.iter().zip(want).all(|(a, b)| a.abs_diff(b) <= 1),
+                    "{axis:?} {n} {t}: {pixel:?} {want:?}"
+                );
             }
         }
         assert_eq!(made.animation.is_some(), modality == Modality::Video);
@@ -105,7 +108,8 @@ mod plots {
     #[test]
     fn sequences_are_curves_a_row_a_channel() {
         // Channel 0 rises from 0 to 1, channel 1 is 2 in sample 0 and 4 in sample 1.
-        let own = Array::from_shape_fn((2, 2, 50), |(n, c, k)| if c == 0 { k as f32 / 49.0 } else { 2.0 * (n + 1) as f32 });
+        let own =
+            Array::from_shape_fn((2, 2, 50), |(n, c, k)| if c == 0 { k as f32 / 49.0 } else { 2.0 * (n + 1) as f32 });
         let own = HostTensor::from(own.into_dyn());
         let view_of = of(&[2, 50], Some(0), Modality::Sequence);
         let alone = decode(&view(&own, None, &view_of, None).unwrap().sheet);
@@ -145,7 +149,10 @@ mod plots {
         // Bars are translucent: anything coloured counts. The bar at 0 is three times as high as the one at 1.
         let coloured = |l: u32, r: u32| {
             let at = |x: u32, y: u32| picture.get_pixel(x, y).0;
-            (42..182).flat_map(|y| (l..r).map(move |x| (x, y))).filter(|&(x, y)| at(x, y)[2] > at(x, y)[0].saturating_add(40)).count()
+            (42..182)
+                .flat_map(|y| (l..r).map(move |x| (x, y)))
+                .filter(|&(x, y)| at(x, y)[2] > at(x, y)[0].saturating_add(40))
+                .count()
         };
         let (low, high) = (coloured(56, 140), coloured(200, 290));
         assert!(low as f64 / high as f64 > 2.6 && (low as f64 / high as f64) < 3.4, "{low} {high}");
@@ -168,6 +175,8 @@ mod plots {
         assert!(count(&picture, 0, [120, 42, 180, 100]) > 10);
         assert_eq!(sound.sound(&wave).unwrap().1, 16_000);
         assert!(of(&[40_000], None, Modality::Audio).sound(&wave).unwrap_err().to_string().contains("values a second"));
-        assert!(of(&[2, 50], Some(0), Modality::Sequence).check_sound().unwrap_err().to_string().contains("[B, 2, 50]"));
+        assert!(
+            of(&[2, 50], Some(0), Modality::Sequence).check_sound().unwrap_err().to_string().contains("[B, 2, 50]")
+        );
     }
 }
