@@ -122,7 +122,7 @@ mod plots {
         let (first, second) = (halves(&alone, 0, [0, 1]), halves(&alone, 0, [1, 1]));
         assert!(first[0] == 0 && first[1] > 150 && second[0] > 150 && second[1] == 0, "{first:?} {second:?}");
         let rising = halves(&alone, 0, [0, 0]);
-        assert!(rising[0] > 30 && rising[1] > 30 && count(&alone, 1, [0, 0, 600, 382]) == 0, "{rising:?}");
+        assert!(rising[0] > 12 && rising[1] > 12 && count(&alone, 1, [0, 0, 600, 382]) == 0, "{rising:?}");
         // A teacher beneath: its own colour, and names for both.
         let teacher = HostTensor::from(Array::from_elem((2, 2, 50), 3.0f32).into_dyn());
         let beneath = Some(Beneath { samples: &teacher, names: ["student", "teacher"] });
