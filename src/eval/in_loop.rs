@@ -328,4 +328,27 @@ mod tests {
         let lines = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
         assert!(lines.lines().count() == 4 && lines.starts_with("{\"update\":10,\"images\":80,"), "{lines}");
     }
+
+    /// Samples that are no images need neither a network nor a range.
+    #[test]
+    fn values_are_measured_while_training() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = |seed: u64, scale: f32| {
+            let values: Vec<f32> = batch_noise(seed, 0, 60, 5).iter().map(|v| v * scale).collect();
+            HostTensor::new(&[60, 5], &values).unwrap()
+        };
+        crate::io::npy::write(&dir.path().join("reference.npy"), &rows(1, 1.0)).unwrap();
+        let reference = dir.path().join("reference.npy");
+        let settings = Settings { reference, batch: 16, values: true, samples: 60, ..Settings::default() };
+        let mut judge = InLoop::open(&settings, dir.path(), &EngineOptions::default()).unwrap();
+        assert!(judge.by_values() && judge.check(&[5], None).is_ok());
+        let error = judge.check(&[4], None).unwrap_err().to_string();
+        assert!(error.contains("[B, 4], the reference [B, 5]"), "{error}");
+        let far = judge.look(rows(2, 3.0), [-1.0, 1.0], at(10)).unwrap();
+        let near = judge.look(rows(2, 1.0), [-1.0, 1.0], at(20)).unwrap();
+        assert!(far.best && near.best && near.frechet < far.frechet && near.sliced < far.sliced, "{near:?} {far:?}");
+        let broken = HostTensor::new(&[4, 5], &[f32::NAN; 20]).unwrap();
+        let point = judge.look(broken, [-1.0, 1.0], at(30)).unwrap();
+        assert!(!point.best && point.problem.unwrap().contains("sample 0 holds NaN"));
+    }
 }
