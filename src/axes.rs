@@ -1,12 +1,6 @@
 //! The axes of a sample: which are there, which holds the channels, and how a graph that has images the other way round sees them.
 
 use serde::{Deserialize, Serialize};
-#[cfg(feature = "train")]
-use tch::Tensor;
-
-#[cfg(feature = "train")]
-use crate::error::Result;
-
 /// Which axis of a sample holds the channels. But for [`Layout::Nhwc`] the card's shape is in the graph's own order, and so is
 /// everything outside the graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -81,25 +75,7 @@ impl Layout {
         (self == Self::Nhwc).then_some([0, 3, 1, 2])
     }
 
-    /// A batch of samples as the graph has it.
-    #[cfg(feature = "train")]
-    pub(crate) fn into_graph(self, t: &Tensor) -> Result<Tensor> {
-        match self.to_graph() {
-            Some(order) => Ok(t.f_permute(order)?.f_contiguous()?),
-            None => Ok(t.shallow_clone()),
-        }
-    }
-
-    /// What the graph gave for a batch of samples, as it is outside.
-    #[cfg(feature = "train")]
-    pub(crate) fn out_of_graph(self, t: Tensor) -> Result<Tensor> {
-        match self.from_graph() {
-            Some(order) => Ok(t.f_permute(order)?),
-            None => Ok(t),
-        }
-    }
-
-    /// [`Layout::into_graph`] of values on the host, of samples of this `shape`.
+    /// Samples of this `shape`, one after the other, as the graph has them.
     pub(crate) fn values_into_graph(self, values: &[f32], shape: &[usize]) -> Vec<f32> {
         match (self.to_graph(), shape) {
             (Some(_), [c, h, w]) => transpose(values, *c, h * w),
@@ -107,7 +83,7 @@ impl Layout {
         }
     }
 
-    /// [`Layout::out_of_graph`] of values on the host.
+    /// The way back of [`Layout::values_into_graph`].
     pub(crate) fn values_out_of_graph(self, values: Vec<f32>, shape: &[usize]) -> Vec<f32> {
         match (self.from_graph(), shape) {
             (Some(_), [c, h, w]) => transpose(&values, h * w, *c),

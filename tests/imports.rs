@@ -2,6 +2,8 @@
 //! sentence before the first step, and nothing is left of the run.
 #![cfg(all(feature = "train", feature = "ort"))]
 
+#[path = "imports/ranks.rs"]
+mod ranks;
 mod support;
 
 use std::path::Path;

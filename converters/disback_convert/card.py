@@ -15,11 +15,14 @@ PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow", "trigflow", "scale
 TIME_UNITS = ("sigma", "ln-sigma-4", "ln-sigma-250", "ln-sigma-half", "radians", "step", "unit", "thousand")
 SCHEDULES = ("edm", "vp", "flow", "trigflow")
 CONDITIONS = ("class-index", "one-hot", "embedding")
-LAYOUTS = ("nchw", "nhwc")
+LAYOUTS = ("channels-first", "nchw", "channels-last", "frames-first", "none", "nhwc")
+MODALITIES = ("image", "volume", "video", "sequence", "audio", "points", "vector")
+# Dimensions of a sample that a layout is for, where it is not for any number.
+RANKS = {"nhwc": (3, "[channels, height, width] of one image"), "frames-first": (4, "[frames, channels, height, width] of one video")}
 
 PLAIN = {
-    "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "range", "sigma_data", "latent_scale",
-    "dataset", "provenance",
+    "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "modality", "sample_rate", "range", "sigma_data",
+    "latent_scale", "dataset", "provenance",
 }  # fmt: skip
 SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"}
 CONDITION = {"kind", "classes", "null", "shape"}
@@ -114,10 +117,16 @@ def need(card):
     one_of(card, "prediction", PREDICTIONS)
     one_of(card, "time_unit", TIME_UNITS)
     one_of(card, "layout", LAYOUTS)
+    one_of(card, "modality", MODALITIES)
     one_of(card, "schedule.kind", SCHEDULES)
     shape = card["shape"]
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
-        raise ConversionError(f"card: shape = {shape!r}; it is [channels, height, width] of one sample")
+    rank, meant = RANKS.get(card.get("layout"), (None, "the dimensions of one sample without the batch"))
+    fits = isinstance(shape, list) and len(shape) == (rank or max(len(shape), 1))
+    if not fits or not all(type(n) is int and n > 0 for n in shape):
+        raise ConversionError(f"card: shape = {shape!r}; it is {meant}")
+    rate = card.get("sample_rate", 1)
+    if type(rate) is not int or rate < 1:
+        raise ConversionError(f"card: sample_rate = {rate!r}; it is a whole number of Hz")
 
 
 def check(card, inputs, outputs):

@@ -13,8 +13,10 @@ TIMES = {
 
 def sample_shape(card):
     """Shape of one sample as the graph takes it."""
-    c, h, w = card["shape"]
-    return [h, w, c] if card.get("layout", "nchw") == "nhwc" else [c, h, w]
+    if card.get("layout") == "nhwc":
+        c, h, w = card["shape"]
+        return [h, w, c]
+    return list(card["shape"])
 
 
 def rows(card, names, batch, dtypes=None, seed=0):

@@ -107,7 +107,7 @@ def test_mismatch_between_the_file_and_torch_is_refused(tmp_path, monkeypatch, c
         ([*CARD, "prediction=noise"], "denoised, edm-raw, epsilon, v, flow, trigflow, scaled-score, consistency"),
         ([*CARD, "time=t"], "the graph has no input 't'"),
         ([e for e in CARD if not e.startswith("conditions")], "nothing said about the inputs labels"),
-        ([*CARD, "shape=8"], "[channels, height, width]"),
+        ([*CARD, "shape=8"], "the dimensions of one sample"),
         ([*CARD, "nonsense"], "key=value"),
     ],
 )

@@ -145,6 +145,12 @@ impl CompareArgs {
     fn judge(&self, config: &Config, denoiser: &Denoiser, student: Option<&Student>) -> Result<FrechetJudge> {
         let card = denoiser.card();
         let decoder = run::sheets::decoder(config, card)?;
+        if decoder.is_none() && card.image_shape().is_none() {
+            return Err(Error::usage(format!(
+                "the teacher's samples are {:?}, which are no images: there is no image distance of them",
+                card.shape
+            )));
+        }
         let range = decoder.as_ref().map(|_| Decoder::RANGE).or(card.range).ok_or_else(|| {
             Error::usage("the teacher makes latents, which have no image distance")
                 .hint("log.decoder = \"decoder.onnx\" makes images of them")

@@ -290,7 +290,7 @@ impl TeacherCard {
             return Err(fail(format!("sample `{sample}` is not a float")));
         }
         if !fits(&sample.shape, &row) {
-            return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self.layout))));
+            return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self))));
         }
         // Exporters may leave an output's shape out; it reads like a scalar then.
         let both = self.graph_shape_with_variance();
@@ -381,15 +381,17 @@ impl TeacherCard {
     }
 }
 
-/// The shape that the graph declares, as the card would have it; empty where it leaves a size open.
-fn says(sample: &InputSpec, layout: Layout) -> String {
+/// What the graph declares of the sample, as the card would have it; empty where it leaves a size open.
+fn says(sample: &InputSpec, card: &TeacherCard) -> String {
     let row: Option<Vec<usize>> = sample.shape.get(1..).and_then(|dims| dims.iter().copied().collect());
-    let shape = match (layout, row.as_deref()) {
-        (Layout::Nhwc, Some([h, w, c])) => vec![*c, *h, *w],
-        (Layout::Nhwc, _) | (_, None | Some([])) => return String::new(),
-        (_, Some(row)) => row.to_vec(),
-    };
-    format!("; by the graph it is shape = {shape:?}")
+    match (row.as_deref(), card.shape.as_slice()) {
+        (None | Some([]), _) => String::new(),
+        (Some([a, b, last]), [c, h, w]) if [a, b, last] == [h, w, c] && card.layout != Layout::Nhwc => {
+            "; layout = \"nhwc\" is for images with the channels last".into()
+        }
+        _ if card.layout == Layout::Nhwc => String::new(),
+        (Some(row), _) => format!("; by the graph it is shape = {row:?}"),
+    }
 }
 
 /// A graph's shape against `[B, ...row]`; dynamic dimensions fit anything.

@@ -66,9 +66,59 @@ fn a_fitting_graph_passes_and_each_contradiction_is_named() {
 }
 
 #[test]
+fn samples_of_every_rank_are_compared_with_the_graph() {
+    let graph = |row: &[usize], out: &[usize]| {
+        let dims = |row: &[usize]| std::iter::once(None).chain(row.iter().copied().map(Some)).collect::<Vec<_>>();
+        let inputs =
+            vec![InputSpec::new("x", DType::F32, &dims(row)), InputSpec::new("sigma", DType::F32, &[None])];
+        (inputs, vec![InputSpec::new("denoised", DType::F32, &dims(out))])
+    };
+    let card = |shape: &[usize], layout| {
+        let card = TeacherCard { layout, ..TeacherCard::plain(shape) };
+        card.validate().unwrap();
+        card
+    };
+    use Layout::{ChannelsFirst, ChannelsLast, FramesFirst, Nhwc, None as NoChannels};
+    let fits = |c: &TeacherCard, row: &[usize], out: &[usize]| {
+        let (inputs, outputs) = graph(row, out);
+        c.check_against(&inputs, &outputs).map_err(|e| e.to_string())
+    };
+    for (shape, layout, both) in [
+        (&[9][..], ChannelsFirst, &[18][..]),
+        (&[16, 7], ChannelsLast, &[16, 14]),
+        (&[7, 16], ChannelsFirst, &[14, 16]),
+        (&[1, 4, 8, 8], ChannelsFirst, &[2, 4, 8, 8]),
+        (&[4, 3, 8, 8], FramesFirst, &[4, 6, 8, 8]),
+    ] {
+        let c = card(shape, layout);
+        fits(&c, shape, shape).unwrap();
+        fits(&c, shape, both).unwrap();
+        let turned: Vec<usize> = both.iter().map(|n| n + 1).collect();
+        assert!(fits(&c, shape, &turned).unwrap_err().contains("learned variance"), "{shape:?}");
+        assert_eq!(toml::from_str::<TeacherCard>(&c.to_toml().unwrap()).unwrap(), c);
+    }
+    let says = |shape: &[usize], row: &[usize]| fits(&card(shape, ChannelsFirst), row, row).unwrap_err();
+    assert!(says(&[7, 1, 16], &[16, 7]).contains("sample `x f32[?, 16, 7]` does not fit [B, 7, 1, 16]; by the graph it is shape = [16, 7]"));
+    assert!(says(&[3, 8, 6], &[8, 6, 3]).contains("layout = \"nhwc\""));
+    fits(&card(&[3, 8, 6], Nhwc), &[8, 6, 3], &[8, 6, 6]).unwrap();
+    let none = fits(&card(&[4, 2], NoChannels), &[4, 2], &[8, 2]).unwrap_err();
+    assert!(none.contains("does not fit [B, 4, 2]\n"), "{none}");
+    // Images keep the name that files and readers of before know.
+    let name = |c: &TeacherCard| c.to_metadata().unwrap().into_iter().find(|(k, _)| k == "disback.layout").unwrap().1;
+    assert_eq!(name(&card(&[3, 8, 8], ChannelsFirst)), "\"nchw\"");
+    assert_eq!(name(&card(&[3, 8], ChannelsFirst)), "\"channels-first\"");
+    assert_eq!(toml::from_str::<TeacherCard>(&digits().to_toml().unwrap()).unwrap().layout, ChannelsFirst);
+}
+
+#[test]
 fn values_that_make_no_sense_are_refused() {
-    let cases: [fn(&mut TeacherCard); 9] = [
+    let cases: [fn(&mut TeacherCard); 14] = [
         |c| c.shape = vec![1, 0, 8],
+        |c| c.shape = vec![],
+        |c| (c.shape, c.layout) = (vec![8, 8], Layout::Nhwc),
+        |c| (c.shape, c.layout) = (vec![3, 8, 8], Layout::FramesFirst),
+        |c| c.modality = Some(Modality::Points),
+        |c| c.sample_rate = Some(0),
         |c| c.range = Some([1.0, -1.0]),
         |c| c.sigma_data = 0.0,
         |c| c.latent_scale = f64::INFINITY,

@@ -14,6 +14,7 @@ use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
 use super::guidance::Guidance;
 use super::prepared::{Form, Part, Prepared, Strength};
+use super::sample_axes::{into_graph, out_of_graph};
 
 /// What the graph's inputs want, worked out once.
 #[derive(Debug)]
@@ -265,7 +266,7 @@ impl Denoiser {
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let device = x.device();
         let x_net = part.c_in.times(x)?;
-        let wanted = self.card.layout.into_graph(&x_net)?;
+        let wanted = into_graph(self.card.layout, &x_net)?;
         let sample = wanted.f_to_kind(convert::kind(self.binding.sample.dtype))?;
         let constants = self
             .binding
@@ -283,7 +284,7 @@ impl Denoiser {
         let (_, output) = outputs.into_iter().find(|(name, _)| *name == self.card.output).ok_or_else(|| {
             Error::usage(format!("the card names the output `{}`, which the graph does not have", self.card.output))
         })?;
-        let output = self.card.without_variance(self.card.layout.out_of_graph(output)?)?.f_to_kind(Kind::Float)?;
+        let output = self.card.without_variance(out_of_graph(self.card.layout, output)?)?.f_to_kind(Kind::Float)?;
         if output.size() != x.size() {
             return Err(Error::mismatch(format!(
                 "output `{}` has shape {:?}, expected {:?} (in the order of the card's shape)",

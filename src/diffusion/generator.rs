@@ -12,6 +12,7 @@ use crate::torch::{Forward, ParamSet, convert};
 use super::card::{InputSpec, Layout, TeacherCard};
 use super::condition::Condition;
 use super::conditions::Conditions;
+use super::sample_axes::out_of_graph;
 
 /// What the user says about a generator's inputs and outputs; what is empty is found by name and shape.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -299,7 +300,7 @@ impl Generator {
             .into_iter()
             .find(|(n, _)| n == name)
             .ok_or_else(|| Error::usage(format!("the student has no output `{name}`")))?;
-        let output = ports.layout.out_of_graph(output)?;
+        let output = out_of_graph(ports.layout, output)?;
         if output.size() != sized(&ports.shape) {
             let expected = sized(&ports.shape);
             return Err(Error::mismatch(format!(

@@ -8,6 +8,24 @@ use crate::error::{Error, Result};
 
 use super::card::{Layout, Modality, TeacherCard};
 
+/// A batch of samples as the graph has it.
+#[cfg(feature = "train")]
+pub(crate) fn into_graph(layout: Layout, t: &Tensor) -> Result<Tensor> {
+    match layout.to_graph() {
+        Some(order) => Ok(t.f_permute(order)?.f_contiguous()?),
+        None => Ok(t.shallow_clone()),
+    }
+}
+
+/// What the graph gave for a batch of samples, as it is outside.
+#[cfg(feature = "train")]
+pub(crate) fn out_of_graph(layout: Layout, t: Tensor) -> Result<Tensor> {
+    match layout.from_graph() {
+        Some(order) => Ok(t.f_permute(order)?),
+        None => Ok(t),
+    }
+}
+
 impl TeacherCard {
     /// The axis of the sample's `shape` that holds the channels, without the batch; `None` where none does.
     pub fn channel_axis(&self) -> Option<usize> {

@@ -56,14 +56,14 @@ fn axes_and_modality_follow_the_layout_and_the_rank() {
 #[test]
 fn only_nhwc_is_turned_round() {
     let x = Tensor::arange(2 * 3 * 4 * 5, (tch::Kind::Float, tch::Device::Cpu)).view([2, 3, 4, 5]);
-    let inside = Layout::Nhwc.into_graph(&x).unwrap();
+    let inside = into_graph(Layout::Nhwc, &x).unwrap();
     assert_eq!(inside.size(), [2, 4, 5, 3]);
-    assert_eq!(Layout::Nhwc.out_of_graph(inside.shallow_clone()).unwrap(), x);
+    assert_eq!(out_of_graph(Layout::Nhwc, inside.shallow_clone()).unwrap(), x);
     let flat: Vec<f32> = Vec::try_from(x.view([-1])).unwrap();
     let turned = Layout::Nhwc.values_into_graph(&flat, &[3, 4, 5]);
     assert_eq!(Tensor::from_slice(&turned), inside.reshape([-1]));
     assert_eq!(Layout::Nhwc.values_out_of_graph(turned, &[3, 4, 5]), flat);
     for layout in [Layout::ChannelsFirst, Layout::ChannelsLast, Layout::FramesFirst, Layout::None] {
-        assert_eq!(layout.into_graph(&x).unwrap(), x);
+        assert_eq!(into_graph(layout, &x).unwrap(), x);
     }
 }

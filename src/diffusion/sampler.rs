@@ -152,7 +152,7 @@ impl Sampler {
 
 #[cfg(feature = "train")]
 impl super::denoiser::Denoiser {
-    /// Samples of this denoiser by a solver, without gradients: `z` standard normal `[B, C, H, W]`, `guidance` 1 for
+    /// Samples of this denoiser by a solver, without gradients: `z` standard normal `[B, ...shape]`, `guidance` 1 for
     /// none (it takes two network evaluations a step, and `nfe` says so). Values are not clipped to the card's range.
     pub fn sample(
         &self,

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-/// The tensors of one micro-batch of stage 2, `[B, C, H, W]` without a graph.
+/// The tensors of one micro-batch of stage 2, `[B, ...shape]` without a graph.
 #[derive(Debug)]
 pub struct DebugBatch {
     /// Noise level of each sample.

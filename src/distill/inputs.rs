@@ -12,7 +12,7 @@ use crate::torch::train::cuda_graph::Feed;
 /// Noise levels of a batch, ready for one denoiser, and the noise.
 #[derive(Debug)]
 pub struct Noised {
-    /// `e ~ N(0, I)`, f32 `[B, C, H, W]`.
+    /// `e ~ N(0, I)`, f32 `[B, ...shape]`.
     pub noise: Tensor,
     /// Noise level of each sample, f32 `[B, 1, ...]`.
     pub sigma: Tensor,
@@ -23,7 +23,7 @@ pub struct Noised {
 }
 
 impl Noised {
-    /// Prepares noise levels `sigmas`, one a sample, and `noise` `[B, C, H, W]` for an evaluation of `denoiser`.
+    /// Prepares noise levels `sigmas`, one a sample, and `noise` `[B, ...shape]` for an evaluation of `denoiser`.
     pub fn new(denoiser: &Denoiser, sigmas: &[f64], noise: &Tensor, form: Form) -> Result<Self> {
         let device: Device = noise.device();
         Ok(Self {

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::axes::Layout;
+use crate::axes::{Layout, Modality};
 use crate::error::Result;
 use crate::export::attach;
 use crate::graph::save;
@@ -48,7 +48,7 @@ pub fn consumer_metadata(model: &mut ModelProto, precision: &str) -> Result<()> 
         }
         inputs.push(entry);
     }
-    let outputs: Vec<_> = outputs
+    let mut outputs: Vec<_> = outputs
         .iter()
         .map(|o| match o.name.as_str() {
             attach::IMAGE => {
@@ -58,6 +58,12 @@ pub fn consumer_metadata(model: &mut ModelProto, precision: &str) -> Result<()> 
                 "range": info.range }),
         })
         .collect();
+    if info.modality != Modality::Image
+        && let Some(sample) = outputs.iter_mut().find(|o| o["name"] == "sample")
+    {
+        sample["modality"] = json!(info.modality);
+        sample["sample_rate"] = json!(info.sample_rate);
+    }
     let text = json!({ "inputs": inputs, "outputs": outputs, "precision": precision,
         "seed_convention": crate::noise::SEED_CONVENTION })
     .to_string();

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Coefficients, StudentStart, TeacherCard};
+use crate::diffusion::sample_axes::{into_graph, out_of_graph};
 use crate::error::{Context, Error, Result};
 use crate::graph::Model;
 use crate::graph::ir::Port;
@@ -162,7 +163,7 @@ impl Reference<'_> {
                 let dims = port(self.net, &self.card.sample)?.dims();
                 let batch = dims.and_then(|d| d.first().copied().flatten()).unwrap_or(1);
                 let raw = tch::no_grad(|| self.raw(&self.noise(batch)?, &self.conditions(batch)?))?;
-                let size = self.card.layout.into_graph(&raw)?.size();
+                let size = into_graph(self.card.layout, &raw)?.size();
                 size[1..].iter().map(|d| *d as usize).collect()
             }
         };
@@ -191,7 +192,7 @@ impl Reference<'_> {
         let layout = self.card.layout;
         let x_port = port(self.net, &self.card.sample)?;
         let cast = |t: &Tensor, p: &Port| -> Result<Tensor> { Ok(t.f_to_kind(self.fed(p))?) };
-        let x_in = cast(&layout.into_graph(&x)?, x_port)?;
+        let x_in = cast(&into_graph(layout, &x)?, x_port)?;
         let full = |p: &Port, v: f64| -> Result<Tensor> {
             let size: Vec<i64> = p.dims().unwrap_or_default().iter().map(|d| d.map_or(batch, |n| n as i64)).collect();
             cast(&Tensor::f_full(&size[..], v, (Kind::Double, Device::Cpu))?, p)
@@ -216,6 +217,6 @@ impl Reference<'_> {
             .find(|(n, _)| *n == self.card.output)
             .ok_or_else(|| Error::usage(format!("the graph has no output `{}`", self.card.output)))?;
         let f = f.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-        layout.out_of_graph(f)
+        out_of_graph(layout, f)
     }
 }

@@ -99,7 +99,7 @@ pub struct Verification {
 pub struct Reference {
     /// What made the samples, with its version.
     pub name: String,
-    /// The samples, `[B, C, H, W]`.
+    /// The samples, `[B, ...shape]`.
     pub samples: HostTensor,
     /// Whether it computes with the run's own weights in f32, not with those in the file; for a file with weights in 8
     /// bits the tolerance is then wider.

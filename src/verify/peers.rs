@@ -23,7 +23,7 @@ pub struct Peer {
     pub name: String,
     /// Its version; empty where its process ended without an answer.
     pub version: String,
-    /// The samples, `[B, C, H, W]`, or why there are none.
+    /// The samples, `[B, ...shape]`, or why there are none.
     pub samples: Result<HostTensor>,
 }
 

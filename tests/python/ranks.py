@@ -95,3 +95,12 @@ save("volume", Network(conv3(1, 8), conv3(8, 1), 8), (1, 4, 8, 8), "shape = [1, 
 save("video", Network(conv3(3, 8), conv3(8, 3), 8, [0, 2, 1, 3, 4]), (4, 3, 8, 8),
      'shape = [4, 3, 8, 8]\nlayout = "frames-first"')
 save("tokens", Transformer(), (12, 8), 'shape = [12, 8]\nlayout = "channels-last"')
+
+
+def generator(name, network, noise):
+    torch.onnx.export(network, (torch.randn(2, *noise),), str(FOLDER / name / "generator.onnx"), input_names=["z"],
+                      output_names=["sample"], dynamic_axes={"z": {0: "batch"}, "sample": {0: "batch"}}, opset_version=17, dynamo=False)
+
+
+generator("table", nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 9)), (5,))
+generator("points", nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3)), (24, 3))
