@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Modality, Sampler, TeacherCard};
+use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, TeacherCard};
 use crate::distill::batches;
 use crate::distill::metrics::Row;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
@@ -126,7 +126,7 @@ impl Sheets {
         if let Some(moving) = &pictures.animation {
             self.sheet(&format!("{name}-moving"), moving)?;
         }
-        if view.modality == Modality::Audio && view.sample_rate.is_some() {
+        if view.check_sound().is_ok() {
             let (sounds, rate) = view.sound(&samples.rows(0, samples.shape()[0].min(SOUNDS))?)?;
             for (k, sound) in sounds.iter().enumerate() {
                 let wav = wav::encode(sound.view(), view.range, rate)?;
