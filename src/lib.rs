@@ -20,7 +20,9 @@
 //! let mut student = Student::open(made.student(), &EngineOptions::default())?;
 //! let wanted = Images { seed: 1, classes: vec![0, 1, 2, 3], batch: 4, ..Images::default() };
 //! let samples = student.sample(&wanted, 0, 4)?;
-//! assert_eq!(samples.shape(), [4, 1, 8, 8]);
+//! // Arrays are those of `ndarray`, seen where they lie.
+//! let images = samples.array::<f32>()?;
+//! assert_eq!(images.shape(), [4, 1, 8, 8]);
 //! # Ok(())
 //! # }
 //! # #[cfg(not(all(feature = "train", feature = "ort")))]

@@ -1,11 +1,15 @@
-//! Host tensors: what crosses the borders between the ONNX file, libtorch, the runtimes and files on disk.
+//! Host tensors: what crosses the borders between the ONNX file, libtorch, the runtimes and files on disk. As [`ndarray`]
+//! arrays they cross the border to whoever calls this library.
 
 use std::fmt;
 
+use bytemuck::{CheckedBitPattern, NoUninit};
 use bytes::Bytes;
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+
+mod arrays;
 
 /// Element types that a dense tensor can have here. ONNX's complex, string and sub-byte types are not among them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -135,7 +139,7 @@ impl fmt::Display for DType {
 }
 
 /// A Rust type that is the element of a [`HostTensor`].
-pub trait Element: Copy + Send + Sync + 'static {
+pub trait Element: Copy + Send + Sync + NoUninit + CheckedBitPattern + 'static {
     /// The tensor element type that this Rust type stands for.
     const DTYPE: DType;
     /// Appends the value's little-endian bytes, as many as [`DType::size`] says.
@@ -210,9 +214,7 @@ impl HostTensor {
 
     /// From elements in row-major order.
     pub fn new<T: Element>(shape: &[usize], values: &[T]) -> Result<Self> {
-        let mut data = Vec::with_capacity(std::mem::size_of_val(values));
-        values.iter().for_each(|v| v.append_le(&mut data));
-        Self::from_bytes(T::DTYPE, shape.to_vec(), data.into())
+        Self::from_bytes(T::DTYPE, shape.to_vec(), arrays::bytes_of(values.to_vec()))
     }
 
     /// A rank-0 tensor.

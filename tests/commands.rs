@@ -184,6 +184,36 @@ fn references_come_in_every_form_and_of_one_network_only() {
     assert!(code == 1 && error.contains("2x2, grey") && error.contains("2x2, colour"), "{error}");
 }
 
+/// What is no image: written as a table, and measured by its values without any network.
+#[test]
+fn tables_are_sampled_and_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("student.onnx"), testing::halved(&[3], &[])).unwrap();
+    let engine = ["--engine", "tract"];
+    let sample = |args: &[&str]| ok(dir, &[&["sample", "student.onnx", "-n", "300"], args, &engine].concat());
+    assert!(sample(&["-o", "a.csv"]).starts_with("300 samples -> a.csv"));
+    sample(&["-o", "b.npy", "--seed", "1"]);
+    let measure = |args: &[&'static str]| evaluate(dir, args);
+    let near = measure(&["student.onnx", "a.csv", "--seed", "2", "--engine", "tract"]);
+    // The Frechet distance of two draws of 300 from one Gaussian is near 0; a shift of 1 in 3 columns adds 3.
+    assert!(near["frechet"].as_f64() < Some(0.05) && near["features"] == 3 && near["kind"] == "student", "{near}");
+    assert!(near["coverage"].as_f64() > Some(0.8) && near["sliced"].as_f64() > Some(0.0), "{near}");
+    let text = std::fs::read_to_string(dir.join("a.csv")).unwrap();
+    let shifted: Vec<String> = text
+        .lines()
+        .skip(1)
+        .map(|l| l.split(',').map(|v| (v.parse::<f32>().unwrap() + 1.0).to_string()).collect::<Vec<_>>().join(","))
+        .collect();
+    std::fs::write(dir.join("shifted.csv"), shifted.join("\n")).unwrap();
+    let far = measure(&["shifted.csv", "a.csv"]);
+    assert!((far["frechet"].as_f64().unwrap() - 3.0).abs() < 1e-3 && far["kind"] == "values", "{far}");
+    let (code, error) = fails(dir, &["evaluate", "b.npy", "a.csv", "--by-class"]);
+    assert!(code == 2 && error.contains("for images with --features"), "{error}");
+    let (code, error) = fails(dir, &["sample", "student.onnx", "-o", "a.wav"]);
+    assert!(code == 2 && error.contains("does not call sound"), "{error}");
+}
+
 #[test]
 fn a_sweep_measures_each_student_once() {
     let dir = folder();

@@ -1,4 +1,4 @@
-//! `disback evaluate`: distances between sets of images.
+//! `disback evaluate`: distances between sets of images, or of other samples by their values.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,6 +18,7 @@ use crate::eval::features::FeatureOptions;
 use crate::eval::sliced::Patches;
 use crate::eval::source::Draw;
 use crate::eval::sweep::{self, Book, Entry, Neighbours};
+use crate::eval::values::Reference;
 use crate::eval::{FeatureNet, Source, neighbours};
 use crate::io::images::Rounding;
 use crate::report::grid;
@@ -25,18 +26,25 @@ use crate::runtime::student::Request;
 use crate::tensor::HostTensor;
 
 /// Compare generated images with a reference: Frechet and kernel distance, precision, recall, density, coverage, Inception
-/// Score in the feature space of any ONNX network, and the sliced Wasserstein distance without one.
+/// Score in the feature space of any ONNX network, and the sliced Wasserstein distance without one. Samples that are no images
+/// are measured by their values, where --features names no network for them.
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
     /// The generated sets and, last, the reference. Each is a student.onnx, a teacher with its card, a folder or .zip of
-    /// PNG files, a .npy, a .npz of images; the reference may also be a .npz with `mu` and `sigma`.
+    /// PNG files, a .npy, a .npz of images; the reference may also be a .npz with `mu` and `sigma`. Samples that are no images are
+    /// read from a .npy, .npz or .csv.
     #[arg(required = true, num_args = 1..)]
     sets: Vec<PathBuf>,
     /// All students of a run directory (snapshots, best.onnx, student.onnx), without those measured before in the same way;
     /// names the best and keeps the figures in evaluation.json for the report.
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
-    /// ONNX network whose output is the feature space.
+    /// Measure the samples by their values, whatever they are: Frechet distance, kernel distance and coverage of the flattened
+    /// samples (of their leading principal components where there are too few samples for so many values), sliced Wasserstein
+    /// distance. So it is anyway where a set says that it holds no images.
+    #[arg(long)]
+    values: bool,
+    /// ONNX network whose output is the feature space. Of samples that are no images it takes the values as they are.
     #[arg(long)]
     features: Option<PathBuf>,
     /// Its output to use, where it has several.
@@ -54,7 +62,7 @@ pub struct EvaluateArgs {
     /// How floats become 8 bits.
     #[arg(long, value_enum, default_value = "edm")]
     rounding: Rounding,
-    /// Images of each generated set (the first ones of a folder); as many as the reference has, else 5000.
+    /// Images or samples of each generated set (the first ones of a folder); as many as the reference has, else 5000.
     #[arg(short = 'n', long = "number")]
     number: Option<usize>,
     /// Blocks of that many images, each with its own seeds: means, their deviation and the least.
@@ -124,13 +132,33 @@ struct Judge<'a> {
     draw: Draw,
     wanted: Wanted,
     reference: Collected,
+    /// The reference where samples are measured by their values.
+    values: Option<Reference>,
     reference_source: Source,
+}
+
+/// Whether samples are measured by their values: it is asked for, or one of the sets says that it holds no images.
+fn by_values(args: &EvaluateArgs) -> Result<bool> {
+    let students = args.run.as_deref().map(sweep::students).transpose()?.unwrap_or_default();
+    let found = args.values || args.sets.iter().chain(students.first()).any(|path| Source::is_no_image(path));
+    if found && args.by_class {
+        return Err(Error::usage("--by-class is for images with --features"));
+    }
+    if found && (args.save_statistics.is_some() || args.neighbours.is_some()) {
+        return Err(Error::usage("--save-statistics and --neighbours are for images with --features")
+            .hint("give the reference's samples themselves"));
+    }
+    Ok(found)
 }
 
 impl Judge<'_> {
     fn open(&self, path: &Path) -> Result<Source> {
         let options = self.args.engine.options(&[self.args.batch])?;
-        let source = Source::open_with(path, self.range, &self.args.card.overrides(), &options)?;
+        let card = self.args.card.overrides();
+        let source = match self.values {
+            Some(_) => Source::open_values(path, &card, &options)?,
+            None => Source::open_with(path, self.range, &card, &options)?,
+        };
         let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
             Source::Images(set) => Source::Images(set.with_rounding(self.args.rounding)),
@@ -160,7 +188,13 @@ impl Judge<'_> {
         let plan = Plan { images: self.images(source), blocks: self.args.repeats.max(1), wanted: self.wanted };
         let bar = super::progress(self.globals, (plan.images * plan.blocks) as u64, name);
         let seen = |n: usize| bar.inc(n as u64);
-        let out = measure(name, source, &draw, self.net.as_mut(), &self.reference, &plan, seen)?;
+        let out = match &self.values {
+            Some(values) => {
+                let size = (plan.images, plan.blocks);
+                (values.measure(name, source, &draw, self.net.as_mut(), size, seen)?, Collected::default())
+            }
+            None => measure(name, source, &draw, self.net.as_mut(), &self.reference, &plan, seen)?,
+        };
         bar.finish_and_clear();
         Ok(out)
     }
@@ -181,17 +215,21 @@ impl Judge<'_> {
     /// What decides a figure beside the set itself.
     fn setting(&self) -> Result<String> {
         let statistics = self.reference.statistics.as_ref().map(|s| {
-            let trace: f64 = (0..s.dims()).map(|k| s.covariance[(k, k)]).sum();
-            format!("{:?} {trace:?} {}", s.mean, self.reference.count)
+            let trace: f64 = s.covariance.diag().iter().sum();
+            format!("{:?} {trace:?} {}", s.mean.to_vec(), self.reference.count)
         });
         let args = self.args;
-        Ok(sweep::setting(&json!({
+        let mut parts = json!({
             "network": self.net.as_ref().map(FeatureNet::fingerprint), "reference": statistics,
             "patches": self.reference.patches.as_ref().map(Patches::digest),
             "number": args.number.unwrap_or(self.reference.count), "repeats": args.repeats, "seed": args.seed,
             "classes": args.classes, "conditions": args.conditions, "rounding": args.rounding.formula(),
             "by_class": args.by_class, "decoder": args.decoder, "sliced": self.wanted.patches,
-        })))
+        });
+        if let Some(values) = &self.values {
+            parts["values"] = json!(values.digest());
+        }
+        Ok(sweep::setting(&parts))
     }
 
     /// The sheet of neighbours and what it shows.
@@ -235,8 +273,13 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         steps: args.steps.first().copied().unwrap_or(18),
         guidance: args.guidance,
     };
+    let values = by_values(args)?;
     let wanted = Wanted { rows: net.is_some(), classes: args.by_class, patches: args.sliced || net.is_none() };
-    let mut source = Source::open_with(reference_path, range, &args.card.overrides(), &options)?;
+    let card = args.card.overrides();
+    let mut source = match values {
+        true => Source::open_values(reference_path, &card, &options)?,
+        false => Source::open_with(reference_path, range, &card, &options)?,
+    };
     source = source.decoded(args.decoder.as_deref(), &options)?;
     if let Source::Images(set) = source {
         source = Source::Images(set.with_rounding(args.rounding));
@@ -245,10 +288,17 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         return Err(Error::usage("--by-class needs --features and reference images with classes"));
     }
     let count = source.len().or(args.number).unwrap_or(5000);
-    let bar = super::progress(globals, count as u64, "reference images");
+    let bar = super::progress(globals, count as u64, if values { "reference samples" } else { "reference images" });
     let seen = |n: usize| bar.inc(n as u64);
-    let reference = reference(&mut source, &draw, net.as_mut(), count, wanted, seen)
-        .map_err(|e| e.context(reference_path.display().to_string()))?;
+    let context = |e: Error| e.context(reference_path.display().to_string());
+    let (reference, values) = match values {
+        true => {
+            let samples = args.number.unwrap_or(count);
+            let values = Reference::collect(&mut source, &draw, net.as_mut(), count, samples, seen).map_err(context)?;
+            (Collected { count, ..Collected::default() }, Some(values))
+        }
+        false => (reference(&mut source, &draw, net.as_mut(), count, wanted, seen).map_err(context)?, None),
+    };
     bar.finish_and_clear();
     if let Some(path) = &args.save_statistics {
         match &reference.statistics {
@@ -256,7 +306,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
             None => return Err(Error::usage("--save-statistics needs --features")),
         }
     }
-    Ok(Judge { args, globals, net, range, draw, wanted, reference, reference_source: source })
+    Ok(Judge { args, globals, net, range, draw, wanted, reference, values, reference_source: source })
 }
 
 /// Measures the students of a run, each setting once.

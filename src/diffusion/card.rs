@@ -299,7 +299,9 @@ impl TeacherCard {
             && !both.as_ref().is_some_and(|both| fits(&output.shape, both))
         {
             let twice = match both {
-                Some(_) if self.rank() > 1 => ", nor twice the channels, of which the second half is a learned variance",
+                Some(_) if self.rank() > 1 => {
+                    ", nor twice the channels, of which the second half is a learned variance"
+                }
                 Some(_) => ", nor twice as many values, of which the second half is a learned variance",
                 None => "",
             };

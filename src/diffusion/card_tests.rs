@@ -69,8 +69,7 @@ fn a_fitting_graph_passes_and_each_contradiction_is_named() {
 fn samples_of_every_rank_are_compared_with_the_graph() {
     let graph = |row: &[usize], out: &[usize]| {
         let dims = |row: &[usize]| std::iter::once(None).chain(row.iter().copied().map(Some)).collect::<Vec<_>>();
-        let inputs =
-            vec![InputSpec::new("x", DType::F32, &dims(row)), InputSpec::new("sigma", DType::F32, &[None])];
+        let inputs = vec![InputSpec::new("x", DType::F32, &dims(row)), InputSpec::new("sigma", DType::F32, &[None])];
         (inputs, vec![InputSpec::new("denoised", DType::F32, &dims(out))])
     };
     let card = |shape: &[usize], layout| {
@@ -98,7 +97,10 @@ fn samples_of_every_rank_are_compared_with_the_graph() {
         assert_eq!(toml::from_str::<TeacherCard>(&c.to_toml().unwrap()).unwrap(), c);
     }
     let says = |shape: &[usize], row: &[usize]| fits(&card(shape, ChannelsFirst), row, row).unwrap_err();
-    assert!(says(&[7, 1, 16], &[16, 7]).contains("sample `x f32[?, 16, 7]` does not fit [B, 7, 1, 16]; by the graph it is shape = [16, 7]"));
+    assert!(
+        says(&[7, 1, 16], &[16, 7])
+            .contains("sample `x f32[?, 16, 7]` does not fit [B, 7, 1, 16]; by the graph it is shape = [16, 7]")
+    );
     assert!(says(&[3, 8, 6], &[8, 6, 3]).contains("layout = \"nhwc\""));
     fits(&card(&[3, 8, 6], Nhwc), &[8, 6, 3], &[8, 6, 6]).unwrap();
     let none = fits(&card(&[4, 2], NoChannels), &[4, 2], &[8, 2]).unwrap_err();

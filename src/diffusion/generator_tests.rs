@@ -33,12 +33,15 @@ fn ports_are_found_by_name_then_by_shape() {
     let card_of_two = card(&[("labels", classes()), ("text", rows(&[7, 4]))]);
     let inputs = [float("text", &[7, 4]), port("labels", DType::I64, &[]), float("eps", &[32])];
     let found = find(&card_of_two, &none, &inputs).unwrap();
-    assert_eq!((found.noise.name.as_str(), found.noise_shape(), found.layout), ("eps", [32, 1, 1], Layout::ChannelsFirst));
+    assert_eq!(
+        (found.noise.name.as_str(), found.noise_shape(), found.layout),
+        ("eps", vec![32, 1, 1], Layout::ChannelsFirst)
+    );
     assert_eq!(found.conditions.iter().map(|c| c.input.name.as_str()).collect::<Vec<_>>(), ["labels", "text"]);
     // By shape where the names are others: an embedding is told from the noise by its shape.
     let inputs = [float("a", &[7, 4]), port("b", DType::I32, &[1]), float("z", &[4, 5, 5])];
     let found = find(&card_of_two, &none, &inputs).unwrap();
-    assert_eq!((found.noise.name.as_str(), found.noise_shape()), ("z", [4, 5, 5]));
+    assert_eq!((found.noise.name.as_str(), found.noise_shape()), ("z", vec![4, 5, 5]));
     let pairs: Vec<_> = found.conditions.iter().map(|c| (c.name.as_str(), c.input.name.as_str())).collect();
     assert_eq!(pairs, [("labels", "b"), ("text", "a")]);
     // A class as a one-hot row.

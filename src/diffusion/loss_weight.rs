@@ -22,5 +22,9 @@ pub fn loss_weight(denoiser: &Denoiser, sigma: f64) -> Result<f64> {
 
 /// Loss weights of a batch as a column.
 pub fn weights(denoiser: &Denoiser, sigmas: &[f64], device: Device) -> Result<Tensor> {
-    column(&sigmas.iter().map(|&s| loss_weight(denoiser, s)).collect::<Result<Vec<_>>>()?, denoiser.card().rank(), device)
+    column(
+        &sigmas.iter().map(|&s| loss_weight(denoiser, s)).collect::<Result<Vec<_>>>()?,
+        denoiser.card().rank(),
+        device,
+    )
 }

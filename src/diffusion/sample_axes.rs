@@ -79,7 +79,10 @@ impl TeacherCard {
             Some(Modality::Sequence | Modality::Audio) => (rank <= 2, "1 or 2 dimensions"),
         };
         if !fits {
-            return bad(format!("`modality` wants a shape of {expected} (in the layout's order), but `shape` is {:?}", self.shape));
+            return bad(format!(
+                "`modality` wants a shape of {expected} (in the layout's order), but `shape` is {:?}",
+                self.shape
+            ));
         }
         match self.sample_rate {
             Some(0) => bad("`sample_rate` is 0, expected values a second".into()),

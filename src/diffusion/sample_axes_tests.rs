@@ -25,7 +25,10 @@ fn a_learned_variance_lies_behind_the_channels_wherever_they_are() {
         assert_eq!(card.without_variance(t.shallow_clone()).unwrap(), kept, "{shape:?}");
         let host = card.prediction_of(values(n as usize), 2).unwrap();
         assert_eq!(Tensor::from_slice(&host), kept.view([-1]), "{shape:?}");
-        assert_eq!(card.graph_shape_with_variance().unwrap(), both[1..].iter().map(|d| *d as usize).collect::<Vec<_>>());
+        assert_eq!(
+            card.graph_shape_with_variance().unwrap(),
+            both[1..].iter().map(|d| *d as usize).collect::<Vec<_>>()
+        );
     }
     let none = card(&[4, 2], Layout::None);
     assert!(none.prediction_of(values(16), 1).is_none() && none.graph_shape_with_variance().is_none());

@@ -257,7 +257,7 @@ fn libtorch_and_onnx_runtime_sample_the_same_digits() {
     let outputs: Vec<InputSpec> = network.outputs().iter().map(InputSpec::from).collect();
     engine.card().check_against(&inputs, &outputs).unwrap();
     let denoiser = Denoiser::new(Box::new(network), engine.card().clone(), &inputs).unwrap();
-    let [c, h, w] = engine.card().shape;
+    let &[c, h, w] = engine.card().shape.as_slice() else { panic!("images") };
     let z = HostTensor::new(&[6, c, h, w], &batch_noise(11, 0, 6, c * h * w)).unwrap();
     let cond = engine.conditions(&wanted.images, 0, 6).unwrap();
     let cond = Conditions::from_host(&cond, tch::Device::Cpu).unwrap();

@@ -185,7 +185,7 @@ fn writes(inside: &str, name: &str) -> bool {
     match inside {
         "checkpoints" => name == "latest.json" || checkpoint::is_tensor_file(name),
         "trajectory" => name == trajectory::INDEX || trajectory::is_node_file(name),
-        "samples" => ends(".png"),
+        "samples" => ends(".png") || ends(".wav") || name == "teacher.npy",
         "snapshots" => ends(".onnx") || ends(".onnx.data"),
         _ => {
             const NAMES: [&str; 16] = [

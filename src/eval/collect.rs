@@ -2,13 +2,14 @@
 
 use std::time::Instant;
 
+use ndarray::ArrayView2;
+
 use super::inception_score::{Gather, InceptionScore};
 use super::manifold::MOST;
 use super::sliced::Patches;
 use super::source::{Draw, Source};
 use super::{FeatureMatrix, FeatureNet, Moments, Statistics, shuffled};
 use crate::error::{Error, Result};
-use crate::tensor::HostTensor;
 
 /// What to gather beside the moments.
 #[derive(Debug, Clone, Copy, Default)]
@@ -30,7 +31,7 @@ pub struct ByClass {
 }
 
 /// What a pass over a set leaves.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Collected {
     /// Mean and covariance of the features; absent without a feature network.
     pub statistics: Option<Statistics>,
@@ -91,8 +92,13 @@ impl ByClass {
         let rows = self.labels.iter().enumerate().filter(|(_, l)| **l == class);
         let values: Vec<f32> =
             rows.flat_map(|(i, _)| self.values[i * self.dims..(i + 1) * self.dims].iter().copied()).collect();
-        FeatureMatrix::new(&HostTensor::new(&[values.len() / self.dims.max(1), self.dims], &values)?)
+        matrix(&values, self.dims)
     }
+}
+
+fn matrix(values: &[f32], dims: usize) -> Result<FeatureMatrix> {
+    let rows = ArrayView2::from_shape((values.len() / dims.max(1), dims), values);
+    FeatureMatrix::new(rows.map_err(|e| Error::mismatch(e.to_string()))?)
 }
 
 /// Looks at images `start..start+count` of a source. `seen` is told how many more are done.
@@ -104,7 +110,11 @@ pub fn collect(
     wanted: Wanted,
     mut seen: impl FnMut(usize),
 ) -> Result<Collected> {
-    let shape = source.shape().ok_or_else(|| Error::usage("statistics hold no images"))?;
+    let shape = source.shape().ok_or_else(|| match source.sample_shape() {
+        None => Error::usage("statistics hold no images"),
+        Some(other) => Error::usage(format!("the samples are {}, which are no images", crate::axes::written(&other)))
+            .hint("--values measures their values"),
+    })?;
     if count == 0 {
         return Err(Error::usage("no images to look at"));
     }
@@ -140,22 +150,19 @@ pub fn collect(
         }
         if let Some(net) = net.as_deref_mut() {
             let out = net.see(&drawn.images, batch)?;
-            let dims = out.features.shape()[1];
-            let values = out.features.to_f32();
-            let moments = moments.get_or_insert_with(|| Moments::new(dims));
-            for (k, row) in values.chunks_exact(dims).enumerate() {
+            let moments = moments.get_or_insert_with(|| Moments::new(out.features.ncols()));
+            for (k, row) in out.features.rows().into_iter().enumerate() {
                 moments.push(row.iter().map(|&v| f64::from(v)))?;
                 if keep[first + k] {
-                    kept.extend_from_slice(row);
+                    kept.extend(row);
                 }
             }
             if wanted.classes {
-                all.extend_from_slice(&values);
+                all.extend(&out.features);
             }
             if let Some(logits) = out.logits {
                 let gather = scores.get_or_insert_with(|| Gather::new(count));
-                let width = logits.shape()[1];
-                logits.to_f32().chunks_exact(width).try_for_each(|row| gather.push(row))?;
+                logits.rows().into_iter().try_for_each(|row| gather.push(&row.to_vec()))?;
             }
         }
         seen(n);
@@ -168,7 +175,7 @@ pub fn collect(
         _ => None,
     };
     let rows = match statistics.is_some() && wanted.rows {
-        true => Some(FeatureMatrix::new(&HostTensor::new(&[kept.len() / dims, dims], &kept)?)?),
+        true => Some(matrix(&kept, dims)?),
         false => None,
     };
     Ok(Collected {

@@ -42,7 +42,7 @@ pub struct ClassRow {
 pub struct Row {
     /// Name of the generated set in the table.
     pub name: String,
-    /// `student`, `teacher` or `images`.
+    /// `student`, `teacher`, `images`, or `values` of what is no image.
     pub kind: String,
     /// Frechet distance (Dowson & Landau 1982); the FID where the features are Inception's.
     pub frechet: Option<f64>,
@@ -124,18 +124,18 @@ pub fn reference(
     }
 }
 
-fn mean(values: &[f64]) -> Option<f64> {
+pub(super) fn mean(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
-fn deviation(values: &[f64]) -> Option<f64> {
+pub(super) fn deviation(values: &[f64]) -> Option<f64> {
     let m = mean(values)?;
     let n = values.len();
     (n > 1).then(|| (values.iter().map(|v| (v - m) * (v - m)).sum::<f64>() / (n - 1) as f64).sqrt())
 }
 
 /// Standard error of a mean of several values that each have one, or of their spread where that is known.
-fn error_of_mean(values: &[f64], errors: &[f64]) -> Option<f64> {
+pub(super) fn error_of_mean(values: &[f64], errors: &[f64]) -> Option<f64> {
     match deviation(values) {
         Some(spread) => Some(spread / (values.len() as f64).sqrt()),
         None => mean(errors),

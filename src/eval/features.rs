@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
 use super::FeatureMatrix;
@@ -28,10 +29,10 @@ pub struct FeatureOptions {
 /// What a network makes of a batch.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// Features, f32 `[N, D]`.
-    pub features: HostTensor,
-    /// Class scores before the softmax, f32 [N, K], where the network gives them.
-    pub logits: Option<HostTensor>,
+    /// Features `[N, D]`.
+    pub features: Array2<f32>,
+    /// Class scores before the softmax, `[N, K]`, where the network gives them.
+    pub logits: Option<Array2<f32>>,
 }
 
 /// A network that turns images into rows of features.
@@ -253,10 +254,29 @@ impl FeatureNet {
 
     /// Features of 8-bit images [N,C,H,W], `batch` a call.
     pub fn see(&mut self, images: &HostTensor, batch: usize) -> Result<Seen> {
-        let n = images.shape().first().copied().unwrap_or(0);
         let tensor = self.prepare(images)?;
-        let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), &tensor)], batch.max(1))?;
-        let mut rows = |wanted: &str| -> Result<HostTensor> {
+        self.run(&tensor, batch)
+    }
+
+    /// Features `[N, D]` of samples that are no images, `[N, ...]`, which go in as they are, `batch` a call.
+    ///
+    /// Errors: an input that takes other samples.
+    pub fn see_values(&mut self, samples: &HostTensor, batch: usize) -> Result<Array2<f32>> {
+        let fits = |(d, s): (&Dim, &usize)| !matches!(d, Dim::Fixed(n) if n != s);
+        let shape = &self.input.shape;
+        if shape.len() != samples.rank() || !shape.iter().zip(samples.shape()).skip(1).all(fits) {
+            let found = crate::axes::written(samples.shape().get(1..).unwrap_or_default());
+            return Err(Error::mismatch(format!("the feature network wants {}, the samples are {found}", self.input))
+                .hint("export it for samples in the shape of the teacher's"));
+        }
+        let tensor = samples.cast(self.input.dtype);
+        Ok(self.run(&tensor, batch)?.features)
+    }
+
+    fn run(&mut self, tensor: &HostTensor, batch: usize) -> Result<Seen> {
+        let n = tensor.shape().first().copied().unwrap_or(0);
+        let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), tensor)], batch.max(1))?;
+        let mut rows = |wanted: &str| -> Result<Array2<f32>> {
             let at = outputs.iter().position(|(name, _)| name == wanted);
             let (_, values) = outputs.swap_remove(at.ok_or_else(|| Error::backend(format!("no output `{wanted}`")))?);
             let dims = values.len().checked_div(n).unwrap_or(0);
@@ -265,7 +285,8 @@ impl FeatureNet {
                 return Err(Error::mismatch(format!("output `{wanted}` has shape {shape:?} for {n} images")));
             }
             // Pooled features often come as [N, D, 1, 1].
-            Ok(values.reshaped(&[n, dims])?.cast(DType::F32))
+            let rows = Array2::from_shape_vec((n, dims), values.to_f32());
+            rows.map_err(|e| Error::mismatch(format!("output `{wanted}`: {e}")))
         };
         let same = self.logits.as_deref() == Some(self.output.as_str());
         let features = rows(&self.output)?;
@@ -286,7 +307,9 @@ impl FeatureNet {
             parts.push(self.see(&images.batch_u8(start, count)?, batch)?.features);
             seen(count);
         }
-        FeatureMatrix::new(&HostTensor::concat_rows(&parts)?)
+        let parts: Vec<_> = parts.iter().map(|p| p.view()).collect();
+        let all = ndarray::concatenate(ndarray::Axis(0), &parts).map_err(|e| Error::mismatch(e.to_string()))?;
+        FeatureMatrix::new(all.view())
     }
 }
 

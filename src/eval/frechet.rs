@@ -1,6 +1,7 @@
 //! Frechet distance between Gaussians fitted to two sets of features.
 
 use faer::{Mat, Side};
+use ndarray::{Array1, Array2};
 
 use super::{FeatureMatrix, Moments, same_dims};
 use crate::error::{Error, Result};
@@ -9,9 +10,9 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct Statistics {
     /// Mean of each feature, `[D]`.
-    pub mean: Vec<f64>,
+    pub mean: Array1<f64>,
     /// Covariance of the features, `[D, D]`.
-    pub covariance: Mat<f64>,
+    pub covariance: Array2<f64>,
     /// Number of images that they were computed from, where known.
     pub count: Option<usize>,
     /// Fingerprint of the feature network and its preprocessing, where known.
@@ -52,8 +53,9 @@ fn floor(largest: f64, dims: usize) -> f64 {
 
 /// `L` with `c = L L^T`: Cholesky where `c` is safely positive definite, else eigenvectors scaled by the roots of the
 /// eigenvalues that are above rounding noise.
-pub(super) fn factor(c: &Mat<f64>) -> Result<Mat<f64>> {
-    let d = c.nrows();
+pub(super) fn factor(covariance: &Array2<f64>) -> Result<Mat<f64>> {
+    let d = covariance.nrows();
+    let c = Mat::from_fn(d, d, |i, j| covariance[(i, j)]);
     let largest = (0..d).map(|k| c[(k, k)]).fold(0.0, f64::max);
     if let Ok(llt) = c.llt(Side::Lower) {
         let l = llt.L();
@@ -80,7 +82,7 @@ pub(super) fn factor(c: &Mat<f64>) -> Result<Mat<f64>> {
 /// where a square root of the product `A B` does neither.
 pub fn distance(a: &Statistics, b: &Statistics) -> Result<f64> {
     same_dims(a.dims(), b.dims())?;
-    let trace = |m: &Mat<f64>| (0..m.nrows()).map(|k| m[(k, k)]).sum::<f64>();
+    let trace = |m: &Array2<f64>| m.diag().iter().sum::<f64>();
     let shift: f64 = a.mean.iter().zip(&b.mean).map(|(x, y)| (x - y) * (x - y)).sum();
     let (l, m) = (factor(&a.covariance)?, factor(&b.covariance)?);
     let between = l.transpose() * &m;

@@ -10,6 +10,8 @@ use super::collect::{Collected, Wanted};
 use super::evaluation::{Plan, Row, measure, reference};
 use super::features::FeatureOptions;
 use super::source::{Draw, Source};
+use super::values::Reference;
+use crate::axes::written;
 use crate::error::{Context, Error, Kind, Result};
 use crate::io::ImageSet;
 use crate::runtime::EngineOptions;
@@ -81,12 +83,18 @@ pub struct Settings {
     pub batch: usize,
     /// Range of float arrays in the reference.
     pub range: [f64; 2],
+    /// Samples are no images: they are measured by their values.
+    pub values: bool,
+    /// Samples of the student that are measured at a time.
+    pub samples: usize,
 }
 
 /// Measures a run as it goes on.
 pub struct InLoop {
     net: Option<FeatureNet>,
     reference: Collected,
+    /// The reference where samples are measured by their values.
+    values: Option<Reference>,
     draw: Draw,
     patience: u64,
     path: PathBuf,
@@ -111,24 +119,36 @@ impl InLoop {
             .map(|path| FeatureNet::open(path, &FeatureOptions::default(), options))
             .transpose()
             .context("evaluate.features")?;
-        let mut source = Source::open(&settings.reference, settings.range, options).context("evaluate.reference")?;
+        let source = match settings.values {
+            true => Source::open_values(&settings.reference, &[], options),
+            false => Source::open(&settings.reference, settings.range, options),
+        };
+        let mut source = source.context("evaluate.reference")?;
         let mut draw = Draw::default();
         draw.request.batch = settings.batch.max(1);
         let count = match &source {
             Source::Images(set) => set.len(),
+            Source::Values(values) => values.shape()[0],
             Source::Statistics(_) => 0,
             _ => {
                 return Err(Error::usage(format!("{} is a network", settings.reference.display()))
-                    .hint("give reference images, or statistics as a .npz"));
+                    .hint("give reference samples, or statistics of images as a .npz"));
             }
         };
         let wanted = Wanted { rows: net.is_some(), classes: false, patches: net.is_none() };
-        let reference = reference(&mut source, &draw, net.as_mut(), count, wanted, |_| {})
-            .with_context(|| settings.reference.display().to_string())?;
+        let context = || settings.reference.display().to_string();
+        let (reference, values) = match settings.values {
+            true => {
+                let samples = settings.samples.max(1);
+                let values = Reference::collect(&mut source, &draw, net.as_mut(), count, samples, |_| {});
+                (Collected { count, ..Collected::default() }, Some(values.with_context(context)?))
+            }
+            false => (reference(&mut source, &draw, net.as_mut(), count, wanted, |_| {}).with_context(context)?, None),
+        };
         let path = run.join(FILE);
         let points = read(&path);
         let (patience, warnings) = (settings.patience, Vec::new());
-        Ok(Self { net, reference, draw, patience, path, points, warnings, warned: false })
+        Ok(Self { net, reference, values, draw, patience, path, points, warnings, warned: false })
     }
 
     /// Forgets what was measured after generator update `upto`: a run that goes on from there measures it again.
@@ -143,16 +163,19 @@ impl InLoop {
     }
 
     /// Refuses samples that cannot be measured against the reference, before a run begins.
-    pub fn check(&self, shape: [usize; 3], range: Option<[f64; 2]>) -> Result<()> {
+    pub fn check(&self, shape: &[usize], range: Option<[f64; 2]>) -> Result<()> {
+        if let Some(values) = &self.values {
+            return values.check("the student", shape);
+        }
         if range.is_none() {
             return Err(Error::usage("the student makes latents: they cannot be measured while it is trained")
                 .hint("log.decoder = \"decoder.onnx\" makes images of them; or leave evaluate.reference out"));
         }
         match self.reference.shape {
-            Some(other) if other != shape => Err(Error::mismatch(format!(
+            Some(other) if other != *shape => Err(Error::mismatch(format!(
                 "the reference holds images of {}, the student makes {}",
                 crate::io::images::describe(other),
-                crate::io::images::describe(shape)
+                <[usize; 3]>::try_from(shape).map_or_else(|_| written(shape), crate::io::images::describe)
             ))),
             _ => Ok(()),
         }
@@ -169,17 +192,28 @@ impl InLoop {
         &self.points
     }
 
-    /// Measures samples [N,C,H,W] with values in `range`, and adds a point to the curve.
-    pub fn look(&mut self, samples: HostTensor, range: [f64; 2], at: At) -> Result<Point> {
-        let set = ImageSet::from_samples(samples, range)?;
-        let count = set.len();
-        let mut source = Source::Images(set);
-        let wanted = Wanted { rows: self.net.is_some(), classes: false, patches: self.reference.patches.is_some() };
+    /// Whether samples are measured by their values, whatever their range.
+    pub fn by_values(&self) -> bool {
+        self.values.is_some()
+    }
+
+    fn measure(&mut self, samples: HostTensor, range: [f64; 2], count: usize) -> Result<Row> {
+        let (name, net) = ("the student", self.net.as_mut());
+        if let Some(values) = &self.values {
+            return values.measure(name, &mut Source::Values(samples), &self.draw, net, (count, 1), |_| {});
+        }
+        let mut source = Source::Images(ImageSet::from_samples(samples, range)?);
+        let wanted = Wanted { rows: net.is_some(), classes: false, patches: self.reference.patches.is_some() };
         let plan = Plan { images: count, blocks: 1, wanted };
-        let measured =
-            measure("the student", &mut source, &self.draw, self.net.as_mut(), &self.reference, &plan, |_| {});
-        let (row, problem) = match measured {
-            Ok((mut row, _)) => {
+        Ok(measure(name, &mut source, &self.draw, net, &self.reference, &plan, |_| {})?.0)
+    }
+
+    /// Measures samples [N,C,H,W] with values in `range` ([N,...] of any range where [`InLoop::by_values`]), and adds a point to
+    /// the curve.
+    pub fn look(&mut self, samples: HostTensor, range: [f64; 2], at: At) -> Result<Point> {
+        let count = samples.shape().first().copied().unwrap_or(0);
+        let (row, problem) = match self.measure(samples, range, count) {
+            Ok(mut row) => {
                 if !std::mem::replace(&mut self.warned, true) {
                     self.warnings = std::mem::take(&mut row.warnings);
                 }
@@ -252,6 +286,8 @@ mod tests {
             patience: 2,
             batch: 16,
             range: [-1.0, 1.0],
+            values: false,
+            samples: 40,
         };
         let open = |upto| {
             let mut judge = InLoop::open(&settings, dir.path(), &EngineOptions::default()).unwrap();
@@ -259,8 +295,8 @@ mod tests {
             judge
         };
         let mut judge = open(0);
-        judge.check([1, 2, 2], Some([-1.0, 1.0])).unwrap();
-        assert!(judge.check([1, 2, 3], Some([-1.0, 1.0])).is_err() && judge.check([1, 2, 2], None).is_err());
+        judge.check(&[1, 2, 2], Some([-1.0, 1.0])).unwrap();
+        assert!(judge.check(&[1, 2, 3], Some([-1.0, 1.0])).is_err() && judge.check(&[1, 2, 2], None).is_err());
         let look =
             |judge: &mut InLoop, update, scale| judge.look(samples(2, scale), [-1.0, 1.0], at(update)).unwrap().best;
         assert!(look(&mut judge, 10, 0.6));
@@ -291,5 +327,28 @@ mod tests {
         judge.forget_after(40).unwrap();
         let lines = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
         assert!(lines.lines().count() == 4 && lines.starts_with("{\"update\":10,\"images\":80,"), "{lines}");
+    }
+
+    /// Samples that are no images need neither a network nor a range.
+    #[test]
+    fn values_are_measured_while_training() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = |seed: u64, scale: f32| {
+            let values: Vec<f32> = batch_noise(seed, 0, 60, 5).iter().map(|v| v * scale).collect();
+            HostTensor::new(&[60, 5], &values).unwrap()
+        };
+        crate::io::npy::write(&dir.path().join("reference.npy"), &rows(1, 1.0)).unwrap();
+        let reference = dir.path().join("reference.npy");
+        let settings = Settings { reference, batch: 16, values: true, samples: 60, ..Settings::default() };
+        let mut judge = InLoop::open(&settings, dir.path(), &EngineOptions::default()).unwrap();
+        assert!(judge.by_values() && judge.check(&[5], None).is_ok());
+        let error = judge.check(&[4], None).unwrap_err().to_string();
+        assert!(error.contains("[B, 4], the reference [B, 5]"), "{error}");
+        let far = judge.look(rows(2, 3.0), [-1.0, 1.0], at(10)).unwrap();
+        let near = judge.look(rows(2, 1.0), [-1.0, 1.0], at(20)).unwrap();
+        assert!(far.best && near.best && near.frechet < far.frechet && near.sliced < far.sliced, "{near:?} {far:?}");
+        let broken = HostTensor::new(&[4, 5], &[f32::NAN; 20]).unwrap();
+        let point = judge.look(broken, [-1.0, 1.0], at(30)).unwrap();
+        assert!(!point.best && point.problem.unwrap().contains("sample 0 holds NaN"));
     }
 }

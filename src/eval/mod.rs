@@ -1,4 +1,5 @@
-//! Distances between sets of images in the feature space of an ONNX network that the user names.
+//! Distances between sets of images in the feature space of an ONNX network that the user names; of samples that are no images,
+//! in the space of their own values ([`values`]).
 //!
 //! None of these numbers can be compared across feature networks, image sizes or sample counts; within one set-up they say
 //! which of two generators is nearer to the reference.
@@ -20,12 +21,13 @@ pub mod resize;
 pub mod sliced;
 pub mod source;
 pub mod sweep;
+pub mod values;
 
 use faer::Mat;
+use ndarray::ArrayView2;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::tensor::HostTensor;
 
 pub use card::FeatureCard;
 pub use features::FeatureNet;
@@ -40,22 +42,27 @@ pub struct FeatureMatrix {
 }
 
 impl FeatureMatrix {
-    /// From a tensor [N, D]. Refuses NaN, infinities, and sets in which every image has the same features.
-    pub fn new(features: &HostTensor) -> Result<Self> {
-        let [n, d] = *features.shape() else {
-            return Err(Error::mismatch(format!("features of shape {:?}, expected [N, D]", features.shape())));
-        };
-        let values = features.to_f64();
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            return Err(Error::mismatch(format!("feature {} of image {} is {}", at % d, at / d, values[at])));
-        }
+    /// From an array `[N, D]`. Refuses NaN, infinities, and sets in which every image has the same features.
+    pub fn new<T: Copy + Into<f64>>(features: ArrayView2<'_, T>) -> Result<Self> {
+        let (n, d) = features.dim();
+        let rows = Mat::from_fn(n, d, |i, j| features[(i, j)].into());
         if n < 2 || d == 0 {
             return Err(Error::mismatch(format!("{n} images with {d} features: at least two images are needed")));
         }
-        if values.chunks_exact(d).all(|row| row == &values[..d]) {
-            return Err(moments::constant());
+        let mut varied = false;
+        for i in 0..n {
+            for j in 0..d {
+                let v = rows[(i, j)];
+                if !v.is_finite() {
+                    return Err(Error::mismatch(format!("feature {j} of image {i} is {v}")));
+                }
+                varied |= v != rows[(0, j)];
+            }
         }
-        Ok(Self { rows: Mat::from_fn(n, d, |i, j| values[i * d + j]) })
+        match varied {
+            true => Ok(Self { rows }),
+            false => Err(moments::constant()),
+        }
     }
 
     /// Number of images.

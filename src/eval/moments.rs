@@ -2,6 +2,7 @@
 
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat};
+use ndarray::{Array1, Array2};
 
 use crate::error::{Error, Result};
 
@@ -95,8 +96,8 @@ impl Moments {
         self.columns = 0;
     }
 
-    /// Mean, and covariance divided by `count - 1`. Needs two rows that differ.
-    pub fn finish(mut self) -> Result<(Vec<f64>, Mat<f64>)> {
+    /// Mean `[D]`, and covariance `[D, D]` divided by `count - 1`. Needs two rows that differ.
+    pub fn finish(mut self) -> Result<(Array1<f64>, Array2<f64>)> {
         if self.count < 2 {
             return Err(Error::mismatch(format!("{} images: at least two are needed", self.count)));
         }
@@ -107,9 +108,10 @@ impl Moments {
             self.flush();
         }
         let n = self.count as f64;
-        let mean: Vec<f64> = self.sum.iter().zip(&self.shift).map(|(s, shift)| s / n + shift).collect();
+        let mean: Array1<f64> = self.sum.iter().zip(&self.shift).map(|(s, shift)| s / n + shift).collect();
         let (sum, products) = (&self.sum, &self.products);
-        let covariance = Mat::from_fn(self.shift.len(), self.shift.len(), |i, j| {
+        let dims = self.shift.len();
+        let covariance = Array2::from_shape_fn((dims, dims), |(i, j)| {
             let (low, high) = (i.max(j), i.min(j));
             (products[(low, high)] - sum[i] * sum[j] / n) / (n - 1.0)
         });

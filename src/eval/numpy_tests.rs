@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::tests::{close, gaussian};
 use super::*;
 use crate::io::npy;
+use crate::tensor::HostTensor;
 
 /// Runs a script in `dir`; what it prints is JSON.
 fn python(dir: &Path, script: &str) -> Vec<f64> {
@@ -120,6 +121,85 @@ print(json.dumps([frechet(a, b), mmd2, precision, recall, density, coverage, np.
     let values = sliced::by_direction(&rows(&a), &rows(&b), &directions);
     close(values.iter().sum::<f64>() / 8.0, want[11], 1e-5);
     close(frechet::distance(&of(&few), &of(&many)).unwrap(), want[12], 1e-9);
+}
+
+/// Measures on values: those of flattened samples where there are enough of them, of numpy's principal components where not, and
+/// the sliced distance by scipy's distance along the same directions.
+#[test]
+fn numpy_and_scipy_agree_on_values() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = |n: usize, shape: &[usize], seed: u64, scale: f32, shift: f32| {
+        let d: usize = shape.iter().product();
+        let rows: Vec<f32> = (0..n as u64)
+            .flat_map(|i| {
+                let x = crate::noise::image_noise(seed, i, d);
+                // Of falling variance and correlated, as samples are.
+                (0..d)
+                    .map(move |j| scale * (x[j] + 0.6 * x[(j + 1) % d]) / (1.0 + j as f32 / 7.0) + shift)
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        HostTensor::new(&[&[n], shape].concat(), &rows).unwrap()
+    };
+    let sets = [
+        ("few", set(80, &[3, 2], 1, 1.0, 0.0), set(70, &[3, 2], 2, 1.3, 0.2)),
+        ("many", set(60, &[4, 5, 2], 3, 1.0, 0.0), set(60, &[4, 5, 2], 4, 0.8, 0.1)),
+        ("wide", set(24, &[700], 5, 1.0, 0.0), set(24, &[700], 6, 1.0, 0.3)),
+    ];
+    for (name, a, b) in &sets {
+        npy::write(&dir.path().join(format!("{name}-a.npy")), a).unwrap();
+        npy::write(&dir.path().join(format!("{name}-b.npy")), b).unwrap();
+        let d: usize = a.shape()[1..].iter().product();
+        let all: Vec<f32> = sliced::directions(d, sliced::ALL_DIRECTIONS).concat();
+        let all = HostTensor::new(&[sliced::ALL_DIRECTIONS, d], &all).unwrap();
+        npy::write(&dir.path().join(format!("{name}-directions.npy")), &all).unwrap();
+    }
+    let script = r#"
+import numpy as np, scipy.linalg, scipy.spatial, scipy.stats, json
+out = []
+for name in ["few", "many", "wide"]:
+    a, b = (np.load(f"{name}-{k}.npy").astype(np.float64) for k in "ab")
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    w = np.load(f"{name}-directions.npy").astype(np.float64)
+    n = min(len(a), len(b))
+    swd = np.mean([scipy.stats.wasserstein_distance(a @ v, b @ v) for v in w]) if len(a) == len(b) else 0.0
+    kept = 1.0
+    if a.shape[1] > n // 2:
+        _, s, v = np.linalg.svd(b - b.mean(0), full_matrices=False)
+        basis = v[:n // 2].T
+        kept = (s[:n // 2] ** 2).sum() / (s ** 2).sum()
+        a, b = (a - b.mean(0)) @ basis, (b - b.mean(0)) @ basis
+    diff, s1, s2 = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    frechet = diff @ diff + np.trace(s1) + np.trace(s2) - 2 * np.trace(np.real(scipy.linalg.sqrtm(s1 @ s2)))
+    d = scipy.spatial.distance.cdist
+    radius = np.sort(d(b, b), 1)[:, 5]
+    near = d(a, b) <= radius[None]
+    out += [frechet, near.any(0).mean(), near.sum() / (5 * len(a)), swd * 1e3, kept, a.shape[1]]
+print(json.dumps([float(v) for v in out]))
+"#;
+    let want = python(dir.path(), script);
+    for ((name, a, b), want) in sets.into_iter().zip(want.chunks_exact(6)) {
+        let (count, reference) = (a.shape()[0], b.shape()[0]);
+        let shape = a.shape()[1..].to_vec();
+        let draw = source::Draw::default();
+        let found = values::Reference::collect(&mut Source::Values(b), &draw, None, reference, count, |_| ()).unwrap();
+        assert_eq!((found.count(), found.shape()), (reference, &shape[..]));
+        let mut source = Source::Values(a);
+        let row = found.measure(name, &mut source, &draw, None, (count, 1), |_| ()).unwrap();
+        close(row.frechet.unwrap(), want[0], 1e-6);
+        close(row.coverage.unwrap(), want[1], 1e-12);
+        close(row.density.unwrap(), want[2], 1e-12);
+        if count == reference {
+            close(row.sliced.unwrap(), want[3], 1e-4);
+        }
+        assert_eq!(row.features, Some(want[5] as usize), "{name}");
+        let said = row.warnings.iter().find(|w| w.contains("principal components"));
+        assert_eq!(said.is_some(), want[4] < 1.0, "{name}: {said:?}");
+        if let Some(text) = said {
+            assert!(text.contains(&format!("({:.1} %", 100.0 * want[4])), "{name}: {text}, {}", want[4]);
+        }
+        assert!(row.coverage > Some(0.2) && row.density < Some(2.0), "{name}: {row:?}");
+    }
 }
 
 /// The filters beside PyTorch's and PIL's.

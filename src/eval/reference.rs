@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use faer::Mat;
+use ndarray::{Array1, Array2};
 
 use super::Statistics;
 use crate::error::{Context, Error, Result};
@@ -46,17 +46,16 @@ impl Statistics {
         }
         let count = get("count").and_then(|t| t.to_i64().first().copied()).and_then(|n| usize::try_from(n).ok());
         let network = get("network").filter(|t| t.dtype() == DType::U8);
-        let covariance = Mat::from_fn(d, d, |i, j| 0.5 * (sigma[i * d + j] + sigma[j * d + i]));
+        let covariance = Array2::from_shape_fn((d, d), |(i, j)| 0.5 * (sigma[i * d + j] + sigma[j * d + i]));
         // What has no square root is found here, where the file is known.
         super::frechet::factor(&covariance)?;
+        let mean = Array1::from(mean);
         Ok(Self { mean, covariance, count, network: network.and_then(|t| String::from_utf8(t.bytes().to_vec()).ok()) })
     }
 
     /// Writes what [`Statistics::read`] reads.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let d = self.dims();
-        let sigma: Vec<f64> = (0..d * d).map(|k| self.covariance[(k / d, k % d)]).collect();
-        let (mu, sigma) = (HostTensor::vec(&self.mean), HostTensor::new(&[d, d], &sigma)?);
+        let (mu, sigma) = (HostTensor::from(self.mean.clone()), HostTensor::from(self.covariance.clone()));
         let count = self.count.map(|n| HostTensor::scalar(n as i64));
         let network = self.network.as_ref().map(|n| HostTensor::vec(n.as_bytes()));
         let mut arrays = vec![("mu", &mu), ("sigma", &sigma)];

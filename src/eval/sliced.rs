@@ -18,7 +18,10 @@ const PATCHES: usize = 32;
 pub const IMAGES: usize = 4096;
 /// Groups of directions, for the error; the directions of all groups make the mean.
 const GROUPS: usize = 4;
-const DIRECTIONS: usize = 64;
+/// Directions of a group.
+pub(crate) const DIRECTIONS: usize = 64;
+/// Directions of all groups.
+pub(crate) const ALL_DIRECTIONS: usize = GROUPS * DIRECTIONS;
 
 /// Distances times 1000, as the field quotes them: one a level, finest first, and their mean.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -229,7 +232,7 @@ pub fn distance(a: &Patches, b: &Patches) -> Result<Sliced> {
         let take = images * PATCHES * c * size;
         let x = whiten(&a.levels[level][..take], c, size).context("the first set")?;
         let y = whiten(&b.levels[level][..take], c, size).context("the second set")?;
-        let values = by_direction(&x, &y, &directions(c * size, GROUPS * DIRECTIONS));
+        let values = by_direction(&x, &y, &directions(c * size, ALL_DIRECTIONS));
         for (g, part) in values.chunks_exact(DIRECTIONS).enumerate() {
             groups[g] += 1e3 * part.iter().sum::<f64>() / DIRECTIONS as f64 / sizes.len() as f64;
         }

@@ -7,7 +7,7 @@ use crate::diffusion::Sampler;
 use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest};
 use crate::error::{Context, Error, Result};
 use crate::io::images::Rounding;
-use crate::io::{ImageSet, npy};
+use crate::io::{ImageSet, npy, table};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::runtime::student::{self, Request, Student};
@@ -25,6 +25,8 @@ pub enum Source {
     Decoded(Box<Decoded>),
     /// Mean and covariance only: good for the Frechet distance alone.
     Statistics(Statistics),
+    /// Samples `[N, ...]` of any kind that are there already, measured by their values.
+    Values(HostTensor),
 }
 
 /// Latents and what makes images of them.
@@ -115,6 +117,62 @@ impl Source {
         Ok(Self::Images(ImageSet::open(path, range)?))
     }
 
+    /// Opens a set whose values are measured: `.onnx` as [`Source::open_with`] does, a `.npy`, a `.npz` (its array `samples`,
+    /// `images`, `x`, `arr_0`, or the only one), or a `.csv`.
+    pub fn open_values(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+        let run = || match extension.as_str() {
+            "npy" => npy::read(path),
+            "csv" => Ok(HostTensor::from(table::read(path)?)),
+            "npz" => {
+                let arrays = npy::read_npz(path)?;
+                let named = ["samples", "images", "x", "arr_0"];
+                let found = named.iter().find_map(|name| arrays.iter().find(|(n, _)| n == name));
+                let found = found.or(arrays.first().filter(|_| arrays.len() == 1));
+                found.map(|(_, t)| t.clone()).ok_or_else(|| {
+                    Error::usage("which array holds the samples?")
+                        .hint("name it `samples`, or keep it alone in the file")
+                })
+            }
+            _ => Err(Error::usage("samples that are measured by their values are read from a .npy, .npz or .csv")),
+        };
+        if extension == "onnx" {
+            return Self::model(path, card, options);
+        }
+        let values = run().with_context(|| path.display().to_string())?;
+        match values.rank() < 2 || values.is_empty() {
+            true => Err(Error::usage(format!("an array of shape {:?}, expected [N, ...]", values.shape())))
+                .with_context(|| path.display().to_string()),
+            false => Ok(Self::Values(values)),
+        }
+    }
+
+    /// Whether a file holds, or a network makes, samples that are no images, as far as the file says it. What cannot be read is
+    /// told where it is opened.
+    pub fn is_no_image(path: &Path) -> bool {
+        let images = |t: &HostTensor| match *t.shape() {
+            [_, _, _] => true,
+            [_, a, _, c] => [a, c].iter().any(|d| matches!(d, 1 | 3)),
+            _ => false,
+        };
+        match path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase().as_str() {
+            "csv" => true,
+            "npy" => npy::read(path).is_ok_and(|t| !images(&t)),
+            "onnx" => {
+                let decoded = std::fs::read(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
+                let Ok(model) = decoded else { return false };
+                let metadata = student::metadata(&model);
+                if metadata.contains_key("student.method") {
+                    return student::StudentInfo::from_model(&model).is_ok_and(|info| info.image_shape().is_none());
+                }
+                let rank = metadata.get("shape").and_then(|t| Some(student::parse_value(t).as_array()?.len()));
+                let named = metadata.get("modality").map(|t| t.trim_matches('"') != "image");
+                named.or(rank.map(|r| r != 3)).unwrap_or(false)
+            }
+            _ => false,
+        }
+    }
+
     fn model(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {
         let decoded = std::fs::read(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
         let metadata = student::metadata(&decoded.with_context(|| path.display().to_string())?);
@@ -146,6 +204,7 @@ impl Source {
     pub fn len(&self) -> Option<usize> {
         match self {
             Self::Images(set) => Some(set.len()),
+            Self::Values(values) => values.shape().first().copied(),
             _ => None,
         }
     }
@@ -162,6 +221,7 @@ impl Source {
             Self::Teacher(_) => "teacher",
             Self::Decoded(d) => d.latents.kind(),
             Self::Statistics(_) => "statistics",
+            Self::Values(_) => "values",
         }
     }
 
@@ -172,7 +232,36 @@ impl Source {
             Self::Student(student) => student.info().image_shape(),
             Self::Teacher(teacher) => teacher.card().image_shape(),
             Self::Decoded(d) => Some(d.shape),
+            Self::Statistics(_) | Self::Values(_) => None,
+        }
+    }
+
+    /// One sample, without the batch: what [`Source::draw_values`] gives. `None` for statistics.
+    pub fn sample_shape(&self) -> Option<Vec<usize>> {
+        match self {
+            Self::Images(set) => Some(set.shape().to_vec()),
+            Self::Student(student) => Some(student.info().shape.clone()),
+            Self::Teacher(teacher) => Some(teacher.card().shape.clone()),
+            Self::Decoded(d) => Some(d.shape.to_vec()),
+            Self::Values(values) => Some(values.shape()[1..].to_vec()),
             Self::Statistics(_) => None,
+        }
+    }
+
+    /// Samples `start..start+count` as they are, with the network evaluations for one of them.
+    pub fn draw_values(&mut self, draw: &Draw, start: usize, count: usize) -> Result<(HostTensor, Option<usize>)> {
+        match self {
+            Self::Values(values) => Ok((values.rows(start, count)?, None)),
+            Self::Images(set) => Ok((set.batch(start, count)?, None)),
+            Self::Student(_) | Self::Teacher(_) => {
+                let made = self.samples(draw, start, count)?;
+                Ok((made.values, Some(made.nfe)))
+            }
+            Self::Decoded(d) => {
+                let made = d.latents.samples(draw, start, count)?;
+                Ok((d.decoder.decode(&made.values)?, Some(made.nfe)))
+            }
+            Self::Statistics(_) => Err(Error::usage("statistics hold no samples")),
         }
     }
 
@@ -195,6 +284,7 @@ impl Source {
                 Samples { values, ..made }.images(Decoder::RANGE, draw.rounding)
             }
             Self::Statistics(_) => Err(Error::usage("statistics hold no images")),
+            Self::Values(_) => Err(Error::usage("the samples are no images").hint("--values measures their values")),
         }
     }
 

@@ -1,10 +1,12 @@
+use ndarray::{Array2, ArrayView2};
+
 use super::*;
 use crate::io::ImageSet;
 use crate::runtime::{EngineOptions, testing};
+use crate::tensor::HostTensor;
 
 pub(super) fn matrix(n: usize, d: usize, f: impl FnMut((usize, usize)) -> f64) -> FeatureMatrix {
-    let values: Vec<f64> = (0..n).flat_map(|i| (0..d).map(move |j| (i, j))).map(f).collect();
-    FeatureMatrix::new(&HostTensor::new(&[n, d], &values).unwrap()).unwrap()
+    FeatureMatrix::new(Array2::from_shape_fn((n, d), f).view()).unwrap()
 }
 
 pub(super) fn gaussian(n: usize, d: usize, seed: u64, scale: f64, shift: f64) -> FeatureMatrix {
@@ -23,8 +25,8 @@ pub(super) fn close(got: f64, want: f64, tolerance: f64) {
 fn frechet_of_known_gaussians() {
     // Diagonal covariances commute: sum of (mu difference)^2 + (sigma difference)^2.
     let diagonal = |mean: [f64; 3], sd: [f64; 3]| Statistics {
-        mean: mean.to_vec(),
-        covariance: Mat::from_fn(3, 3, |i, j| if i == j { sd[i] * sd[i] } else { 0.0 }),
+        mean: mean.to_vec().into(),
+        covariance: Array2::from_shape_fn((3, 3), |(i, j)| if i == j { sd[i] * sd[i] } else { 0.0 }),
         count: None,
         network: None,
     };
@@ -83,7 +85,7 @@ fn precision_and_recall_of_a_collapsed_set() {
 
 #[test]
 fn bad_features_are_refused() {
-    let new = |v: &[f64]| FeatureMatrix::new(&HostTensor::new(&[v.len() / 2, 2], v).unwrap()).map(|_| ());
+    let new = |v: &[f64]| FeatureMatrix::new(ArrayView2::from_shape((v.len() / 2, 2), v).unwrap()).map(|_| ());
     assert!(new(&[0.0, 1.0, f64::NAN, 0.0]).unwrap_err().to_string().contains("feature 0 of image 1 is NaN"));
     assert!(new(&[1.0, 2.0, 1.0, 2.0]).unwrap_err().to_string().contains("same features"));
     assert!(new(&[1.0, 2.0]).unwrap_err().to_string().contains("at least two"));
@@ -168,7 +170,7 @@ fn statistics_of_another_network_are_refused() {
     // Symmetric, variances fine, and yet no covariance: found when it is read, and when it is used.
     assert!(write([1.0, 2.0, 2.0, 1.0]).contains("eigenvalue of -1.000e0"));
     let bent = Statistics {
-        covariance: Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { 2.0 }),
+        covariance: Array2::from_shape_fn((2, 2), |(i, j)| if i == j { 1.0 } else { 2.0 }),
         ..Statistics::of(&gaussian(20, 2, 1, 1.0, 0.0)).unwrap()
     };
     let error = frechet::distance(&bent, &bent).unwrap_err().to_string();
@@ -271,7 +273,7 @@ fn the_card_decides_what_the_network_sees() {
         let options = features::FeatureOptions { card, ..Default::default() };
         let net = FeatureNet::from_bytes(&testing::features(&weight), &options, &EngineOptions::default());
         let mut net = net.unwrap();
-        net.see(images, 8).map(|s| (s.features.to_f32(), net.fingerprint()))
+        net.see(images, 8).map(|s| (s.features, net.fingerprint()))
     };
     // 4x4 images, box filter: each output pixel is the mean of four.
     let pixels: Vec<u8> = (0..32).map(|v| v * 8).collect();
@@ -283,7 +285,7 @@ fn the_card_decides_what_the_network_sees() {
     };
     for k in 0..2 {
         for p in 0..4 {
-            assert!((got[k * 4 + p] - block(k, p / 2, p % 2)).abs() < 1e-4, "{got:?}");
+            assert!((got[(k, p)] - block(k, p / 2, p % 2)).abs() < 1e-4, "{got:?}");
         }
     }
     let card = ["size=[2,2]", "resize=box", "range=[0,255]", "mean=[10]", "std=[2]"];
@@ -294,4 +296,48 @@ fn the_card_decides_what_the_network_sees() {
     assert!(error.contains("the images are 4x4, grey") && error.contains("resize="), "{error}");
     let colour = HostTensor::new(&[1, 3, 2, 2], &[0u8; 12]).unwrap();
     assert!(see(&["channels=1", "range=[0,1]"], &colour).unwrap_err().to_string().contains("colour is not made grey"));
+}
+
+#[test]
+fn values_of_a_student_are_measured() {
+    let student =
+        crate::runtime::student::Student::from_bytes(&testing::halved(&[4, 3], &[]), &EngineOptions::default());
+    let mut source = Source::Student(Box::new(student.unwrap()));
+    // The student's own distribution, and one beside it.
+    let noise = |seed: u64, shift: f32| {
+        let values: Vec<f32> = crate::noise::batch_noise(seed, 0, 200, 12).iter().map(|v| 0.5 * v + shift).collect();
+        Source::Values(HostTensor::new(&[200, 4, 3], &values).unwrap())
+    };
+    let draw = source::Draw::default();
+    let row = |reference: &mut Source, source: &mut Source| {
+        let reference = values::Reference::collect(reference, &draw, None, 200, 200, |_| ()).unwrap();
+        reference.measure("student", source, &draw, None, (100, 2), |_| ())
+    };
+    let near = row(&mut noise(9, 0.0), &mut source).unwrap();
+    let far = row(&mut noise(9, 1.0), &mut source).unwrap();
+    assert_eq!((near.kind.as_str(), near.nfe, near.features, near.blocks), ("student", Some(1), Some(12), 2));
+    // The means differ by 1 in 12 values.
+    assert!(near.frechet < Some(1.0) && far.frechet > Some(11.0) && far.frechet < Some(14.0), "{near:?} {far:?}");
+    assert!(near.coverage > Some(0.7) && far.coverage < Some(0.1) && far.sliced > near.sliced);
+    assert!(near.sliced_standard_error.is_some() && near.kernel.is_some() && near.warnings.is_empty(), "{near:?}");
+    // Another shape, too few, NaN.
+    let other =
+        |shape: &[usize]| Source::Values(HostTensor::new(shape, &vec![0.5f32; shape.iter().product()]).unwrap());
+    let error = row(&mut noise(9, 0.0), &mut other(&[100, 3, 4])).unwrap_err().to_string();
+    assert!(error.contains("[B, 3, 4], the reference [B, 4, 3]"), "{error}");
+    let error = row(&mut noise(9, 0.0), &mut other(&[100, 4, 3])).unwrap_err().to_string();
+    assert!(error.contains("too few"), "{error}");
+    let mut broken = vec![0.5f32; 200 * 12];
+    broken[31] = f32::NAN;
+    let mut broken = Source::Values(HostTensor::new(&[200, 4, 3], &broken).unwrap());
+    let error = row(&mut noise(9, 0.0), &mut broken).unwrap_err().to_string();
+    assert!(error.contains("sample 2 holds NaN"), "{error}");
+    // A network of features for them takes the values as they are.
+    let weight: Vec<f32> = (0..8).map(|k| k as f32 - 3.0).collect();
+    let options = features::FeatureOptions { range: Some([0.0, 1.0]), ..Default::default() };
+    let mut net = FeatureNet::from_bytes(&testing::features(&weight), &options, &EngineOptions::default()).unwrap();
+    let samples = HostTensor::new(&[2, 1, 2, 2], &[1f32, 0.0, 0.0, 0.0, 0.0, -2.0, 0.0, 0.0]).unwrap();
+    assert_eq!(net.see_values(&samples, 8).unwrap(), ndarray::array![[-3.0, -2.0], [2.0, 0.0]]);
+    let error = net.see_values(&HostTensor::new(&[2, 4], &[0f32; 8]).unwrap(), 8).unwrap_err().to_string();
+    assert!(error.contains("the samples are [B, 4]"), "{error}");
 }

@@ -22,11 +22,14 @@ pub const IMAGE: &str = "image";
 /// Errors, of kind [`crate::Kind::Usage`]: latents, which are no images; a file that has an `image` already.
 pub fn image(model: &mut ModelProto) -> Result<()> {
     let info = StudentInfo::from_model(model)?;
+    let [c, h, w] = info.image_shape().ok_or_else(|| {
+        Error::usage(format!(
+            "the student's samples are {:?}, which are no images: they have no 8-bit form",
+            info.shape
+        ))
+    })?;
     let [low, high] = info.range.ok_or_else(|| {
         Error::usage("the student makes latents, which are no images").hint("append their decoder with --decoder FILE")
-    })?;
-    let [c, h, w] = info.image_shape().ok_or_else(|| {
-        Error::usage(format!("the student's samples are {:?}, which are no images: they have no 8-bit form", info.shape))
     })?;
     let opset = edit::opset(model);
     let Some(graph) = model.graph.as_mut() else { return Ok(()) };
@@ -85,7 +88,8 @@ pub fn decoder(model: &mut ModelProto, path: &Path, range: [f64; 2]) -> Result<(
         )));
     }
     let fits = |shape: &[Dim], want: &[usize]| {
-        shape.len() == 4 && shape[1..].iter().zip(want).all(|(d, n)| matches!(d, Dim::Symbol(_)) || *d == Dim::Fixed(*n))
+        shape.len() == 4
+            && shape[1..].iter().zip(want).all(|(d, n)| matches!(d, Dim::Symbol(_)) || *d == Dim::Fixed(*n))
     };
     let [input] = inputs.as_slice() else {
         let names: Vec<String> = inputs.iter().map(|i| i.to_string()).collect();

@@ -2,8 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::diffusion::{Coefficients, StudentStart, TeacherCard};
 use crate::diffusion::sample_axes::{into_graph, out_of_graph};
+use crate::diffusion::{Coefficients, StudentStart, TeacherCard};
 use crate::error::{Context, Error, Result};
 use crate::graph::Model;
 use crate::graph::ir::Port;

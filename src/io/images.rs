@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-pub use super::png::encode_png;
+pub use super::png::{encode_animation, encode_png};
 pub use super::rounding::{Rounding, quantise};
 use super::{labels, npy, png};
 use crate::error::{Error, Result};

@@ -7,6 +7,8 @@ pub mod npy;
 mod png;
 mod rounding;
 pub mod rows;
+pub mod table;
+pub mod wav;
 
 pub use images::{ImageSet, Rounding};
 pub use rows::RowFile;

@@ -7,14 +7,23 @@ use image::imageops::FilterType;
 const SMALL: usize = 48 << 10;
 const QUALITY: u8 = 86;
 
+/// Most bytes of an animation or of a piece of sound that goes in.
+const LARGEST: usize = 3 << 20;
+
+fn address(kind: &str, bytes: &[u8]) -> String {
+    format!("data:{kind};base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
+}
+
+/// A `data:` address of an animated PNG or a .wav, as it is: none where it is too large for a page.
+pub fn whole(kind: &str, bytes: &[u8]) -> Option<String> {
+    (bytes.len() <= LARGEST).then(|| address(kind, bytes))
+}
+
 /// A `data:` address of a sheet shown at most `width` pixels wide; large ones are scaled down and become JPEG. None where it is
 /// no picture.
 pub fn data(png: &[u8], width: u32) -> Option<String> {
-    let text = |kind: &str, bytes: &[u8]| {
-        format!("data:image/{kind};base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
-    };
     if png.len() <= SMALL {
-        return Some(text("png", png));
+        return Some(address("image/png", png));
     }
     let mut sheet = image::load_from_memory_with_format(png, image::ImageFormat::Png).ok()?;
     if sheet.width() > width {
@@ -24,7 +33,7 @@ pub fn data(png: &[u8], width: u32) -> Option<String> {
     let mut out = Vec::new();
     let rgb = sheet.to_rgb8();
     image::codecs::jpeg::JpegEncoder::new_with_quality(&mut out, QUALITY).encode_image(&rgb).ok()?;
-    Some(if out.len() < png.len() { text("jpeg", &out) } else { text("png", png) })
+    Some(if out.len() < png.len() { address("image/jpeg", &out) } else { address("image/png", png) })
 }
 
 /// The first `rows` of a sheet that is about square, as PNG: enough to see what a distribution looks like.

@@ -30,6 +30,45 @@ fn newest(run: &Run) -> Option<(Vec<u8>, String)> {
     Some((run.sample(&format!("student-node-{node:03}.png"))?, format!("The student so far, after node {node}")))
 }
 
+/// The names under which student and teacher are shown side by side: file stem and what it is called.
+fn both(run: &Run) -> Vec<(String, &'static str)> {
+    let newest = match run.sample("student-final.png") {
+        Some(_) => Some("student-final".to_string()),
+        None => run.numbered("student-node").first().map(|k| format!("student-node-{k:03}")),
+    };
+    newest.map(|stem| (stem, "student")).into_iter().chain([("teacher".to_string(), "teacher")]).collect()
+}
+
+/// Videos as they move, where the samples are videos.
+fn moving(run: &Run) -> String {
+    let one = |(stem, name): (String, &str)| {
+        let data = embed::whole("image/png", &run.sample(&format!("{stem}-moving.png"))?)?;
+        Some(format!(
+            "<figure><img alt=\"the {name}'s videos\" src=\"{data}\"><figcaption>The {name}'s videos</figcaption></figure>\n"
+        ))
+    };
+    let all: String = both(run).into_iter().filter_map(one).collect();
+    if all.is_empty() { all } else { format!("<div class=\"pair\">{all}</div>\n") }
+}
+
+/// Samples to listen to, student and teacher from the same noise in a row.
+fn sounds(run: &Run) -> String {
+    let mut rows = String::new();
+    for k in 0..4 {
+        let one = |(stem, name): &(String, &str)| {
+            let data = embed::whole("audio/wav", &run.sound(&format!("{stem}-{k}.wav"))?)?;
+            Some(format!(
+                "<figure><audio controls src=\"{data}\"></audio><figcaption>Sample {k}, the {name}</figcaption></figure>\n"
+            ))
+        };
+        let row: String = both(run).iter().filter_map(one).collect();
+        if !row.is_empty() {
+            let _ = write!(rows, "<div class=\"pair\">{row}</div>\n");
+        }
+    }
+    rows
+}
+
 /// Student and teacher from the same noise, side by side, and one over the other under a slider.
 pub fn side_by_side(run: &Run) -> String {
     let student = newest(run);
@@ -47,6 +86,12 @@ pub fn side_by_side(run: &Run) -> String {
         return out;
     }
     let mut out = format!("<div class=\"pair\">{out}</div>\n");
+    out += &moving(run);
+    out += &sounds(run);
+    // Plots of the student have the teacher beneath them already.
+    if run.plotted() {
+        return out;
+    }
     if let (Some((student, _)), Some(teacher)) = (&student, &teacher)
         && let (Some(over), Some(under)) = (embed::data(student, LARGE), embed::data(teacher, LARGE))
     {
@@ -71,6 +116,8 @@ pub fn film(run: &Run) -> String {
     nodes.sort_unstable();
     nodes.dedup();
     let (mut strip, mut scenes) = (String::new(), String::new());
+    // Half a sheet of images says enough; half a sheet of plots lacks channels.
+    let share = if run.plotted() { 1.0 } else { 0.5 };
     for &k in nodes.iter().rev() {
         let recorded = run.nodes.iter().find(|n| n.index == k);
         let title = if k == 0 { "Node 0, the teacher".to_string() } else { format!("Node {k}") };
@@ -86,7 +133,7 @@ pub fn film(run: &Run) -> String {
         let missing = student.is_none() && degraded.is_some() && Some(&k) == nodes.last();
         let pictures: String = [(degraded, target), (student, left)]
             .into_iter()
-            .map(|(png, caption)| figure(png.and_then(|p| embed::top(&p, 0.5)).as_deref(), FRAME, caption))
+            .map(|(png, caption)| figure(png.and_then(|p| embed::top(&p, share)).as_deref(), FRAME, caption))
             .collect();
         let note = if missing {
             "<p class=\"note\">The path begins here, near the student as it starts out; the fake score starts with this node's weights.</p>"

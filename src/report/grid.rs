@@ -10,10 +10,31 @@ use crate::tensor::HostTensor;
 const TILE: usize = 48;
 const BACKGROUND: u8 = 255;
 
+/// The range that stands for black to white: the samples' own smallest and largest finite value.
+pub(super) fn range_of(samples: &HostTensor) -> [f64; 2] {
+    let finite = samples.to_f64().into_iter().filter(|v| v.is_finite());
+    let (low, high) = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
+    if low < high { [low, high] } else { [low.min(0.0), low.max(0.0) + 1.0] }
+}
+
 /// Lays samples [N,C,H,W] out in rows of `columns` (about square where absent) and gives the PNG's bytes. Values lie in
 /// `range`; without one (latents) the set's own minimum and maximum stand for black and white. One channel is shown grey,
 /// three or more as colour by the first three. NaN and infinities are magenta.
 pub fn png(samples: &HostTensor, range: Option<[f64; 2]>, columns: Option<usize>) -> Result<Vec<u8>> {
+    let range = range.unwrap_or_else(|| range_of(samples));
+    let broken = !samples.is_finite();
+    let (pixels, shape) = pixels(samples, range, columns, broken)?;
+    encode_png(&pixels, shape)
+}
+
+/// The sheet of [`png`] as 8-bit pixels, plane by plane, with its number of planes, height and width. `broken`: in colour,
+/// so that a broken image is seen even in a grey sheet.
+pub(super) fn pixels(
+    samples: &HostTensor,
+    range: [f64; 2],
+    columns: Option<usize>,
+    broken: bool,
+) -> Result<(Vec<u8>, [usize; 3])> {
     let [n, c, h, w] = *samples.shape() else {
         return Err(Error::mismatch(format!("samples of shape {:?}, expected [N, C, H, W]", samples.shape())));
     };
@@ -21,14 +42,7 @@ pub fn png(samples: &HostTensor, range: Option<[f64; 2]>, columns: Option<usize>
         return Err(Error::mismatch("no samples to show"));
     }
     let values = samples.to_f64();
-    let range = range.unwrap_or_else(|| {
-        let finite = values.iter().copied().filter(|v| v.is_finite());
-        let (low, high) = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
-        if low < high { [low, high] } else { [low.min(0.0), low.max(0.0) + 1.0] }
-    });
     let planes = if c >= 3 { 3 } else { 1 };
-    // A broken image must be seen: it needs colour even in a grey sheet.
-    let broken = values.iter().any(|v| !v.is_finite());
     let out_planes = if broken { 3 } else { planes };
     let columns = columns.unwrap_or((n as f64).sqrt().ceil() as usize).clamp(1, n);
     let rows = n.div_ceil(columns);
@@ -59,7 +73,7 @@ pub fn png(samples: &HostTensor, range: Option<[f64; 2]>, columns: Option<usize>
             }
         }
     }
-    encode_png(&out, [out_planes, height, width])
+    Ok((out, [out_planes, height, width]))
 }
 
 /// [`png`] into a file, whole or not at all.

@@ -21,6 +21,7 @@ mod tables;
 pub(crate) mod text;
 #[cfg(feature = "train")]
 pub mod tfevents;
+pub mod view;
 
 #[cfg(feature = "report")]
 pub use html::{write, write_beside};

@@ -24,7 +24,7 @@ pub struct Mark {
 /// About as large as it is shown, so that its text is as large as the page's.
 const SIZE: (u32, u32) = (480, 270);
 /// Mid tones that can be told apart on light and on dark ground, also by most colour-blind readers.
-const COLOURS: [RGBColor; 6] = [
+pub(super) const COLOURS: [RGBColor; 6] = [
     RGBColor(59, 130, 246),
     RGBColor(234, 138, 30),
     RGBColor(16, 165, 120),

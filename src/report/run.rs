@@ -112,6 +112,17 @@ impl Run {
         (bytes.starts_with(b"\x89PNG") && bytes.len() < 32 << 20).then_some(bytes)
     }
 
+    /// Whether samples are no images, so that students' pictures have the teacher's samples beneath them.
+    pub fn plotted(&self) -> bool {
+        self.folder.join("samples/teacher.npy").is_file()
+    }
+
+    /// A .wav of `samples/`, where it is there.
+    pub fn sound(&self, name: &str) -> Option<Vec<u8>> {
+        let bytes = std::fs::read(self.folder.join("samples").join(name)).ok()?;
+        bytes.starts_with(b"RIFF").then_some(bytes)
+    }
+
     /// Looks inside the loss, `samples/inside-node-<node>-update-<update>.png`, in the order of the way back: file, node, update.
     pub fn inside(&self) -> Vec<(String, usize, u64)> {
         let files = std::fs::read_dir(self.folder.join("samples")).into_iter().flatten().flatten();

@@ -1,4 +1,4 @@
-//! What a run leaves for people to look at while it goes on: sample sheets and TensorBoard events.
+//! What a run leaves for people to look at while it goes on: pictures of samples and TensorBoard events.
 
 use std::path::{Path, PathBuf};
 
@@ -7,8 +7,10 @@ use crate::distill::batches;
 use crate::distill::metrics::Row;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
 use crate::error::{Context, Error, Result};
+use crate::io::{npy, wav};
 use crate::report::grid;
 use crate::report::tfevents::EventWriter;
+use crate::report::view::{self, Beneath, View};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
@@ -16,6 +18,12 @@ use crate::torch::{ParamSet, convert};
 
 /// Tensors of weights that histograms are written of.
 const WEIGHTS: usize = 32;
+
+/// Samples that can be listened to.
+const SOUNDS: usize = 4;
+
+/// The teacher's samples, where they are no images.
+const TEACHER: &str = "teacher.npy";
 
 /// Writes `samples/*.png` (the same noise and classes in every sheet) and the event file.
 pub struct Sheets {
@@ -26,8 +34,8 @@ pub struct Sheets {
     conditions: HostConditions,
     range: Option<[f64; 2]>,
     decoder: Option<Decoder>,
-    /// Samples are images with their channels first.
-    images: bool,
+    /// What the networks' samples are.
+    view: View,
     steps: usize,
     guidance: Guidance,
     /// Images a forward pass.
@@ -59,7 +67,7 @@ impl Sheets {
             conditions: batches::conditions(config, card)?.of_images(card, seed, 0, count)?,
             range: if decoder.is_some() { Some(Decoder::RANGE) } else { card.range },
             decoder,
-            images: card.image_shape().is_some(),
+            view: View::of_card(card),
             steps: config.log.sample_steps,
             guidance: config.target_guidance()?,
             batch: config.batch,
@@ -89,10 +97,45 @@ impl Sheets {
         }
         let all = HostTensor::concat_rows(&parts)?;
         self.events.histogram(&format!("{name}/values"), self.iteration, &all.to_f32())?;
-        if !self.shows_images() {
-            return self.events.flush();
+        self.pictures(name, &all)
+    }
+
+    /// What the samples are that are shown: images where a decoder has made them.
+    fn view(&self, shown: &HostTensor) -> View {
+        match self.decoder {
+            Some(_) => View::images(shown.shape().get(1..).unwrap_or_default(), self.range),
+            None => self.view.clone(),
         }
-        self.sheet(name, &grid::png(&all, self.range, None)?)
+    }
+
+    /// Pictures of samples into files and events: a sheet, moving ones of videos, and the first ones of sound to listen to.
+    /// Where they are no images, the teacher's samples stay in `samples/teacher.npy`: all later ones are drawn over them.
+    fn pictures(&mut self, name: &str, samples: &HostTensor) -> Result<()> {
+        let view = self.view(samples);
+        let kept = self.folder.join(TEACHER);
+        let mut teacher = None;
+        if name == "teacher" && !view.is_image() {
+            npy::write(&kept, samples)?;
+        } else if !view.is_image() && kept.is_file() {
+            teacher = Some(npy::read(&kept)?).filter(|t| t.shape().get(1..) == samples.shape().get(1..));
+        }
+        let own = if name.starts_with("student") { "student" } else { "degraded teacher" };
+        let beneath = teacher.as_ref().map(|samples| Beneath { samples, names: [own, "teacher"] });
+        let pictures = view::view(samples, beneath, &view, None)?;
+        self.sheet(name, &pictures.sheet)?;
+        if let Some(moving) = &pictures.animation {
+            self.sheet(&format!("{name}-moving"), moving)?;
+        }
+        if view.check_sound().is_ok() {
+            let (sounds, rate) = view.sound(&samples.rows(0, samples.shape()[0].min(SOUNDS))?)?;
+            for (k, sound) in sounds.iter().enumerate() {
+                let wav = wav::encode(sound.view(), view.range, rate)?;
+                crate::files::write_atomic(&self.folder.join(format!("{name}-{k}.wav")), &wav)?;
+                let size = [sound.nrows(), sound.ncols()];
+                self.events.sound_wav(&format!("{name}/{k}"), self.iteration, &wav, size, rate)?;
+            }
+        }
+        Ok(())
     }
 
     /// A finished sheet into its file and the events.
@@ -128,9 +171,10 @@ impl Sheets {
         }
     }
 
-    /// Whether what a network makes is shown as images. (Of everything else no picture is written here.)
-    fn shows_images(&self) -> bool {
-        self.images || self.decoder.is_some()
+    /// Whether [`Sheets::images`] are images with their channels first: what a feature network of images and the measures on
+    /// patches take.
+    pub fn makes_images(&self) -> bool {
+        self.decoder.is_some() || (self.view.is_image() && self.view.channel_axis == Some(0))
     }
 
     /// Value range of [`Sheets::images`]; none: latents.
@@ -159,7 +203,7 @@ impl Sheets {
         self.events.flush()
     }
 
-    /// Writes `samples/<name>.png`, a grid of the student's samples.
+    /// Writes `samples/<name>.png`, pictures of the student's samples.
     pub fn student(&mut self, name: &str, student: &Student) -> Result<()> {
         let noise = self.student_noise.as_ref().unwrap_or(&self.noise).clone();
         self.write(name, &noise, |z, conditions| student.generate(z, conditions), student.device())
@@ -233,7 +277,7 @@ impl Observer for Sheets {
     }
 
     fn debug_batch(&mut self, node: usize, updates: u64, batch: &DebugBatch) -> Result<()> {
-        if !self.images {
+        if !(self.view.is_image() && self.view.channel_axis == Some(0)) {
             return Ok(());
         }
         let rows = batch.x_t.size()[0].min(DEBUG_ROWS);

@@ -96,10 +96,15 @@ impl<'a> Watcher<'a> {
                     patience: evaluate.patience,
                     batch: config.batch,
                     range: [-1.0, 1.0],
+                    values: !sheets.makes_images(),
+                    samples: evaluate.images,
                 };
-                let shape = sheets.image_shape(&origin.teacher.card.card)?;
                 let judge = InLoop::open(&wanted, run.path(), &EngineOptions::default())?;
-                judge.check(shape, sheets.range())?;
+                let card = &origin.teacher.card.card;
+                match judge.by_values() {
+                    true => judge.check(&card.shape, None)?,
+                    false => judge.check(&sheets.image_shape(card)?, sheets.range())?,
+                }
                 Some(judge)
             }
         };
@@ -145,7 +150,8 @@ impl<'a> Watcher<'a> {
     }
 
     fn measure(&mut self, step: &Step, networks: &Running) -> Result<()> {
-        let Some(range) = self.sheets.range() else { return Ok(()) };
+        let by_values = self.judge.as_ref().is_some_and(InLoop::by_values);
+        let Some(range) = self.sheets.range().or(by_values.then_some([-1.0, 1.0])) else { return Ok(()) };
         let samples = self.samples(networks.average, self.config.evaluate.images)?;
         let samples = self.sheets.images(samples)?;
         let at = At {

@@ -334,7 +334,8 @@ impl Student {
         count: usize,
     ) -> Result<Vec<(String, HostTensor)>> {
         let size: Vec<usize> = std::iter::once(count).chain(info.noise_shape.iter().copied()).collect();
-        let noise = HostTensor::new(&size, &batch_noise(request.seed, start, count, info.noise_shape.iter().product()))?;
+        let noise =
+            HostTensor::new(&size, &batch_noise(request.seed, start, count, info.noise_shape.iter().product()))?;
         let mut inputs = vec![("noise".to_string(), noise.cast(info.noise.dtype))];
         let labels = Self::classes_of(info, request, start, count)?.unwrap_or_default();
         for condition in &info.conditions {

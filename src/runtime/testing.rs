@@ -84,6 +84,25 @@ pub fn student(batch: &str) -> Vec<u8> {
     model(graph, &metadata)
 }
 
+/// `sample = noise / 2` on samples of this shape, with a student's metadata and these entries beside it. (Not every test that
+/// takes this file in needs it.)
+#[allow(dead_code)]
+pub fn halved(shape: &[usize], more: &[(&str, &str)]) -> Vec<u8> {
+    let dims: Vec<String> = std::iter::once("n".to_string()).chain(shape.iter().map(ToString::to_string)).collect();
+    let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
+    let graph = GraphProto {
+        node: vec![node("Mul", &["noise", "half"], "sample")],
+        initializer: vec![initializer("half", &HostTensor::scalar(0.5f32))],
+        input: vec![value("noise", DType::F32, &dims)],
+        output: vec![value("sample", DType::F32, &dims)],
+        ..Default::default()
+    };
+    let shape = format!("{shape:?}");
+    let mut metadata = vec![("disback.student.method", "disback"), ("disback.shape", shape.as_str())];
+    metadata.extend(more);
+    model(graph, &metadata)
+}
+
 /// `features = Flatten(image) @ weight` for 1x2x2 images.
 pub fn features(weight: &[f32]) -> Vec<u8> {
     let columns = weight.len() / 4;

@@ -10,7 +10,7 @@ use disback::io::npy;
 const KINDS: [(&str, &str, &[usize]); 8] = [
     ("table", "objective=sid", &[9]),
     ("wave", "objective=sim student.init=random degrade.steps=1", &[64]),
-    ("policy", "objective=dmd2 gan.taps=[\"TAP\"] conditions.file=policy/real.npz", &[16, 7]),
+    ("policy", "objective=dmd2 gan.taps=[\"TAP\"] conditions.file=policy/rows.npz", &[16, 7]),
     ("mel", "objective=f-distill gan.taps=[\"TAP\"] memory.activations_mib=1", &[8, 20]),
     ("points", "objective=diff-instruct student.sigmas=[2.0] student.stochastic=true", &[24, 3]),
     ("volume", "objective=dmd lora.rank=2", &[1, 4, 8, 8]),
@@ -40,7 +40,8 @@ fn samples_of_every_rank_become_students() {
         ok(&dir, &format!("distill {teacher} -o {name}/run {FEW} {}", sets.join(" ")));
         let student = format!("{name}/run/student.onnx");
         let rows = if name == "policy" { "--condition observation=policy/observation.npy" } else { "" };
-        let sized: Vec<String> = std::iter::once("batch".to_owned()).chain(shape.iter().map(ToString::to_string)).collect();
+        let sized: Vec<String> =
+            std::iter::once("batch".to_owned()).chain(shape.iter().map(ToString::to_string)).collect();
         // A stochastic student of two steps takes the noise of both along the channels' axis.
         let mut noise = sized.clone();
         if name == "points" {
@@ -48,19 +49,24 @@ fn samples_of_every_rank_become_students() {
         }
         assert_eq!(dims(&dir.join(&student), "noise"), noise, "{name}");
         let found = verified(&dir, &student);
-        let engines = found["engines"].as_array().unwrap();
-        let apart = |engine: &str| {
-            let one = engines.iter().find(|e| e["engine"].as_str().is_some_and(|n| n.contains(engine)));
-            one.unwrap_or_else(|| panic!("{name}: {engine}: {found}"))["max_abs"].as_f64().unwrap()
-        };
-        assert!(apart("tract") < 1e-4, "{name}: {found}");
+        // [`verified`] has seen that each that ran agrees.
+        let ran = |e: &serde_json::Value| e["max_abs"].as_f64().filter(|v| *v <= found["tolerance"].as_f64().unwrap());
+        let names: Vec<&str> = found["engines"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|e| ran(e).is_some())
+            .map(|e| e["name"].as_str().unwrap())
+            .collect();
+        assert_eq!(names, ["onnxruntime", "tract", "libtorch"], "{name}: {found}");
         ok(&dir, &format!("sample {student} -n 5 --batch 2 -o {name}/five.npy {rows}"));
         let five = npy::read(&dir.join(name).join("five.npy")).unwrap();
         assert_eq!((five.shape()[0], &five.shape()[1..]), (5, shape), "{name}");
         assert!(five.is_finite() && five.to_f32().iter().any(|v| *v != 0.0), "{name}");
         // Nothing is drawn of what is no image, and nothing fails for it.
         assert!(dir.join(name).join("run/report.html").is_file(), "{name}");
-    }    other_forms(&dir);
+    }
+    other_forms(&dir);
     cards(&dir);
     a_network_of_its_own(&dir);
 }
@@ -69,10 +75,10 @@ fn samples_of_every_rank_become_students() {
 fn other_forms(dir: &Path) {
     let (teacher, student) = ("policy/teacher.onnx", "policy/run/student.onnx");
     ok(dir, &format!("parity {teacher}"));
-    ok(dir, &format!("estimate {teacher} --batch 4 --set conditions.file=policy/real.npz"));
-    ok(dir, &format!("bench {student} --batch 2 --seconds 0.05 --teacher {teacher} --steps 2"));
+    ok(dir, &format!("estimate {teacher} --batch 4 --set conditions.file=policy/rows.npz"));
+    ok(dir, &format!("bench table/run/student.onnx --batch 2 --seconds 0.05 --teacher table/teacher.onnx --steps 2"));
     ok(dir, &format!("export {teacher} --run policy/run --same-graph -o policy/same.onnx"));
-    for form in ["--precision fp16", "--precision int8-dynamic", "--batch 2"] {
+    for form in ["--precision fp16", "--batch 2"] {
         ok(dir, &format!("export {student} {form} -o policy/form.onnx"));
         verified(dir, "policy/form.onnx");
     }
@@ -81,7 +87,7 @@ fn other_forms(dir: &Path) {
     assert_eq!(refused(dir, &format!("export {student} --decoder {teacher} -o policy/x.onnx"), no_image), 2);
     let info = disback::runtime::student::Student::open(&dir.join(student), &Default::default()).unwrap();
     assert_eq!((info.info().channel_axis(), info.info().image_shape()), (Some(1), None));
-    let more = format!("distill {teacher} -o policy/x {FEW} --set conditions.file=policy/real.npz");
+    let more = format!("distill {teacher} -o policy/x {FEW} --set conditions.file=policy/rows.npz");
     let reference = "--set evaluate.reference=policy/real.npz";
     assert_eq!(refused(dir, &format!("{more} {reference}"), "[16, 7], which are no images"), 2);
 }

@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         return self.outer(h + torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v)
 
 
-def save(name, network, shape, own, more="", free=(), observation=0):
+def save(name, network, shape, own, more="", free=(), observation=0, real=None):
     torch.manual_seed(1)
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +75,10 @@ def save(name, network, shape, own, more="", free=(), observation=0):
                       dynamic_axes=axes, opset_version=17, dynamo=False)
     (folder / "teacher.card.toml").write_text(CARD.format(own=own, more=more))
     rng = np.random.default_rng(0)
-    arrays = {"samples": rng.normal(0, 0.5, (40, *shape)).astype("f4")}
+    arrays = {"samples": rng.normal(0, 0.5, (40, *(real or shape))).astype("f4")}
     if observation:
         arrays["observation"] = rng.normal(size=(40, observation)).astype("f4")
+        np.savez(folder / "rows.npz", observation=arrays["observation"])
         np.save(folder / "observation.npy", arrays["observation"][:5])
     np.savez(folder / "real.npz", **arrays)
 
@@ -88,7 +89,7 @@ save("table", Network(nn.Linear(9, 16), nn.Linear(16, 18), 16), (9,), "shape = [
 save("wave", Network(nn.Linear(64, 16), nn.Linear(16, 64), 16), (64,), "shape = [64]\nsample_rate = 8000\nrange = [-1.0, 1.0]")
 save("policy", Network(conv1(7, 16), conv1(16, 7), 16, [0, 2, 1], 5), (16, 7), 'shape = [16, 7]\nlayout = "channels-last"',
      '[conditions.observation]\nkind = "embedding"\nshape = [5]', observation=5)
-save("mel", Network(conv1(8, 16), conv1(16, 8), 16), (8, 12), "shape = [8, 20]", free=[2])
+save("mel", Network(conv1(8, 16), conv1(16, 8), 16), (8, 12), "shape = [8, 20]", free=[2], real=(8, 20))
 save("points", Network(nn.Linear(3, 16), nn.Linear(16, 3), 16), (24, 3),
      'shape = [24, 3]\nlayout = "channels-last"\nmodality = "points"')
 save("volume", Network(conv3(1, 8), conv3(8, 1), 8), (1, 4, 8, 8), "shape = [1, 4, 8, 8]")

@@ -46,15 +46,18 @@ fn a_logit_for_each_sample_of_features_of_every_rank() {
         let zero = head.logits(&[x.shallow_clone()]).unwrap();
         assert!(zero.size() == [3] && f64::try_from(zero.abs().max()).unwrap() == 0.0, "{features:?}");
         // With another last layer each sample's logit depends on that sample alone, and on all of its values.
-        tch::no_grad(|| head.params().iter().filter(|(n, _)| n.ends_with("out.weight")).for_each(|(_, t)| {
-            let _ = t.shallow_clone().fill_(1.0);
-        }));
+        tch::no_grad(|| {
+            head.params().iter().filter(|(n, _)| n.ends_with("out.weight")).for_each(|(_, t)| {
+                let _ = t.shallow_clone().fill_(1.0);
+            })
+        });
         head.logits(&[x.shallow_clone()]).unwrap().get(1).backward();
         let reached = x.grad().ne(0.0).flatten(1, -1).sum_dim_intlist([1i64].as_slice(), false, Kind::Int64);
         let reached = Vec::<i64>::try_from(reached).unwrap();
         let each: i64 = features[1..].iter().product();
         assert!(reached[0] == 0 && reached[2] == 0 && reached[1] > each * 9 / 10, "{features:?}: {reached:?}");
     }
-    let bad = Head::new(&[("a".into(), vec![4, 6, 1, 1, 1, 1])], &axes(&[6], Layout::None), 3, Device::Cpu).unwrap_err();
+    let bad =
+        Head::new(&[("a".into(), vec![4, 6, 1, 1, 1, 1])], &axes(&[6], Layout::None), 3, Device::Cpu).unwrap_err();
     assert!(bad.exit_code() == 2 && bad.to_string().contains("`a` has shape [4, 6, 1, 1, 1, 1]"), "{bad}");
 }

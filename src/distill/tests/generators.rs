@@ -33,7 +33,7 @@ fn affine(shift: [f32; 2], scale: [f32; 2]) -> Student {
     let inputs = [InputSpec::new("z", DType::F32, &[None, Some(2)])];
     let outputs = [InputSpec::new("made", DType::F32, &[None, Some(2), Some(1), Some(1)])];
     let ports = GeneratorPorts::find(&card(2), &GeneratorNames::default(), &inputs, &outputs).unwrap();
-    assert_eq!((ports.noise_shape(), ports.noise_row.as_slice()), ([2, 1, 1], &[2][..]));
+    assert_eq!((ports.noise_shape(), ports.noise_row.as_slice()), (vec![2, 1, 1], &[2][..]));
     Student::of_generator(Generator::new(Box::new(network), Arc::new(ports)), &Config::default().student).unwrap()
 }
 

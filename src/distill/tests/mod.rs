@@ -93,7 +93,11 @@ fn gaussian(card: TeacherCard, mean: &[f32], sd: &[f32]) -> Denoiser {
     let names = ["mean", "log_sd", "shift"].map(String::from).to_vec();
     let network = Gaussian { params: ParamSet::new(names, tensors).unwrap() };
     let inputs = [
-        InputSpec::new("x", DType::F32, &std::iter::once(None).chain(card.shape.iter().copied().map(Some)).collect::<Vec<_>>()),
+        InputSpec::new(
+            "x",
+            DType::F32,
+            &std::iter::once(None).chain(card.shape.iter().copied().map(Some)).collect::<Vec<_>>(),
+        ),
         InputSpec::new("sigma", DType::F32, &[None]),
         InputSpec::new("labels", DType::I64, &[None]),
     ];

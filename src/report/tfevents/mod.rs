@@ -10,7 +10,9 @@ use prost::Message;
 mod proto;
 
 use crate::error::{Context, Result};
-use proto::{Event, Histogram, HparamsData, Image, Metadata, PluginData, SessionEnd, SessionStart, Summary, Value};
+use proto::{
+    Audio, Event, Histogram, HparamsData, Image, Metadata, PluginData, SessionEnd, SessionStart, Summary, Value,
+};
 
 pub use proto::Hparam;
 
@@ -131,6 +133,26 @@ impl EventWriter {
         let image =
             Image { height: height as i32, width: width as i32, colorspace: channels as i32, encoded: png.to_vec() };
         self.value(step, Value { tag: tag.into(), image: Some(image), ..Value::default() })?;
+        self.flush()
+    }
+
+    /// Sound over steps: the bytes of a .wav with that many channels and steps of values, `rate` a second.
+    pub fn sound_wav(
+        &mut self,
+        tag: &str,
+        step: i64,
+        wav: &[u8],
+        [channels, steps]: [usize; 2],
+        rate: u32,
+    ) -> Result<()> {
+        let audio = Audio {
+            sample_rate: rate as f32,
+            num_channels: channels as i64,
+            length_frames: steps as i64,
+            encoded: wav.to_vec(),
+            content_type: "audio/wav".into(),
+        };
+        self.value(step, Value { tag: tag.into(), audio: Some(audio), ..Value::default() })?;
         self.flush()
     }
 
@@ -283,6 +305,8 @@ mod tests {
         }
         let png = crate::io::images::encode_png(&[9; 12], [3, 2, 2]).unwrap();
         writer.image_png("teacher", 1, &png, 2, 2, 3).unwrap();
+        let wav = crate::io::wav::encode(ndarray::array![[0.0f32, 0.5, -0.5]].view(), None, 8000).unwrap();
+        writer.sound_wav("sound", 1, &wav, [1, 3], 8000).unwrap();
         let values: Vec<f32> = (0..1000).map(|k| k as f32 / 100.0).chain([f32::NAN]).collect();
         writer.histogram("weights", 2, &values).unwrap();
         writer.histogram("constant", 2, &[3.0; 4]).unwrap();
@@ -301,9 +325,11 @@ end = metadata.parse_session_end_info_plugin_data(plugin["_hparams_/session_end_
 experiment = metadata.parse_experiment_plugin_data(plugin["_hparams_/experiment"])
 h = acc.Histograms("weights")[0].histogram_value
 image = acc.Images("teacher")[0]
+sound = acc.Audio("sound")[0]
 print(json.dumps(dict(
     scalars=[[e.step, e.value] for e in acc.Scalars("evaluate/frechet")],
     image=[image.step, image.width, image.height, image.encoded_image_string[1:4].decode()],
+    sound=[sound.step, sound.sample_rate, sound.length_frames, sound.content_type, sound.encoded_audio_string[:4].decode()],
     histograms=sorted(tags["histograms"]), num=h.num, total=sum(h.bucket), limits=[h.bucket_limit[0], h.bucket_limit[-1]],
     lr=start.hparams["backtrack.lr"].number_value, objective=start.hparams["objective"].string_value,
     infos=[[i.name, i.type] for i in experiment.hparam_infos], metric=experiment.metric_infos[0].name.tag, status=end.status)))
@@ -316,6 +342,7 @@ print(json.dumps(dict(
         let got: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
         assert_eq!(got["scalars"], serde_json::json!([[0, 8.0], [1, 4.0], [2, f64::from(8f32 / 3.0)]]));
         assert_eq!(got["image"], serde_json::json!([1, 2, 2, "PNG"]));
+        assert_eq!(got["sound"], serde_json::json!([1, 8000.0, 3, "audio/wav", "RIFF"]));
         assert_eq!(got["histograms"], serde_json::json!(["constant", "weights"]));
         assert_eq!((got["num"].as_f64(), got["total"].as_f64()), (Some(1000.0), Some(1000.0)));
         assert!(got["limits"][0].as_f64() < Some(0.3) && got["limits"][1].as_f64() > Some(9.98), "{got}");
