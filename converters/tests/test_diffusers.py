@@ -83,6 +83,14 @@ def test_a_pipeline_folder_becomes_a_teacher(tmp_path, capsys, name):
     np.testing.assert_allclose(ours, stored[found["output"]], atol=1e-4)
 
 
+def test_a_pipeline_saved_part_by_part_needs_no_index(tmp_path, capsys):
+    make, part, schedule, more = CASES["UNet2DModel"]
+    small.write(tmp_path / "parts", make(), part, "Pipeline", schedule)
+    (tmp_path / "parts" / "model_index.json").unlink()
+    assert convert(tmp_path / "parts", tmp_path / "teacher.onnx", *more) == 0, capsys.readouterr().err
+    assert {key: card(tmp_path / "teacher.onnx").get(key) for key in WANT["UNet2DModel"]} == WANT["UNet2DModel"]
+
+
 def test_the_trained_teacher_goes_all_the_way(tmp_path, capsys):
     folder, out = TEACHERS / "diffusers_unet", tmp_path / "teacher.onnx"
     assert convert(folder, out, "--null", 10, "--card", "dataset=digits") == 0, capsys.readouterr().err
