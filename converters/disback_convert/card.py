@@ -15,13 +15,14 @@ PREDICTIONS = ("denoised", "edm-raw", "epsilon", "v", "flow", "trigflow", "scale
 TIME_UNITS = ("sigma", "ln-sigma-4", "ln-sigma-250", "ln-sigma-half", "radians", "step", "unit", "thousand")
 SCHEDULES = ("edm", "vp", "flow", "trigflow")
 CONDITIONS = ("class-index", "one-hot", "embedding")
+DIRECTIONS = ("data-to-noise", "noise-to-data")
 LAYOUTS = ("nchw", "nhwc")
 
 PLAIN = {
     "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "range", "sigma_data", "latent_scale",
     "dataset", "provenance",
 }  # fmt: skip
-SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"}
+SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "direction", "scale"}
 CONDITION = {"kind", "classes", "null", "shape"}
 REQUIRED = ("sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind")
 
@@ -115,6 +116,7 @@ def need(card):
     one_of(card, "time_unit", TIME_UNITS)
     one_of(card, "layout", LAYOUTS)
     one_of(card, "schedule.kind", SCHEDULES)
+    one_of(card, "schedule.direction", DIRECTIONS)
     shape = card["shape"]
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise ConversionError(f"card: shape = {shape!r}; it is [channels, height, width] of one sample")
