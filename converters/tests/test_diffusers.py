@@ -240,6 +240,7 @@ def test_prompts_of_every_pipeline(tmp_path, capsys, kind):
     ("config", "want"),
     [
         (FLOW, {"schedule.kind": "flow", "schedule.shift": 3.0, "prediction": "flow", "time_unit": "thousand"}),
+        (FLOW | {"invert_sigmas": True}, {"schedule.kind": "flow", "schedule.direction": "noise-to-data", "time_unit": "thousand"}),
         ({"_class_name": "EDMEulerScheduler", "sigma_max": 70}, {"schedule.kind": "edm", "schedule.sigma_max": 70.0, "prediction": "edm-raw"}),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}, {"schedule.betas": "cosine", "prediction": "denoised"}),
     ],

@@ -114,7 +114,7 @@ pub(super) fn check_mixing(teacher: &Teacher, config: &Config) -> Result<()> {
     }
     let (net, card) = (&teacher.network, &teacher.card.card);
     let sample = net.inputs().iter().find(|p| p.name == card.sample);
-    let rows = sample.and_then(|p| p.dims()?.first().copied().flatten()).unwrap_or(4);
+    let rows = sample.and_then(|p| p.dims()?.first().copied().flatten()).unwrap_or(2);
     // What does not run with these rows is `check_rows`'s to say.
     let Ok(Some(found)) = parity::mixing(net, card, rows, config.seed) else { return Ok(()) };
     let nodes = parity::batch_statistics(&net.shared().graph);
