@@ -1,28 +1,55 @@
-//! ONNX's operator cases from the pinned wheel, one test each: values, and gradients against central differences.
+//! ONNX's operator cases, one test each: values, and gradients against central differences. All of the pinned wheel's, and of a
+//! later one those that it changed or added.
 //!
 //! `conformance-expected.txt` lists the cases that are refused, with the reason. It can only shrink: a listed case that
 //! passes fails the test until its line is removed, and so does a case that is not listed and does not pass.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use disback::conformance::{Case, Gradient, Outcome, list, run_case};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-fn suite() -> Result<PathBuf, String> {
+/// The later version, as `scripts/setup` writes its cases.
+const LATER: &str = "onnx-1.23.2";
+
+/// The suites: that of `DISBACK_ONNX_CASES` alone, or the pinned wheel's and the later one.
+fn suites() -> Result<Vec<PathBuf>, String> {
     if let Some(dir) = std::env::var_os("DISBACK_ONNX_CASES") {
-        return Ok(dir.into());
+        return Ok(vec![dir.into()]);
     }
-    let libs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".venv/lib");
-    let found = std::fs::read_dir(&libs)
+    let venv = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".venv");
+    let pinned = std::fs::read_dir(venv.join("lib"))
         .into_iter()
         .flatten()
         .flatten()
         .map(|e| e.path().join("site-packages/onnx/backend/test/data/node"))
         .find(|p| p.is_dir());
-    found.ok_or_else(|| {
-        format!("no wheel onnx==1.22.0 under {}: run `make setup`, or set DISBACK_ONNX_CASES", libs.display())
-    })
+    let missing =
+        |what: &str| format!("no {what} under {}: run `make setup`, or set DISBACK_ONNX_CASES", venv.display());
+    let pinned = pinned.ok_or_else(|| missing("wheel onnx==1.22.0"))?;
+    let later = venv.join(format!("{LATER}-cases"));
+    if !later.join(".ready").is_file() {
+        return Err(missing(&format!("{LATER}-cases")));
+    }
+    Ok(vec![pinned, later])
+}
+
+/// Whether two folders hold the same files with the same bytes.
+fn same(a: &Path, b: &Path) -> bool {
+    let names = |dir: &Path| -> Option<BTreeSet<std::ffi::OsString>> {
+        std::fs::read_dir(dir).ok()?.map(|e| e.ok().map(|e| e.file_name())).collect()
+    };
+    let (Some(own), Some(others)) = (names(a), names(b)) else { return false };
+    own == others
+        && own.iter().all(|name| {
+            let (a, b) = (a.join(name), b.join(name));
+            if a.is_dir() {
+                same(&a, &b)
+            } else {
+                matches!((std::fs::read(a), std::fs::read(b)), (Ok(a), Ok(b)) if a == b)
+            }
+        })
 }
 
 /// `name: reason` a line.
@@ -58,8 +85,10 @@ fn judge(case: &Case, expected: Option<&str>) -> Result<(), Failed> {
 fn main() {
     let arguments = Arguments::from_args();
     tch::set_num_threads(1);
-    let dirs = match suite().and_then(|dir| list(&dir).map_err(|e| e.to_string())) {
-        Ok(dirs) => dirs,
+    let found = suites()
+        .and_then(|dirs| dirs.iter().map(|dir| list(dir).map_err(|e| e.to_string())).collect::<Result<Vec<_>, _>>());
+    let suites = match found {
+        Ok(suites) => suites,
         Err(e) => {
             eprintln!("{e}");
             std::process::exit(1);
@@ -67,10 +96,22 @@ fn main() {
     };
     let mut expected = expected();
     let mut trials = Vec::new();
-    for dir in dirs {
-        let name = dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        let reason = expected.remove(&name);
-        trials.push(Trial::test(name, move || judge(&run_case(&dir, true), reason.as_deref())));
+    let mut reasons: BTreeMap<String, String> = BTreeMap::new();
+    let mut earlier: BTreeMap<String, PathBuf> = BTreeMap::new();
+    for (k, dirs) in suites.into_iter().enumerate() {
+        for dir in dirs {
+            let name = dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            if let Some(reason) = expected.remove(&name) {
+                reasons.insert(name.clone(), reason);
+            }
+            if earlier.get(&name).is_some_and(|first| same(first, &dir)) {
+                continue;
+            }
+            earlier.entry(name.clone()).or_insert_with(|| dir.clone());
+            let reason = reasons.get(&name).cloned();
+            let shown = if k == 0 { name } else { format!("{LATER}::{name}") };
+            trials.push(Trial::test(shown, move || judge(&run_case(&dir, true), reason.as_deref())));
+        }
     }
     for (name, _) in expected {
         trials.push(Trial::test(name, || Err("listed in conformance-expected.txt, but there is no such case".into())));

@@ -36,8 +36,11 @@ fn networks_as_exporters_write_them() {
     support::run_python("tests/python/exported_networks.py", &[dir.to_str().unwrap()]);
     free_dimensions(&dir);
     numbers_in_the_batch(&dir);
+    rows_that_mix(&dir);
     weights_among_the_inputs(&dir);
     double_precision(&dir);
+    masks_and_positions(&dir);
+    what_a_refused_start_left(&dir);
 }
 
 /// The length of a text comes from the file of conditions, the card, or the command line; what else has its name follows.
@@ -79,9 +82,7 @@ fn free_dimensions(dir: &Path) {
 
 /// A batch that is declared free, with its number in the graph, is refused before the first step.
 fn numbers_in_the_batch(dir: &Path) {
-    for (name, rows, takes) in
-        [("baked-1", 2, "it takes: 1)"), ("baked-2", 3, "it takes: 2)"), ("halves", 3, "it takes: 2, 4, 6, 8)")]
-    {
+    for (name, rows, takes) in [("baked-1", 2, "it takes: 1)"), ("baked-2", 3, "it takes: 2)")] {
         for batch in [1, 2] {
             let run = format!("{name}/run");
             let args = format!("distill {name}/teacher.onnx -o {run} {FEW} --batch {batch}");
@@ -94,6 +95,22 @@ fn numbers_in_the_batch(dir: &Path) {
             assert!(!dir.join(&run).exists(), "{run} is left");
         }
     }
+}
+
+/// A row that depends on its neighbours is refused with the reason, unless that is asked for.
+fn rows_that_mix(dir: &Path) {
+    for (name, why) in
+        [("bn", "BatchNormalization node"), ("means", "statistics over the batch"), ("halves", "forward_with_cfg")]
+    {
+        let args = format!("distill {name}/teacher.onnx -o {name}/run {FEW}");
+        let (code, said, errors) = support::run(dir, &args);
+        assert_eq!(code, Some(1), "{args}: {said}{errors}");
+        assert!(errors.contains("rows of a batch are not independent") && errors.contains(why), "{errors}");
+        assert!(errors.contains("--allow-batch-mixing") && !dir.join(name).join("run").exists(), "{errors}");
+    }
+    ok(dir, &format!("distill means/teacher.onnx -o means/run {FEW} --allow-batch-mixing"));
+    let config = std::fs::read_to_string(dir.join("means/run/config.toml")).unwrap();
+    assert!(config.contains("allow_batch_mixing = true"));
 }
 
 /// As initializers, which nobody gives.
@@ -111,11 +128,56 @@ fn weights_among_the_inputs(dir: &Path) {
     }
 }
 
-/// ONNX Runtime has no f64 convolutions on the CPU: said in these words, before the first step.
+/// A network in f64 is trained in f32, and so written that ONNX Runtime runs it.
 fn double_precision(dir: &Path) {
-    let (code, said, errors) = support::run(dir, &format!("distill f64/teacher.onnx -o f64/run {FEW}"));
-    assert_eq!(code, Some(1), "{said}{errors}");
-    assert!(errors.contains("training was not begun") && errors.contains("f64"), "{errors}");
-    assert!(errors.contains("export the teacher in f32"), "{errors}");
-    assert!(!dir.join("f64/run").exists());
+    ok(dir, "parity f64/teacher.onnx");
+    let (code, said, errors) = support::run(dir, &format!("distill f64/teacher.onnx -o f64/run {FEW} --same-graph"));
+    assert_eq!(code, Some(0), "{said}{errors}");
+    assert!(errors.contains("the network computes in f64; it is trained in f32"), "{errors}");
+    verified(dir, "f64/run/student.onnx");
+    let code = "import numpy as np, onnxruntime as ort\n\
+                s = ort.InferenceSession('f64/run/student-same-graph.onnx', providers=['CPUExecutionProvider'])\n\
+                y, = s.run(None, {'x': np.zeros((3, 1, 8, 8), 'f4'), 't': np.arange(3)})\n\
+                assert y.dtype == 'f4' and y.shape == (3, 1, 8, 8)";
+    let done = std::process::Command::new(support::python()).args(["-c", code]).current_dir(dir).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    // Where the type is the reason, it is named.
+    let says = "`t i64[?]` is of type i64, which cannot hold the fractions";
+    support::refused(dir, &format!("distill f64/teacher.onnx -o f64/x {FEW} --card time_unit=unit"), says);
+}
+
+/// A mask of booleans is a condition; an input without a batch dimension has its value from a file.
+fn masks_and_positions(dir: &Path) {
+    ok(dir, &format!("distill mask/teacher.onnx -o mask/run {FEW} --set conditions.file=mask/rows.npz"));
+    verified(dir, "mask/run/student.onnx");
+    ok(dir, "parity ids/teacher.onnx");
+    ok(dir, &format!("distill ids/teacher.onnx -o ids/run {FEW}"));
+    let student = Model::load(&dir.join("ids/run/student.onnx")).unwrap();
+    let inputs: Vec<&str> = student.proto.graph.as_ref().unwrap().input.iter().map(|i| i.name()).collect();
+    assert_eq!(inputs, ["noise"]);
+    verified(dir, "ids/run/student.onnx");
+    ok(dir, "sample ids/teacher.onnx -n 2 --steps 2 -o ids/samples.npz");
+    // One number for all elements is said; as rows of a batch it is refused, with the way out.
+    let number = format!("distill ids/teacher.onnx -o ids/x {FEW} --dry-run --card conditions.ids.kind=embedding");
+    support::refused(dir, &format!("{number} --card conditions.ids.shape=[3]"), "conditions.ids.kind=constant");
+    support::refused(dir, &format!("{number} --card conditions.ids.shape=[64,3]"), "conditions.ids.kind=constant");
+    std::fs::create_dir_all(dir.join("filled")).unwrap();
+    std::fs::copy(dir.join("ids/teacher.onnx"), dir.join("filled/teacher.onnx")).unwrap();
+    let card = std::fs::read_to_string(dir.join("inputs/teacher.card.toml")).unwrap();
+    std::fs::write(dir.join("filled/teacher.card.toml"), format!("{card}[constants]\nids = 1.0\n")).unwrap();
+    let (code, _, errors) = support::run(dir, &format!("distill filled/teacher.onnx -o filled/run {FEW} --dry-run"));
+    assert!(code == Some(0) && errors.contains("warning: the card's `constants.ids` = 1 fills an array"), "{errors}");
+}
+
+/// What was left of a start that came to nothing does not block the next one.
+fn what_a_refused_start_left(dir: &Path) {
+    let left = dir.join("left");
+    for folder in ["checkpoints", "samples"] {
+        std::fs::create_dir_all(left.join(folder)).unwrap();
+    }
+    std::fs::copy(dir.join("ids/run/config.toml"), left.join("config.toml")).unwrap();
+    std::fs::copy(dir.join("ids/run/card.toml"), left.join("card.toml")).unwrap();
+    ok(dir, &format!("distill inputs/teacher.onnx -o left {FEW}"));
+    let again = support::refused(dir, &format!("distill inputs/teacher.onnx -o left {FEW}"), "is not empty");
+    assert_eq!(again, 2);
 }

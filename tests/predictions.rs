@@ -106,7 +106,7 @@ fn vp(betas: Betas) -> ScheduleSpec {
     ScheduleSpec::Vp { betas, beta_start: None, beta_end: None, steps: None, table: vec![] }
 }
 fn flow(shift: f64) -> ScheduleSpec {
-    ScheduleSpec::Flow { shift }
+    ScheduleSpec::Flow { shift, direction: Direction::DataToNoise }
 }
 fn trigflow() -> ScheduleSpec {
     ScheduleSpec::TrigFlow { sigma_min: 0.002, sigma_max: 80.0, scale: 0.5 }
@@ -132,6 +132,7 @@ fn cases() -> Vec<(&'static str, Prediction, ScheduleSpec)> {
         ("v, VP cosine", V, vp(Betas::Cosine)),
         ("flow", Flow, flow(1.0)),
         ("flow, shifted", Flow, flow(3.0)),
+        ("flow from noise at time 0", Flow, ScheduleSpec::Flow { shift: 1.0, direction: Direction::NoiseToData }),
         ("denoised, flow", Denoised, flow(1.0)),
         ("trigflow", TrigFlow, trigflow()),
         ("denoised, trigflow", Denoised, trigflow()),

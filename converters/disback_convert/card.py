@@ -19,12 +19,13 @@ LAYOUTS = ("channels-first", "nchw", "channels-last", "frames-first", "none", "n
 MODALITIES = ("image", "volume", "video", "sequence", "audio", "points", "vector")
 # Dimensions of a sample that a layout is for, where it is not for any number.
 RANKS = {"nhwc": (3, "[channels, height, width] of one image"), "frames-first": (4, "[frames, channels, height, width] of one video")}
+DIRECTIONS = ("data-to-noise", "noise-to-data")
 
 PLAIN = {
     "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "modality", "sample_rate", "range", "sigma_data",
     "latent_scale", "dataset", "provenance",
 }  # fmt: skip
-SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"}
+SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "direction", "scale"}
 CONDITION = {"kind", "classes", "null", "shape"}
 REQUIRED = ("sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind")
 
@@ -119,6 +120,7 @@ def need(card):
     one_of(card, "layout", LAYOUTS)
     one_of(card, "modality", MODALITIES)
     one_of(card, "schedule.kind", SCHEDULES)
+    one_of(card, "schedule.direction", DIRECTIONS)
     shape = card["shape"]
     rank, meant = RANKS.get(card.get("layout"), (None, "the dimensions of one sample without the batch"))
     fits = isinstance(shape, list) and len(shape) == (rank or max(len(shape), 1))

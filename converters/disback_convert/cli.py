@@ -12,6 +12,12 @@ from . import ConversionError
 from .routes import ROUTES
 
 
+def onnx_file(text):
+    """A path with a suffix: runtimes and `disback` know ONNX files by theirs."""
+    path = Path(text)
+    return path if path.suffix or not path.name else path.with_suffix(".onnx")
+
+
 def common(parser):
     """Options of every route."""
     group = parser.add_argument_group("every route")
@@ -20,7 +26,7 @@ def common(parser):
     group.add_argument("--opset", type=int, help="ONNX opset (default: 23, or the newest that the exporter writes)")
     group.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference from the framework, in standard deviations of the output")
     group.add_argument("--no-sample", action="store_true", help="leave out the side file of inputs and the framework's own outputs")
-    group.add_argument("-o", "--out", type=Path, default=Path("teacher.onnx"))
+    group.add_argument("-o", "--out", type=onnx_file, default=Path("teacher.onnx"), help="the file to write; without a suffix it gets .onnx")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress")
     group.add_argument("--json", action="store_true", help="print the result for machines")
 

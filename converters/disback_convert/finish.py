@@ -14,9 +14,9 @@ from typing import Callable
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import external_data_helper
+from onnx import external_data_helper, numpy_helper
 
-from . import VERSION, ConversionError, card as cards, weights as names
+from . import VERSION, ConversionError, card as cards, lost, weights as names
 from .examples import repeat, rows
 
 PROTO_LIMIT = 2_000_000_000  # bytes of weights above which they go into a file beside the graph
@@ -93,14 +93,15 @@ def check_types(model):
             )
 
 
-def compare(runner, network, inputs):
-    """Differences between ONNX Runtime and the framework: (largest absolute, largest in standard deviations, native outputs)."""
+def compare(runner, network, inputs, least=0.0):
+    """Differences between ONNX Runtime and the framework: (largest absolute, largest in standard deviations, native outputs,
+    largest standard deviation). `least`: what a standard deviation counts for at least."""
     try:
         ours = runner.run(network.outputs, inputs)
     except Exception as error:
         raise ConversionError(f"ONNX Runtime cannot run the graph on {len(next(iter(inputs.values())))} rows: {error}") from error
     native = network.native(inputs)
-    absolute = relative = 0.0
+    absolute = relative = widest = 0.0
     for name, mine, theirs in zip(network.outputs, ours, native):
         if mine.shape != theirs.shape:
             raise ConversionError(f"output {name!r}: ONNX Runtime gives shape {mine.shape}, {network.framework} {theirs.shape}")
@@ -109,19 +110,20 @@ def compare(runner, network, inputs):
         apart = float(np.abs(mine.astype(np.float64) - theirs).max())
         # One row of one number has no spread; its size then stands for it.
         spread = float(theirs.std()) or float(np.abs(theirs).max())
-        absolute, relative = max(absolute, apart), max(relative, apart / max(spread, 1e-12))
-    return absolute, relative, native
+        absolute, relative = max(absolute, apart), max(relative, apart / max(spread, least, 1e-12))
+        widest = max(widest, spread)
+    return absolute, relative, native, widest
 
 
-def agree(path, network, tolerance, progress):
-    """Compares at three batch sizes; returns the largest differences and the stored sample of the last."""
+def agree(path, network, tolerance, progress, least=0.0):
+    """Compares at three batch sizes; returns the largest differences, the stored sample of the last and its outputs' spread."""
     runner = session(path)
     absolute = relative = 0.0
     stored = {}
     for batch in (1, 2, 5):
         progress(f"comparing with {network.framework} at batch {batch}")
         inputs = feed(network, batch)
-        a, r, native = compare(runner, network, inputs)
+        a, r, native, spread = compare(runner, network, inputs, least)
         absolute, relative = max(absolute, a), max(relative, r)
         stored = inputs | dict(zip(network.outputs, native))
     if not relative <= tolerance:
@@ -130,7 +132,27 @@ def agree(path, network, tolerance, progress):
             f"({absolute:.2e} absolute; allowed {tolerance:.0e} of it); nothing was written. Try another --opset; if the network "
             "computes in half precision on purpose, --tolerance"
         )
-    return absolute, relative, stored
+    return absolute, relative, stored, spread
+
+
+def agree_drawn_anew(path, network, named, tolerance, progress):
+    """The comparison once more where weights are all but zero (layers that training begins at zero): they hide what comes
+    before them, and two outputs of zeros are always alike. None where no weight is."""
+    if not any(weight.found and lost.faint(weight) for weight in network.weights):
+        return None
+    model = onnx.load(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    with tempfile.TemporaryDirectory(dir=path.parent) as side, lost.drawn_anew(network.weights) as drawn:
+        for weight in network.weights:
+            for name in weight.found if weight.name in drawn else []:
+                stored, tensor = named.layout[name], tensors[name]
+                value = np.ascontiguousarray(drawn[weight.name].transpose(stored.order)).reshape(stored.shape)
+                tensor.CopyFrom(numpy_helper.from_array(value.astype(numpy_helper.to_array(tensor).dtype), name))
+        file = Path(side) / path.name
+        big = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTO_LIMIT
+        onnx.save(model, file, save_as_external_data=big, location=f"{path.name}.data")
+        absolute, relative, _, spread = agree(file, network, tolerance, progress)
+    return {"max_abs": absolute, "max_relative": relative, "spread": spread, "weights": sorted(drawn)}
 
 
 def deterministic(network):
@@ -164,7 +186,7 @@ def describe(model, network, named):
     model.doc_string = model.graph.doc_string = ""
     entries = cards.metadata(network.card)
     entries["disback.converter"] = f"disback-convert {VERSION}, {network.framework}, {network.exporter}"
-    if complete(named):
+    if named.parameters:
         entries["disback.parameters"] = json.dumps(named.parameters)
     if named.tied:
         entries["disback.parameters.tied"] = json.dumps(named.tied)
@@ -175,17 +197,13 @@ def describe(model, network, named):
         model.metadata_props.add(key=key, value=value)
 
 
-def complete(named):
-    """Whether the framework's list is the whole truth: nothing of it was folded into constants of other values."""
-    return bool(named.parameters) and not (named.lost and named.unknown)
-
-
 def export(network, path, opset, progress):
-    """Writes the graph with the framework's names. Weights that another value of theirs makes disappear (they were folded
-    into another tensor) have their own value when the graph is written again."""
+    """Writes the graph with the framework's names; returns it with them and with what became of the weights it lacks. Weights
+    that another value of theirs makes disappear (they were folded into another tensor) have their own value when the graph is
+    written again."""
     wanted = opset or network.opset
     examples = feed(network, 3)
-    folded = set()
+    folded, unused = set(), None
     while True:
         try:
             with names.told_apart(network.weights, folded) as changed:
@@ -198,28 +216,46 @@ def export(network, path, opset, progress):
         progress("naming the weights")
         model = onnx.load(path, load_external_data=False)
         named = names.name(model, path.parent, network.weights, changed, folded)
-        again = {name for name in (*named.lost, *named.partial) if name in changed} if named.unknown else set()
+        if unused is None:
+            missing = [weight for weight in network.weights if weight.name in named.lost]
+            unused = lost.without_effect(missing, network.native, feed(network, 2), network.weights)
+        again = {name for name in (*named.lost, *named.partial) if name in changed and name not in unused} if named.unknown else set()
         if not again:
             break
         folded |= again
         for weight in network.weights:
             weight.found.clear()
-        for file in path.parent.iterdir():
-            file.unlink()
+        clear(path.parent)
     if named.unclear:
         raise ConversionError(
             f"which way round {', '.join(named.unclear)} lies in the exporter's file cannot be told: its values equal their own "
             "transpose. Change one of its numbers a little (by 1e-6), save the network again and convert that"
         )
-    return model, named
+    with tempfile.TemporaryDirectory(dir=path.parent) as side:
+        file = Path(side) / path.name
+
+        def once_more():
+            export = network.export if network.export_saved is None else network.export_saved
+            export(file, examples, wanted)
+            return onnx.load(file, load_external_data=False)
+
+        fates = lost.fates(named, network.weights, unused, once_more, file.parent)
+    # Of a saved network nothing but the file's structure tells which constants hold what was folded: without a list it decides.
+    named.parameters = [] if fates.folded and not fates.constants else named.parameters + fates.constants
+    return model, named, fates
+
+
+def clear(folder):
+    """Removes the files of an export."""
+    for file in folder.iterdir():
+        file.unlink()
 
 
 def save(model, path):
     """Writes the graph back. Weights beside it stay there; where the ones inside grew above the limit, all go beside it."""
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTO_LIMIT:
         external_data_helper.load_external_data_for_model(model, str(path.parent))
-        for file in path.parent.iterdir():
-            file.unlink()
+        clear(path.parent)
         onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
     else:
         path.write_bytes(model.SerializeToString())
@@ -310,7 +346,7 @@ def write(network, options, describe):
     with scratch(out, 2 * size + (1 << 20)) as folder:
         path = folder / out.name
         progress(f"exporting by {network.exporter}")
-        model, named = export(network, path, options.opset, progress)
+        model, named, fates = export(network, path, options.opset, progress)
         check_batch(model, network)
         check_types(model)
         describe(model, network, named)
@@ -320,7 +356,12 @@ def write(network, options, describe):
             onnx.checker.check_model(str(path), full_check=size < PROTO_LIMIT)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ConversionError(f"the exporter wrote an invalid file: {str(error).strip()}\nTry another --opset.") from error
-        absolute, relative, stored = agree(path, network, options.tolerance, progress)
+        drawn = agree_drawn_anew(path, network, named, options.tolerance, progress)
+        # Rounding counts against what the network gives once these weights are trained, not against next to nothing.
+        least = drawn["spread"] if drawn is not None else 0.0
+        absolute, relative, stored, _ = agree(path, network, options.tolerance, progress, least)
+        if drawn is not None:
+            absolute, relative = drawn["max_abs"], drawn["max_relative"]
         files = sorted(folder.iterdir(), key=lambda file: file == path)
         if options.sample:
             side = folder / (out.stem + ".sample.npz")
@@ -340,11 +381,19 @@ def write(network, options, describe):
         "outputs": list(network.outputs),
         "max_abs_difference": absolute,
         "max_relative_difference": relative,
-        "parameters_declared": complete(named),
+        "compared_with_drawn_weights": drawn["weights"] if drawn is not None else [],
         "not_in_the_graph": named.lost,
+        "unused": fates.unused,
+        "merged": fates.merged,
+        "folded": fates.folded,
         "tied": named.tied,
         "card": network.card,
     }
+
+
+def some(names, most=5):
+    """The first few of a list."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def show(result, stream=None):
@@ -361,11 +410,14 @@ def show(result, stream=None):
         f"  compared   ONNX Runtime differs from {result['framework']} by at most {result['max_abs_difference']:.1e} "
         f"({result['max_relative_difference']:.1e} of the output's standard deviation)"
     )
-    if result["not_in_the_graph"]:
-        lost = result["not_in_the_graph"]
-        some = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-        why = "unused by the forward" if result["parameters_declared"] else "unused, or folded into others by the exporter"
-        say(f"  left out   {some}: {why}")
+    if drawn := result["compared_with_drawn_weights"]:
+        say(f"  there      {some(drawn)}: all but zero, and drawn anew for the comparison, which would see nothing else")
+    if result["unused"]:
+        say(f"  left out   {some(result['unused'])}: unused by the forward")
+    for name, other in result["merged"].items():
+        say(f"  merged     {name} with {other}: equal values, which train as one")
+    if result["folded"]:
+        say(f"  folded     {some(result['folded'])}: computed into other constants by the exporter, which train in their place")
     for file in result["files"]:
         say(f"  wrote      {file} ({Path(file).stat().st_size / 1e6:.1f} MB)")
     prompts = f" --set conditions.file={result['prompts']['file']}" if "prompts" in result else ""

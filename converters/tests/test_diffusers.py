@@ -83,6 +83,14 @@ def test_a_pipeline_folder_becomes_a_teacher(tmp_path, capsys, name):
     np.testing.assert_allclose(ours, stored[found["output"]], atol=1e-4)
 
 
+def test_a_pipeline_saved_part_by_part_needs_no_index(tmp_path, capsys):
+    make, part, schedule, more = CASES["UNet2DModel"]
+    small.write(tmp_path / "parts", make(), part, "Pipeline", schedule)
+    (tmp_path / "parts" / "model_index.json").unlink()
+    assert convert(tmp_path / "parts", tmp_path / "teacher.onnx", *more) == 0, capsys.readouterr().err
+    assert {key: card(tmp_path / "teacher.onnx").get(key) for key in WANT["UNet2DModel"]} == WANT["UNet2DModel"]
+
+
 def test_the_trained_teacher_goes_all_the_way(tmp_path, capsys):
     folder, out = TEACHERS / "diffusers_unet", tmp_path / "teacher.onnx"
     assert convert(folder, out, "--null", 10, "--card", "dataset=digits") == 0, capsys.readouterr().err
@@ -232,6 +240,7 @@ def test_prompts_of_every_pipeline(tmp_path, capsys, kind):
     ("config", "want"),
     [
         (FLOW, {"schedule.kind": "flow", "schedule.shift": 3.0, "prediction": "flow", "time_unit": "thousand"}),
+        (FLOW | {"invert_sigmas": True}, {"schedule.kind": "flow", "schedule.direction": "noise-to-data", "time_unit": "thousand"}),
         ({"_class_name": "EDMEulerScheduler", "sigma_max": 70}, {"schedule.kind": "edm", "schedule.sigma_max": 70.0, "prediction": "edm-raw"}),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}, {"schedule.betas": "cosine", "prediction": "denoised"}),
     ],

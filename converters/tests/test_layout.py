@@ -102,9 +102,16 @@ def test_the_files_of_a_run_load_into_the_network(tmp_path, capsys):
 def test_what_is_folded_into_more_than_a_multiple_stays_lost(tmp_path, capsys):
     assert convert("tiny_model:build_product", tmp_path / "teacher.onnx", *LABELS) == 0, capsys.readouterr().err
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert sorted(result["not_in_the_graph"]) == ["matrix", "rows"] and not result["parameters_declared"]
-    # the layout is written all the same
-    assert "parameters" not in card(tmp_path / "teacher.onnx")
+    assert sorted(result["not_in_the_graph"]) == sorted(result["folded"]) == ["matrix", "rows"]
+    # The list names the constant that they were folded into: it trains in their place.
+    declared = json.loads(card(tmp_path / "teacher.onnx")["parameters"])
+    own = {name for name, _ in tiny_model.build_product().named_parameters()} - {"matrix", "rows"}
+    assert own <= set(declared) and len(set(declared) - own) == 1
+    held = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "teacher.onnx").graph.initializer}
+    net = tiny_model.build_product()
+    (product,) = (held[name] for name in set(declared) - own)
+    want = (net.matrix * net.rows).detach().numpy()
+    assert np.allclose(product, want, atol=1e-6) or np.allclose(product, want.T, atol=1e-6)
 
 
 W = normal(48, 16)
@@ -256,8 +263,10 @@ def test_a_folded_weight_has_its_own_value_while_the_others_are_told_apart(tmp_p
     # exp(w) is no multiple of w: it has to be computed of the true value, while eye still shows which way round it lies
     own = [held("w", np.zeros((4, 4), "f4")), held("eye", np.eye(8, dtype="f4")), held("used", normal(8, 4))]
     network = network_of(own, lambda: {"c": np.exp(own[0].get()) + normal(4, 4), "e": own[1].get().T, "u": own[2].get()})
-    model, named = finish.export(network, tmp_path / "teacher.onnx", None, lambda text: None)
-    assert (named.lost, named.unknown, named.parameters) == (["w"], ["c"], ["eye", "used"])
+    network.native = lambda given: [weight.get() for weight in own]
+    model, named, fates = finish.export(network, tmp_path / "teacher.onnx", None, lambda text: None)
+    assert (named.lost, named.unknown, named.parameters) == (["w"], ["c"], ["eye", "used", "c"])
+    assert (fates.unused, fates.merged, fates.folded) == ([], {}, ["w"])
     assert named.layout["eye"].entry() == {"shape": [8, 8], "perm": [1, 0]}
     found = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     assert np.array_equal(found["c"], 1 + normal(4, 4)) and np.array_equal(found["eye"], np.eye(8))
@@ -271,5 +280,5 @@ def test_an_orientation_that_nothing_tells_is_refused(tmp_path):
     # with another matrix that is read in the same way it is known
     own.append(held("q", normal(8, 8)))
     network = network_of(own, lambda: {"e": own[0].get(), "b": own[1].get(), "q": own[2].get().T}, fails=True)
-    _, named = finish.export(network, tmp_path / "teacher.onnx", None, lambda text: None)
+    _, named, _ = finish.export(network, tmp_path / "teacher.onnx", None, lambda text: None)
     assert named.layout["eye"].entry() == {"shape": [8, 8], "perm": [1, 0]}

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -144,3 +145,34 @@ def test_unreadable_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [3, 0.002, True, [1, 8, 8], [-1.0, 1.0], "edm", ["a", "b"]])
 def test_metadata_text_reads_back(value):
     assert card.value_of(card.text_of(value)) == value
+
+
+BARE = [entry for entry in CARD if not entry.startswith("conditions")]
+
+
+def test_a_network_before_its_training_keeps_its_names_and_is_really_compared(tmp_path, capsys, monkeypatch):
+    net = tiny_model.build_begun()
+    made = lambda *more: command(tmp_path / "teacher", "--json", *more, factory="tiny_model:build_begun", entries=BARE)  # noqa: E731
+    assert made() == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    # a name without a suffix gets one
+    model = onnx.load(tmp_path / "teacher.onnx")
+    declared = json.loads({entry.key: entry.value for entry in model.metadata_props}["disback.parameters"])
+    unused = ["spare.bias", "spare.weight"]
+    assert sorted(declared) == sorted({name for name, _ in net.named_parameters()} - set(unused))
+    assert (sorted(result["unused"]), result["merged"], result["folded"]) == (unused, {}, [])
+    # The outputs are zeros: what was compared are other weights of the last layer, with a real difference.
+    assert result["compared_with_drawn_weights"] == ["last.weight"] and 0 < result["max_relative_difference"] < 1e-4
+    held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    assert all(np.array_equal(held[name].ravel(), value.detach().numpy().ravel()) for name, value in net.named_parameters() if name in held)
+    # A mistake before the last layer is seen.
+    whole = torch_export.network
+
+    def mistaken(*arguments, **named):
+        made = whole(*arguments, **named)
+        native = made.native
+        made.native = lambda values: native(values | {"x": values["x"] * np.float32(1.01)})
+        return made
+
+    monkeypatch.setattr(torch_route, "network", mistaken)
+    assert made() == 1 and "differs from torch" in capsys.readouterr().err

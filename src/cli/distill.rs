@@ -56,6 +56,9 @@ pub struct RunArgs {
     /// ONNX network of the student, in the place of the teacher's copy. [student.file]
     #[arg(long, value_name = "FILE")]
     pub student: Option<PathBuf>,
+    /// Takes a teacher that computes a row of a batch from its neighbours. [allow_batch_mixing]
+    #[arg(long)]
+    pub allow_batch_mixing: bool,
     /// Noise level of the initial student; 0: where the schedule starts. [student.sigma_init]
     #[arg(long, value_name = "SIGMA")]
     pub sigma_init: Option<f64>,
@@ -145,6 +148,7 @@ impl RunArgs {
             pair("batch", self.batch),
             pair("accumulate", self.accumulate),
             pair("student.sigma_init", self.sigma_init),
+            pair("allow_batch_mixing", self.allow_batch_mixing.then_some(true)),
             self.student.as_ref().map(|f| format!("student.file={}", toml::Value::from(f.display().to_string()))),
         ];
         pairs.into_iter().flatten().collect()

@@ -73,7 +73,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     let source = teacher::card_source(&model, &args.card.overrides());
     let card = source.resolve();
     if let Ok(card) = &card {
-        teacher::fix_dims(&mut model, &card.card).with_context(|| args.model.display().to_string())?;
+        teacher::settle(&mut model, card).with_context(|| args.model.display().to_string())?;
     }
     // A fault in what is there is no lack: it is shown as the card's error, and nothing is proposed over it.
     let known = source.known().unwrap_or_default();

@@ -58,21 +58,22 @@ pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     // A network need not be a teacher to be compared: without a card inputs are plain noise.
     let source = teacher::card_source(&model, &args.card.overrides());
     let (card, lacking) = match source.resolve() {
-        Ok(card) => (Some(card.card), None),
+        Ok(card) => (Some(card), None),
         Err(e) if !args.card.card.is_empty() => return Err(e),
         // A card that lacks something says more about a missing size than the size's name does.
         Err(e) => (None, Some(e).filter(|_| source.known().is_ok_and(|known| !known.is_empty()))),
     };
     let dims = dimensions(&args.card.dims)?;
     if let Some(card) = &card {
-        teacher::fix_dims(&mut model, card).with_context(|| args.model.display().to_string())?;
+        teacher::settle(&mut model, card).with_context(|| args.model.display().to_string())?;
     }
     let options = ImportOptions { raise: !args.no_raise, ..ImportOptions::default() };
     let net = Network::import(model.clone(), &options, device)?;
     let inputs = match &args.inputs {
         Some(path) => npy::read_npz(path)?,
         None => {
-            let made = parity::random_inputs(net.inputs(), card.as_ref(), args.batch, &dims, args.seed);
+            let made =
+                parity::random_inputs(net.inputs(), card.as_ref().map(|c| &c.card), args.batch, &dims, args.seed);
             made.map_err(|e| lacking.unwrap_or(e).context(args.model.display().to_string()))?
         }
     };

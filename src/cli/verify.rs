@@ -21,8 +21,9 @@ pub struct VerifyArgs {
     images: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Largest difference that counts as agreement, relative to the sample's largest value where that is above 1 (in f32 to
-    /// the largest term of the sum that makes the sample); by precision where absent (f32 1e-4, fp16 2e-2, bf16 2e-1).
+    /// Largest difference that counts as agreement. It is scaled: multiplied by the sample's largest value where that is above
+    /// 1 (in f32 by the largest term of the sum that makes the sample); the output states the product. By precision where
+    /// absent (f32 1e-4, fp16 2e-2, bf16 2e-1).
     #[arg(long)]
     tolerance: Option<f64>,
     /// List the nodes that this runtime will not take; several by commas.
@@ -61,7 +62,10 @@ pub fn run(args: &VerifyArgs, globals: Globals) -> Result<ExitCode> {
         let targets: Vec<_> = found
             .targets
             .iter()
-            .map(|(t, r)| json!({ "target": t, "version": t.to_string(), "ok": r.is_empty(), "refused": r }))
+            .zip(&found.target_warnings)
+            .map(|((t, r), (_, w))| {
+                json!({ "target": t, "version": t.to_string(), "ok": r.is_empty(), "refused": r, "warned": w })
+            })
             .collect();
         let out = json!({ "ok": ok, "student": args.student, "checker": found.checker, "reference": found.reference,
             "precision": found.precision, "tolerance": found.tolerance, "images": found.images, "values": found.values,
@@ -151,14 +155,17 @@ fn show(found: &Verification) {
         table.add_row([&e.name, &e.version, &number, &differ, &verdict]);
     }
     println!("{table}");
-    for (target, refused) in &found.targets {
+    for ((target, refused), (_, warned)) in found.targets.iter().zip(&found.target_warnings) {
         if refused.is_empty() {
             println!("{target}: takes every node, by its table");
-            continue;
+        } else {
+            println!("{target}: {} nodes are not taken", refused.len());
         }
-        println!("{target}: {} nodes are not taken", refused.len());
         for r in refused {
             println!("  {}: {}", r.node, r.reason);
+        }
+        for w in warned {
+            println!("  warning: {}: {}", w.node, w.reason);
         }
     }
 }

@@ -47,7 +47,19 @@ pub enum Gradient {
 }
 
 /// Cases in which autograd and central differences must differ, by the start of their names, and why.
-const EXCEPTIONS: &[(&str, &str)] = &[];
+const EXCEPTIONS: &[(&str, &str)] = &[
+    ("test_attention_23_boolmask_fullymasked_row_nan_robustness_expanded", BLIND),
+    ("test_attention_23_fullymasked_qk_matmul_output_mode3_zero_expanded", BLIND),
+    ("test_attention_24_fullymasked_qk_matmul_output_mode3_zero_expanded", BLIND),
+    ("test_attention_24_qk_matmul_output_mode3_softmax_precision_expanded", BLIND),
+    ("test_attention_4d_causal_nonpad_negative_offset_structural_empty_expanded", BLIND),
+    ("test_attention_causal_boolmask_nan_robustness_expanded", BLIND),
+    ("test_attention_local_window_gqa_rank4_mask_expanded", BLIND),
+    ("test_mod_float_edge_cases_fmod_0", "remainders by 0 and of infinity are NaN, and so is the gradient there"),
+];
+/// (The operator itself has the right gradient: the cases without `_expanded` are checked.)
+const BLIND: &str =
+    "a row of the softmax sees nothing: NaN, which a Where hides in the value and autograd not in the gradient";
 
 /// `None` where the case has no floats in or none out.
 pub(super) fn of_case(name: &str, dir: &Path) -> Result<Option<Gradient>> {

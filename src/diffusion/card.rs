@@ -287,7 +287,7 @@ impl TeacherCard {
         let output = find("output", &self.output, outputs, "output")?;
         let row = self.graph_shape();
         if !sample.dtype.is_float() {
-            return Err(fail(format!("sample `{sample}` is not a float")));
+            return Err(fail(format!("sample `{sample}` is of type {}, which is not a float", sample.dtype)));
         }
         if !fits(&sample.shape, &row) {
             return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self))));
@@ -314,7 +314,11 @@ impl TeacherCard {
             return Err(fail(format!("time `{time}` is not one number a sample (rank 0, [1] or [B])")));
         }
         if time.dtype == DType::Bool || (!time.dtype.is_float() && !matches!(self.time_unit, TimeUnit::Step)) {
-            return Err(fail(format!("time `{time}` cannot hold the fractions of time_unit {:?}", self.time_unit)));
+            let unit = self.time_unit;
+            return Err(fail(format!(
+                "time `{time}` is of type {}, which cannot hold the fractions of {unit:?}",
+                time.dtype
+            )));
         }
         for (name, condition) in &self.conditions {
             let input = find("conditions", name, inputs, "input")?;
@@ -322,7 +326,22 @@ impl TeacherCard {
                 Condition::ClassIndex { .. } => input.shape.len() <= 1 || fits(&input.shape, &[1]),
                 _ => fits(&input.shape, &condition.row_shape()),
             };
-            if !fitting || input.dtype == DType::Bool {
+            if input.dtype == DType::Bool && matches!(condition, Condition::ClassIndex { .. }) {
+                let rows = "the rows of a mask are an `embedding`";
+                return Err(fail(format!("condition `{input}` holds booleans, which no class index is; {rows}")));
+            }
+            // Of an array without a batch dimension the first is no row.
+            let lead = input.shape.first().copied().flatten();
+            let without = input.shape.len() == condition.row_shape().len()
+                && !input.shape.is_empty()
+                && input.shape.iter().zip(condition.row_shape()).all(|(d, n)| d.is_none_or(|d| d == n));
+            if (!fitting && without) || (fitting && lead.is_some_and(|n| n != 1 && batch != lead)) {
+                return Err(fail(format!(
+                    "condition `{input}` does not begin with the batch; the value of such an input comes from a file: \
+                     conditions.{name}.kind=constant and conditions.{name}.file=FILE.npy"
+                )));
+            }
+            if !fitting {
                 return Err(fail(format!("condition `{input}` does not fit {condition:?}")));
             }
         }

@@ -75,9 +75,21 @@ pub(super) const TOP: [&str; 17] = [
     "constants",
     "dims",
 ];
-pub(super) const SCHEDULE: [&str; 11] =
-    ["kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "scale"];
-pub(super) const CONDITION: [&str; 4] = ["kind", "classes", "null", "shape"];
+pub(super) const SCHEDULE: [&str; 12] = [
+    "kind",
+    "sigma_min",
+    "sigma_max",
+    "rho",
+    "betas",
+    "beta_start",
+    "beta_end",
+    "steps",
+    "table",
+    "shift",
+    "direction",
+    "scale",
+];
+pub(super) const CONDITION: [&str; 5] = ["kind", "classes", "null", "shape", "file"];
 pub(super) const NEEDED: [&str; 7] = ["sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind"];
 
 /// A leaf's path: `["prediction"]`, `["schedule", "kind"]`, `["conditions", input, "kind"]`, `["constants", input]`.
@@ -228,6 +240,7 @@ pub(super) fn probe(key: &Key, value: &toml::Value) -> Result<()> {
         ["range"] => as_type::<[f64; 2]>(value),
         ["sigma_data" | "latent_scale"] | ["constants", _] => as_type::<f64>(value),
         ["schedule", "betas"] => as_type::<super::schedule::Betas>(value),
+        ["schedule", "direction"] => as_type::<super::schedule::Direction>(value),
         ["schedule", "table"] => as_type::<Vec<f64>>(value),
         ["schedule", "steps"] | ["conditions", _, "classes"] | ["dims", _] => as_type::<usize>(value),
         ["schedule", "kind"] | ["conditions", _, "kind"] => as_type::<String>(value),
@@ -245,7 +258,7 @@ pub(super) fn check_fields(prefix: &str, table: &toml::Value) -> Result<()> {
         &[
             ("edm", &[], &["sigma_min", "sigma_max", "rho"]),
             ("vp", &["betas"], &["beta_start", "beta_end", "steps", "table"]),
-            ("flow", &[], &["shift"]),
+            ("flow", &[], &["shift", "direction"]),
             ("trigflow", &[], &["sigma_min", "sigma_max", "scale"]),
         ]
     } else {
@@ -253,6 +266,7 @@ pub(super) fn check_fields(prefix: &str, table: &toml::Value) -> Result<()> {
             ("class-index", &["classes"], &["null"]),
             ("one-hot", &["classes"], &["null"]),
             ("embedding", &["shape"], &["null"]),
+            ("constant", &["file"], &["shape"]),
         ]
     };
     let names = || kinds.iter().map(|k| format!("`{}`", k.0)).collect::<Vec<_>>().join(", ");

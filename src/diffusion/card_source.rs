@@ -12,6 +12,7 @@ use super::card::TeacherCard;
 pub use super::card_keys::Origin;
 use super::card_keys::{FOREIGN, Key, Leaf, Leaves, NEEDED, build, insert, insert_text, merge, split};
 use super::conversion::Conversion;
+use super::fixed::FixedInput;
 use super::scheduler_config;
 
 /// A card, where each of its values came from, and the model's other `disback.*` metadata.
@@ -19,6 +20,8 @@ use super::scheduler_config;
 pub struct ResolvedCard {
     /// The card, with defaults where no source gives a value.
     pub card: TeacherCard,
+    /// Its conditions of kind `constant`, which are not in `card`: they belong into the graph ([`super::fixed::put_in`]).
+    pub fixed: Vec<FixedInput>,
     /// Where each value came from, by dotted key; a key that is not here has its default ([`Origin::Default`]).
     pub origins: BTreeMap<String, Origin>,
     /// `disback.*` metadata that is no card key (student, provenance, ...), without the prefix.
@@ -116,11 +119,13 @@ impl CardSource {
         if !missing.is_empty() {
             return Err(self.missing(merged.is_empty(), &missing));
         }
-        let card = build(&merged)?;
+        let mut card = build(&merged)?;
         card.validate()?;
         Conversion::new(&card)?;
         let origins = merged.into_iter().map(|(key, leaf)| (key.join("."), leaf.origin)).collect();
-        Ok(ResolvedCard { card, origins, extra })
+        let folder = self.model.as_ref().and_then(|m| m.parent());
+        let fixed = FixedInput::take(&mut card, folder);
+        Ok(ResolvedCard { card, fixed, origins, extra })
     }
 
     /// What the sources say, complete or not: path of each key, its value and where it came from.

@@ -66,7 +66,7 @@ fn precedence_is_command_line_side_file_metadata_scheduler() {
     // Another kind of schedule takes the former's values with it.
     let other = ["schedule={kind='flow', shift=3.0}", "prediction=flow", "time_unit=unit"];
     let found = source.clone().overrides(other).resolve().unwrap();
-    assert_eq!(found.card.schedule, ScheduleSpec::Flow { shift: 3.0 });
+    assert_eq!(found.card.schedule, ScheduleSpec::Flow { shift: 3.0, direction: Default::default() });
     // A scheduler that cannot be expressed counts only where nothing else gives the schedule.
     std::fs::write(dir.path().join("scheduler_config.json"), r#"{"beta_schedule": "sigmoid"}"#).unwrap();
     assert!(source.clone().resolve().unwrap_err().to_string().contains("sigmoid"));

@@ -52,6 +52,15 @@ pub enum Condition {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         null: Option<Null>,
     },
+    /// The same value in every call, with or without a batch dimension, e.g. positions. It is put into the graph where the file is
+    /// read (see [`super::fixed`]): no card that is in use has such a condition.
+    Constant {
+        /// `.npy`, or `.npz` with an array of the input's name or a single one; beside the model, or where the program runs.
+        file: String,
+        /// Shape of the array, to be checked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        shape: Option<Vec<usize>>,
+    },
 }
 
 impl Condition {
@@ -59,7 +68,7 @@ impl Condition {
     pub fn classes(&self) -> Option<usize> {
         match self {
             Self::ClassIndex { classes, .. } | Self::OneHot { classes, .. } => Some(*classes),
-            Self::Embedding { .. } => None,
+            Self::Embedding { .. } | Self::Constant { .. } => None,
         }
     }
 
@@ -68,6 +77,7 @@ impl Condition {
         match self {
             Self::ClassIndex { null, .. } => null.is_some(),
             Self::OneHot { null, .. } | Self::Embedding { null, .. } => null.is_some(),
+            Self::Constant { .. } => false,
         }
     }
 
@@ -77,6 +87,7 @@ impl Condition {
             Self::ClassIndex { .. } => vec![],
             Self::OneHot { classes, .. } => vec![*classes],
             Self::Embedding { shape, .. } => shape.clone(),
+            Self::Constant { shape, .. } => shape.clone().unwrap_or_default(),
         }
     }
 
@@ -90,6 +101,7 @@ impl Condition {
                 Null::Values(v) => v.clone(),
                 Null::Index(index) => (0..width).map(|i| f64::from(u8::from(i == *index))).collect(),
             }),
+            Self::Constant { .. } => None,
         }
     }
 

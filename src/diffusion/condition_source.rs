@@ -156,7 +156,7 @@ fn check_file(card: &TeacherCard, file: &RowFile) -> Result<usize> {
             let wanted = match condition {
                 Condition::ClassIndex { .. } => "integers [rows]".to_owned(),
                 Condition::OneHot { classes, .. } => format!("[rows, {classes}], or integers [rows]"),
-                Condition::Embedding { .. } => {
+                Condition::Embedding { .. } | Condition::Constant { .. } => {
                     format!("[rows, {}]", row.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
                 }
             };

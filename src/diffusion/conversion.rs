@@ -5,7 +5,7 @@
 use crate::error::{Error, Result};
 
 use super::card::{Prediction, TeacherCard, TimeUnit};
-use super::schedule::{Schedule, ScheduleSpec};
+use super::schedule::{Direction, Schedule, ScheduleSpec};
 
 /// The conversion at one noise level.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,6 +38,8 @@ pub struct Conversion {
     time_unit: TimeUnit,
     sigma_data: f64,
     schedule: Schedule,
+    /// The network's time runs from noise to data, and its velocity with it.
+    reversed: bool,
 }
 
 impl Conversion {
@@ -99,6 +101,7 @@ impl Conversion {
             time_unit: card.time_unit,
             sigma_data: card.sigma_data,
             schedule: card.schedule()?,
+            reversed: matches!(card.schedule, ScheduleSpec::Flow { direction: Direction::NoiseToData, .. }),
         })
     }
 
@@ -111,6 +114,8 @@ impl Conversion {
     pub fn time(&self, sigma: f64) -> f64 {
         let unit = || match self.schedule.steps() {
             Some(n) => self.schedule.t(sigma) / (n - 1) as f64,
+            // 1 - t of t = sigma / (1 + sigma), without the rounding of the difference.
+            None if self.reversed => self.schedule.a(sigma),
             None => self.schedule.t(sigma),
         };
         match self.time_unit {
@@ -170,6 +175,8 @@ impl Conversion {
                 (unit, unit, -sigma * unit)
             }
             Prediction::V => (a, a, -b),
+            // x0 = x_t - t (e - x0).
+            Prediction::Flow if self.reversed => (a, 1.0, b),
             Prediction::Flow => (a, 1.0, -b),
         };
         Coefficients { c_in, time, skip, out }
@@ -241,7 +248,10 @@ mod tests {
         ScheduleSpec::Vp { betas, beta_start: None, beta_end: None, steps: None, table: vec![] }
     }
     fn flow() -> ScheduleSpec {
-        ScheduleSpec::Flow { shift: 3.0 }
+        ScheduleSpec::Flow { shift: 3.0, direction: Direction::DataToNoise }
+    }
+    fn reversed() -> ScheduleSpec {
+        ScheduleSpec::Flow { shift: 3.0, direction: Direction::NoiseToData }
     }
 
     fn ve() -> ScheduleSpec {
@@ -270,6 +280,9 @@ mod tests {
             (Prediction::V, vp(Betas::ScaledLinear), |a, b, _, x0, e| a * e - b * x0),
             (Prediction::V, vp(Betas::Cosine), |a, b, _, x0, e| a * e - b * x0),
             (Prediction::Flow, flow(), |_, _, _, x0, e| e - x0),
+            (Prediction::Flow, reversed(), |_, _, _, x0, e| x0 - e),
+            (Prediction::Denoised, reversed(), |_, _, _, x0, _| x0),
+            (Prediction::Epsilon, reversed(), |_, _, _, _, e| e),
             (Prediction::Denoised, flow(), |_, _, _, x0, _| x0),
             (Prediction::Epsilon, flow(), |_, _, _, _, e| e),
             (Prediction::ScaledScore, ve(), |_, _, _, _, e| -e),
@@ -389,6 +402,10 @@ mod tests {
         assert!((time(TimeUnit::Unit, vp(Betas::Linear), table.sigma(999.0)) - 1.0).abs() < 1e-12);
         assert_eq!(time(TimeUnit::Unit, flow(), 3.0), 0.75);
         assert_eq!(time(TimeUnit::Thousand, flow(), 1.0), 500.0);
+        // With noise at time 0: the shares of data.
+        assert_eq!(time(TimeUnit::Unit, reversed(), 3.0), 0.25);
+        assert_eq!(time(TimeUnit::Thousand, reversed(), 0.25), 800.0);
+        assert_eq!(time(TimeUnit::Unit, reversed(), f64::INFINITY), 0.0);
     }
 
     #[test]
@@ -428,6 +445,9 @@ mod tests {
         let s = start(Prediction::Flow, TimeUnit::Thousand, flow(), None).unwrap();
         assert_eq!(s.init_scale, 1.0);
         assert_eq!(s.coefficients, Coefficients { c_in: 0.0, time: 1000.0, skip: 1.0, out: -1.0 });
+        // The other way round: x0 = z + u at time 0.
+        let s = start(Prediction::Flow, TimeUnit::Unit, reversed(), None).unwrap();
+        assert_eq!(s.coefficients, Coefficients { c_in: 0.0, time: 0.0, skip: 1.0, out: 1.0 });
         // x0 cannot be had from noise alone when the network predicts the noise.
         assert!(start(Prediction::Epsilon, TimeUnit::Unit, flow(), None).is_err());
         assert!(start(Prediction::Epsilon, TimeUnit::Unit, flow(), Some(9.0)).is_ok());

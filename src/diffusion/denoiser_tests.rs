@@ -273,7 +273,7 @@ fn the_student_is_the_denoiser_at_its_start() {
     let flow = TeacherCard {
         prediction: Prediction::Flow,
         time_unit: TimeUnit::Unit,
-        schedule: ScheduleSpec::Flow { shift: 1.0 },
+        schedule: ScheduleSpec::Flow { shift: 1.0, direction: Default::default() },
         ..card()
     };
     let (d, _) = denoiser(flow, &inputs(DType::F32, &[None], Layout::ChannelsFirst));

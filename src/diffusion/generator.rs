@@ -233,8 +233,10 @@ fn form(condition: &Condition, input: &InputSpec) -> Option<Condition> {
         Condition::Embedding { shape: row, .. } => {
             let fits =
                 shape.len() == row.len() + 1 && shape[1..].iter().zip(row).all(|(d, n)| d.is_none_or(|d| d == *n));
-            (fits && input.dtype.is_float()).then(|| Condition::Embedding { shape: row.clone(), null: None })
+            (fits && (input.dtype.is_float() || input.dtype == DType::Bool))
+                .then(|| Condition::Embedding { shape: row.clone(), null: None })
         }
+        Condition::Constant { .. } => None,
     }
 }
 

@@ -10,6 +10,7 @@ pub mod conditions;
 pub mod conversion;
 #[cfg(feature = "train")]
 pub mod denoiser;
+pub mod fixed;
 #[cfg(feature = "train")]
 pub mod generator;
 pub mod guidance;
@@ -33,11 +34,12 @@ pub use conditions::HostConditions;
 pub use conversion::{Coefficients, Conversion, StudentStart};
 #[cfg(feature = "train")]
 pub use denoiser::Denoiser;
+pub use fixed::FixedInput;
 #[cfg(feature = "train")]
 pub use generator::{Generator, GeneratorNames, GeneratorPorts};
 pub use guidance::Guidance;
 #[cfg(feature = "train")]
 pub use prepared::{Form, Prepared};
 pub use sampler::{Sampled, Sampler, VectorSpace};
-pub use schedule::{Betas, Schedule, ScheduleSpec};
+pub use schedule::{Betas, Direction, Schedule, ScheduleSpec};
 pub use teacher_engine::{TeacherOnEngine, TeacherRequest, TeacherSamples};

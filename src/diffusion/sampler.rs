@@ -225,7 +225,7 @@ mod tests {
             Schedule::new(&ScheduleSpec::Vp { betas, beta_start: None, beta_end: None, steps: None, table: vec![] })
                 .unwrap()
         };
-        let flow = |shift| Schedule::new(&ScheduleSpec::Flow { shift }).unwrap();
+        let flow = |shift| Schedule::new(&ScheduleSpec::Flow { shift, direction: Default::default() }).unwrap();
         for (sampler, schedule, n, limit) in [
             (Sampler::Heun, vp(Betas::Linear), 80, 0.004),
             (Sampler::Ddim, vp(Betas::Linear), 250, 0.02),

@@ -19,6 +19,23 @@ pub enum Betas {
     Table,
 }
 
+/// Which way a flow's time runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// Data at time 0, noise at 1, velocity `e - x0` (rectified flow as in Stable Diffusion 3 and Flux).
+    #[default]
+    DataToNoise,
+    /// Noise at time 0, data at 1, velocity `x0 - e` (flow matching as in SiT, Lumina, Matcha, F5, Mochi, torchcfm, lerobot).
+    NoiseToData,
+}
+
+impl Direction {
+    fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// The schedule as a card states it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
@@ -68,9 +85,13 @@ pub enum ScheduleSpec {
     },
     /// `a = 1 - t, b = t` (rectified flow); `shift` moves the times of sampling and training, not `a` and `b`.
     Flow {
-        /// Shift of the times for higher resolutions, see [`shifted`]; 1, where left out, is none.
+        /// Shift of the times for higher resolutions, see [`shifted`]; 1, where left out, is none. It is that of `t`, the share
+        /// of noise, whichever way the network's own time runs.
         #[serde(default = "default_shift")]
         shift: f64,
+        /// Which way the network's own time runs: with `noise-to-data` it is told `1 - t` and gives `x0 - e`.
+        #[serde(default, skip_serializing_if = "Direction::is_usual")]
+        direction: Direction,
     },
 }
 
@@ -153,7 +174,7 @@ impl Schedule {
                 let (sigma_min, sigma_max) = limits(*sigma_min, *sigma_max)?;
                 Ok(Self::TrigFlow { sigma_min, sigma_max, scale: positive("scale", *scale)? })
             }
-            ScheduleSpec::Flow { shift } => Ok(Self::Flow { shift: positive("shift", *shift)? }),
+            ScheduleSpec::Flow { shift, .. } => Ok(Self::Flow { shift: positive("shift", *shift)? }),
             ScheduleSpec::Vp { betas, beta_start, beta_end, steps, table } => {
                 let abar = match betas {
                     Betas::Table => table.clone(),
@@ -324,7 +345,8 @@ impl Schedule {
     }
 }
 
-/// Time shift of flow models for higher resolutions: `t' = shift t / (1 + (shift - 1) t)`.
+/// Time shift of flow models for higher resolutions: `t' = shift t / (1 + (shift - 1) t)`, as in Stable Diffusion 3 and FastGen.
+/// What SiT's successors write in their own time `s = 1 - t`, `s' = s / (s + shift - shift s)`, is the same.
 pub fn shifted(t: f64, shift: f64) -> f64 {
     shift * t / (1.0 + (shift - 1.0) * t)
 }

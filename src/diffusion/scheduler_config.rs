@@ -29,6 +29,10 @@ fn parse(config: &Json) -> Result<Vec<(String, toml::Value)>> {
         }
         put("schedule.kind", "flow".into());
         put("schedule.shift", number("shift").unwrap_or(1.0).into());
+        // Mochi's scheduler: its times are 1 - sigma.
+        if config["invert_sigmas"].as_bool() == Some(true) {
+            put("schedule.direction", "noise-to-data".into());
+        }
         put("prediction", "flow".into());
         put("time_unit", "thousand".into());
         return Ok(leaves);
@@ -135,6 +139,9 @@ mod tests {
             parse(&serde_json::json!({ "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0 })).unwrap();
         assert_eq!(get(&flow, "schedule.shift"), Some(&3.0.into()));
         assert_eq!(get(&flow, "time_unit"), Some(&"thousand".into()));
+        assert_eq!(get(&flow, "schedule.direction"), None);
+        let mochi = serde_json::json!({ "_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": true });
+        assert_eq!(get(&parse(&mochi).unwrap(), "schedule.direction"), Some(&"noise-to-data".into()));
         let edm = parse(&serde_json::json!({ "_class_name": "EDMEulerScheduler", "sigma_max": 80.0 })).unwrap();
         assert_eq!(get(&edm, "prediction"), Some(&"edm-raw".into()));
         let cosine = parse(&serde_json::json!({

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use prost::Message;
 
 use crate::error::{Context, Error, Result};
-use crate::graph::sizes;
+use crate::graph::{Model, save, sizes};
 use crate::noise::{batch_noise, image_class};
 use crate::onnx::ModelProto;
 use crate::runtime::student::Request;
@@ -18,6 +18,7 @@ use super::card_source::{CardSource, ResolvedCard};
 use super::condition::Condition;
 use super::conditions::{HostConditions, check_guidance};
 use super::conversion::Conversion;
+use super::fixed;
 use super::sampler::Sampler;
 
 /// What to sample from a teacher.
@@ -72,8 +73,17 @@ fn declared(value: &runtime::ValueInfo) -> sizes::Declared {
 impl TeacherOnEngine {
     /// Opens a teacher file with its card.
     pub fn open(path: &Path, overrides: &[String], options: &EngineOptions) -> Result<Self> {
-        let card = Arc::new(card_of(path, overrides)?.card);
-        Self::new(runtime::open(path, options)?, card).with_context(|| path.display().to_string())
+        let resolved = card_of(path, overrides)?;
+        let shown = || path.display().to_string();
+        let engine = if resolved.fixed.is_empty() {
+            runtime::open(path, options)?
+        } else {
+            let mut proto = (*Model::load(path)?.proto).clone();
+            fixed::put_in(&mut proto, &resolved.card.sample, &resolved.fixed).with_context(shown)?;
+            save::internalise(&mut proto);
+            runtime::open_bytes(&proto.encode_to_vec(), path.parent(), options)?
+        };
+        Self::new(engine, Arc::new(resolved.card)).with_context(shown)
     }
 
     /// Checks the card against the engine's graph.

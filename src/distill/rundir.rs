@@ -1,7 +1,9 @@
 //! The run directory: what lies where, and when it may be written to.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::diffusion::{Origin, TeacherCard};
 use crate::distill::config::Config;
@@ -12,18 +14,21 @@ use crate::error::{Context, Error, Result};
 #[derive(Debug, Clone)]
 pub struct RunDir {
     path: PathBuf,
+    /// Held while a new run goes on, so that no second start takes its folder for one that was left.
+    _lock: Option<Arc<File>>,
 }
 
 impl RunDir {
     /// The run directory at this path, whether it exists or not.
     pub fn at(path: &Path) -> Self {
-        Self { path: path.to_owned() }
+        Self { path: path.to_owned(), _lock: None }
     }
 
-    /// A new run: the folder must not exist or be empty. Writes `config.toml`.
+    /// A new run: the folder must not exist, be empty, or hold nothing but what a start leaves that ended before its first step.
+    /// Writes `config.toml`.
     pub fn create(path: &Path, config: &Config) -> Result<Self> {
         let occupied = match std::fs::read_dir(path) {
-            Ok(mut entries) => entries.next().is_some(),
+            Ok(mut entries) => entries.next().is_some() && !(left_by_a_start(path) && claim(path).is_some()),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
             Err(e) => return Err(Error::from(e).context(path.display().to_string())),
         };
@@ -31,10 +36,13 @@ impl RunDir {
             return Err(Error::usage(format!("output folder {} is not empty", path.display()))
                 .hint("--resume goes on with the run in it; otherwise give another folder"));
         }
-        let run = Self { path: path.to_owned() };
+        let mut run = Self::at(path);
         for dir in [run.path.clone(), run.checkpoints(), run.samples()] {
             std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         }
+        run._lock = claim(path).map(Arc::new);
+        // The card of a start that was refused is not this run's.
+        let _ = std::fs::remove_file(run.card_file());
         run.write_config(config)?;
         Ok(run)
     }
@@ -46,7 +54,7 @@ impl RunDir {
 
     /// An existing run, with the configuration it was started with.
     pub fn open(path: &Path) -> Result<(Self, Config)> {
-        let run = Self { path: path.to_owned() };
+        let run = Self::at(path);
         run.refuse_links()?;
         let file = run.config_file();
         if !file.is_file() {
@@ -179,6 +187,28 @@ impl RunDir {
     }
 }
 
+/// Whether a folder holds nothing but what a start writes before its first step: configuration, card, empty folders.
+fn left_by_a_start(path: &Path) -> bool {
+    let empty = |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    let harmless = |entry: std::io::Result<std::fs::DirEntry>| {
+        let Ok(entry) = entry else { return false };
+        let Ok(kind) = entry.file_type() else { return false };
+        match entry.file_name().to_string_lossy().as_ref() {
+            "config.toml" | "card.toml" => kind.is_file(),
+            "checkpoints" | "samples" | "trajectory" | "snapshots" => kind.is_dir() && empty(&entry.path()),
+            _ => false,
+        }
+    };
+    // Without its configuration nothing says that a run made the folder.
+    path.join("config.toml").is_file() && std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(harmless))
+}
+
+/// A lock on the folder for as long as the file is open; `None` where a process holds one, or folders cannot be locked.
+fn claim(path: &Path) -> Option<File> {
+    let folder = File::open(path).ok()?;
+    folder.try_lock().ok().map(|()| folder)
+}
+
 /// Whether a run writes something of this name in its folder, or `inside` one of its folders.
 fn writes(inside: &str, name: &str) -> bool {
     let ends = |suffix: &str| name.ends_with(suffix);
@@ -243,11 +273,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_refused_start_left_blocks_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        let first = RunDir::create(&path, &Config { batch: 3, ..Config::default() }).unwrap();
+        first.write_card(&TeacherCard::plain([1, 8, 8])).unwrap();
+        // As long as it lives it is a run.
+        assert!(RunDir::create(&path, &Config::default()).unwrap_err().to_string().contains("not empty"));
+        drop(first);
+        let second = RunDir::create(&path, &Config::default()).unwrap();
+        assert_eq!(RunDir::open(&path).unwrap().1.batch, Config::default().batch);
+        assert!(!second.card_file().exists());
+        drop(second);
+        // What has begun, and what a user put there, is not taken over.
+        for name in ["metrics.jsonl", "checkpoints/latest.json", "notes.txt"] {
+            std::fs::write(path.join(name), "x").unwrap();
+            assert!(RunDir::create(&path, &Config::default()).unwrap_err().to_string().contains("not empty"), "{name}");
+            std::fs::remove_file(path.join(name)).unwrap();
+        }
+        RunDir::create(&path, &Config::default()).unwrap();
+    }
+
+    #[test]
     fn a_folder_with_anything_in_it_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b");
         let config = Config { batch: 3, ..Config::default() };
-        RunDir::create(&path, &config).unwrap();
+        let run = RunDir::create(&path, &config).unwrap();
+        std::fs::write(run.metrics(), "{}\n").unwrap();
         let e = RunDir::create(&path, &config).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("--resume"), "{e}");
         assert_eq!(RunDir::open(&path).unwrap().1, config);

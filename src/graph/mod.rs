@@ -7,6 +7,7 @@ pub mod inline;
 pub mod ir;
 pub mod load;
 pub mod lower;
+pub mod narrow;
 pub mod op_schema;
 pub mod pass;
 pub mod quantised;

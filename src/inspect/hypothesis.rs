@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::diffusion::{Betas, Conversion, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
+use crate::diffusion::{Betas, Conversion, Direction, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
 
 /// A family of schedules, as far as a probe can tell them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -20,6 +20,8 @@ pub enum Family {
     VpCosine,
     /// Rectified flow: `x_t = (1 - t) x0 + t e`.
     Flow,
+    /// The same the other way round: the network's time is `1 - t`, and a velocity `x0 - e`.
+    FlowReversed,
     /// The schedule that the card's sources give.
     Given,
 }
@@ -32,8 +34,17 @@ impl Family {
             Self::VpLinear => ("vp", Some("linear")),
             Self::VpScaledLinear => ("vp", Some("scaled-linear")),
             Self::VpCosine => ("vp", Some("cosine")),
-            Self::Flow => ("flow", None),
+            Self::Flow | Self::FlowReversed => ("flow", None),
             Self::Given => ("given", None),
+        }
+    }
+
+    /// `schedule.direction` of a flow, as the card writes it.
+    pub fn direction(self) -> Option<&'static str> {
+        match self {
+            Self::Flow => Some("data-to-noise"),
+            Self::FlowReversed => Some("noise-to-data"),
+            _ => None,
         }
     }
 }
@@ -59,6 +70,9 @@ impl fmt::Display for Hypothesis {
         match self.family.keys() {
             (kind, Some(betas)) => write!(f, ", schedule {kind} ({betas})")?,
             (kind, None) => write!(f, ", schedule {kind}")?,
+        }
+        if self.family == Family::FlowReversed {
+            f.write_str(" from noise at time 0")?;
         }
         if self.prediction == Prediction::EdmRaw {
             write!(f, ", sigma_data {}", self.sigma_data)?;
@@ -116,7 +130,8 @@ pub fn all(base: &TeacherCard, settled: &Settled) -> Vec<Hypothesis> {
                 (Family::VpLinear, vp(Betas::Linear)),
                 (Family::VpScaledLinear, vp(Betas::ScaledLinear)),
                 (Family::VpCosine, vp(Betas::Cosine)),
-                (Family::Flow, ScheduleSpec::Flow { shift: 1.0 }),
+                (Family::Flow, ScheduleSpec::Flow { shift: 1.0, direction: Direction::DataToNoise }),
+                (Family::FlowReversed, ScheduleSpec::Flow { shift: 1.0, direction: Direction::NoiseToData }),
             ]
         }
     };

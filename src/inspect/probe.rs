@@ -32,6 +32,9 @@ pub struct Row {
     /// How the betas of a VP schedule are made, as the card writes it; absent for the other schedules.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub betas: Option<&'static str>,
+    /// Which way a flow's time runs, as the card writes it; absent for the other schedules.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direction: Option<&'static str>,
     /// Standard deviation of the data; absent except for the prediction `edm-raw`, the only one that depends on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sigma_data: Option<f64>,
@@ -146,6 +149,7 @@ fn row(h: &Hypothesis, s: &Score) -> Row {
         time_unit: h.time_unit,
         schedule,
         betas,
+        direction: h.family.direction(),
         sigma_data: (h.prediction == Prediction::EdmRaw).then_some(h.sigma_data),
         score: (s.total * 1e4).round() / 1e4,
     }
@@ -205,11 +209,12 @@ fn conclude(
     report: &mut Report,
 ) {
     type Key = fn(&Hypothesis) -> Option<String>;
-    let keys: [(&[&str], Key); 4] = [
+    let keys: [(&[&str], Key); 5] = [
         (&["prediction"], |h| Some(word(&h.prediction))),
         (&["time_unit"], |h| Some(word(&h.time_unit))),
         (&["schedule", "kind"], |h| Some(h.family.keys().0.to_owned())),
         (&["schedule", "betas"], |h| h.family.keys().1.map(str::to_owned)),
+        (&["schedule", "direction"], |h| h.family.direction().map(str::to_owned)),
     ];
     let Some((best, lead)) = scored.first() else {
         let why =
@@ -280,7 +285,7 @@ fn conclude(
             findings.value(&["schedule", "sigma_min"], 0.002, How::Assumed, usual);
             findings.value(&["schedule", "sigma_max"], 80.0, How::Assumed, usual);
         }
-        Family::Flow => findings.value(&["schedule", "shift"], 1.0, How::Assumed, usual),
+        Family::Flow | Family::FlowReversed => findings.value(&["schedule", "shift"], 1.0, How::Assumed, usual),
         Family::VpLinear | Family::VpScaledLinear | Family::VpCosine => {
             let (n, how, why) = match settled.steps {
                 Some(n) => (n, How::Read, "rows of the table of times"),

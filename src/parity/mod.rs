@@ -2,8 +2,10 @@
 
 mod bf16;
 pub mod devices;
+mod mixing;
 mod stored;
 
+pub use mixing::{Mixing, batch_statistics, mixing};
 pub use stored::{Stored, stored};
 
 use std::collections::BTreeMap;

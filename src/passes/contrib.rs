@@ -1,5 +1,5 @@
-//! Operators that ONNX Runtime's optimiser wrote or an exporter left, in operators that ONNX defines: a student runs where its teacher does not,
-//! on the CPU and in other runtimes. What is met in another form than the optimiser writes stays as it is.
+//! Operators that ONNX Runtime's optimiser wrote or an exporter left, and ONNX's own that ONNX Runtime does not have (Swish,
+//! SwiGLU), in older operators that ONNX defines: a student runs where its teacher does not, on the CPU and in other runtimes. What is met in another form than the optimiser writes stays as it is.
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,7 +15,7 @@ mod attention;
 pub fn plain(model: &mut ModelProto) -> usize {
     let opset = edit::opset(model);
     let Some(graph) = model.graph.as_mut() else { return 0 };
-    let strays = ["SimplifiedLayerNormalization", "Erfc"];
+    let strays = ["SimplifiedLayerNormalization", "Erfc", "Swish", "SwiGLU"];
     let theirs = |n: &NodeProto| n.domain() == "com.microsoft" || strays.contains(&n.op_type());
     // Split by count and ranges as inputs are younger than some files.
     if opset < 13 || !graph.node.iter().any(theirs) {
@@ -167,11 +167,12 @@ impl Writer {
                 let sum = given(1).map(|b| self.op("Add", &[x, b], &out));
                 self.tanh_gelu(sum.as_deref().unwrap_or(x), &out);
             }
-            "QuickGelu" => {
-                let alpha = self.number(&out, f64::from(float("alpha", 1.702)));
-                let scaled = self.op("Mul", &[x, &alpha], &out);
-                let gate = self.op("Sigmoid", &[&scaled], &out);
-                self.nodes.push(node("Mul", &[x, &gate], &out));
+            "QuickGelu" => self.swish(x, float("alpha", 1.702), &out),
+            "Swish" => self.swish(x, float("alpha", 1.0), &out),
+            "SwiGLU" => {
+                let gate = self.name(&format!("{out}/gate"));
+                self.swish(x, float("alpha", 1.0), &gate);
+                self.nodes.push(node("Mul", &[&gate, given(1)?], &out));
             }
             "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => {
                 let plain = n.op_type() == "SkipLayerNormalization";
@@ -202,6 +203,18 @@ impl Writer {
             _ => return None,
         }
         Some(())
+    }
+
+    /// `x sigmoid(alpha x)`, under this name.
+    fn swish(&mut self, x: &str, alpha: f32, out: &str) {
+        let scaled = if alpha == 1.0 {
+            x.to_owned()
+        } else {
+            let alpha = self.number(out, f64::from(alpha));
+            self.op("Mul", &[x, &alpha], out)
+        };
+        let gate = self.op("Sigmoid", &[&scaled], out);
+        self.nodes.push(node("Mul", &[x, &gate], out));
     }
 
     /// A further output of the old node, where it is read.
@@ -342,5 +355,44 @@ impl Writer {
         let root = self.op("Sqrt", &[&sum], base);
         let y = self.op("Div", &[x, &root], base);
         self.op("Mul", &[&y, scale], base)
+    }
+}
+
+#[cfg(all(test, feature = "ort"))]
+mod tests {
+    use super::*;
+    use crate::graph::edit::value_info;
+    use crate::passes::evaluate;
+    use crate::tensor::DType;
+
+    #[test]
+    fn swish_and_swiglu_run_in_onnx_runtime() {
+        let alpha = 1.5f32;
+        let swish = |n: NodeProto| NodeProto { attribute: vec![float_attribute("alpha", alpha)], ..n };
+        let info = |name: &str| value_info(name, DType::F32, &[Err("batch"), Ok(2)]);
+        let graph = GraphProto {
+            name: Some("gates".into()),
+            node: vec![
+                swish(node("SwiGLU", &["a", "b"], "h")),
+                swish(node("Swish", &["h"], "y")),
+                node("Swish", &["y"], "z"),
+            ],
+            input: vec![info("a"), info("b")],
+            output: vec![info("z")],
+            ..GraphProto::default()
+        };
+        let opset = OperatorSetIdProto { domain: Some(String::new()), version: Some(28) };
+        let mut model =
+            ModelProto { ir_version: Some(10), opset_import: vec![opset], graph: Some(graph), ..ModelProto::default() };
+        assert!(evaluate::open(&model).is_err(), "this ONNX Runtime has SwiGLU: the rewrite is needless");
+        assert_eq!(plain(&mut model), 3);
+        let (a, b) = ([-2.0f32, 0.5, 1.0, 3.0], [1.5f32, -1.0, 0.25, 2.0]);
+        let given = [a, b].map(|v| HostTensor::new(&[2, 2], &v).unwrap());
+        let made = evaluate::open(&model).unwrap().run(&[("a", &given[0]), ("b", &given[1])]).unwrap();
+        let swish = |x: f32, alpha: f32| x / (1.0 + (-alpha * x).exp());
+        for (i, z) in made[0].1.to_f32().into_iter().enumerate() {
+            let y = swish(swish(a[i], alpha) * b[i], alpha);
+            assert!((z - swish(y, 1.0)).abs() < 1e-6, "{i}: {z}");
+        }
     }
 }

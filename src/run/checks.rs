@@ -106,6 +106,39 @@ pub(super) fn check_rows(teacher: &Teacher, config: &Config) -> Result<()> {
         ))
 }
 
+/// Refuses a network that computes a row from its neighbours, unless the configuration allows it: its student would do the same,
+/// and parts of a batch that are guided or split would not be what they are in the whole.
+pub(super) fn check_mixing(teacher: &Teacher, config: &Config) -> Result<()> {
+    if config.allow_batch_mixing {
+        return Ok(());
+    }
+    let (net, card) = (&teacher.network, &teacher.card.card);
+    let sample = net.inputs().iter().find(|p| p.name == card.sample);
+    let rows = sample.and_then(|p| p.dims()?.first().copied().flatten()).unwrap_or(2);
+    // What does not run with these rows is `check_rows`'s to say.
+    let Ok(Some(found)) = parity::mixing(net, card, rows, config.seed) else { return Ok(()) };
+    let nodes = parity::batch_statistics(&net.shared().graph);
+    let cause = match nodes.first() {
+        Some(first) => format!(
+            "{} {} in training mode (training_mode = 1): statistics of the batch, not the trained ones",
+            first,
+            if nodes.len() > 1 { format!("and {} more are", nodes.len() - 1) } else { "is".to_owned() }
+        ),
+        None => "guidance inside the forward (DiT's forward_with_cfg uses half of the batch twice), statistics over the batch, or \
+                 a reshape that takes elements of one row into another do that"
+            .to_owned(),
+    };
+    Err(Error::unsupported(format!(
+        "the rows of a batch are not independent: with other neighbours, row {} of {} changes by {:.2} standard deviations of the \
+         output; {cause}",
+        found.row, found.rows, found.change
+    ))
+    .hint(
+        "export the network for inference (in PyTorch: model.eval() and TrainingMode.EVAL; the plain forward instead of \
+         forward_with_cfg), or give --allow-batch-mixing for a student that mixes its rows too",
+    ))
+}
+
 /// A wrong import must not cost a night of training: a small batch through ONNX Runtime first, where it is installed.
 pub(super) fn check_parity(teacher: &Teacher, monitor: &dyn Monitor) -> Result<()> {
     if !ort_is_here() {

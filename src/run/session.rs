@@ -67,6 +67,15 @@ impl Prepared {
         shim::set_tf32(config.tf32)?;
         let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;
         let denoiser = denoiser(&teacher, &config)?;
+        for warning in teacher.warnings() {
+            request.monitor.remark(&format!("warning: {warning}"));
+        }
+        if teacher.network.shared().narrowed {
+            request
+                .monitor
+                .remark("note: the network computes in f64; it is trained in f32, and its student computes in f32");
+        }
+        checks::check_mixing(&teacher, &config)?;
         checks::check_rows(&teacher, &config)?;
         checks::check_parity(&teacher, &*request.monitor)?;
         let file = origin::load(&config, &teacher, device)?;
@@ -118,11 +127,17 @@ impl Prepared {
             ));
         }
         let run = RunDir::create(out, &config)?;
-        run.write_card(&card.card)?;
-        if let Some(recorded) = recorded {
-            recorded.copy_to(&run.trajectory())?;
+        let filled = run.write_card(&card.card).and_then(|()| match recorded {
+            Some(recorded) => recorded.copy_to(&run.trajectory()).map(drop),
+            None => Ok(()),
+        });
+        match filled {
+            Ok(()) => Ok((run, config)),
+            Err(e) => {
+                run.discard();
+                Err(e)
+            }
         }
-        Ok((run, config))
     }
 
     /// The run that is there, where this request may go on with it.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::diffusion::{Condition, Denoiser, Generator, GeneratorNames, GeneratorPorts, InputSpec, TeacherCard};
+use crate::diffusion::{
+    Condition, Denoiser, Generator, GeneratorNames, GeneratorPorts, InputSpec, ResolvedCard, TeacherCard,
+};
 use crate::distill::config::{Config, StudentConfig};
 use crate::distill::{Student, student};
 use crate::error::{Error, Result};
@@ -71,9 +73,9 @@ impl StudentFile {
         // A student of ours has the teacher's card in it, but takes no time any more.
         let own_card =
             !has("disback.student.method") && (has("disback.prediction") || path.with_extension("card.toml").is_file());
-        let own_card = own_card.then(|| teacher::card(&model, &[])).transpose()?.map(|resolved| resolved.card);
+        let own_card = own_card.then(|| teacher::card(&model, &[])).transpose()?;
         match &own_card {
-            Some(own) => teacher::fix_dims(&mut model, own)?,
+            Some(own) => teacher::settle(&mut model, own)?,
             // Conditions that it has under the teacher's names are as long as the teacher's.
             None => {
                 let inputs = model.proto.graph.as_ref().map(sizes::declared_inputs).unwrap_or_default();
@@ -85,7 +87,7 @@ impl StudentFile {
         let network = Network::import(model, &ImportOptions { operators: operators.clone(), ..ImportOptions::default() }, device)?;
         let (inputs, outputs) = (specs(&network.fed_inputs()), specs(network.outputs()));
         let kind = match own_card {
-            Some(own) => {
+            Some(ResolvedCard { card: own, .. }) => {
                 own.check_against(&inputs, &outputs)?;
                 agree(&own, card)?;
                 Kind::Levels(Arc::new(own))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCard};
+use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCard, fixed};
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
 use crate::graph::lower::lower;
@@ -46,10 +46,14 @@ pub fn spec(p: &Port) -> InputSpec {
     InputSpec { name: p.name.clone(), dtype: p.dtype.unwrap_or(DType::F32), shape: p.dims().unwrap_or_default() }
 }
 
-/// Puts what a card says about free dimensions into the model that it belongs to.
+/// Puts what a card says about free dimensions and about inputs of one value into the model that it belongs to.
 ///
-/// Errors: the card's `dims` names a dimension that the graph does not have.
-pub fn fix_dims(model: &mut Model, card: &TeacherCard) -> Result<()> {
+/// Errors: the card's `dims` names a dimension that the graph does not have; a value that does not fit its input.
+pub fn settle(model: &mut Model, resolved: &ResolvedCard) -> Result<()> {
+    let card = &resolved.card;
+    if !resolved.fixed.is_empty() {
+        fixed::put_in(Arc::make_mut(&mut model.proto), &card.sample, &resolved.fixed)?;
+    }
     let inputs = model.proto.graph.as_ref().map(sizes::declared_inputs).unwrap_or_default();
     model.sizes = Arc::new(card.sizes(&inputs)?);
     Ok(())
@@ -104,7 +108,7 @@ impl Teacher {
         let mut model = Model::load_with(path, given.operators.definitions())?;
         let source = card_source(&model, &given.card).rows(rows_of(&given.conditions)?);
         let card = source.resolve().with_context(|| path.display().to_string())?;
-        fix_dims(&mut model, &card.card).with_context(|| path.display().to_string())?;
+        settle(&mut model, &card).with_context(|| path.display().to_string())?;
         let hash = model.hash();
         let options = ImportOptions {
             trainable: given.trainable.clone(),
@@ -118,6 +122,27 @@ impl Teacher {
         card.card.check_against(&inputs, &outputs).with_context(|| path.display().to_string())?;
         check_classes(&network.shared().model, &card.card).with_context(|| path.display().to_string())?;
         Ok(Self { network, card, hash, operators: given.operators.clone() })
+    }
+
+    /// What a user should look at, a sentence each: numbers of the card that fill whole arrays.
+    pub fn warnings(&self) -> Vec<String> {
+        let constants = &self.card.card.constants;
+        let filled = |p: &Port| {
+            let value = constants.get(&p.name)?;
+            let dims = p.shape.as_ref()?;
+            // The first free one is the batch.
+            let array = dims.iter().enumerate().any(|(k, d)| d.as_ref().map_or(k > 0, |&n| n > 1));
+            array.then(|| {
+                format!(
+                    "the card's `constants.{}` = {value} fills an array of {}: every element has that one value; an array comes from \
+                     a file: conditions.{}.kind=constant with .file=FILE.npy",
+                    p.name,
+                    p.describe(),
+                    p.name
+                )
+            })
+        };
+        self.network.inputs().iter().filter_map(filled).collect()
     }
 
     /// Inputs of the graph as specs, for the denoiser.

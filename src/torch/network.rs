@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::graph::raise::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
-use crate::graph::{Graph, Model, Port, TrainableChoice, definition, lower, widen};
+use crate::graph::{Graph, Model, Port, TrainableChoice, definition, lower, narrow, widen};
 use crate::onnx::ModelProto;
 use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
@@ -99,7 +99,7 @@ impl Default for ImportOptions {
 /// Everything that the copies of a network share.
 #[derive(Debug)]
 pub struct Imported {
-    /// The file as it was loaded.
+    /// The file as it was loaded; one in f64 in f32.
     pub model: Model,
     /// The graph as it runs: raised, its dead nodes gone.
     pub graph: Graph,
@@ -113,6 +113,8 @@ pub struct Imported {
     pub raised: Report,
     /// Whether the file computes in half precision, and its layers in f32 here.
     pub widened: bool,
+    /// Whether the file computes in f64, and everything in f32 here.
+    pub narrowed: bool,
     /// The operators, ready to run.
     pub plan: Plan,
 }
@@ -143,6 +145,10 @@ impl Network {
     }
 
     fn import_inner(model: Model, options: &ImportOptions, device: Device) -> Result<Self> {
+        let (model, narrowed) = match narrow::narrowed(&model)? {
+            Some(narrow) => (narrow, true),
+            None => (model, false),
+        };
         let mut graph = lower::lower(&model)?;
         graph.remove_dead();
         let mut operators = std::collections::BTreeMap::new();
@@ -200,6 +206,7 @@ impl Network {
             buffers: roles.buffers,
             raised,
             widened,
+            narrowed,
             plan,
         };
         Ok(Self { shared: Rc::new(shared), params, adapter: None, device, compute: Cell::default() })

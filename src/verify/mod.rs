@@ -93,6 +93,8 @@ pub struct Verification {
     pub engines: Vec<EngineResult>,
     /// For each target asked for, what it refuses of the file.
     pub targets: Vec<(Target, Vec<Refusal>)>,
+    /// Of each target, the nodes that it takes and was seen to compute wrongly. They fail nothing.
+    pub target_warnings: Vec<(Target, Vec<Refusal>)>,
 }
 
 /// Samples of a reference: its name, images `0..n` of the request.
@@ -234,6 +236,7 @@ pub fn verify(
     let ok = checker.ok
         && engines.iter().all(|e| e.ok || (e.error.is_some() && !e.required))
         && engines.iter().any(|e| e.ok);
+    let target_warnings = targets.iter().map(|t| (*t, targets::warnings(&model, *t))).collect();
     let targets = targets.iter().map(|t| (*t, targets::refusals(&model, *t))).collect();
     Ok(Verification {
         ok,
@@ -245,6 +248,7 @@ pub fn verify(
         values: expected.len(),
         engines,
         targets,
+        target_warnings,
     })
 }
 

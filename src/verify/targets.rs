@@ -126,6 +126,21 @@ pub fn refusals(model: &ModelProto, target: Target) -> Vec<Refusal> {
     out
 }
 
+/// What the target takes and was seen to compute wrongly, in the graph's order.
+pub fn warnings(model: &ModelProto, target: Target) -> Vec<Refusal> {
+    let one_group = |n: &&NodeProto| edit::is(n, "GroupNormalization") && edit::int(n, "num_groups") == Some(1);
+    let nodes = model.graph.iter().flat_map(|g| &g.node);
+    let found = nodes.filter(one_group).filter(|_| target == Target::Tensorrt).map(|n| Refusal {
+        node: edit::label(n),
+        operator: n.op_type().to_owned(),
+        // https://github.com/NVIDIA/TensorRT/issues/4756
+        reason: "one group: TensorRT 10.16 was reported to normalise each channel by itself here; compare the engine's samples \
+                 with ONNX Runtime's, or export with --raise none, which writes no such operator of its own"
+            .into(),
+    });
+    found.collect()
+}
+
 struct Look<'a> {
     held: &'a HashMap<String, &'a TensorProto>,
     graph: &'a GraphProto,
@@ -238,6 +253,21 @@ mod tests {
         assert_eq!(found(Target::Opencv).len(), 0);
         assert_eq!(found(Target::Openvino).len(), 1);
         assert!(found(Target::Webgpu)[0].1.contains("runs on the CPU"));
+    }
+
+    #[test]
+    fn what_tensorrt_gets_wrong_is_a_warning() {
+        let norm = |groups: i64| {
+            let mut n = edit::node("GroupNormalization", &["x", "s", "b"], &format!("y{groups}"));
+            n.attribute.push(edit::int_attribute("num_groups", groups));
+            n
+        };
+        let m = model(vec![norm(1), norm(2), edit::node("Relu", &["x"], "r")]);
+        assert!(refusals(&m, Target::Tensorrt).is_empty());
+        let found = warnings(&m, Target::Tensorrt);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].node.contains("disback/y1") && found[0].reason.contains("one group"), "{found:?}");
+        assert!(warnings(&m, Target::Openvino).is_empty());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 free: the length of a text is a free dimension, as in Stable Diffusion's files by diffusers' script and optimum.
 baked-1, baked-2: the batch is declared free, but its number stands in the graph.
 halves: the first half of the batch is used twice (forward_with_cfg).
+bn: BatchNormalization in training mode. means: statistics over the batch.
+mask: a condition of type bool. ids: an input without a batch dimension.
 inputs: weights are listed among the graph's inputs.
 f64: computed in double precision.
 """
@@ -71,14 +73,50 @@ class Halves(Network):
         return torch.cat([both, both])
 
 
+class Norm(Network):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x, t):
+        return self.last(torch.relu(self.norm(self.features(x, t))))
+
+
+class Means(Network):
+    def forward(self, x, t):
+        h = self.features(x, t)
+        return self.last(nn.functional.silu(h - h.mean(0, keepdim=True)))
+
+
+class Mask(Network):
+    """mask [B, 1, 8, 8], bool, beside the sample."""
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x, t, mask):
+        return super().forward(torch.cat([x, mask.float()], 1), t)
+
+
+class Positions(Network):
+    """ids [64, 3], one row a pixel, the same in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Linear(3, 1)
+
+    def forward(self, x, t, ids):
+        return super().forward(x + self.place(ids).reshape(1, 1, 8, 8), t)
+
+
 def save(name, network, inputs, card=CARD, dims=None, **options):
     """One export with its card."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     names = list(inputs)
-    free = {n: {0: "batch"} | (dims or {}).get(n, {}) for n in [*names, "out"]}
+    free = {n: {0: "batch"} | (dims or {}).get(n, {}) for n in [*names, "out"] if n != "ids"}
     torch.onnx.export(
-        network.eval(), tuple(inputs.values()), str(folder / "teacher.onnx"), input_names=names, output_names=["out"],
+        network if options.get("training") else network.eval(), tuple(inputs.values()), str(folder / "teacher.onnx"), input_names=names, output_names=["out"],
         dynamic_axes=free, opset_version=17, dynamo=False, **options,
     )  # fmt: skip
     (folder / "teacher.card.toml").write_text(card)
@@ -99,6 +137,15 @@ def main():
         save(f"baked-{batch}", Baked(batch), {"x": x[:batch], "t": t[:batch]})
     save("halves", Halves(), {"x": torch.cat([x, x]), "t": torch.tensor([3] * 4)})
     save("inputs", Network(), {"x": x, "t": t}, keep_initializers_as_inputs=True)
+    save("bn", Norm().train(), {"x": x, "t": t}, training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False)
+    save("means", Means(), {"x": x, "t": t})
+    mask = '[conditions.mask]\nkind = "embedding"\nshape = [1, 8, 8]\n'
+    folder = save("mask", Mask(), {"x": x, "t": t, "mask": torch.rand(2, 1, 8, 8) > 0.5}, card=CARD + mask)
+    np.savez(folder / "rows.npz", mask=np.random.default_rng(0).random((8, 1, 8, 8)) > 0.5)
+    at = torch.arange(64)
+    ids = torch.stack([torch.zeros(64), at // 8, at % 8], -1).float()
+    folder = save("ids", Positions(), {"x": x, "t": t, "ids": ids}, card=CARD + '[conditions.ids]\nkind = "constant"\nfile = "ids.npy"\n')
+    np.save(folder / "ids.npy", ids.numpy())
     save("f64", Network().double(), {"x": x.double(), "t": t})
 
 

@@ -17,13 +17,16 @@ class Folder:
         if not self.path.is_dir():
             raise ConversionError(f"{path}: no such folder")
         self.index = read_json(self.path / "model_index.json")
-        if self.index is None:
+        loose = not (self.path / "config.json").is_file() and any((self.path / name / "config.json").is_file() for name in (part, *PARTS) if name)
+        # A pipeline that was saved part by part has no model_index.json.
+        self.whole = self.index is not None or loose
+        if not self.whole:
             self.network = self.path
         else:
             parts = [part] if part else [name for name in PARTS if (self.path / name).is_dir()]
             if not parts or not (self.path / parts[0]).is_dir():
                 found = ", ".join(sorted(child.name for child in self.path.iterdir() if child.is_dir())) or "nothing"
-                pipeline = self.index.get("_class_name", "?")
+                pipeline = (self.index or {}).get("_class_name", "without model_index.json")
                 raise ConversionError(
                     f"{path}: the pipeline {pipeline} has no {part or 'unet or transformer'} folder (found {found}); "
                     "name the folder of the denoising network by --part"
@@ -44,7 +47,7 @@ class Folder:
     @property
     def root(self):
         """Where scheduler, VAE and text encoders lie."""
-        return self.path if self.index is not None else self.network.parent
+        return self.path if self.whole else self.network.parent
 
     def scheduler(self):
         """The scheduler's configuration, or None."""

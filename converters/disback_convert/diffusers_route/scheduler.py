@@ -15,7 +15,9 @@ def card_of(config, tokens=None):
     """Card entries of a scheduler's configuration. `tokens`: length of the image sequence, for shifts that depend on it."""
     name = config.get("_class_name", "a scheduler without _class_name")
     if name.startswith("FlowMatch"):
-        return {"schedule.kind": "flow", "schedule.shift": flow_shift(name, config, tokens), "prediction": "flow", "time_unit": "thousand"}
+        made = {"schedule.kind": "flow", "schedule.shift": flow_shift(name, config, tokens), "prediction": "flow", "time_unit": "thousand"}
+        # Mochi's: its times are 1 - sigma.
+        return made | {"schedule.direction": "noise-to-data"} if config.get("invert_sigmas") else made
     prediction = config.get("prediction_type", "epsilon")
     if name.startswith("EDM"):
         if prediction != "epsilon":

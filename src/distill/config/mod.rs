@@ -53,6 +53,8 @@ pub struct Config {
     pub guidance: f64,
     /// Noise levels between which (above the first, up to the second) the targets are guided.
     pub guidance_interval: [f64; 2],
+    /// Trains a teacher whose output for one row depends on the other rows of the batch, which is refused otherwise.
+    pub allow_batch_mixing: bool,
     /// Values of the teacher card as `key=value`, as `--card` gives them; they win over the card's other sources.
     pub card: Vec<String>,
     /// Where the conditions of training come from.
@@ -98,6 +100,7 @@ impl Default for Config {
             objective: ObjectiveKind::Dmd.into(),
             guidance: 1.0,
             guidance_interval: [0.0, f64::INFINITY],
+            allow_batch_mixing: false,
             card: Vec::new(),
             conditions: ConditionsConfig::default(),
             student: StudentConfig::default(),

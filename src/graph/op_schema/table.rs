@@ -125,6 +125,7 @@ pub const TABLE: &[OpSchema] = &[
     elementwise("Sqrt", 1, (1, 1)).stays_f32(ENLARGES),
     elementwise("Sub", 1, (2, 2)).changes(&[7]),
     elementwise("Sum", 1, (1, MANY)).changes(&[8]),
+    elementwise("SwiGLU", 28, (2, 2)).bf16(28),
     elementwise("Swish", 24, (1, 1)).bf16(24),
     elementwise("Tan", 7, (1, 1)).bf16(22),
     elementwise("Tanh", 1, (1, 1)),
@@ -216,7 +217,7 @@ pub const TABLE: &[OpSchema] = &[
     // What the three above are until all rewrites are done: over some axes, the others as a `view` attribute says.
     norm("Normalize", 1, (1, 5)).of(OURS).weights(AFFINE),
     // Attention.
-    attention("Attention", 23, (3, 7)).changes(&[24]).bf16(23),
+    attention("Attention", 23, (3, 7)).changes(&[24, 25]).bf16(23),
     attention("LinearAttention", 27, (3, 6)).bf16(27),
     attention("Attention", 1, (2, 6)).of(MICROSOFT).weights(&[(1, Matrix), (2, Bias)]),
     attention("MultiHeadAttention", 1, (1, 8)).of(MICROSOFT).weights(&[(3, Bias)]),

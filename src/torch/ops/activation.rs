@@ -9,6 +9,11 @@ use crate::torch::exec::kernel::{Kernel, Value, one};
 use crate::torch::exec::registry::Registry;
 use crate::torch::ops::util;
 
+/// `x sigmoid(alpha x)`.
+fn swish(x: &Tensor, alpha: f64) -> Result<Tensor> {
+    Ok(if alpha == 1.0 { x.f_silu()? } else { x.f_mul(&x.f_mul_scalar(alpha)?.f_sigmoid()?)? })
+}
+
 pub fn register(r: &mut Registry) {
     r.add("Relu", 1, (1, 1), |n| {
         n.attributes.get("consumed_inputs");
@@ -56,9 +61,17 @@ pub fn register(r: &mut Registry) {
     r.add("Mish", 18, (1, 1), |_| Ok(Kernel::new(|a| one(a.t(0)?.f_mish()?))));
     r.add("Swish", 24, (1, 1), |n| {
         let alpha = n.attributes.float_or("alpha", 1.0)?;
+        Ok(Kernel::new(move |a| one(swish(a.t(0)?, alpha)?)))
+    });
+    r.add("SwiGLU", 28, (2, 2), |n| {
+        let alpha = n.attributes.float_or("alpha", 1.0)?;
         Ok(Kernel::new(move |a| {
-            let x = a.t(0)?;
-            if alpha == 1.0 { one(x.f_silu()?) } else { one(x.f_mul(&x.f_mul_scalar(alpha)?.f_sigmoid()?)?) }
+            let (gate, value) = (a.t(0)?, a.t(1)?);
+            if gate.size() != value.size() {
+                let shapes = format!("a gate of shape {:?} for a value of shape {:?}", gate.size(), value.size());
+                return Err(Error::invalid(shapes).hint("SwiGLU does not broadcast: its inputs have one shape"));
+            }
+            one(swish(gate, alpha)?.f_mul(value)?)
         }))
     });
     r.add("HardSigmoid", 1, (1, 1), |n| {

@@ -53,6 +53,8 @@ struct Attention {
     causal: bool,
     q_heads: Option<i64>,
     kv_heads: Option<i64>,
+    /// How many keys before and after a query's own place it sees; `None`: all.
+    window: [Option<i64>; 2],
     softcap: f64,
     precision: Option<Kind>,
     /// Which stage the fourth output shows, where it is asked for.
@@ -65,7 +67,15 @@ fn attention(node: &Node) -> Result<Kernel> {
     if !(0..=3).contains(&mode) {
         return Err(Error::invalid(format!("attribute `qk_matmul_output_mode` is {mode}")));
     }
+    let side = |name: &str| -> Result<Option<i64>> {
+        match if node.opset >= 25 { a.int_or(name, -1)? } else { -1 } {
+            -1 => Ok(None),
+            n if n >= 0 => Ok(Some(n)),
+            n => Err(Error::invalid(format!("attribute `{name}` is {n}, expected -1 (no limit) or more"))),
+        }
+    };
     let spec = Attention {
+        window: [side("left_window_size")?, side("right_window_size")?],
         scale: a.float("scale")?.map(f64::from),
         causal: a.flag("is_causal", false)?,
         q_heads: a.int("q_num_heads")?,
@@ -92,6 +102,12 @@ impl Attention {
         let mut k = heads(1, self.kv_heads, "kv_num_heads")?;
         let mut v = heads(2, self.kv_heads, "kv_num_heads")?;
         let mut past = 0;
+        if a.has(4) != a.has(5) {
+            return Err(Error::invalid("one of `past_key` and `past_value` without the other"));
+        }
+        if a.has(4) && a.has(6) {
+            return Err(Error::invalid("both past keys and `nonpad_kv_seqlen`: the specification allows one of them"));
+        }
         if let Some(p) = a.opt(4)? {
             past = util::dim(p, 2)?;
             k = Tensor::f_cat(&[p, &k], 2)?;
@@ -120,37 +136,58 @@ impl Attention {
 
     /// What is added before the softmax: 0 where seen, -inf where not; `None` for no mask or plain causality.
     fn bias(&self, a: &Args, q: &Tensor, total: i64, past: i64) -> Result<Option<Tensor>> {
-        let rows = q.size()[2];
         let hide = |seen: &Tensor| -> Result<Tensor> {
             Ok(Tensor::f_zeros(&seen.size()[..], (q.kind(), q.device()))?
                 .f_masked_fill(&seen.f_logical_not()?, f64::NEG_INFINITY)?)
         };
-        let mut bias = match a.opt(3)? {
+        let mask = match a.opt(3)? {
             None => None,
             Some(mask) => {
+                let mask = if mask.dim() < 2 { mask.f_reshape([1, -1])? } else { mask.shallow_clone() };
                 let missing = total - mask.size().last().copied().unwrap_or(0);
-                let mask = if mask.kind() == Kind::Bool { hide(mask)? } else { mask.shallow_clone() };
+                let mask = if mask.kind() == Kind::Bool { hide(&mask)? } else { mask };
                 Some(if missing > 0 { mask.f_pad([0, missing], "constant", f64::NEG_INFINITY)? } else { mask })
             }
         };
-        if self.causal && (bias.is_some() || past > 0 || self.shown.is_some() || self.softcap != 0.0 || a.has(6)) {
-            let seen = Tensor::f_ones([rows, total], (Kind::Bool, q.device()))?.f_tril(past)?;
-            let causal = hide(&seen)?;
-            bias = Some(match bias {
-                Some(b) => b.f_add(&causal)?,
-                None => causal,
+        let plain = mask.is_none() && past == 0 && self.shown.is_none() && self.softcap == 0.0 && !a.has(6);
+        if plain && self.window == [None, None] {
+            return Ok(None);
+        }
+        let places = self.places(a.opt(6)?, q, total, past)?.map(|seen| hide(&seen)).transpose()?;
+        Ok(match (mask, places) {
+            (Some(m), Some(p)) => Some(m.f_add(&p)?),
+            (one, other) => one.or(other),
+        })
+    }
+
+    /// Which keys the queries see by their places alone, as booleans `[queries, keys]`, or `[batch, 1, queries, keys]` where
+    /// `lengths` says how many keys of each sample are no padding: causality and windows count from the last of them.
+    fn places(&self, lengths: Option<&Tensor>, q: &Tensor, total: i64, past: i64) -> Result<Option<Tensor>> {
+        let (rows, device) = (q.size()[2], q.device());
+        let line = |n: i64| Tensor::f_arange(n, (Kind::Int64, device));
+        let lengths = lengths.map(|l| l.f_to_kind(Kind::Int64)?.f_reshape([-1, 1, 1, 1])).transpose()?;
+        let (own, keys) = (line(rows)?.f_unsqueeze(1)?, line(total)?);
+        let own = match &lengths {
+            Some(lengths) => own.f_add(&lengths.f_sub_scalar(rows)?)?,
+            None => own.f_add_scalar(past)?,
+        };
+        // How far before the query a key stands.
+        let before = own.f_sub(&keys)?;
+        let [left, right] = self.window;
+        let right = if self.causal { Some(0) } else { right };
+        let conditions = [
+            right.map(|r| before.f_ge(-r)).transpose()?,
+            left.map(|l| before.f_le(l)).transpose()?,
+            lengths.map(|lengths| keys.f_lt_tensor(&lengths)).transpose()?,
+        ];
+        let mut seen: Option<Tensor> = None;
+        for c in conditions.into_iter().flatten() {
+            seen = Some(match seen {
+                Some(s) => s.f_logical_and(&c)?,
+                None => c,
             });
         }
-        if let Some(lengths) = a.opt(6)? {
-            let at = Tensor::f_arange(total, (Kind::Int64, q.device()))?;
-            let seen = at.f_unsqueeze(0)?.f_lt_tensor(&lengths.f_reshape([-1, 1])?)?;
-            let padding = hide(&seen.f_reshape([-1, 1, 1, total])?)?;
-            bias = Some(match bias {
-                Some(b) => b.f_add(&padding)?,
-                None => padding,
-            });
-        }
-        Ok(bias)
+        Ok(seen)
     }
 
     fn stages(
