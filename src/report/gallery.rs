@@ -63,7 +63,7 @@ fn sounds(run: &Run) -> String {
         };
         let row: String = both(run).iter().filter_map(one).collect();
         if !row.is_empty() {
-            let _ = write!(rows, "<div class=\"pair\">{row}</div>\n");
+            let _ = writeln!(rows, "<div class=\"pair\">{row}</div>");
         }
     }
     rows

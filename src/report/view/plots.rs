@@ -92,7 +92,7 @@ pub(super) fn lines(
 
 /// Shares of the values in each of [`BINS`] bins from low to high.
 fn bins(values: impl Iterator<Item = f32>, (low, high): (f64, f64)) -> Vec<f64> {
-    let mut counts = vec![0.0; BINS];
+    let mut counts = [0.0; BINS];
     let mut total = 0.0f64;
     for v in finite(values) {
         let at = ((v - low) / (high - low) * BINS as f64).floor().clamp(0.0, (BINS - 1) as f64) as usize;
