@@ -81,7 +81,7 @@ fn what_does_not_fit_is_refused_with_the_ports() {
         (card(&[]), none.clone(), vec![z(), float("t", &[])], "`t` is neither the noise nor a condition"),
         (card(&[]), named("", "q", &[]), vec![z()], "which output is the sample"),
         (card(&[]), named("", "", &[("text", "z")]), vec![z()], "`text`, which is no condition of the teacher"),
-        (card(&[]), none.clone(), vec![port("z", DType::F32, &[2, 2, 2, 2])], "one to three dimensions"),
+        (card(&[]), none.clone(), vec![port("z", DType::F32, &[2, 2, 2, 2])], "one to 3 dimensions"),
         (with_labels(), none.clone(), vec![z()], "no input takes the teacher's condition `labels`"),
         (with_labels(), none.clone(), vec![z(), float("t", &[])], "no input takes the teacher's condition `labels`"),
         (with_labels(), named("", "", &[("labels", "k")]), vec![z(), labels()], "`k`, which it does not have"),

@@ -55,14 +55,16 @@ impl Axes {
         if self.image || last < 2 {
             return usual;
         }
-        [usual, 1, last].into_iter().find(|axis| self.are_lengths(shape, *axis)).unwrap_or(usual)
+        let first = |exact| [usual, 1, last].into_iter().find(|axis| self.are_lengths(shape, *axis, exact));
+        first(true).or_else(|| first(false)).unwrap_or(usual)
     }
 
-    /// Whether the axes of features beside the batch and `channels` are the sample's own.
-    fn are_lengths(&self, shape: &[i64], channels: usize) -> bool {
+    /// Whether the axes of features beside the batch and `channels` are the sample's own; halved any number of times where not
+    /// `exact`.
+    fn are_lengths(&self, shape: &[i64], channels: usize, exact: bool) -> bool {
         let rest: Vec<i64> = (0..).zip(shape).filter(|(k, _)| *k != 0 && *k != channels).map(|(_, n)| *n).collect();
         let halved = |mut length: i64, found: i64| {
-            while length > found && length > 1 {
+            while !exact && length > found && length > 1 {
                 length = (length + 1) / 2;
             }
             length == found
