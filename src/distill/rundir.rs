@@ -277,7 +277,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run");
         let first = RunDir::create(&path, &Config { batch: 3, ..Config::default() }).unwrap();
-        first.write_card(&TeacherCard::plain([1, 8, 8])).unwrap();
+        first.write_card(&TeacherCard::plain(&[1, 8, 8])).unwrap();
         // As long as it lives it is a run.
         assert!(RunDir::create(&path, &Config::default()).unwrap_err().to_string().contains("not empty"));
         drop(first);
