@@ -1,5 +1,5 @@
 //! Exports of diffusers, transformers and EDM networks against the modules they come from: values, gradients of every
-//! parameter, that all and only the weights are trained, and the way back into ONNX; with and without raising.
+//! parameter, that all and only the weights are trained, and the way back into ONNX; with and without fusing.
 //!
 //! One test an export, and one more for the student of each that is a teacher. Exports are made as tests ask for them, by
 //! one Python process, and kept in cargo's target folder until the scripts or the pinned wheels change. `DISBACK_CORPUS=full`
@@ -224,8 +224,8 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-fn import(path: &Path, raise: bool) -> Result<Network, String> {
-    let options = ImportOptions { raise, ..ImportOptions::default() };
+fn import(path: &Path, fuse: bool) -> Result<Network, String> {
+    let options = ImportOptions { fuse, ..ImportOptions::default() };
     Network::import(Model::load(path).map_err(text)?, &options, Device::Cpu).map_err(text)
 }
 
@@ -321,7 +321,7 @@ fn values(net: &Network, folder: &Path, precision: Precision) -> Result<f64, Str
 }
 
 /// Other weights into the file: the file written must compute what the network computes, in ONNX Runtime too.
-fn write_back(net: &Network, folder: &Path, raise: bool, exporter: &Exporter) -> Result<(), String> {
+fn write_back(net: &Network, folder: &Path, fuse: bool, exporter: &Exporter) -> Result<(), String> {
     let params = net.params().deep_copy(Device::Cpu).map_err(text)?;
     for (k, (t, p)) in params.tensors().iter().zip(&net.shared().parameters).enumerate() {
         let noise = disback::noise::image_noise(7, k as u64, t.numel());
@@ -333,11 +333,11 @@ fn write_back(net: &Network, folder: &Path, raise: bool, exporter: &Exporter) ->
         t.shallow_clone().copy_(&moved);
     }
     let proto = net.to_model(&params).map_err(text)?;
-    let path = folder.join(if raise { "written.onnx" } else { "written-plain.onnx" });
+    let path = folder.join(if fuse { "written.onnx" } else { "written-plain.onnx" });
     save::write(&proto, &path).map_err(text)?;
     let moved = net.duplicate().map_err(text)?;
     moved.params().copy_from(&params).map_err(text)?;
-    let back = import(&path, raise)?;
+    let back = import(&path, fuse)?;
     if back.params().elements() != params.elements() {
         return Err(format!("the written file trains {} elements", back.params().elements()));
     }
@@ -353,15 +353,15 @@ fn write_back(net: &Network, folder: &Path, raise: bool, exporter: &Exporter) ->
     }
     in_onnx_runtime(&back, &arrays).map_err(|e| format!("written back, {e}"))?;
     // The tool that converts to f16 leaves nodes in no order, which the checker refuses from the start.
-    if raise && !folder.to_string_lossy().contains("-converted-") { exporter.check(&path) } else { Ok(()) }
+    if fuse && !folder.to_string_lossy().contains("-converted-") { exporter.check(&path) } else { Ok(()) }
 }
 
 fn case(name: &str, exporter: &Exporter) -> Result<(), String> {
     let folder = exporter.case(name)?;
     let precision = Precision::of(name);
-    for raise in [true, false] {
+    for fuse in [true, false] {
         let check = || -> Result<String, String> {
-            let net = import(&folder.join("model.onnx"), raise)?;
+            let net = import(&folder.join("model.onnx"), fuse)?;
             let apart = values(&net, &folder, precision)?;
             net.params().set_requires_grad(true).map_err(text)?;
             let outputs = reference::forward(&net, &inputs(&net, &folder, "inputs.npz").1)?;
@@ -375,19 +375,19 @@ fn case(name: &str, exporter: &Exporter) -> Result<(), String> {
                 false => String::new(),
             };
             net.params().set_requires_grad(false).map_err(text)?;
-            write_back(&net, &folder, raise, exporter)?;
+            write_back(&net, &folder, fuse, exporter)?;
             Ok(format!(
                 "values {apart:.1e}, gradients {:.1e} ({:.1e} together){said}, {:?}",
                 agreement.worst,
                 agreement.together,
-                net.shared().raised.counts()
+                net.shared().fused.counts()
             ))
         };
         match check() {
-            Ok(report) => println!("{name} raise={raise}: {report}"),
+            Ok(report) => println!("{name} fuse={fuse}: {report}"),
             Err(e) => {
-                println!("{name} raise={raise}: {e}");
-                return Err(format!("raise={raise}: {e}"));
+                println!("{name} fuse={fuse}: {e}");
+                return Err(format!("fuse={fuse}: {e}"));
             }
         }
     }

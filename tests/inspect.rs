@@ -148,7 +148,7 @@ fn the_command_proposes_writes_and_does_not_overwrite() {
         "parameters",
         "buffers",
         "operators",
-        "raised",
+        "fused",
         "near_misses",
         "unsupported",
         "macs",

@@ -1,6 +1,6 @@
 //! The imported network against the PyTorch module it was exported from, live: values, gradients with respect to every
 //! parameter, and that all and only the module's parameters are trained. Both exporters, static and dynamic batch,
-//! opsets 17 to 23, with and without raising.
+//! opsets 17 to 23, with and without fusing.
 #![cfg(feature = "train")]
 
 mod support;
@@ -36,8 +36,8 @@ fn relative(ours: &Tensor, theirs: &Tensor) -> f64 {
     number(&(&a - &b).norm()) / number(&b.norm()).max(1e-12)
 }
 
-fn check(case: &Path, raise: bool) -> Result<(), String> {
-    let options = ImportOptions { raise, ..ImportOptions::default() };
+fn check(case: &Path, fuse: bool) -> Result<(), String> {
+    let options = ImportOptions { fuse, ..ImportOptions::default() };
     let model = Model::load(&case.join("model.onnx")).map_err(|e| e.to_string())?;
     let net = Network::import(model, &options, Device::Cpu).map_err(|e| e.to_string())?;
     net.params().set_requires_grad(true).unwrap();
@@ -103,10 +103,10 @@ fn check(case: &Path, raise: bool) -> Result<(), String> {
         drop(free.swap_remove(at));
     }
     println!(
-        "{} raise={raise}: output {error:.1e}, gradients {worst:.1e}, raised {:?}, near misses {:?}",
+        "{} fuse={fuse}: output {error:.1e}, gradients {worst:.1e}, fused {:?}, near misses {:?}",
         case.file_name().unwrap().to_string_lossy(),
-        net.shared().raised.counts(),
-        net.shared().raised.near_misses.iter().map(|m| (m.pattern, m.reason.as_str())).collect::<Vec<_>>(),
+        net.shared().fused.counts(),
+        net.shared().fused.near_misses.iter().map(|m| (m.pattern, m.reason.as_str())).collect::<Vec<_>>(),
     );
     Ok(())
 }
@@ -220,9 +220,9 @@ fn values_and_gradients_are_the_native_modules() {
     let (out, cases) = corpus();
     let mut failures = Vec::new();
     for case in cases {
-        for raise in [true, false] {
-            if let Err(e) = check(&out.join(case), raise) {
-                failures.push(format!("{case} raise={raise}: {e}"));
+        for fuse in [true, false] {
+            if let Err(e) = check(&out.join(case), fuse) {
+                failures.push(format!("{case} fuse={fuse}: {e}"));
             }
         }
     }

@@ -13,7 +13,7 @@ use disback::graph::save;
 use disback::io::images::quantise;
 use disback::onnx::ModelProto;
 use disback::passes::evaluate;
-use disback::passes::fuse::Raise;
+use disback::passes::fuse::Fuse;
 use disback::run::Teacher;
 use disback::runtime::student::{Request, Student, StudentInfo};
 use disback::runtime::{self, EngineKind, EngineOptions};
@@ -130,16 +130,16 @@ fn networks_of_two_families_agree_everywhere_in_f32_and_fp16() {
 }
 
 #[test]
-fn raised_operators_agree_everywhere() {
+fn fused_operators_agree_everywhere() {
     for (name, expected) in [
         ("ddpmpp-dynamic", vec!["GroupNormalization"]),
         ("dit-dynamic", vec!["Attention", "Gelu", "LayerNormalization"]),
     ] {
         let case = network(name);
-        let options = ShipOptions { opset: Some(23), raise: Raise::All, ..ShipOptions::default() };
-        let label = format!("{name}-raised");
+        let options = ShipOptions { opset: Some(23), fuse: Fuse::All, ..ShipOptions::default() };
+        let label = format!("{name}-fused");
         let (path, model, report) = ship(&case, &options, &label);
-        let written = report.raised.unwrap();
+        let written = report.fused.unwrap();
         println!("{label}: {:?}, kept {:?}", written.operators, written.kept);
         assert!(report.max_abs.unwrap() < 1e-4);
         for op in expected {
@@ -157,7 +157,7 @@ fn raised_operators_agree_everywhere() {
     }
 }
 
-/// Nodes of an operator that the student has before anything is raised.
+/// Nodes of an operator that the student has before anything is fused.
 fn before(case: &Case, op: &str) -> usize {
     nodes(&case.student, op)
 }
@@ -252,7 +252,7 @@ fn images_and_decoders_are_appended() {
     let options = ShipOptions { decoder: Some((decoder.clone(), [-1.0, 1.0])), image: true, ..ShipOptions::default() };
     let (path, model, _) = ship(&latents, &options, "dit-decoded");
     let info = StudentInfo::from_model(&model).unwrap();
-    assert_eq!((info.noise_shape, info.shape, info.range), ([4, 16, 16], [3, 32, 32], Some([-1.0, 1.0])));
+    assert_eq!((info.noise_shape, info.shape, info.range), (vec![4, 16, 16], vec![3, 32, 32], Some([-1.0, 1.0])));
     assert!(verify::peers::checker(&support::python(), &path).unwrap().unwrap().ok);
     // By hand: the latents over the card's scale, through the decoder alone.
     let (alone, ..) = ship(&latents, &ShipOptions::default(), "dit-latents");

@@ -1,5 +1,5 @@
 //! Bytes through everything that happens to a model before libtorch is asked: decoding, functions, lowering, roles,
-//! raising, writing back. Nothing may panic, overflow the stack, run without end or ask for memory without end.
+//! fusing, writing back. Nothing may panic, overflow the stack, run without end or ask for memory without end.
 #![no_main]
 
 mod mutate;
@@ -7,7 +7,7 @@ mod mutate;
 use bytes::Bytes;
 use disback::graph::lower::lower;
 use disback::graph::roles::{classify, untangle};
-use disback::graph::{Model, TrainableChoice, raise, save};
+use disback::graph::{Model, TrainableChoice, fuse, save};
 use libfuzzer_sys::{fuzz_crossover, fuzz_mutator, fuzz_target};
 
 fuzz_target!(|data: &[u8]| {
@@ -24,7 +24,7 @@ fn load(data: &[u8]) -> disback::Result<()> {
     let roles = classify(&graph, &TrainableChoice::default(), &provenance)?;
     let values: Vec<_> = roles.parameters.iter().map(|p| graph.constants[&p.value].tensor.clone()).collect();
     let trained = roles.parameters.iter().map(|p| p.value).collect();
-    raise::raise(&mut graph, &trained);
+    fuse::fuse(&mut graph, &trained);
     graph.remove_dead();
     let written = save::with_parameters(&model.proto, &roles.parameters, &roles.buffers, &values, false)?;
     // What we write, we read.

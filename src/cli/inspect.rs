@@ -18,7 +18,7 @@ use crate::inspect::{self, How, Inspection, ProbeOptions, Proposal};
 use crate::run::teacher;
 use crate::runtime::{self, EngineOptions};
 
-/// Show inputs, parameters by role, operators, what is raised or unsupported, the cost, and the teacher card.
+/// Show inputs, parameters by role, operators, what is fused or unsupported, the cost, and the teacher card.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// The ONNX file.
@@ -54,9 +54,9 @@ pub struct InspectArgs {
     /// Train tensors of these names whatever their role.
     #[arg(long, value_name = "GLOB")]
     pub train: Vec<String>,
-    /// Do not raise decomposed operators.
-    #[arg(long)]
-    pub no_raise: bool,
+    /// Do not fuse decomposed operators.
+    #[arg(long, alias = "no-raise")]
+    pub no_fuse: bool,
 }
 
 /// Runs the command.
@@ -79,7 +79,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     let known = source.known().unwrap_or_default();
     let choice =
         TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
-    let (mut found, mut network, graph) = inspect::inspect(&model, &choice, !args.no_raise)?;
+    let (mut found, mut network, graph) = inspect::inspect(&model, &choice, !args.no_fuse)?;
     if !args.parameters {
         found.parameter_list.clear();
     }
@@ -182,9 +182,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
     }
     let operators: Vec<_> = i.operators.iter().map(|(o, n)| format!("{o} {n}")).collect();
     println!("\noperators: {}", operators.join(", "));
-    if !i.raised.is_empty() {
-        let raised: Vec<_> = i.raised.iter().map(|(o, n)| format!("{o} {n}")).collect();
-        println!("raised: {}", raised.join(", "));
+    if !i.fused.is_empty() {
+        let fused: Vec<_> = i.fused.iter().map(|(o, n)| format!("{o} {n}")).collect();
+        println!("fused: {}", fused.join(", "));
     }
     for m in &i.near_misses {
         println!("  nearly {} at `{}`: {}", m.pattern, m.node, m.reason);

@@ -1,4 +1,4 @@
-//! `disback inspect` without libtorch: what an ONNX file holds. What could be trained, raised or is unsupported only the full
+//! `disback inspect` without libtorch: what an ONNX file holds. What could be trained, fused or is unsupported only the full
 //! build can say.
 
 use std::collections::BTreeMap;

@@ -43,9 +43,9 @@ pub struct ParityArgs {
     /// Relative tolerance.
     #[arg(long, default_value_t = 1e-3)]
     pub rtol: f64,
-    /// Do not raise decomposed operators.
-    #[arg(long)]
-    pub no_raise: bool,
+    /// Do not fuse decomposed operators.
+    #[arg(long, alias = "no-raise")]
+    pub no_fuse: bool,
     /// Where libtorch runs: cpu, cuda, cuda:1. On another device than the CPU, values and gradients of both are compared too.
     #[arg(long, default_value = "cpu")]
     pub device: String,
@@ -67,7 +67,7 @@ pub fn run(args: &ParityArgs, globals: Globals) -> Result<ExitCode> {
     if let Some(card) = &card {
         teacher::settle(&mut model, card).with_context(|| args.model.display().to_string())?;
     }
-    let options = ImportOptions { raise: !args.no_raise, ..ImportOptions::default() };
+    let options = ImportOptions { fuse: !args.no_fuse, ..ImportOptions::default() };
     let net = Network::import(model.clone(), &options, device)?;
     let inputs = match &args.inputs {
         Some(path) => npy::read_npz(path)?,

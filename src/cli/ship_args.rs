@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::error::{Error, Result};
 use crate::export::{Precision, ShipOptions, ShipReport};
-use crate::passes::fuse::Raise;
+use crate::passes::fuse::Fuse;
 
 /// `--precision`, `--batch`, `--opset` and what is appended.
 #[derive(Debug, Clone, Args)]
@@ -34,8 +34,8 @@ pub struct ShipArgs {
     pub no_optimise: bool,
     /// Write chains as the operators that they are, where the operator set has them: `auto` LayerNormalization and Gelu, `all`
     /// GroupNormalization, RMSNormalization, Attention and Gelu by tanh too, which some runtimes lack or run slower.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub raise: Raise,
+    #[arg(long, alias = "raise", value_enum, default_value = "auto")]
+    pub fuse: Fuse,
     /// Leave negative steps, sequences and auto_pad as they are.
     #[arg(long)]
     pub no_portable: bool,
@@ -89,8 +89,8 @@ impl ShipArgs {
         if let Some((name, _, with)) = idle.iter().find(|i| i.1) {
             return Err(Error::usage(format!("{name} does nothing here: it goes with {with}")));
         }
-        if self.no_optimise && self.raise == Raise::All {
-            return Err(Error::usage("--raise all and --no-optimise exclude one another"));
+        if self.no_optimise && self.fuse == Fuse::All {
+            return Err(Error::usage("--fuse all and --no-optimise exclude one another"));
         }
         Ok(ShipOptions {
             precision: self.precision,
@@ -100,7 +100,7 @@ impl ShipArgs {
             batch,
             opset: self.opset,
             optimise: !self.no_optimise,
-            raise: self.raise,
+            fuse: self.fuse,
             portable: !self.no_portable,
             image: self.image,
             decoder: self.decoder.clone().map(|d| (d, range)),
@@ -115,7 +115,7 @@ impl ShipArgs {
             || self.opset.is_some()
             || self.no_optimise
             || self.no_portable
-            || self.raise != Raise::Auto
+            || self.fuse != Fuse::Auto
             || self.image
             || self.decoder.is_some()
     }
@@ -156,9 +156,9 @@ pub fn show(report: &ShipReport) {
             s.reshapes
         );
     }
-    if let Some(r) = &report.raised {
+    if let Some(r) = &report.fused {
         for (operator, n) in &r.operators {
-            println!("  raised     {n} {operator}");
+            println!("  fused     {n} {operator}");
         }
         for (reason, nodes) in by_reason(r.kept.iter().map(|c| (format!("{}: {}", c.operator, c.reason), &*c.node))) {
             println!("    chain    {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);

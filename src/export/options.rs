@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::graph::edit;
 use crate::onnx::ModelProto;
-use crate::passes::fuse::{Raise, Written};
+use crate::passes::fuse::{Fuse, Written};
 use crate::passes::precision::half::Converted;
 use crate::passes::precision::int8::Quantised;
 use crate::passes::simplify::Simplified;
@@ -60,7 +60,7 @@ pub struct ShipOptions {
     /// Whether constants and shape arithmetic are folded.
     pub optimise: bool,
     /// Which chains are written as the operators that they are, where the graph is optimised.
-    pub raise: Raise,
+    pub fuse: Fuse,
     /// Whether operators and forms that several runtimes lack are written in plainer ones.
     pub portable: bool,
     /// Whether the output `image` is added: u8, `[batch, H, W, C]`.
@@ -81,7 +81,7 @@ impl Default for ShipOptions {
             batch: None,
             opset: None,
             optimise: true,
-            raise: Raise::Auto,
+            fuse: Fuse::Auto,
             portable: true,
             image: false,
             decoder: None,
@@ -100,9 +100,9 @@ pub struct ShipReport {
     /// What simplifying did; absent where the graph was not optimised.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub simplified: Option<Simplified>,
-    /// Raised operators that were written.
+    /// Fused operators that were written.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub raised: Option<Written>,
+    pub fused: Option<Written>,
     /// Nodes that were written in plainer operators, one line each.
     pub portable: Vec<String>,
     /// Nodes that no plainer form was found for, each with the operator or form that some runtimes lack.
@@ -129,7 +129,7 @@ impl ShipReport {
             precision: options.precision,
             opset: edit::opset(model),
             simplified: None,
-            raised: None,
+            fused: None,
             portable: Vec::new(),
             not_portable: Vec::new(),
             half: None,

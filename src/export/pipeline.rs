@@ -6,7 +6,7 @@ use crate::export::options::{Precision, ShipOptions, ShipReport};
 use crate::graph::edit;
 use crate::onnx::ModelProto;
 use crate::passes::evaluate::{self, Inputs};
-use crate::passes::fuse::{self, Raise};
+use crate::passes::fuse;
 use crate::passes::precision::{half, int8, int8_dynamic};
 use crate::passes::simplify::{remove_identities, simplify};
 use crate::passes::{Pass, opset, portable};
@@ -124,9 +124,9 @@ pass!(
 pass!(
     /// Chains written as the operators that they are.
     Fuse, "fuse", keeps: true,
-    applies: |_, s| s.optimises() && s.options.raise != Raise::None,
+    applies: |_, s| s.optimises() && s.options.fuse != fuse::Fuse::None,
     run: |model, s| {
-        s.report.raised = Some(fuse::write(model, s.options.raise, s.probes())?);
+        s.report.fused = Some(fuse::write(model, s.options.fuse, s.probes())?);
         Ok(())
     }
 );

@@ -21,7 +21,7 @@ pub(super) fn port<'a>(net: &'a Network, name: &str) -> Result<&'a Port> {
 
 /// A built file as it will be read, for [`compare`].
 pub(super) fn read_back(built: &ModelProto) -> Result<Network> {
-    let options = ImportOptions { raise: false, ..ImportOptions::default() };
+    let options = ImportOptions { fuse: false, ..ImportOptions::default() };
     Network::import(Model::from_proto(built.clone()), &options, Device::Cpu)
 }
 

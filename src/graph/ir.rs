@@ -82,7 +82,7 @@ pub struct Constant {
 pub struct Node {
     /// The operator's name, such as `Conv`.
     pub op: String,
-    /// Empty for the default domain; `disback` for operators that raising makes.
+    /// Empty for the default domain; `disback` for operators that fusing makes.
     pub domain: String,
     /// Never empty: where the file has no name, `Op_12` after its position.
     pub name: String,

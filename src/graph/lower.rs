@@ -41,9 +41,7 @@ fn normal_domain(domain: &str) -> &str {
 /// Attributes of a node that has no subgraph with names of the graph around it.
 pub(super) fn plain_attributes(node: &NodeProto) -> Result<Attributes> {
     let mut alone = Lowering { graph: Graph::default(), ids: HashMap::new(), outer: None };
-    let value = |a: &AttributeProto| {
-        Ok((a.name().to_owned(), alone.attribute(a, &BTreeMap::new(), &mut Vec::new())?))
-    };
+    let value = |a: &AttributeProto| Ok((a.name().to_owned(), alone.attribute(a, &BTreeMap::new(), &mut Vec::new())?));
     Ok(Attributes::new(node.attribute.iter().map(value).collect::<Result<_>>()?))
 }
 

@@ -1,8 +1,9 @@
-//! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, raising of decomposed operators.
+//! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, fusing of decomposed operators.
 
 pub mod attributes;
 pub mod definition;
 pub mod edit;
+pub mod fuse;
 pub mod inline;
 pub mod ir;
 pub mod load;
@@ -11,7 +12,6 @@ pub mod narrow;
 pub mod op_schema;
 pub mod pass;
 pub mod quantised;
-pub mod raise;
 pub mod roles;
 pub mod save;
 pub mod sizes;

@@ -19,7 +19,7 @@ pub struct Cost {
     pub batch: Option<usize>,
     /// Multiply-adds of convolutions and matrix products.
     pub macs: Option<u64>,
-    /// Bytes of all intermediate values of the raised network: what a backward pass may keep.
+    /// Bytes of all intermediate values of the fused network: what a backward pass may keep.
     pub activation_bytes: Option<u64>,
 }
 
@@ -119,7 +119,7 @@ mod tests {
     use crate::torch::ImportOptions;
 
     #[test]
-    fn a_layer_counts_whether_it_is_raised_or_not_and_so_does_an_einsum() {
+    fn a_layer_counts_whether_it_is_fused_or_not_and_so_does_an_einsum() {
         let weight = |name: &str, shape: &[usize]| {
             let values = crate::noise::image_noise(1, 1, shape.iter().product());
             tensors::to_proto(name, &HostTensor::new(shape, &values).unwrap())
@@ -137,11 +137,11 @@ mod tests {
         let opset = OperatorSetIdProto { version: Some(20), ..OperatorSetIdProto::default() };
         let model =
             ModelProto { ir_version: Some(9), opset_import: vec![opset], graph: Some(graph), ..ModelProto::default() };
-        for raise in [true, false] {
-            let options = ImportOptions { raise, ..ImportOptions::default() };
+        for fuse in [true, false] {
+            let options = ImportOptions { fuse, ..ImportOptions::default() };
             let net = Network::import(Model::from_proto(model.clone()), &options, Device::Cpu).unwrap();
-            let raised = net.shared().graph.nodes.iter().any(|n| n.op == "Linear");
-            assert_eq!((raised, cost(&net, None, 2).unwrap().macs), (raise, Some(2 * 4 * 8 + 2 * 8 * 3)));
+            let fused = net.shared().graph.nodes.iter().any(|n| n.op == "Linear");
+            assert_eq!((fused, cost(&net, None, 2).unwrap().macs), (fuse, Some(2 * 4 * 8 + 2 * 8 * 3)));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What an ONNX file holds and what would become of it: signature, parameters by role and group, operators, what is raised,
+//! What an ONNX file holds and what would become of it: signature, parameters by role and group, operators, what is fused,
 //! what is not supported, cost, and a proposed teacher card.
 
 mod axes;
@@ -23,8 +23,8 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::error::{Kind, Result};
+use crate::graph::fuse::{NearMiss, Report as Fused};
 use crate::graph::quantised::{self, Quantised};
-use crate::graph::raise::{NearMiss, Report as Raised};
 use crate::graph::roles::{Buffer, Declared, Parameter};
 use crate::graph::unguarded_division;
 use crate::graph::unguarded_division::Unguarded;
@@ -119,10 +119,10 @@ pub struct Inspection {
     pub parameters_by_group: BTreeMap<String, Count>,
     /// Constant tensors that are not trained.
     pub buffers: Vec<TensorRow>,
-    /// How many nodes of each operator there are; after raising, where the file can be imported.
+    /// How many nodes of each operator there are; after fusing, where the file can be imported.
     pub operators: BTreeMap<String, usize>,
-    /// How many rewrites of each pattern were made when groups of nodes were raised to one operator.
-    pub raised: BTreeMap<&'static str, usize>,
+    /// How many rewrites of each pattern were made when groups of nodes were fused to one operator.
+    pub fused: BTreeMap<&'static str, usize>,
     /// Places where a rewrite nearly applied.
     pub near_misses: Vec<NearMissRow>,
     /// Nodes that cannot be imported; empty where the file can be.
@@ -161,8 +161,8 @@ impl From<&NearMiss> for NearMissRow {
 /// Looks at a model. A file whose operators are not all supported is described as far as it goes; one that breaks ONNX's
 /// rules is an error.
 ///
-/// Beside the description: the network, where it can be imported, and the graph before raising.
-pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(Inspection, Option<Network>, Graph)> {
+/// Beside the description: the network, where it can be imported, and the graph before fusing.
+pub fn inspect(model: &Model, choice: &TrainableChoice, fuse: bool) -> Result<(Inspection, Option<Network>, Graph)> {
     let graph = lower::lower(model)?;
     let as_read = graph.clone();
     let mut network = None;
@@ -187,7 +187,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         parameters_by_group: BTreeMap::new(),
         buffers: Vec::new(),
         operators: BTreeMap::new(),
-        raised: BTreeMap::new(),
+        fused: BTreeMap::new(),
         near_misses: Vec::new(),
         unsupported,
         quantised: quantised::quantised(&as_read),
@@ -196,12 +196,12 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         parameter_list: Vec::new(),
     };
     if out.unsupported.is_empty() {
-        let options = ImportOptions { raise, trainable: choice.clone(), ..ImportOptions::default() };
+        let options = ImportOptions { fuse, trainable: choice.clone(), ..ImportOptions::default() };
         let net = Network::import(model.clone(), &options, Device::Cpu)?;
         let shared = net.shared();
         out.tensors(&shared.parameters, &shared.buffers);
         out.operators = shared.operators.clone();
-        out.rewrites(&shared.raised);
+        out.rewrites(&shared.fused);
         network = Some(net);
     } else {
         let mut graph = graph;
@@ -211,9 +211,9 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, raise: bool) -> Result<(
         for n in &graph.nodes {
             *out.operators.entry(n.op.clone()).or_insert(0) += 1;
         }
-        if raise {
+        if fuse {
             let trained = roles.parameters.iter().map(|p| p.value).collect();
-            out.rewrites(&crate::graph::raise::raise(&mut graph, &trained));
+            out.rewrites(&crate::graph::fuse::fuse(&mut graph, &trained));
         }
     }
     Ok((out, network, as_read))
@@ -242,8 +242,8 @@ impl Inspection {
         }
     }
 
-    fn rewrites(&mut self, report: &Raised) {
-        self.raised = report.counts();
+    fn rewrites(&mut self, report: &Fused) {
+        self.fused = report.counts();
         self.near_misses = report.near_misses.iter().map(NearMissRow::from).collect();
     }
 }

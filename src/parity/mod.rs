@@ -366,7 +366,7 @@ fn rounding(
     inputs: &[(String, HostTensor)],
     ours: &[(String, HostTensor)],
 ) -> Result<Vec<(String, f64)>> {
-    let options = ImportOptions { raise: false, widen: false, ..ImportOptions::default() };
+    let options = ImportOptions { fuse: false, widen: false, ..ImportOptions::default() };
     let written = Network::import(net.shared().model.clone(), &options, Device::Cpu)?;
     let written = forward(&written, inputs).context("in the file's own half precision")?;
     let far = |a: &HostTensor, b: &HostTensor| {
@@ -434,7 +434,7 @@ fn locate(
         // Sequences and unusual types cannot all be outputs; the comparison of the real outputs stands without this.
         Err(_) => return Ok(None),
     };
-    let options = ImportOptions { raise: false, widen: false, ..ImportOptions::default() };
+    let options = ImportOptions { fuse: false, widen: false, ..ImportOptions::default() };
     let coarse = Tolerance { atol: tolerance.atol.max(1e-2), rtol: tolerance.rtol.max(1e-2) };
     let tolerance = if net.shared().widened { coarse } else { tolerance };
     let plain = Network::import(net.shared().model.clone(), &options, Device::Cpu)?;

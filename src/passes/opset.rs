@@ -71,7 +71,7 @@ fn convert_graph(graph: &mut GraphProto, from: i64, to: i64, made: &mut Vec<crat
             return Err(Error::usage(format!("--opset {to}: {label} exists since opset {since}"))
                 .hint(format!(
                     "choose {since} or newer, or start from the run (`disback export TEACHER --run DIR --opset {to}`), where nothing \
-                     is raised yet; else export the teacher with opset {to}"
+                     is fused yet; else export the teacher with opset {to}"
                 )));
         }
         let steps: Vec<i64> = row.changes.iter().copied().filter(|&v| v > low && v <= high).collect();

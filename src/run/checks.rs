@@ -163,9 +163,7 @@ pub(super) fn check_parity(teacher: &Teacher, monitor: &dyn Monitor) -> Result<(
         "libtorch and ONNX Runtime disagree on this network by {:.1e} of the output's standard deviation{at}",
         found.max_rel
     ))
-    .hint(
-        "`disback parity` shows the values; `--no-raise` there tells whether a rewrite is at fault; please report it",
-    ))
+    .hint("`disback parity` shows the values; `--no-fuse` there tells whether a rewrite is at fault; please report it"))
 }
 
 fn ort_is_here() -> bool {

@@ -149,7 +149,10 @@ impl Prepared {
         run.check_card(&card.card, &card.origins)?;
         let base = request.config.clone().unwrap_or_else(|| run.config_file());
         // What the card comes out as has been compared; how it was put together is as it was.
-        let wanted = Config { card: saved.card.clone(), ..Config::resolve_with(Some(&base), &request.sets, request.objective.clone())? };
+        let wanted = Config {
+            card: saved.card.clone(),
+            ..Config::resolve_with(Some(&base), &request.sets, request.objective.clone())?
+        };
         if request.resume {
             check_resumable(&saved, &wanted)?;
         } else {

@@ -84,7 +84,11 @@ impl StudentFile {
             }
         }
         let hash = model.hash();
-        let network = Network::import(model, &ImportOptions { operators: operators.clone(), ..ImportOptions::default() }, device)?;
+        let network = Network::import(
+            model,
+            &ImportOptions { operators: operators.clone(), ..ImportOptions::default() },
+            device,
+        )?;
         let (inputs, outputs) = (specs(&network.fed_inputs()), specs(network.outputs()));
         let kind = match own_card {
             Some(ResolvedCard { card: own, .. }) => {

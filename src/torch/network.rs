@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
-use crate::graph::raise::{self, Report};
+use crate::graph::fuse::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
 use crate::graph::{Graph, Model, Port, TrainableChoice, definition, lower, narrow, widen};
 use crate::onnx::ModelProto;
@@ -80,8 +80,8 @@ pub trait Forward {
 /// How a model is imported.
 #[derive(Debug, Clone)]
 pub struct ImportOptions {
-    /// Whether decomposed operators are raised (`--no-raise` turns it off).
-    pub raise: bool,
+    /// Whether decomposed operators are fused (`--no-fuse` turns it off).
+    pub fuse: bool,
     /// Whether the layers of a file in half precision are computed in f32 (see `graph::widen`); otherwise as it is written.
     pub widen: bool,
     /// Which tensors are trained and which stay as they are.
@@ -92,7 +92,7 @@ pub struct ImportOptions {
 
 impl Default for ImportOptions {
     fn default() -> Self {
-        Self { raise: true, widen: true, trainable: TrainableChoice::default(), operators: Arc::default() }
+        Self { fuse: true, widen: true, trainable: TrainableChoice::default(), operators: Arc::default() }
     }
 }
 
@@ -101,16 +101,16 @@ impl Default for ImportOptions {
 pub struct Imported {
     /// The file as it was loaded; one in f64 in f32.
     pub model: Model,
-    /// The graph as it runs: raised, its dead nodes gone.
+    /// The graph as it runs: fused, its dead nodes gone.
     pub graph: Graph,
-    /// Operators of the file, before raising, with their counts.
+    /// Operators of the file, before fusing, with their counts.
     pub operators: std::collections::BTreeMap<String, usize>,
     /// The tensors that are trained, in the order of every copy's [`ParamSet`].
     pub parameters: Vec<Parameter>,
     /// The floating constants that are not trained, without those of one element.
     pub buffers: Vec<Buffer>,
-    /// What raising did; empty where it was turned off.
-    pub raised: Report,
+    /// What fusing did; empty where it was turned off.
+    pub fused: Report,
     /// Whether the file computes in half precision, and its layers in f32 here.
     pub widened: bool,
     /// Whether the file computes in f64, and everything in f32 here.
@@ -166,10 +166,10 @@ impl Network {
         let widened = options.widen && widen::widen(&mut graph);
         let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
         let trained = values.iter().copied().collect();
-        if options.raise && !widened {
+        if options.fuse && !widened {
             definition::restore(&mut graph, &model.calls, &|domain, op| options.operators.has_kernel(domain, op));
         }
-        let raised = if options.raise { raise::raise(&mut graph, &trained) } else { Report::default() };
+        let fused = if options.fuse { fuse::fuse(&mut graph, &trained) } else { Report::default() };
         graph.remove_dead();
         host_dependence::check_branches(&graph)?;
         let advice = |e: Error| match e.kind() {
@@ -204,7 +204,7 @@ impl Network {
             operators,
             parameters: roles.parameters,
             buffers: roles.buffers,
-            raised,
+            fused,
             widened,
             narrowed,
             plan,

@@ -331,7 +331,7 @@ impl Drop for HostReads {
 
 /// Notes a copy from a device tensor to the host that no operator shows.
 pub fn note_host_read() {
-    // SAFETY: raises a counter of this thread.
+    // SAFETY: fuses a counter of this thread.
     unsafe { disback_note_host_read() }
 }
 

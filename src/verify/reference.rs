@@ -47,7 +47,7 @@ pub fn of_weights(
 
 /// The file itself, imported into libtorch as a teacher would be.
 pub fn file_in_libtorch(path: &Path, info: &StudentInfo, request: &Request, count: usize) -> Result<HostTensor> {
-    let options = ImportOptions { raise: false, ..ImportOptions::default() };
+    let options = ImportOptions { fuse: false, ..ImportOptions::default() };
     let network = Network::import(Model::load(path)?, &options, Device::Cpu)?;
     let inputs = Student::inputs_of(info, request, 0, count)?;
     tch::no_grad(|| {

@@ -135,7 +135,7 @@ pub fn warnings(model: &ModelProto, target: Target) -> Vec<Refusal> {
         operator: n.op_type().to_owned(),
         // https://github.com/NVIDIA/TensorRT/issues/4756
         reason: "one group: TensorRT 10.16 was reported to normalise each channel by itself here; compare the engine's samples \
-                 with ONNX Runtime's, or export with --raise none, which writes no such operator of its own"
+                 with ONNX Runtime's, or export with --fuse none, which writes no such operator of its own"
             .into(),
     });
     found.collect()

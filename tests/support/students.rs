@@ -7,7 +7,7 @@ use disback::export;
 use disback::export::{Precision, ShipOptions, StudentOptions};
 use disback::graph::save;
 use disback::passes::evaluate;
-use disback::passes::fuse::Raise;
+use disback::passes::fuse::Fuse;
 use disback::run::{Teacher, TeacherOptions};
 use disback::runtime::{self, EngineKind, EngineOptions};
 use disback::tensor::{DType, HostTensor};
@@ -151,7 +151,7 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-/// The student of a case, plain, with every raised operator that its operator set has, and in f16.
+/// The student of a case, plain, with every fused operator that its operator set has, and in f16.
 pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), String> {
     let folder = exporter.case(name)?;
     let teacher = Teacher::load(
@@ -172,7 +172,7 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
     let forms = [
         ("plain", ShipOptions { optimise: false, portable: false, ..ShipOptions::default() }, 1e-4),
         ("f32", ShipOptions::default(), 1e-4),
-        ("raised", ShipOptions { raise: Raise::All, ..ShipOptions::default() }, 1e-4),
+        ("fused", ShipOptions { fuse: Fuse::All, ..ShipOptions::default() }, 1e-4),
         ("fp16", ShipOptions { precision: Precision::Fp16, ..ShipOptions::default() }, 2e-2),
         (
             "fp16-plain",
@@ -227,8 +227,8 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
                 return Err(format!("{form} in {engine:?}: off by {error:.1e} where values reach {size:.1}"));
             }
         }
-        if let Some(r) = report.raised.filter(|r| form == "raised" && !(r.operators.is_empty() && r.kept.is_empty())) {
-            println!("student-{name}: raised {:?}, kept {:?}", r.operators, r.kept);
+        if let Some(r) = report.fused.filter(|r| form == "fused" && !(r.operators.is_empty() && r.kept.is_empty())) {
+            println!("student-{name}: fused {:?}, kept {:?}", r.operators, r.kept);
         }
     }
     Ok(())

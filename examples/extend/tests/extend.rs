@@ -64,7 +64,11 @@ fn the_kernel_is_what_trains_and_its_weight_is_trained() {
     let plain = Teacher::load(&teacher(), &options, Device::Cpu).unwrap().network;
     assert!(plain.shared().graph.nodes.iter().all(|n| n.domain != "com.example"));
     let x = Tensor::randn([4, 1, 8, 8], (Kind::Float, Device::Cpu));
-    let inputs = [("x", &x), ("sigma", &Tensor::from_slice(&[0.1f32, 0.5, 2.0, 40.0])), ("labels", &Tensor::from_slice(&[0i64, 3, 9, 10]))];
+    let inputs = [
+        ("x", &x),
+        ("sigma", &Tensor::from_slice(&[0.1f32, 0.5, 2.0, 40.0])),
+        ("labels", &Tensor::from_slice(&[0i64, 3, 9, 10])),
+    ];
     let [ours, body] = [&network, &plain].map(|net| net.forward(&inputs).unwrap().remove(0).1);
     let apart = (ours - &body).abs().max().double_value(&[]) / body.std(true).double_value(&[]);
     assert!(apart < 1e-5, "{apart}");
@@ -95,7 +99,13 @@ fn the_objective_pushes_every_sample_as_far() {
     let sigma = Tensor::ones([5, 1, 1, 1], (Kind::Float, Device::Cpu));
     let [noise, target, fake] = [0, 1, 2].map(|_| Tensor::randn([5, 1, 2, 2], (Kind::Float, Device::Cpu)));
     let terms = Terms {
-        x0: &x0, x_t: &(&x0 + &noise), noise: &noise, sigma: &sigma, target: &target, fake: Some(&fake), log_ratio: None,
+        x0: &x0,
+        x_t: &(&x0 + &noise),
+        noise: &noise,
+        sigma: &sigma,
+        target: &target,
+        fake: Some(&fake),
+        log_ratio: None,
     };
     UnitGradient { eps: 0.0 }.loss(&terms).unwrap().backward();
     // The loss is a mean over 20 numbers: each sample's gradient is g / (20 |g|), with |g| the root of its mean square.

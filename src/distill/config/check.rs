@@ -1,8 +1,8 @@
 //! Values that make no sense, refused before the first step.
 
 use super::{Config, Init, LoraConfig};
-use crate::distill::objective::Objective;
 use crate::diffusion::Guidance;
+use crate::distill::objective::Objective;
 use crate::error::{Error, Result};
 
 impl Config {
@@ -196,8 +196,10 @@ impl Config {
                 .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
         }
         if !objective.needs_fake() && !self.gan.data.is_empty() {
-            return Err(Error::usage(format!("gan.data is given, but the objective `{name}` has no fake score to tap"))
-                .hint("the discriminator goes with every objective that has a fake score"));
+            return Err(Error::usage(format!(
+                "gan.data is given, but the objective `{name}` has no fake score to tap"
+            ))
+            .hint("the discriminator goes with every objective that has a fake score"));
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::distill::batches::Batches;
-use crate::distill::objective::{Choice, ObjectiveKind};
 use crate::distill::draws::{Phase, Purpose};
+use crate::distill::objective::{Choice, ObjectiveKind};
 use crate::torch::convert::column;
 use crate::torch::shim;
 use crate::torch::train::optim::AdamW;

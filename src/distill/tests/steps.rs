@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::distill::config::StudentConfig;
-use crate::distill::objective::ObjectiveKind;
 use crate::distill::draws::{Draws, Phase, Purpose};
+use crate::distill::objective::ObjectiveKind;
 use crate::torch::shim;
 
 fn student(stochastic: bool) -> Student {
@@ -56,7 +56,8 @@ fn steps_before_the_drawn_one_are_simulated_without_a_gradient() {
 fn few_step_runs_resume_and_differ_from_one_step() {
     let dir = tempfile::tempdir().unwrap();
     let mut c = config();
-    (c.objective, c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (ObjectiveKind::Dmd.into(), 6, 8, 2);
+    (c.objective, c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) =
+        (ObjectiveKind::Dmd.into(), 6, 8, 2);
     let one = finished(run(&dir.path().join("one"), &c, &plain(), None).unwrap().0).params().hash().unwrap();
     c.student.sigmas = vec![1.0, 0.3];
     let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));

@@ -344,38 +344,38 @@ fn chains(opset: i64) -> ModelProto {
 
 #[test]
 fn chains_are_written_as_the_operators_that_they_are() {
-    use crate::passes::fuse::{self, Raise};
-    let operators = |opset: i64, raise: Raise| {
+    use crate::passes::fuse::{self, Fuse};
+    let operators = |opset: i64, fuse: Fuse| {
         let before = chains(opset);
         let expected = sample(&before, EngineKind::Ort);
-        let (after, report) = ship(before, &ShipOptions { raise, ..ShipOptions::default() }).unwrap();
+        let (after, report) = ship(before, &ShipOptions { fuse, ..ShipOptions::default() }).unwrap();
         for engine in [EngineKind::Ort, EngineKind::Tract] {
             let error = worst(&sample(&after, engine), &expected);
-            assert!(error < 1e-5, "{engine:?}, opset {opset}, {raise:?}: {error}");
+            assert!(error < 1e-5, "{engine:?}, opset {opset}, {fuse:?}: {error}");
         }
-        let written = report.raised.unwrap_or_default();
+        let written = report.fused.unwrap_or_default();
         for (operator, n) in &written.operators {
             assert_eq!(count(&after, operator), *n, "{operator} at opset {opset}");
         }
         (written, after)
     };
     let names = |w: &fuse::Written| w.operators.iter().map(|(o, n)| format!("{o} {n}")).collect::<Vec<_>>();
-    let (all, after) = operators(23, Raise::All);
+    let (all, after) = operators(23, Fuse::All);
     let every = ["Attention 1", "Gelu 2", "GroupNormalization 1", "LayerNormalization 1", "RMSNormalization 1"];
     assert_eq!(names(&all), every, "{all:?}");
     assert!(all.kept.is_empty(), "{all:?}");
     for gone in ["InstanceNormalization", "Softmax", "Erf", "Tanh", "ReduceMean", "MatMul"] {
         assert_eq!(count(&after, gone), 0, "{gone}");
     }
-    let (auto, _) = operators(23, Raise::Auto);
+    let (auto, _) = operators(23, Fuse::Auto);
     assert_eq!(names(&auto), ["Gelu 1", "LayerNormalization 1"], "{auto:?}");
     let left: Vec<&str> = auto.kept.iter().map(|c| c.operator.as_str()).collect();
     assert_eq!(left.len(), 4, "{auto:?}");
     assert!(auto.kept.iter().any(|c| c.reason.contains("OpenCV 5 computes the exact Gelu")), "{auto:?}");
-    let (old, _) = operators(17, Raise::All);
+    let (old, _) = operators(17, Fuse::All);
     assert_eq!(names(&old), ["LayerNormalization 1"], "{old:?}");
     assert!(old.kept.iter().any(|c| c.reason == "Attention exists since opset 23, this is 17"), "{old:?}");
-    let (none, after) = operators(23, Raise::None);
+    let (none, after) = operators(23, Fuse::None);
     assert!(none.operators.is_empty() && count(&after, "Erf") == 1 && count(&after, "Softmax") == 1);
 }
 

@@ -1,5 +1,5 @@
 //! The rows: versions, arity and types from the operator schemas of ONNX 1.22 with their history, `com.microsoft` as ONNX
-//! Runtime has it, and `disback`, the operators that stand for what `graph::raise` and others rewrote.
+//! Runtime has it, and `disback`, the operators that stand for what `graph::fuse` and others rewrote.
 
 use super::ResultType::{self, Bool, Input, Int64};
 use super::Weight::{self, Bias, Filter, Matrix, Scale, Statistic};

@@ -1,4 +1,4 @@
-//! ONNX's Attention (opset 23) out of raised attention (see `graph::raise::attention` for the attributes).
+//! ONNX's Attention (opset 23) out of fused attention (see `graph::fuse::attention` for the attributes).
 
 use crate::graph::{Node, ValueId};
 use crate::tensor::HostTensor;

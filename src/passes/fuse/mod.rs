@@ -1,6 +1,6 @@
-//! Raised operators in the file: chains of small operators written as the GroupNormalization, LayerNormalization,
+//! Fused operators in the file: chains of small operators written as the GroupNormalization, LayerNormalization,
 //! RMSNormalization, Gelu or Attention that they are, where the operator set has it. The chains are found by the patterns of
-//! [`crate::graph::raise`]; shapes are read off runs of the network. Each operator is checked in ONNX Runtime, and what it
+//! [`crate::graph::fuse`]; shapes are read off runs of the network. Each operator is checked in ONNX Runtime, and what it
 //! does not take or computes differently stays a chain.
 
 mod attention;
@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::graph::fuse::fuse_for_export;
 use crate::graph::lower::lower;
-use crate::graph::raise::raise_for_export;
 use crate::graph::{Graph, Model, Node, ValueId, tensors};
 use crate::onnx::{AttributeProto, ModelProto, NodeProto, TensorProto};
 use crate::runtime::student::StudentInfo;
@@ -22,17 +22,17 @@ use crate::graph::edit;
 use crate::passes::evaluate;
 use crate::passes::evaluate::Inputs;
 
-/// Which raised operators are written.
+/// Which fused operators are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Raise {
+pub enum Fuse {
     /// Chains stay as the exporter wrote them.
     None,
     /// LayerNormalization and the exact Gelu: every runtime takes them, and none is slower for it.
     #[default]
     Auto,
     /// GroupNormalization, RMSNormalization, Attention and Gelu's approximation by tanh too. ONNX Runtime's CPU expands
-    /// GroupNormalization and is 1.6 to 1.8 times slower on it than on the chain (benches/raised_operators.py); OpenCV 5
+    /// GroupNormalization and is 1.6 to 1.8 times slower on it than on the chain (benches/fused_operators.py); OpenCV 5
     /// takes the approximation for the exact Gelu; Core ML and WebGPU lack some of them.
     All,
 }
@@ -60,7 +60,7 @@ pub struct Chain {
 /// Samples may move by this much (over their largest value where that is above 1) for an operator to be written.
 const TOLERANCE: f64 = 1e-5;
 
-/// Operator, the opset it has the meaning used here since, whether [`Raise::Auto`] writes it.
+/// Operator, the opset it has the meaning used here since, whether [`Fuse::Auto`] writes it.
 const OPERATORS: [(&str, i64, bool); 5] = [
     ("LayerNormalization", 17, true),
     ("Gelu", 20, true),
@@ -73,13 +73,13 @@ const OPERATORS: [(&str, i64, bool); 5] = [
 /// Writes the operators in place. `probes` are inputs of different batch sizes.
 ///
 /// Errors: a network that does not run.
-pub fn write(model: &mut ModelProto, raise: Raise, probes: &[Inputs]) -> Result<Written> {
+pub fn write(model: &mut ModelProto, fuse: Fuse, probes: &[Inputs]) -> Result<Written> {
     let mut written = Written::default();
-    if raise == Raise::None {
+    if fuse == Fuse::None {
         return Ok(written);
     }
     let mut graph = lower(&Model::from_proto(model.clone()))?;
-    raise_for_export(&mut graph);
+    fuse_for_export(&mut graph);
     let wanted: Vec<String> = values_of_interest(&graph);
     if wanted.is_empty() {
         return Ok(written);
@@ -91,15 +91,15 @@ pub fn write(model: &mut ModelProto, raise: Raise, probes: &[Inputs]) -> Result<
     for node in graph.nodes.iter().filter(|n| n.domain == "disback") {
         let mut emit = Emit { taken: &mut taken, nodes: Vec::new(), made: Vec::new() };
         let (operator, result) = match node.op.as_str() {
-            "Gelu" => ("Gelu", gelu(node, &look, raise, &mut emit)),
+            "Gelu" => ("Gelu", gelu(node, &look, fuse, &mut emit)),
             "Attention" => ("Attention", attention::write(node, &look, &mut emit)),
             _ => norms::write(node, &look, &mut emit),
         };
         let allowed = OPERATORS.iter().find(|(o, ..)| *o == operator).map_or(Ok(()), |(_, since, auto)| {
             if look.opset < *since {
                 Err(format!("{operator} exists since opset {since}, this is {}", look.opset))
-            } else if raise == Raise::Auto && !auto {
-                Err("left as a chain unless --raise all asks for it".to_owned())
+            } else if fuse == Fuse::Auto && !auto {
+                Err("left as a chain unless --fuse all asks for it".to_owned())
             } else {
                 Ok(())
             }
@@ -196,8 +196,8 @@ fn checked(
 
 /// The values whose shapes decide, and shapes themselves where they are no constants.
 fn values_of_interest(graph: &Graph) -> Vec<String> {
-    let raised = graph.nodes.iter().filter(|n| n.domain == "disback");
-    let read = raised.flat_map(|n| n.inputs.iter().flatten().copied());
+    let fused = graph.nodes.iter().filter(|n| n.domain == "disback");
+    let read = fused.flat_map(|n| n.inputs.iter().flatten().copied());
     let names: std::collections::BTreeSet<&str> =
         read.filter(|v| !graph.constants.contains_key(v)).map(|v| graph.names[v].as_str()).collect();
     names.into_iter().map(str::to_owned).collect()
@@ -278,7 +278,7 @@ impl Emit<'_> {
     }
 }
 
-/// The value that a raised node makes, and the one that it takes first.
+/// The value that a fused node makes, and the one that it takes first.
 fn ends<'a>(node: &Node, look: &'a Look<'_>) -> std::result::Result<(&'a str, &'a str), String> {
     match (node.input(0), node.output(0)) {
         (Some(x), Some(y)) => Ok((look.name(x), look.name(y))),
@@ -286,12 +286,12 @@ fn ends<'a>(node: &Node, look: &'a Look<'_>) -> std::result::Result<(&'a str, &'
     }
 }
 
-fn gelu(node: &Node, look: &Look<'_>, raise: Raise, emit: &mut Emit<'_>) -> std::result::Result<(), String> {
+fn gelu(node: &Node, look: &Look<'_>, fuse: Fuse, emit: &mut Emit<'_>) -> std::result::Result<(), String> {
     let (x, y) = ends(node, look)?;
     look.shapes(node.input(0))?;
     let approximate = node.attributes.string_or("approximate", "none").map_err(|e| e.to_string())?;
-    if approximate != "none" && raise == Raise::Auto {
-        return Err("by tanh: OpenCV 5 computes the exact Gelu instead; --raise all writes it".into());
+    if approximate != "none" && fuse == Fuse::Auto {
+        return Err("by tanh: OpenCV 5 computes the exact Gelu instead; --fuse all writes it".into());
     }
     let attributes = match approximate.as_str() {
         "none" => Vec::new(),

@@ -1,4 +1,4 @@
-//! LayerNormalization, RMSNormalization and GroupNormalization out of `Normalize` calls (see [`crate::graph::raise`]).
+//! LayerNormalization, RMSNormalization and GroupNormalization out of `Normalize` calls (see [`crate::graph::fuse`]).
 
 use crate::graph::{Node, ValueId};
 use crate::tensor::HostTensor;

@@ -1,11 +1,11 @@
-//! Raising: chains of small operators that exporters make of norms, activations and attention become single calls of the
+//! Fusing: chains of small operators that exporters make of norms, activations and attention become single calls of the
 //! `disback` domain again. Faster, and they save less for the backward pass. Beside that, what exporters write twice is
 //! computed once, casts that change nothing go, transposes that undo each other meet and vanish, slices that part a value are
 //! made together and before a transpose, and a layer's product and bias are one call.
 //!
-//! Raising changes the plan only: the file that the weights are written back into keeps its nodes. A rewrite never swallows
+//! Fusing changes the plan only: the file that the weights are written back into keeps its nodes. A rewrite never swallows
 //! a value that something outside the pattern reads (views and host arithmetic, which cost nothing, stay behind for their
-//! other readers), and a raised kernel computes what the chain computed, whatever the shapes turn out to be at run time:
+//! other readers), and a fused kernel computes what the chain computed, whatever the shapes turn out to be at run time:
 //! where they are not those of the native call, it computes the chain.
 
 mod activation;
@@ -48,11 +48,11 @@ pub struct NearMiss {
     pub reason: String,
 }
 
-/// What [`raise`] did.
+/// What [`fuse`] did.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
     /// The rewrites that were done and are still in the graph.
-    pub raised: Vec<Rewrite>,
+    pub fused: Vec<Rewrite>,
     /// The patterns that nearly fitted, sorted by node; each pattern at most once a node.
     pub near_misses: Vec<NearMiss>,
 }
@@ -61,32 +61,32 @@ impl Report {
     /// Number of rewrites by pattern.
     pub fn counts(&self) -> BTreeMap<&'static str, usize> {
         let mut map = BTreeMap::new();
-        for r in &self.raised {
+        for r in &self.fused {
             *map.entry(r.pattern).or_default() += 1;
         }
         map
     }
 }
 
-/// What the passes of raising share.
-struct Raising {
+/// What the passes of fusing share.
+struct Fusing {
     /// Constants that training changes: their numbers decide nothing here.
     trained: HashSet<ValueId>,
     report: Report,
 }
 
 /// A rewrite of the whole graph under a name.
-struct Rewriting(&'static str, fn(&mut Graph, &mut Raising));
+struct Rewriting(&'static str, fn(&mut Graph, &mut Fusing));
 
-impl Pass<Graph, Raising> for Rewriting {
+impl Pass<Graph, Fusing> for Rewriting {
     fn name(&self) -> &'static str {
         self.0
     }
-    fn applies(&self, graph: &Graph, _: &Raising) -> bool {
+    fn applies(&self, graph: &Graph, _: &Fusing) -> bool {
         !graph.nodes.is_empty()
     }
-    fn run(&self, graph: &mut Graph, raising: &mut Raising) -> Result<()> {
-        self.1(graph, raising);
+    fn run(&self, graph: &mut Graph, fusing: &mut Fusing) -> Result<()> {
+        self.1(graph, fusing);
         Ok(())
     }
     fn keeps_values(&self) -> bool {
@@ -95,13 +95,13 @@ impl Pass<Graph, Raising> for Rewriting {
 }
 
 /// Applies rules one after the other, each everywhere.
-fn apply(rules: impl IntoIterator<Item = Rule>, graph: &mut Graph, raising: &mut Raising) {
+fn apply(rules: impl IntoIterator<Item = Rule>, graph: &mut Graph, fusing: &mut Fusing) {
     for rule in rules {
-        rule::exhaust(graph, &raising.trained, &rule, &mut raising.report);
+        rule::exhaust(graph, &fusing.trained, &rule, &mut fusing.report);
     }
 }
 
-/// Gives the raised nodes the names of what they turned out to be.
+/// Gives the fused nodes the names of what they turned out to be.
 fn name_results(graph: &mut Graph) {
     for node in graph.nodes.iter_mut().filter(|n| n.domain == "disback") {
         node.op = norm::final_name(node).to_owned();
@@ -114,7 +114,7 @@ const NORMS: Rewriting = Rewriting("norms", |g, r| apply(norm::rules(), g, r));
 const ATTENTION: Rewriting = Rewriting("attention", |g, r| apply(attention::rules(), g, r));
 
 /// What an imported graph goes through, in this order: later passes read what earlier ones made.
-const ON_IMPORT: &[&dyn Pass<Graph, Raising>] = &[
+const ON_IMPORT: &[&dyn Pass<Graph, Fusing>] = &[
     &CASTS,
     &CSE,
     &Rewriting("activations", |g, r| apply(activation::rules(), g, r)),
@@ -130,7 +130,7 @@ const ON_IMPORT: &[&dyn Pass<Graph, Raising>] = &[
 ];
 
 /// The chains of norms, GELU and attention alone: what ONNX has operators for.
-const FOR_EXPORT: &[&dyn Pass<Graph, Raising>] = &[
+const FOR_EXPORT: &[&dyn Pass<Graph, Fusing>] = &[
     &CASTS,
     &CSE,
     &Rewriting("gelu", |g, r| apply(activation::rules().into_iter().filter(|rule| rule.name == "Gelu"), g, r)),
@@ -140,14 +140,14 @@ const FOR_EXPORT: &[&dyn Pass<Graph, Raising>] = &[
 ];
 
 /// Rewrites the graph in place. `trained` are the constants that training changes: their numbers decide nothing here.
-pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
-    let mut raising = Raising { trained: trained.clone(), report: Report::default() };
-    run(ON_IMPORT, graph, &mut raising);
-    let mut report = raising.report;
-    // What is in the graph now is what was raised; what a rule left behind may have been taken up by a later one.
+pub fn fuse(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
+    let mut fusing = Fusing { trained: trained.clone(), report: Report::default() };
+    run(ON_IMPORT, graph, &mut fusing);
+    let mut report = fusing.report;
+    // What is in the graph now is what was fused; what a rule left behind may have been taken up by a later one.
     for node in graph.nodes.iter().filter(|n| n.domain == "disback") {
-        if let Some(pattern) = RAISED.iter().find(|p| **p == node.op) {
-            report.raised.push(Rewrite { pattern, node: node.name.clone() });
+        if let Some(pattern) = FUSED.iter().find(|p| **p == node.op) {
+            report.fused.push(Rewrite { pattern, node: node.name.clone() });
         }
     }
     // A node may have become something else than what it nearly was.
@@ -160,17 +160,17 @@ pub fn raise(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
 
 /// The chains of norms, GELU and attention alone, of a graph that is not trained: what `export` writes as ONNX's own
 /// operators. Activations that ONNX has no operator for in most operator sets, and transposes, stay as they are.
-pub(crate) fn raise_for_export(graph: &mut Graph) {
-    run(FOR_EXPORT, graph, &mut Raising { trained: HashSet::new(), report: Report::default() });
+pub(crate) fn fuse_for_export(graph: &mut Graph) {
+    run(FOR_EXPORT, graph, &mut Fusing { trained: HashSet::new(), report: Report::default() });
 }
 
-/// No pass of raising fails: one that does not fit leaves the graph as it is.
-fn run(list: &[&dyn Pass<Graph, Raising>], graph: &mut Graph, raising: &mut Raising) {
-    if let Err(e) = run_in_order(list, graph, raising) {
+/// No pass of fusing fails: one that does not fit leaves the graph as it is.
+fn run(list: &[&dyn Pass<Graph, Fusing>], graph: &mut Graph, fusing: &mut Fusing) {
+    if let Err(e) = run_in_order(list, graph, fusing) {
         debug_assert!(false, "{e}");
     }
 }
 
 /// Operators of the `disback` domain that stand for a chain of the file.
-const RAISED: &[&str] =
+const FUSED: &[&str] =
     &["SiLU", "Gelu", "Mish", "GroupNorm", "LayerNorm", "RMSNorm", "TransposeLast", "Attention", "Linear"];

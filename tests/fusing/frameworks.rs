@@ -33,32 +33,32 @@ fn run(net: &Network) -> HashMap<String, Tensor> {
 
 fn check(name: &str, expected: &[(&'static str, usize)], gone: &[&str]) {
     let path = format!("{}/tests/fixtures/frameworks/{name}.onnx", env!("CARGO_MANIFEST_DIR"));
-    let load = |raise| {
-        let options = ImportOptions { raise, ..ImportOptions::default() };
+    let load = |fuse| {
+        let options = ImportOptions { fuse, ..ImportOptions::default() };
         Network::import(Model::load(path.as_ref()).unwrap(), &options, Device::Cpu).unwrap()
     };
-    let (plain, raised) = (load(false), load(true));
+    let (plain, fused) = (load(false), load(true));
     let theirs = run(&plain);
     let norm = |t: &Tensor| t.norm().double_value(&[]);
     // Some gradients vanish but for rounding, as that of a bias of the keys.
     let least = 0.01 * theirs.values().map(norm).fold(0.0, f64::max);
-    for (what, mine) in run(&raised) {
+    for (what, mine) in run(&fused) {
         let error = norm(&(&mine - &theirs[&what])) / norm(&theirs[&what]).max(least);
         assert!(error < 2e-5, "{name}: {what} differs by {error:.1e}");
     }
-    let report = &raised.shared().raised;
+    let report = &fused.shared().fused;
     assert_eq!(report.near_misses, [], "{name}");
     let counts: BTreeMap<_, _> = report.counts();
     for (pattern, count) in expected {
         assert_eq!(counts.get(pattern), Some(count), "{name}: {pattern} of {counts:?}");
     }
-    let left: Vec<_> = raised.shared().graph.nodes.iter().map(|n| n.op.as_str()).collect();
+    let left: Vec<_> = fused.shared().graph.nodes.iter().map(|n| n.op.as_str()).collect();
     for op in gone {
         assert!(!left.contains(op), "{name}: {op} is left in {left:?}");
     }
     // The file keeps its nodes: only initializers are written.
-    let back = raised.to_model(raised.params()).unwrap();
-    let (before, after) = (raised.shared().model.proto.graph.as_ref().unwrap(), back.graph.unwrap());
+    let back = fused.to_model(fused.params()).unwrap();
+    let (before, after) = (fused.shared().model.proto.graph.as_ref().unwrap(), back.graph.unwrap());
     assert_eq!(before.node.len(), after.node.len());
     println!("{name}: {} nodes, {} steps, {counts:?}", before.node.len(), left.len());
 }

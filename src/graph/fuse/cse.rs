@@ -5,8 +5,8 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 use crate::graph::attributes::Attribute;
+use crate::graph::fuse::{Report, Rewrite};
 use crate::graph::ir::{Graph, Node, ValueId};
-use crate::graph::raise::{Report, Rewrite};
 
 /// Constants of at most this many elements are compared by their elements.
 const SMALL: usize = 16;
@@ -42,7 +42,7 @@ pub(super) fn merge(graph: &mut Graph, trained: &HashSet<ValueId>, report: &mut 
                     continue;
                 }
                 alias.extend(pairs.into_iter().filter_map(|(mine, theirs)| Some(((*mine)?, (*theirs)?))));
-                report.raised.push(Rewrite { pattern: "Repeat", node: node.name.clone() });
+                report.fused.push(Rewrite { pattern: "Repeat", node: node.name.clone() });
                 gone.insert(i);
             }
             _ => {

@@ -7,12 +7,12 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::attributes::{Attribute, Attributes};
+use crate::graph::fuse::layout::{self, perm};
+use crate::graph::fuse::pattern::{host, op, value};
+use crate::graph::fuse::rule::{Replacement, Rule};
+use crate::graph::fuse::{Report, Rewrite};
 use crate::graph::ir::{Graph, Node, ValueId};
 use crate::graph::op_schema;
-use crate::graph::raise::layout::{self, perm};
-use crate::graph::raise::pattern::{host, op, value};
-use crate::graph::raise::rule::{Replacement, Rule};
-use crate::graph::raise::{Report, Rewrite};
 
 pub(super) fn rules() -> Vec<Rule> {
     let flat = op("Reshape", [value("x"), host("flat")]).named("first");
@@ -58,7 +58,7 @@ pub(super) fn part_first(graph: &mut Graph, report: &mut Report) {
             graph.nodes.push(node);
             continue;
         };
-        report.raised.push(Rewrite { pattern: "Parts before a transpose", node: node.name.clone() });
+        report.fused.push(Rewrite { pattern: "Parts before a transpose", node: node.name.clone() });
         node.inputs[0] = Some(*from);
         node.attributes.set("axis", Attribute::Int(axis));
         let p = p.clone();
@@ -118,7 +118,7 @@ pub(super) fn straighten(graph: &mut Graph, report: &mut Report) {
             graph.nodes.push(node);
             continue;
         };
-        report.raised.push(Rewrite { pattern: "Copy once", node: node.name.clone() });
+        report.fused.push(Rewrite { pattern: "Copy once", node: node.name.clone() });
         let name = format!("{} as a view", graph.names[to]);
         let seen = graph.add_value(&name);
         node.outputs[0] = Some(seen);

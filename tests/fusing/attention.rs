@@ -161,8 +161,8 @@ fn rows_that_see_nothing_are_zero_where_the_graph_guards_them() {
     let nodes = format!(
         "{T}p = MatMul(q, kt)\n no = Less(row, row)\n m = Where(no, 0.0, -inf)\n a = Add(p, m)\n w0 = Softmax(a)\n n = IsNaN(w0)\n w = Where(n, 0.0, w0)\n y = MatMul(w, v)"
     );
-    for raise in [true, false] {
-        let largest = text(&nodes).largest_output(raise);
-        assert_eq!(largest, 0.0, "raise={raise}");
+    for fuse in [true, false] {
+        let largest = text(&nodes).largest_output(fuse);
+        assert_eq!(largest, 0.0, "fuse={fuse}");
     }
 }

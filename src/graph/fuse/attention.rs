@@ -9,10 +9,10 @@
 //! the weights are cast to behind a softmax in f32; `guarded` where NaN weights count as zero.
 
 use crate::graph::attributes::Attribute;
+use crate::graph::fuse::pattern::{Captures, Pattern, either, factor, host, number, op, scalar, value};
+use crate::graph::fuse::rule::{Replacement, Rule};
+use crate::graph::fuse::view::View;
 use crate::graph::ir::ValueId;
-use crate::graph::raise::pattern::{Captures, Pattern, either, factor, host, number, op, scalar, value};
-use crate::graph::raise::rule::{Replacement, Rule};
-use crate::graph::raise::view::View;
 use crate::tensor::HostTensor;
 
 pub(super) fn rules() -> Vec<Rule> {

@@ -1,4 +1,4 @@
-//! Attention as raised from its products. See `graph::raise::attention` for the attributes.
+//! Attention as fused from its products. See `graph::fuse::attention` for the attributes.
 
 use tch::{Device, Kind, Tensor};
 

@@ -4,9 +4,9 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::attributes::{Attribute, Attributes};
+use crate::graph::fuse::view::View;
+use crate::graph::fuse::{Report, Rewrite};
 use crate::graph::ir::{Graph, ValueId};
-use crate::graph::raise::view::View;
-use crate::graph::raise::{Report, Rewrite};
 
 /// A node, and the start and end of its slice.
 type Part = (usize, i64, i64);
@@ -51,7 +51,7 @@ pub(super) fn join(graph: &mut Graph, trained: &HashSet<ValueId>, report: &mut R
         let bounds = list.iter().flat_map(|l| [l.1, l.2]).collect();
         gone.extend(list.iter().map(|l| l.0).filter(|&i| i != first));
         let node = &mut graph.nodes[first];
-        report.raised.push(Rewrite { pattern: "Slices", node: node.name.clone() });
+        report.fused.push(Rewrite { pattern: "Slices", node: node.name.clone() });
         node.op = "Ranges".into();
         node.domain = "disback".into();
         node.opset = 1;

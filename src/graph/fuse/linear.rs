@@ -1,7 +1,7 @@
 //! Layers: a product with a weight and the bias added to it, as one call that adds while it multiplies.
 
-use crate::graph::raise::pattern::{op, value, weight};
-use crate::graph::raise::rule::{Replacement, Rule};
+use crate::graph::fuse::pattern::{op, value, weight};
+use crate::graph::fuse::rule::{Replacement, Rule};
 
 pub(super) fn rules() -> Vec<Rule> {
     vec![Rule {

@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 
+use crate::graph::fuse::view::View;
 use crate::graph::ir::ValueId;
-use crate::graph::raise::view::View;
 
 /// See the module's text.
 #[derive(Debug, Clone)]

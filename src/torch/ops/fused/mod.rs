@@ -1,4 +1,4 @@
-//! Operators of the `disback` domain: what raising makes of decomposed chains (see `graph::raise`). Each calls libtorch's
+//! Operators of the `disback` domain: what fusing makes of decomposed chains (see `graph::fuse`). Each calls libtorch's
 //! fused kernel where the shapes are those it is made for, and else computes the chain as it was written.
 
 mod attention;

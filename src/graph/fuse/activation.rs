@@ -3,9 +3,9 @@
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, SQRT_2};
 
 use crate::graph::attributes::Attribute;
-use crate::graph::raise::pattern::{Captures, Pattern, either, number, op, value};
-use crate::graph::raise::rule::{Replacement, Rule, attributes};
-use crate::graph::raise::view::View;
+use crate::graph::fuse::pattern::{Captures, Pattern, either, number, op, value};
+use crate::graph::fuse::rule::{Replacement, Rule, attributes};
+use crate::graph::fuse::view::View;
 
 pub(super) fn rules() -> Vec<Rule> {
     vec![

@@ -1,4 +1,4 @@
-//! Every rewrite of `graph::raise` alone: values and gradients of inputs and weights against the unraised plan, in f32 and
+//! Every rewrite of `graph::fuse` alone: values and gradients of inputs and weights against the unfused plan, in f32 and
 //! f64, and the reasons of what is left as it was.
 
 mod activations;

@@ -1,4 +1,4 @@
-//! Small models from text, and the comparison of a raised plan with an unraised one.
+//! Small models from text, and the comparison of a fused plan with an unfused one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -26,9 +26,9 @@ pub struct Text<'a> {
     pub nodes: &'a str,
 }
 
-/// What raising did to a model.
+/// What fusing did to a model.
 pub struct Outcome {
-    pub raised: BTreeMap<&'static str, usize>,
+    pub fused: BTreeMap<&'static str, usize>,
     pub near_misses: Vec<(&'static str, String)>,
     /// Operators that are left, in order.
     pub left: Vec<String>,
@@ -179,12 +179,12 @@ impl Text<'_> {
         })
     }
 
-    fn network(&self, dtype: DType, raise: bool) -> Network {
+    fn network(&self, dtype: DType, fuse: bool) -> Network {
         let trainable =
             TrainableChoice { train: self.weights.iter().map(|w| w.0.to_owned()).collect(), ..Default::default() };
         let net = Network::import(
             self.model(dtype),
-            &ImportOptions { raise, trainable, widen: false, ..ImportOptions::default() },
+            &ImportOptions { fuse, trainable, widen: false, ..ImportOptions::default() },
             Device::Cpu,
         )
         .unwrap();
@@ -229,16 +229,16 @@ impl Text<'_> {
         all
     }
 
-    /// Values and gradients of the raised plan are those of the unraised one, in f32 (relative to `tolerance`) and in f64.
+    /// Values and gradients of the fused plan are those of the unfused one, in f32 (relative to `tolerance`) and in f64.
     pub fn check(&self, tolerance: f64) -> Outcome {
         self.compare(DType::F64, 1e-9);
         self.compare(DType::F32, tolerance)
     }
 
     fn compare(&self, dtype: DType, tolerance: f64) -> Outcome {
-        let (plain, raised) = (self.network(dtype, false), self.network(dtype, true));
+        let (plain, fused) = (self.network(dtype, false), self.network(dtype, true));
         let theirs: HashMap<String, Tensor> = self.run(&plain, dtype).into_iter().collect();
-        for (what, mine) in self.run(&raised, dtype) {
+        for (what, mine) in self.run(&fused, dtype) {
             // Master weights, and so their gradients, are f32 whatever the graph computes in.
             let within = if what.contains("weight") { tolerance.max(2e-6) } else { tolerance };
             let (a, b) = (mine.to_kind(Kind::Double), theirs[&what].to_kind(Kind::Double));
@@ -246,11 +246,11 @@ impl Text<'_> {
             let error = (&a - &b).norm().double_value(&[]) / b.norm().double_value(&[]).max(1e-6);
             assert!(error <= within, "{dtype} {what} differs by {error:.1e}\n{}", self.nodes);
         }
-        let report = &raised.shared().raised;
+        let report = &fused.shared().fused;
         Outcome {
-            raised: report.counts(),
+            fused: report.counts(),
             near_misses: report.near_misses.iter().map(|m| (m.pattern, m.reason.clone())).collect(),
-            left: raised.shared().graph.nodes.iter().map(|n| n.op.clone()).collect(),
+            left: fused.shared().graph.nodes.iter().map(|n| n.op.clone()).collect(),
         }
     }
 
@@ -269,22 +269,22 @@ impl Text<'_> {
     }
 
     /// The largest magnitude of the first output, in f32.
-    pub fn largest_output(&self, raise: bool) -> f64 {
-        let all = self.outputs(&self.network(DType::F32, raise), DType::F32).1;
+    pub fn largest_output(&self, fuse: bool) -> f64 {
+        let all = self.outputs(&self.network(DType::F32, fuse), DType::F32).1;
         all[0].1.abs().max().double_value(&[])
     }
 
-    /// [`Text::check`], and that one of these was raised.
+    /// [`Text::check`], and that one of these was fused.
     pub fn makes_one(&self, pattern: &str) {
         let outcome = self.check(2e-5);
-        assert_eq!(outcome.raised.get(pattern), Some(&1), "{:?}\n{}", outcome.near_misses, self.nodes);
+        assert_eq!(outcome.fused.get(pattern), Some(&1), "{:?}\n{}", outcome.near_misses, self.nodes);
     }
 
-    /// [`Text::check`], and that nothing was raised, for this reason.
+    /// [`Text::check`], and that nothing was fused, for this reason.
     pub fn stays(&self, pattern: &str, reason: &str) {
         let outcome = self.check(2e-5);
-        let made: Vec<_> = outcome.raised.keys().filter(|k| pattern.contains(**k)).collect();
-        assert!(made.is_empty(), "{made:?} was raised\n{}", self.nodes);
+        let made: Vec<_> = outcome.fused.keys().filter(|k| pattern.contains(**k)).collect();
+        assert!(made.is_empty(), "{made:?} was fused\n{}", self.nodes);
         let told = outcome.near_misses.iter().any(|(p, r)| p.contains(pattern) && r.contains(reason));
         assert!(told, "no near miss of {pattern} because {reason}: {:?}\n{}", outcome.near_misses, self.nodes);
     }

@@ -1,4 +1,4 @@
-//! Norms over some axes, between two reshapes where it is a norm of groups. See `graph::raise::norm` for the attributes.
+//! Norms over some axes, between two reshapes where it is a norm of groups. See `graph::fuse::norm` for the attributes.
 
 use tch::{Kind, Tensor};
 

@@ -1,6 +1,6 @@
-"""Operators that `export --raise` writes, beside the chains that PyTorch's exporters write for them, in ONNX Runtime.
+"""Operators that `export --fuse` writes, beside the chains that PyTorch's exporters write for them, in ONNX Runtime.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benches/raised_operators.py
+    OMP_NUM_THREADS=1 .venv/bin/python benches/fused_operators.py
 
 One thread; chain and operator alternate, medians of ROUNDS calls. Prints rows for RESULTS.md and how far the two outputs are apart.
 """

@@ -8,10 +8,10 @@
 //! (the order of axes in which the norm sees x: see `layout`).
 
 use crate::graph::attributes::Attribute;
+use crate::graph::fuse::pattern::{Captures, Pattern, either, host, number, op, scalar, value, weight};
+use crate::graph::fuse::rule::{Replacement, Rule, attributes, kept};
+use crate::graph::fuse::view::View;
 use crate::graph::ir::Node;
-use crate::graph::raise::pattern::{Captures, Pattern, either, host, number, op, scalar, value, weight};
-use crate::graph::raise::rule::{Replacement, Rule, attributes, kept};
-use crate::graph::raise::view::View;
 use crate::tensor::HostTensor;
 
 const MADE: &str = "disback.Normalize";

@@ -5,9 +5,9 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::attributes::{Attribute, Attributes};
+use crate::graph::fuse::{Report, Rewrite};
 use crate::graph::ir::{Graph, Node, ValueId};
 use crate::graph::op_schema;
-use crate::graph::raise::{Report, Rewrite};
 
 /// Over some axes, with a `view` attribute that says how they see their first input.
 const NORMS: &[&str] = &["Normalize"];
@@ -60,7 +60,7 @@ fn compose(graph: &mut Graph, report: &mut Report) {
             (from, p) = (*source, both);
             node.inputs[0] = Some(from);
             node.attributes.set("perm", Attribute::Ints(p.clone()));
-            report.raised.push(Rewrite { pattern: "Transpose pair", node: node.name.clone() });
+            report.fused.push(Rewrite { pattern: "Transpose pair", node: node.name.clone() });
         }
         if is_identity(&p) && !outputs.contains(&to) {
             alias.insert(to, from);

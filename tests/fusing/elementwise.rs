@@ -66,7 +66,7 @@ fn transposes_on_both_sides_go() {
         let outcome = text(&nodes, 24).check(2e-5);
         let left = &outcome.left;
         assert!(!left.iter().any(|op| op == "Transpose"), "{}: {left:?}", row.name);
-        assert!(left.iter().any(|op| op == row.name) && outcome.raised.contains_key("Transpose pair"), "{left:?}");
+        assert!(left.iter().any(|op| op == row.name) && outcome.fused.contains_key("Transpose pair"), "{left:?}");
     }
 }
 
@@ -93,7 +93,7 @@ fn casts_on_both_sides_go() {
         let outcome = text(&nodes, 24).check(2e-5);
         let left = &outcome.left;
         assert!(!left.iter().any(|op| op == "Cast"), "{}: {left:?}", row.name);
-        assert!(left.iter().any(|op| op == row.name) && outcome.raised.contains_key("Cast chain"), "{left:?}");
+        assert!(left.iter().any(|op| op == row.name) && outcome.fused.contains_key("Cast chain"), "{left:?}");
     }
 }
 

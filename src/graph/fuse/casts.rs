@@ -2,9 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::graph::fuse::{Report, Rewrite};
 use crate::graph::ir::{Graph, Node, ValueId};
 use crate::graph::op_schema::{self, ResultType};
-use crate::graph::raise::{Report, Rewrite};
 use crate::tensor::DType;
 
 /// Element types as far as they follow from inputs, constants and casts.
@@ -76,13 +76,13 @@ pub(super) fn simplify(graph: &mut Graph, report: &mut Report) {
             && embeds(a, b)
         {
             from = before;
-            report.raised.push(Rewrite { pattern: "Cast chain", node: node.name.clone() });
+            report.fused.push(Rewrite { pattern: "Cast chain", node: node.name.clone() });
             node.inputs[0] = Some(from);
         }
         sources.insert(to, from);
         if types.get(&from) == Some(&wanted) && !outputs.contains(&to) {
             alias.insert(to, from);
-            report.raised.push(Rewrite { pattern: "Cast chain", node: node.name.clone() });
+            report.fused.push(Rewrite { pattern: "Cast chain", node: node.name.clone() });
         }
     }
     // Captures name outer values; the bodies that read them are not looked into.

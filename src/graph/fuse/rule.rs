@@ -3,10 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::attributes::{Attribute, Attributes};
+use crate::graph::fuse::pattern::{self, Captures, Furthest, Pattern};
+use crate::graph::fuse::view::View;
+use crate::graph::fuse::{NearMiss, Report};
 use crate::graph::ir::{Graph, Node, ValueId};
-use crate::graph::raise::pattern::{self, Captures, Furthest, Pattern};
-use crate::graph::raise::view::View;
-use crate::graph::raise::{NearMiss, Report};
 
 /// The call that takes a chain's place.
 pub(super) struct Replacement {
