@@ -3,7 +3,7 @@
 //! small difference of large terms, the agreement is f32's of these terms; what is wrong by more is found.
 #![cfg(all(feature = "train", feature = "ort", feature = "tract"))]
 
-use disback::diffusion::schedule::{Betas, ScheduleSpec};
+use disback::diffusion::schedule::{Betas, Direction, ScheduleSpec};
 use disback::diffusion::{Conversion, Prediction, TeacherCard, TimeUnit};
 use disback::export::{self, ShipOptions, StudentOptions};
 use disback::graph::{Model, save, tensors};
