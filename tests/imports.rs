@@ -156,7 +156,6 @@ fn masks_and_positions(dir: &Path) {
     let inputs: Vec<&str> = student.proto.graph.as_ref().unwrap().input.iter().map(|i| i.name()).collect();
     assert_eq!(inputs, ["noise"]);
     verified(dir, "ids/run/student.onnx");
-    ok(dir, "sample ids/teacher.onnx -n 2 --steps 2 -o ids/samples.npz");
     // One number for all elements is said; as rows of a batch it is refused, with the way out.
     let number = format!("distill ids/teacher.onnx -o ids/x {FEW} --dry-run --card conditions.ids.kind=embedding");
     support::refused(dir, &format!("{number} --card conditions.ids.shape=[3]"), "conditions.ids.kind=constant");
