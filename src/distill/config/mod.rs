@@ -165,9 +165,11 @@ impl Config {
         for set in sets {
             keys::apply(&mut table, set).with_context(|| format!("--set {set}"))?;
         }
-        Value::Table(table).try_into().map_err(|e: toml::de::Error| {
-            Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end())))
-        })
+        let refused =
+            |e: toml::de::Error| Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end())));
+        // (A flattened part's errors do not say which key is wrong; read by itself, they do.)
+        let _: Settings = Value::Table(table.clone()).try_into().map_err(refused)?;
+        Value::Table(table).try_into().map_err(refused)
     }
 
     /// Whether a fake score is trained beside the student.
