@@ -469,7 +469,7 @@ mod tests {
                 assert!((snapped - schedule.t(sigma)).abs() <= 0.5 + 1e-9);
             }
         }
-        let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0, direction: Direction::default() }).unwrap();
+        let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0, direction: Direction::DataToNoise }).unwrap();
         close(flow.sigma(0.75), 3.0, 1e-15);
         close(flow.t(3.0), 0.75, 1e-15);
         assert_eq!((flow.t(f64::INFINITY), flow.a(f64::INFINITY), flow.b(f64::INFINITY)), (1.0, 0.0, 1.0));
@@ -499,7 +499,7 @@ mod tests {
         }
         assert_eq!(sigmas[10], 0.0);
         assert_eq!(schedule.training_sigmas(1000).len(), 1000);
-        let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0, direction: Direction::default() }).unwrap();
+        let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0, direction: Direction::DataToNoise }).unwrap();
         let sigmas = flow.sampling_sigmas(4);
         // t' = 3 t / (1 + 2 t): 1, 0.9, 0.75, 0.5
         for (sigma, t) in sigmas.iter().zip([FLOW_T_MAX, 0.9, 0.75, 0.5, 0.0]) {
@@ -509,10 +509,20 @@ mod tests {
     }
 
     #[test]
+    fn a_shift_in_the_other_direction_is_the_same() {
+        // SiT's successors shift their own time s = 1 - t: s' = s / (s + shift - shift s).
+        for (t, shift) in [(0.1f64, 3.0f64), (0.5, 6.0), (0.9, 0.5), (0.25, 1.0)] {
+            let s = 1.0 - t;
+            let theirs = s / (s + shift - shift * s);
+            close(1.0 - theirs, shifted(t, shift), 1e-12);
+        }
+    }
+
+    #[test]
     fn impossible_schedules_are_refused() {
         let edm = |sigma_min, sigma_max| Schedule::new(&ScheduleSpec::Edm { sigma_min, sigma_max, rho: 7.0 });
         assert!(edm(1.0, 0.5).is_err() && edm(0.0, 1.0).is_err() && edm(f64::NAN, 1.0).is_err());
-        assert!(Schedule::new(&ScheduleSpec::Flow { shift: -1.0, direction: Direction::default() }).is_err());
+        assert!(Schedule::new(&ScheduleSpec::Flow { shift: -1.0, direction: Direction::DataToNoise }).is_err());
         assert!(Schedule::from_abar(&[0.9]).is_err());
         assert!(Schedule::from_abar(&[0.9, 0.95]).is_err());
         assert!(Schedule::from_abar(&[0.9, 0.0]).is_err());
