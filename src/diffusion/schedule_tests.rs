@@ -1,0 +1,125 @@
+//! Schedules against closed forms and the tables of others.
+
+use super::*;
+
+fn close(found: f64, expected: f64, tolerance: f64) {
+    assert!((found - expected).abs() <= tolerance * expected.abs(), "{found} is not {expected}");
+}
+
+fn vp(betas: Betas) -> Schedule {
+    let spec = ScheduleSpec::Vp { betas, beta_start: None, beta_end: None, steps: None, table: vec![] };
+    Schedule::new(&spec).unwrap()
+}
+
+#[test]
+fn named_beta_schedules_equal_numpy() {
+    // numpy: np.cumprod(1 - betas) for the betas of diffusers' DDPMScheduler, sigma = sqrt((1 - abar) / abar).
+    for (betas, at, expected) in NUMPY_SIGMAS {
+        close(vp(betas).sigma(at), expected, 1e-9);
+    }
+}
+
+const NUMPY_SIGMAS: [(Betas, f64, f64); 15] = [
+    (Betas::Linear, 0.0, 1.000050003750e-02),
+    (Betas::Linear, 1.0, 1.483092370898e-02),
+    (Betas::Linear, 500.0, 3.442967112526e+00),
+    (Betas::Linear, 980.0, 1.301437001379e+02),
+    (Betas::Linear, 999.0, 1.574072808104e+02),
+    (Betas::ScaledLinear, 0.0, 2.916715815172e-02),
+    (Betas::ScaledLinear, 1.0, 4.131441199678e-02),
+    (Betas::ScaledLinear, 500.0, 1.618278826019e+00),
+    (Betas::ScaledLinear, 980.0, 1.304308318552e+01),
+    (Betas::ScaledLinear, 999.0, 1.461464122933e+01),
+    (Betas::Cosine, 0.0, 6.425412771142e-03),
+    (Betas::Cosine, 1.0, 9.350492835615e-03),
+    (Betas::Cosine, 500.0, 1.015550550520e+00),
+    (Betas::Cosine, 980.0, 3.376185818523e+01),
+    (Betas::Cosine, 999.0, 2.029116961002e+04),
+];
+const NUMPY_KARRAS: [(usize, f64); 4] =
+    [(1, 0.002050197199044034), (20, 0.003231590769819518), (500, 2.5265068484381206), (980, 72.05389868632781)];
+
+#[test]
+fn linear_betas_follow_the_continuous_vp_formula() {
+    // t(s) = (sqrt(bmin^2 + 2 bd ln(1 + s^2)) - bmin) / bd with bmin 0.1, bd 19.9, in units of 1/N.
+    let schedule = vp(Betas::Linear);
+    for sigma in [0.1, 1.0, 10.0, 50.0] {
+        let t = ((0.01 + 2.0 * 19.9 * f64::ln_1p(sigma * sigma)).sqrt() - 0.1) / 19.9;
+        // The table has ln(1 - beta) where the integral has -beta: 0.3 % late in the schedule.
+        assert!((schedule.t(sigma) - 999.0 * t).abs() < 4.0, "{} {}", schedule.t(sigma), 999.0 * t);
+    }
+}
+
+#[test]
+fn t_inverts_sigma_between_and_at_the_entries() {
+    for schedule in [vp(Betas::Linear), vp(Betas::ScaledLinear), vp(Betas::Cosine)] {
+        for t in [0.0, 0.25, 1.0, 17.5, 400.0, 998.0, 998.75, 999.0] {
+            assert!((schedule.t(schedule.sigma(t)) - t).abs() < 1e-9, "{t}");
+        }
+        for sigma in [0.5, 1.0, 7.3] {
+            close(schedule.a(sigma).powi(2) + schedule.b(sigma).powi(2), 1.0, 1e-14);
+            close(schedule.b(sigma) / schedule.a(sigma), sigma, 1e-14);
+            let snapped = schedule.t(schedule.snap(sigma));
+            assert!((snapped - snapped.round()).abs() < 1e-9);
+            assert!((snapped - schedule.t(sigma)).abs() <= 0.5 + 1e-9);
+        }
+    }
+    let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0, direction: Direction::DataToNoise }).unwrap();
+    close(flow.sigma(0.75), 3.0, 1e-15);
+    close(flow.t(3.0), 0.75, 1e-15);
+    assert_eq!((flow.t(f64::INFINITY), flow.a(f64::INFINITY), flow.b(f64::INFINITY)), (1.0, 0.0, 1.0));
+}
+
+#[test]
+fn karras_table_has_1000_entries_between_the_ends() {
+    let edm = Schedule::new(&ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 }).unwrap();
+    let table = edm.training_sigmas(1000);
+    assert_eq!((table.len(), table[0], table[999]), (1000, 0.002, 80.0));
+    assert!(table.windows(2).all(|w| w[0] < w[1]));
+    for (i, expected) in NUMPY_KARRAS {
+        close(table[i], expected, 1e-9);
+    }
+    let sampling = edm.sampling_sigmas(18);
+    assert_eq!((sampling.len(), sampling[0], sampling[17], sampling[18]), (19, 80.0, 0.002, 0.0));
+    assert_eq!(edm.sampling_sigmas(1), [80.0, 0.0]);
+}
+
+#[test]
+fn sampling_levels_of_vp_are_steps_and_of_flow_are_shifted() {
+    let schedule = vp(Betas::ScaledLinear);
+    // diffusers, timestep_spacing="trailing", 10 steps: 999, 899, ..., 99.
+    let sigmas = schedule.sampling_sigmas(10);
+    for (i, sigma) in sigmas[..10].iter().enumerate() {
+        assert!((schedule.t(*sigma) - (999.0 - 100.0 * i as f64)).abs() < 1e-9);
+    }
+    assert_eq!(sigmas[10], 0.0);
+    assert_eq!(schedule.training_sigmas(1000).len(), 1000);
+    let flow = Schedule::new(&ScheduleSpec::Flow { shift: 3.0, direction: Direction::DataToNoise }).unwrap();
+    let sigmas = flow.sampling_sigmas(4);
+    // t' = 3 t / (1 + 2 t): 1, 0.9, 0.75, 0.5
+    for (sigma, t) in sigmas.iter().zip([FLOW_T_MAX, 0.9, 0.75, 0.5, 0.0]) {
+        assert!((flow.t(*sigma) - t).abs() < 1e-12);
+    }
+    assert!(flow.training_sigmas(1000).windows(2).all(|w| w[0] < w[1]));
+}
+
+#[test]
+fn a_shift_in_the_other_direction_is_the_same() {
+    // SiT's successors shift their own time s = 1 - t: s' = s / (s + shift - shift s).
+    for (t, shift) in [(0.1f64, 3.0f64), (0.5, 6.0), (0.9, 0.5), (0.25, 1.0)] {
+        let s = 1.0 - t;
+        let theirs = s / (s + shift - shift * s);
+        close(1.0 - theirs, shifted(t, shift), 1e-12);
+    }
+}
+
+#[test]
+fn impossible_schedules_are_refused() {
+    let edm = |sigma_min, sigma_max| Schedule::new(&ScheduleSpec::Edm { sigma_min, sigma_max, rho: 7.0 });
+    assert!(edm(1.0, 0.5).is_err() && edm(0.0, 1.0).is_err() && edm(f64::NAN, 1.0).is_err());
+    assert!(Schedule::new(&ScheduleSpec::Flow { shift: -1.0, direction: Direction::DataToNoise }).is_err());
+    assert!(Schedule::from_abar(&[0.9]).is_err());
+    assert!(Schedule::from_abar(&[0.9, 0.95]).is_err());
+    assert!(Schedule::from_abar(&[0.9, 0.0]).is_err());
+    assert!(Schedule::from_abar(&[0.9, 0.5, 0.1]).is_ok());
+}
