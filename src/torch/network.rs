@@ -84,6 +84,8 @@ pub struct ImportOptions {
     pub fuse: bool,
     /// Whether the layers of a file in half precision are computed in f32 (see `graph::widen`); otherwise as it is written.
     pub widen: bool,
+    /// Whether a file in double precision is computed and trained in f32 (see `graph::narrow`); otherwise as it is written.
+    pub narrow: bool,
     /// Which tensors are trained and which stay as they are.
     pub trainable: TrainableChoice,
     /// Operators beside those of this crate. The model is loaded with the same ([`Model::load_with`]).
@@ -92,7 +94,7 @@ pub struct ImportOptions {
 
 impl Default for ImportOptions {
     fn default() -> Self {
-        Self { fuse: true, widen: true, trainable: TrainableChoice::default(), operators: Arc::default() }
+        Self { fuse: true, widen: true, narrow: true, trainable: TrainableChoice::default(), operators: Arc::default() }
     }
 }
 
@@ -145,7 +147,7 @@ impl Network {
     }
 
     fn import_inner(model: Model, options: &ImportOptions, device: Device) -> Result<Self> {
-        let (model, narrowed) = match narrow::narrowed(&model)? {
+        let (model, narrowed) = match options.narrow.then(|| narrow::narrowed(&model)).transpose()?.flatten() {
             Some(narrow) => (narrow, true),
             None => (model, false),
         };

@@ -184,7 +184,7 @@ impl Text<'_> {
             TrainableChoice { train: self.weights.iter().map(|w| w.0.to_owned()).collect(), ..Default::default() };
         let net = Network::import(
             self.model(dtype),
-            &ImportOptions { fuse, trainable, widen: false, ..ImportOptions::default() },
+            &ImportOptions { fuse, trainable, widen: false, narrow: false, ..ImportOptions::default() },
             Device::Cpu,
         )
         .unwrap();
