@@ -43,6 +43,8 @@ fn call(row: &OpSchema, [weight, other, mask]: [&str; 3]) -> String {
     match (row.name, row.inputs.1) {
         ("Where", _) => format!("Where({mask}, a, {weight})"),
         ("Clip", _) => "Clip(a, -0.5, 0.8)".into(),
+        // (It does not broadcast.)
+        ("SwiGLU", _) => "SwiGLU(a, a)".into(),
         ("Mod", _) => format!("Mod(a, {weight}) {{fmod=1}}"),
         (_, 1) => format!("{name}(a)"),
         (_, 2) => format!("{name}(a, {weight})"),
