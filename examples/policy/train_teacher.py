@@ -8,12 +8,11 @@ diffusion policies are Chi et al. 2023 (arXiv 2303.04137). A sample is a chunk o
 
 import argparse
 import copy
-import io
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +20,9 @@ from torch.nn import functional as F
 from task import HORIZON, windows
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "digits"))
+from common import export  # noqa: E402
+
 SIGMA_DATA = 0.5
 
 CARD = {
@@ -96,6 +98,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--demonstrations", type=int, default=4000)
+    parser.add_argument("--out", type=Path, default=HERE / "teacher.onnx")
     args = parser.parse_args()
     torch.manual_seed(0)
     observations, actions = (torch.from_numpy(a) for a in windows(args.demonstrations, seed=0))
@@ -128,27 +131,11 @@ def main():
             total = 0.0
     average.eval()
     given = (torch.randn(2, HORIZON, 2), torch.tensor([0.5, 3.0]), torch.randn(2, 3))
-    names = ["actions", "sigma", "observation"]
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    program = torch.onnx.export(
-        average, given, dynamo=True, opset_version=20, input_names=names, output_names=["denoised"],
-        dynamic_shapes=tuple({0: batch} for _ in given), external_data=False, verbose=False,
-    )
-    buffer = io.BytesIO()
-    onnx.save(program.model_proto, buffer)
-    model = onnx.load_model_from_string(buffer.getvalue())
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del model.graph.value_info[:], model.metadata_props[:]
     card = {f"disback.{key}": value for key, value in CARD.items()}
     card["disback.provenance"] = f"examples/policy/train_teacher.py, {args.steps} steps of 256 action chunks, seed 0"
-    for key, value in card.items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(model)
-    (HERE / "teacher.onnx").write_bytes(model.SerializeToString())
+    export(average, given, args.out, card, ["actions", "sigma", "observation"], ["denoised"])
     # What training is conditioned on: observations as they are met, without actions.
-    some = np.random.default_rng(1).choice(len(observations), 8192, replace=False)
+    some = np.random.default_rng(1).choice(len(observations), min(8192, len(observations)), replace=False)
     np.savez_compressed(HERE / "observations.npz", observation=observations.numpy()[some])
 
 

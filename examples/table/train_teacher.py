@@ -9,18 +9,20 @@ The table is scikit-learn's breast-cancer data (Wolberg et al. 1995; 569 rows, 3
 
 import argparse
 import copy
-import io
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "digits"))
+from common import export  # noqa: E402
+
 SIGMA_DATA = 0.5
 
 CARD = {
@@ -78,6 +80,7 @@ class Denoiser(nn.Module):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--out", type=Path, default=HERE / "teacher.onnx")
     args = parser.parse_args()
     torch.manual_seed(0)
     rows, labels, names = table()
@@ -110,25 +113,9 @@ def main():
             total = 0.0
     average.eval()
     given = (torch.randn(2, 30), torch.tensor([0.5, 3.0]), torch.tensor([0, 1]))
-    inputs = ["row", "sigma", "diagnosis"]
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    program = torch.onnx.export(
-        average, given, dynamo=True, opset_version=20, input_names=inputs, output_names=["denoised"],
-        dynamic_shapes=tuple({0: batch} for _ in given), external_data=False, verbose=False,
-    )
-    buffer = io.BytesIO()
-    onnx.save(program.model_proto, buffer)
-    model = onnx.load_model_from_string(buffer.getvalue())
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del model.graph.value_info[:], model.metadata_props[:]
     card = {f"disback.{key}": value for key, value in CARD.items()}
     card["disback.provenance"] = f"examples/table/train_teacher.py, {args.steps} steps of 256 rows, seed 0"
-    for key, value in card.items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(model)
-    (HERE / "teacher.onnx").write_bytes(model.SerializeToString())
+    export(average, given, args.out, card, ["row", "sigma", "diagnosis"], ["denoised"])
 
 
 if __name__ == "__main__":
