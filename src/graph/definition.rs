@@ -1,12 +1,10 @@
 //! Operators that ONNX does not define, written in operators that it does: what a caller hands in for a file whose exporter left
 //! an operator of a domain of its own.
 
-use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
 
 use crate::error::{Error, Result};
-use crate::graph::ir::{Graph, Node, ValueId};
-use crate::graph::{edit, lower};
+use crate::graph::edit;
 use crate::onnx::{AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 
 /// An operator of another domain as a function of ONNX's own operators, as a model-local function of ONNX is one.
@@ -152,124 +150,4 @@ pub struct Call {
     pub opset: i64,
     /// Names of all values that the body makes, the call's outputs among them.
     pub body: Vec<String>,
-}
-
-/// Puts calls back in the place of their bodies, for those operators that there is a kernel for. Gives how many.
-///
-/// A call whose body was rewritten meanwhile keeps its body, which computes the same.
-pub fn restore(graph: &mut Graph, calls: &[Call], has_kernel: &dyn Fn(&str, &str) -> bool) -> usize {
-    let mut ids: HashMap<String, ValueId> = HashMap::new();
-    for (id, name) in graph.names.iter().enumerate() {
-        ids.entry(name.clone()).or_insert(id);
-    }
-    let mut restored = 0;
-    for call in calls.iter().filter(|c| has_kernel(c.node.domain(), c.node.op_type())) {
-        if let Some(node) = node_of(graph, call, &ids) {
-            let made: HashSet<ValueId> = node.outputs.iter().flatten().copied().collect();
-            let makes = |n: &Node| n.outputs.iter().flatten().any(|v| made.contains(v));
-            let Some(last) = graph.nodes.iter().rposition(makes) else { continue };
-            graph.nodes[last] = node;
-            // (An output that another node of the body made is the call's now.)
-            let mut at = 0;
-            graph.nodes.retain(|n| {
-                at += 1;
-                at - 1 == last || !makes(n)
-            });
-            restored += 1;
-        }
-    }
-    graph.remove_dead();
-    restored
-}
-
-/// The call as a node, where all that it reads and makes is what its body reads and makes.
-fn node_of(graph: &Graph, call: &Call, ids: &HashMap<String, ValueId>) -> Option<Node> {
-    let body: HashSet<ValueId> = call.body.iter().filter_map(|name| ids.get(name).copied()).collect();
-    let nodes = || graph.nodes.iter().filter(|n| n.outputs.iter().flatten().any(|v| body.contains(v)));
-    let read: HashSet<ValueId> = nodes().flat_map(|n| n.inputs.iter().flatten().copied()).collect();
-    let values = |names: &[String], among: &HashSet<ValueId>| -> Option<Vec<Option<ValueId>>> {
-        let value = |name: &String| match name.as_str() {
-            "" => Some(None),
-            name => ids.get(name).copied().filter(|v| among.contains(v)).map(Some),
-        };
-        names.iter().map(value).collect()
-    };
-    let made: HashSet<ValueId> = nodes().flat_map(|n| n.outputs.iter().flatten().copied()).collect();
-    Some(Node {
-        op: call.node.op_type().to_owned(),
-        domain: call.node.domain().to_owned(),
-        name: Some(call.node.name()).filter(|n| !n.is_empty()).unwrap_or(call.node.output.first()?).to_owned(),
-        opset: call.opset,
-        inputs: values(&call.node.input, &read)?,
-        outputs: values(&call.node.output, &made)?,
-        attributes: lower::plain_attributes(&call.node).ok()?,
-        captures: Vec::new(),
-        origin: None,
-        module: None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::graph::Model;
-    use crate::onnx::GraphProto;
-    use crate::tensor::DType;
-
-    fn squared_sum() -> Definition {
-        Definition::new("com.example", "SquaredSum", &["a", "b"], &["y"])
-            .node("Add", &["a", "b"], &["s"])
-            .node("Mul", &["s", "s"], &["y"])
-            .opsets(13..=20)
-    }
-
-    fn model(opset: i64) -> ModelProto {
-        let mut call = edit::node("SquaredSum", &["x", "x2"], "y");
-        call.domain = Some("com.example".into());
-        let port = |name: &str| edit::value_info(name, DType::F32, &[Ok(2)]);
-        let graph = GraphProto {
-            name: Some("g".into()),
-            node: vec![edit::node("Neg", &["x"], "x2"), call, edit::node("Exp", &["y"], "z")],
-            input: vec![port("x")],
-            output: vec![port("z")],
-            ..GraphProto::default()
-        };
-        let import = |domain: &str, version| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version) };
-        let opset_import = vec![import("", opset), import("com.example", 3)];
-        ModelProto { ir_version: Some(8), opset_import, graph: Some(graph), ..ModelProto::default() }
-    }
-
-    fn load(opset: i64, definitions: &[Definition]) -> Result<Model> {
-        Model::from_bytes_with(prost::Message::encode_to_vec(&model(opset)).into(), definitions)
-    }
-
-    #[test]
-    fn a_call_becomes_its_body_and_a_call_again() {
-        let loaded = load(17, &[squared_sum()]).unwrap();
-        let ops = |graph: &Graph| graph.nodes.iter().map(|n| n.op.clone()).collect::<Vec<_>>();
-        let mut graph = lower::lower(&loaded).unwrap();
-        assert_eq!(ops(&graph), ["Neg", "Add", "Mul", "Exp"]);
-        assert_eq!(restore(&mut graph, &loaded.calls, &|_, _| false), 0);
-        assert_eq!(restore(&mut graph, &loaded.calls, &|domain, op| (domain, op) == ("com.example", "SquaredSum")), 1);
-        assert_eq!(ops(&graph), ["Neg", "SquaredSum", "Exp"]);
-        let call = &graph.nodes[1];
-        let names: Vec<_> = call.inputs.iter().flatten().map(|v| graph.names[*v].as_str()).collect();
-        assert_eq!((names, call.opset), (vec!["x", "x2"], 3));
-    }
-
-    #[test]
-    fn a_call_whose_body_was_rewritten_keeps_its_body() {
-        let loaded = load(17, &[squared_sum()]).unwrap();
-        let mut graph = lower::lower(&loaded).unwrap();
-        let x = graph.inputs[0].value;
-        let add = graph.nodes.iter_mut().find(|n| n.is("Add")).unwrap();
-        add.inputs = vec![Some(x), Some(x)];
-        assert_eq!(restore(&mut graph, &loaded.calls, &|_, _| true), 0);
-    }
-
-    #[test]
-    fn a_definition_for_other_operator_sets_is_refused() {
-        let e = load(11, &[squared_sum()]).unwrap_err().to_string();
-        assert!(e.contains("com.example.SquaredSum is defined for operator set 13 to 20, the file has 11"), "{e}");
-    }
 }

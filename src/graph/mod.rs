@@ -1,6 +1,7 @@
 //! The ONNX model in memory: loading and saving, a typed graph, the roles of its tensors, fusing of decomposed operators.
 
 pub mod attributes;
+pub mod calls;
 pub mod definition;
 pub mod edit;
 pub mod fuse;

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::graph::fuse::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
-use crate::graph::{Graph, Model, Port, TrainableChoice, definition, lower, narrow, widen};
+use crate::graph::{Graph, Model, Port, TrainableChoice, calls, lower, narrow, widen};
 use crate::onnx::ModelProto;
 use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
@@ -169,7 +169,7 @@ impl Network {
         let values: Vec<_> = roles.parameters.iter().map(|p| p.value).collect();
         let trained = values.iter().copied().collect();
         if options.fuse && !widened {
-            definition::restore(&mut graph, &model.calls, &|domain, op| options.operators.has_kernel(domain, op));
+            calls::restore(&mut graph, &model.calls, &|domain, op| options.operators.has_kernel(domain, op));
         }
         let fused = if options.fuse { fuse::fuse(&mut graph, &trained) } else { Report::default() };
         graph.remove_dead();
