@@ -289,6 +289,14 @@ impl TeacherCard {
         if !sample.dtype.is_float() {
             return Err(fail(format!("sample `{sample}` is of type {}, which is not a float", sample.dtype)));
         }
+        if let Some((given, made)) = joined(&sample, &output) {
+            return Err(Error::unsupported(format!(
+                "the network takes {given} channels as `{}` and gives {made} as `{}`: the others are a condition that its caller joins \
+                 to the sample (inpainting, an image to edit or to enlarge)",
+                sample.name, output.name
+            ))
+            .hint("export the network with that condition as an input of its own, joined inside (torch.cat in a wrapper's forward)"));
+        }
         if !fits(&sample.shape, &row) {
             return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self))));
         }
@@ -413,6 +421,18 @@ fn says(sample: &InputSpec, card: &TeacherCard) -> String {
         _ if card.layout == Layout::Nhwc => String::new(),
         (Some(row), _) => format!("; by the graph it is shape = {row:?}"),
     }
+}
+
+/// Channels in and out, where the graph takes more of them than it gives and is the same otherwise. (Of twice as many that come
+/// out, the second half is a learned variance.)
+fn joined(sample: &InputSpec, output: &InputSpec) -> Option<(usize, usize)> {
+    if sample.shape.len() < 3 || sample.shape.len() != output.shape.len() {
+        return None;
+    }
+    let pairs = || sample.shape.iter().zip(&output.shape).skip(1);
+    let mut unlike = pairs().filter_map(|(a, b)| a.zip(*b)).filter(|(a, b)| a != b);
+    let found = unlike.next().filter(|(given, made)| given > made)?;
+    unlike.next().is_none().then_some(found)
 }
 
 /// A graph's shape against `[B, ...row]`; dynamic dimensions fit anything.

@@ -156,3 +156,22 @@ fn toml_text_gives_the_same_card_back() {
     assert!(metadata.contains(&("disback.prediction".into(), "\"denoised\"".into())));
     assert!(metadata.contains(&("disback.conditions.labels.null".into(), "10".into())));
 }
+
+#[test]
+fn channels_that_a_caller_joins_to_the_sample_are_named() {
+    let port = |name: &str, dims: &[usize]| {
+        let dims: Vec<_> = std::iter::once(None).chain(dims.iter().map(|d| Some(*d))).collect();
+        InputSpec::new(name, DType::F32, &dims)
+    };
+    let checked = |given: &[usize], made: &[usize], shape: &[usize]| {
+        let inputs = [port("x", given), port("sigma", &[])];
+        TeacherCard::plain(shape).check_against(&inputs, &[port("denoised", made)])
+    };
+    for shape in [[9, 8, 8], [4, 8, 8]] {
+        let e = checked(&[9, 8, 8], &[4, 8, 8], &shape).unwrap_err();
+        assert!(e.to_string().contains("takes 9 channels as `x` and gives 4 as `denoised`"), "{e}");
+        assert!(e.hint_text().is_some_and(|hint| hint.contains("torch.cat")), "{e}");
+    }
+    // A learned variance is twice the channels.
+    checked(&[4, 8, 8], &[8, 8, 8], &[4, 8, 8]).unwrap();
+}
