@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -135,15 +136,19 @@ def agree(path, network, tolerance, progress, least=0.0):
     return absolute, relative, stored, spread
 
 
-def agree_drawn_anew(path, network, named, tolerance, progress):
+def agree_drawn_anew(path, network, named, fates, tolerance, progress):
     """The comparison once more where weights are all but zero (layers that training begins at zero): they hide what comes
-    before them, and two outputs of zeros are always alike. None where no weight is."""
-    if not any(weight.found and lost.faint(weight) for weight in network.weights):
+    before them, and two outputs of zeros are always alike. None where no weight is. A tensor that stands for several weights of
+    equal values stays as it is, and they do."""
+    readers = Counter(name for weight in network.weights for name in weight.found)
+    alone = [w for w in network.weights if w.found and all(readers[name] == 1 for name in w.found)]
+    alone = [w for w in alone if w.name not in fates.merged.values()]
+    if not any(lost.faint(weight) for weight in alone):
         return None
     model = onnx.load(path)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    with tempfile.TemporaryDirectory(dir=path.parent) as side, lost.drawn_anew(network.weights) as drawn:
-        for weight in network.weights:
+    with tempfile.TemporaryDirectory(dir=path.parent) as side, lost.drawn_anew(alone) as drawn:
+        for weight in alone:
             for name in weight.found if weight.name in drawn else []:
                 stored, tensor = named.layout[name], tensors[name]
                 value = np.ascontiguousarray(drawn[weight.name].transpose(stored.order)).reshape(stored.shape)
@@ -356,7 +361,7 @@ def write(network, options, describe):
             onnx.checker.check_model(str(path), full_check=size < PROTO_LIMIT)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ConversionError(f"the exporter wrote an invalid file: {str(error).strip()}\nTry another --opset.") from error
-        drawn = agree_drawn_anew(path, network, named, options.tolerance, progress)
+        drawn = agree_drawn_anew(path, network, named, fates, options.tolerance, progress)
         # Rounding counts against what the network gives once these weights are trained, not against next to nothing.
         least = drawn["spread"] if drawn is not None else 0.0
         absolute, relative, stored, _ = agree(path, network, options.tolerance, progress, least)

@@ -153,19 +153,24 @@ def network(made, card, names):
     # JAX has no int64 unless asked: class indices are int32.
     dtypes = {name: np.int32 for name in names if card.get(f"conditions.{name}.kind") == "class-index"}
     found = made.tensors()
-    owners, weights = {}, []
+    owners, weights, compiled = {}, [], {}
+
+    def put(name, array):
+        made.put({name: array})
+        compiled.clear()  # the compiled network holds its weights as constants
+
     for name, value in found.items():
         if value.dtype.kind != "f":
             continue
         weights.append(
-            Weight(name, lambda name=name: made.tensor(name), lambda array, name=name: made.put({name: array}), made.trained(name))
+            Weight(name, lambda name=name: made.tensor(name), lambda array, name=name: put(name, array), made.trained(name))
         )
         owners[name] = weights[-1]
 
-    run = jax.jit(made.function(names))
-
     def native(values):
-        results = run(*values.values())
+        if "run" not in compiled:
+            compiled["run"] = jax.jit(made.function(names))
+        results = compiled["run"](*values.values())
         results = results if isinstance(results, (tuple, list)) else [results]
         done.outputs = [card["output"], *(f"output_{k}" for k in range(1, len(results)))]
         return [np.asarray(value) for value in results]
