@@ -3,13 +3,13 @@
 //
 // Measured beside the crate gemm 0.19.0 (one thread, an Intel Xeon with AVX-512, 2026-11-30, best of 60, packing
 // counted): our time over gemm's with its feature x86-v4, [M, K] x [K, N] with either order of the second operand.
-// Winograd's products of the digits network: K = N = 16 0.65, 48 1.03, 128 0.93 to 1.02; of the DDPM++-like: 128 and 256
-// 0.92 to 1.03; DiT-S/2 (M = 1024): 384 x 1152 1.08, 384 x 384 1.03, 384 x 1536 1.07 to 1.11, 1536 x 384 1.05 to 1.14.
-// Without that feature gemm computes with AVX2 and takes twice as long; our AVX2 kernels are equal to it (0.95 to 1.10, K
-// = N = 16 too). So the speed of plain products is no reason for a kernel of our own, and long ones are slower here. What
-// keeps it: gemm has no operand that is packed once and used many times (every tile position of a Winograd convolution
-// multiplies by the same filters: 3 to 8 % of the time), no bias and no addition into rows that lie apart, and the
-// callers are C++ inside libtorch's autograd, to which a Rust crate would be a call back.
+// Winograd's products of the digits network: K = N = 16 0.65, 48 1.02 to 1.05, 128 0.93 to 1.02; of the DDPM++-like: 128
+// and 256 0.92 to 1.03; DiT-S/2 (M = 1024): 384 x 1152 1.08, 384 x 384 1.03, 384 x 1536 1.07 to 1.11, 1536 x 384 1.05 to
+// 1.14. Without that feature gemm computes with AVX2 and takes twice as long; our AVX2 kernels are 1.00 to 1.11 of it (K
+// = N = 16 1.02). So the speed of plain products is no reason for a kernel of our own, and long ones are slower here.
+// What keeps it: gemm has no operand that is packed once and used many times (every tile position of a Winograd
+// convolution multiplies by the same filters: packing is up to 12 % of the time), no bias and no addition into rows that
+// lie apart, and the callers are C++ inside libtorch's autograd, to which a Rust crate would be a call back.
 
 #pragma once
 
