@@ -165,6 +165,7 @@ fn card(prediction: Prediction, schedule: ScheduleSpec) -> TeacherCard {
         schedule,
         conditions: Default::default(),
         constants: Default::default(),
+        concat: Vec::new(),
         dims: Default::default(),
     }
 }

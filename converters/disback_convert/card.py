@@ -23,7 +23,7 @@ DIRECTIONS = ("data-to-noise", "noise-to-data")
 
 PLAIN = {
     "sample", "time", "output", "prediction", "time_unit", "shape", "layout", "modality", "sample_rate", "range", "sigma_data",
-    "latent_scale", "dataset", "provenance",
+    "latent_scale", "dataset", "provenance", "concat",
 }  # fmt: skip
 SCHEDULE = {"kind", "sigma_min", "sigma_max", "rho", "betas", "beta_start", "beta_end", "steps", "table", "shift", "direction", "scale"}
 CONDITION = {"kind", "classes", "null", "shape"}
@@ -131,6 +131,20 @@ def need(card):
         raise ConversionError(f"card: sample_rate = {rate!r}; it is a whole number of Hz")
 
 
+def joined(card):
+    """Conditions that are joined to the sample's channels, so that the graph takes them in the sample's input."""
+    return [name for name in card.get("concat", []) if name != card["sample"]]
+
+
+def check_concat(card):
+    concat = card.get("concat", [card["sample"]])
+    if not isinstance(concat, list) or concat.count(card["sample"]) != 1 or len(set(map(str, concat))) != len(concat):
+        raise ConversionError(f"card: concat = {concat!r}; it lists {card['sample']!r}, for the sample, and the conditions that are joined to it")
+    for name in joined(card):
+        if card.get(f"conditions.{name}.kind") != "embedding" or len(card.get(f"conditions.{name}.shape", [])) != len(card["shape"]):
+            raise ConversionError(f"card: concat names {name!r}; give conditions.{name}.kind=embedding and conditions.{name}.shape, as long as shape")
+
+
 def check(card, inputs, outputs):
     """Refuses unknown and missing keys, bad values, and names that the graph does not have."""
     need(card)
@@ -139,8 +153,9 @@ def check(card, inputs, outputs):
         if f"conditions.{name}.kind" not in card:
             raise ConversionError(f"card: conditions.{name}.kind missing; it is one of {', '.join(CONDITIONS)}")
         one_of(card, f"conditions.{name}.kind", CONDITIONS)
+    check_concat(card)
     constants = {key.split(".", 1)[1] for key in card if key.startswith("constants.")}
-    named = [card["sample"], card["time"], *sorted(conditions), *sorted(constants)]
+    named = [card["sample"], card["time"], *sorted(conditions.difference(joined(card))), *sorted(constants)]
     for name in named:
         if name not in inputs:
             raise ConversionError(f"card: the graph has no input {name!r}; its inputs are {', '.join(inputs)}")

@@ -3,6 +3,7 @@
 import numpy as np
 
 from . import ConversionError
+from .card import joined
 
 # A range of times within which every network is well defined.
 TIMES = {
@@ -12,11 +13,13 @@ TIMES = {
 
 
 def sample_shape(card):
-    """Shape of one sample as the graph takes it."""
-    if card.get("layout") == "nhwc":
-        c, h, w = card["shape"]
-        return [h, w, c]
-    return list(card["shape"])
+    """Shape of one sample as the graph takes it, with the channels of the conditions that are joined to it."""
+    layout, shape = card.get("layout"), list(card["shape"])
+    if layout == "nhwc":
+        shape = [*shape[1:], shape[0]]
+    axis = {"nhwc": -1, "channels-last": -1, "frames-first": 1}.get(layout, 0)
+    shape[axis] += sum(card[f"conditions.{name}.shape"][axis] for name in joined(card))
+    return shape
 
 
 def rows(card, names, batch, dtypes=None, seed=0):

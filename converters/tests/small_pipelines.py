@@ -29,13 +29,13 @@ def unet(classes=11):
     )  # fmt: skip
 
 
-def conditional(xl=False):
+def conditional(xl=False, channels=4):
     torch.manual_seed(1)
     more = {}
     if xl:
         more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 48}
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        sample_size=8, in_channels=channels, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32, attention_head_dim=2, use_linear_projection=xl, **more,
     )  # fmt: skip

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import diffusers  # noqa: E402
 import small_pipelines as small  # noqa: E402
-from proof import TEACHERS, prove, same_network, same_student, same_weights  # noqa: E402
+from proof import TEACHERS, disback, prove, same_network, same_student, same_weights  # noqa: E402
 from disback_convert import ConversionError, finish  # noqa: E402
 from disback_convert.cli import main  # noqa: E402
 from disback_convert.diffusers_route import scheduler  # noqa: E402
@@ -38,6 +38,7 @@ CASES = {
     "UNet2DModel": (small.unet, "unet", diffusers.DDPMScheduler(prediction_type="v_prediction"), ["--null", "10"]),
     "UNet2DConditionModel": (small.conditional, "unet", diffusers.DDIMScheduler(**SD), ["--tokens", "5"]),
     "SDXL": (lambda: small.conditional(xl=True), "unet", diffusers.EulerDiscreteScheduler(**SD), ["--tokens", "5"]),
+    "inpainting": (lambda: small.conditional(channels=9), "unet", diffusers.DDIMScheduler(**SD), ["--tokens", "5"]),
     "DiTTransformer2DModel": (small.dit, "transformer", diffusers.DDIMScheduler(), []),
     "PixArtTransformer2DModel": (small.pixart, "transformer", diffusers.DPMSolverMultistepScheduler(), ["--tokens", "6"]),
     "SD3Transformer2DModel": (small.sd3, "transformer", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), ["--tokens", "6"]),
@@ -52,6 +53,8 @@ WANT = {
     "UNet2DConditionModel": {"prediction": "epsilon", "schedule.betas": "scaled-linear", "schedule.beta_end": "0.012"}
     | {"conditions.encoder_hidden_states.shape": "[5, 32]"},
     "SDXL": {"conditions.text_embeds.shape": "[32]", "conditions.time_ids.shape": "[6]"},
+    "inpainting": {"shape": "[4, 8, 8]", "concat": '["sample", "mask", "masked_image_latents"]'}
+    | {"conditions.mask.shape": "[1, 8, 8]", "conditions.masked_image_latents.shape": "[4, 8, 8]"},
     "DiTTransformer2DModel": {"shape": "[4, 8, 8]", "conditions.class_labels.null": "10", "conditions.class_labels.classes": "10"},
     "PixArtTransformer2DModel": {"conditions.encoder_attention_mask.shape": "[6]"},
     "SD3Transformer2DModel": {"prediction": "flow", "time_unit": "thousand", "schedule.shift": "3.0"},
@@ -81,6 +84,44 @@ def test_a_pipeline_folder_becomes_a_teacher(tmp_path, capsys, name):
     runner = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (ours,) = runner.run(["prediction"], {i.name: stored[i.name] for i in runner.get_inputs()})
     np.testing.assert_allclose(ours, stored[found["output"]], atol=1e-4)
+
+
+def test_an_inpainting_network_becomes_a_student_with_its_parts_as_inputs(tmp_path):
+    """The student's call beside diffusers' own network, which takes the parts joined."""
+    net = small.conditional(channels=9)
+    small.write(tmp_path / "p", net, "unet", "Pipeline", diffusers.DDIMScheduler(**SD))
+    teacher = tmp_path / "teacher.onnx"
+    assert convert(tmp_path / "p", teacher, "--tokens", 5) == 0
+    # Without the card's `concat` its parts are proposed by their usual counts, and the probe sees what it would with it.
+    bare = onnx.load(teacher)
+    del bare.metadata_props[:]
+    onnx.save(bare, tmp_path / "bare.onnx")
+    proposed = disback("inspect", tmp_path / "bare.onnx", "--no-probe")["proposed_card"]
+    assert proposed["concat"] == ["sample", "mask", "masked_image_latents"]
+    assert proposed["shape"] == [4, 8, 8] and proposed["conditions"]["mask"]["shape"] == [1, 8, 8]
+    random = np.random.default_rng(0)
+    rows = {"encoder_hidden_states": (5, 32), "mask": (1, 8, 8), "masked_image_latents": (4, 8, 8)}
+    rows = {name: random.standard_normal((6, *shape)).astype(np.float32) for name, shape in rows.items()}
+    np.savez(tmp_path / "rows.npz", **rows)
+    run, steps = tmp_path / "run", ["degrade.steps=2", "degrade.nodes=1", "backtrack.updates=3", "batch=2", "student.sigma_init=0.5"]
+    sets = [word for pair in [f"conditions.file={tmp_path / 'rows.npz'}", *steps] for word in ("--set", pair)]
+    disback("distill", teacher, "-o", run, *sets)
+    assert disback("verify", run / "student.onnx")["ok"]
+    net.load_state_dict(load_file(run / "student.safetensors"), strict=True)
+    about = card(run / "student.onnx")
+    sigma, z = float(about["student.sigma_init"]), random.standard_normal((6, 4, 8, 8)).astype(np.float32)
+    student = ort.InferenceSession(str(run / "student.onnx"), providers=["CPUExecutionProvider"])
+    noise = next(i.name for i in student.get_inputs() if i.name not in rows)
+    assert {i.name for i in student.get_inputs()} == {noise, *rows}
+    (ours,) = student.run(None, {noise: z, **rows})
+    # The step whose noise level is the student's, on the table of Stable Diffusion's betas.
+    kept = torch.cumprod(1 - torch.linspace(SD["beta_start"] ** 0.5, SD["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
+    step = int(((1 - kept).sqrt() / kept.sqrt() - sigma).abs().argmin())
+    joined = torch.cat([torch.from_numpy(sigma * z / np.hypot(1, sigma)), *(torch.from_numpy(rows[n]) for n in ("mask", "masked_image_latents"))], 1)
+    with torch.no_grad():
+        noise = net(joined.float(), torch.full((6,), step), torch.from_numpy(rows["encoder_hidden_states"])).sample.numpy()
+    np.testing.assert_allclose(ours, (sigma * z - sigma * noise).clip(-1, 1), atol=1e-4)
+    assert (np.abs(ours) < 1).mean() > 0.5
 
 
 def test_a_pipeline_saved_part_by_part_needs_no_index(tmp_path, capsys):

@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 use super::Globals;
 use super::distill::{STOP, watch_signals};
 use super::teacher::TeacherArgs;
-use crate::diffusion::{Conditions, Denoiser};
+use crate::diffusion::{Conditions, Denoiser, TeacherCard};
 use crate::distill::compare::{self, Comparison, Curve, Interval, Judge, Point};
 use crate::distill::{Config, Student, batches};
 use crate::error::{Context, Error, Result};
 use crate::eval::features::FeatureOptions;
-use crate::eval::{FeatureNet, Statistics, frechet};
+use crate::eval::source::Draw;
+use crate::eval::{FeatureNet, Source, Statistics, frechet, values};
 use crate::io::ImageSet;
 use crate::run::{self, origin};
 use crate::runtime::EngineOptions;
@@ -38,19 +39,20 @@ pub struct CompareArgs {
     /// Any key of the configuration; wins over the file.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// The reference: images as for `evaluate`.
+    /// The reference: images as for `evaluate`, or samples of another kind with their own values.
     #[arg(long, value_name = "PATH")]
     reference: PathBuf,
-    /// The feature network (ONNX) in whose space the Frechet distance is taken.
+    /// The feature network (ONNX) in whose space the Frechet distance is taken; needed for images, while samples of another kind
+    /// are compared by their values without one.
     #[arg(long, value_name = "FILE")]
-    features: PathBuf,
+    features: Option<PathBuf>,
     /// Seeds, one pair of runs each.
     #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
     seeds: Vec<u64>,
     /// Generator updates between two looks; a twentieth of all where absent.
     #[arg(long)]
     every: Option<u64>,
-    /// Images a look.
+    /// Samples a look.
     #[arg(long, default_value_t = 2048)]
     samples: usize,
     /// Forward passes of all networks, in images and stage 1 counted, that each run may spend: sets the generator updates
@@ -105,14 +107,19 @@ impl Eta {
     }
 }
 
-/// Frechet distance of a student's images, always of the same noise and conditions.
+/// What the distance is taken of.
+enum Space {
+    /// Features of images.
+    Images { network: FeatureNet, reference: Statistics, range: [f64; 2], decoder: Option<Decoder> },
+    /// The values of samples that are no images, or their features.
+    Values { network: Option<FeatureNet>, reference: values::Reference },
+}
+
+/// Frechet distance of a student's samples, always of the same noise and conditions.
 struct FrechetJudge {
-    network: FeatureNet,
-    reference: Statistics,
+    space: Space,
     noise: HostTensor,
     conditions: crate::diffusion::HostConditions,
-    range: [f64; 2],
-    decoder: Option<Decoder>,
     batch: usize,
 }
 
@@ -130,47 +137,78 @@ impl Judge for FrechetJudge {
             let made =
                 tch::no_grad(|| student.generate(&z.f_narrow(0, start, count)?, &conditions.rows(start, count)?))?;
             let made = convert::to_host(&made)?;
-            parts.push(match &mut self.decoder {
-                Some(decoder) => decoder.decode(&made)?,
-                None => made,
+            parts.push(match &mut self.space {
+                Space::Images { decoder: Some(decoder), .. } => decoder.decode(&made)?,
+                _ => made,
             });
         }
-        let set = ImageSet::from_samples(HostTensor::concat_rows(&parts)?, self.range)?;
-        let features = self.network.features(&set, 256, |_| {})?;
-        frechet::distance(&Statistics::of(&features)?, &self.reference)
+        let made = HostTensor::concat_rows(&parts)?;
+        match &mut self.space {
+            Space::Images { network, reference, range, .. } => {
+                let features = network.features(&ImageSet::from_samples(made, *range)?, 256, |_| {})?;
+                frechet::distance(&Statistics::of(&features)?, reference)
+            }
+            Space::Values { network, reference } => {
+                let count = made.shape()[0];
+                let mut source = Source::Values(made);
+                let row = reference.measure(
+                    "the student",
+                    &mut source,
+                    &Draw::default(),
+                    network.as_mut(),
+                    (count, 1),
+                    |_| {},
+                )?;
+                row.frechet.ok_or_else(|| Error::mismatch("the student's samples have no Frechet distance"))
+            }
+        }
     }
 }
 
 impl CompareArgs {
     fn judge(&self, config: &Config, denoiser: &Denoiser, student: Option<&Student>) -> Result<FrechetJudge> {
         let card = denoiser.card();
+        let options = EngineOptions { threads: Some(config.threads).filter(|t| *t > 0), ..EngineOptions::default() };
+        let space = self.space(config, card, &options)?;
+        let row = student.map_or_else(|| card.shape.clone(), Student::noise_shape);
+        let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, row.iter().product());
+        let size: Vec<usize> = std::iter::once(self.samples).chain(row).collect();
+        Ok(FrechetJudge {
+            space,
+            noise: HostTensor::new(&size, &noise)?,
+            conditions: batches::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
+            batch: config.batch,
+        })
+    }
+
+    fn space(&self, config: &Config, card: &TeacherCard, options: &EngineOptions) -> Result<Space> {
+        let open = |path: &PathBuf| FeatureNet::open(path, &FeatureOptions::default(), options);
+        let mut network = self.features.as_ref().map(open).transpose()?;
         let decoder = run::sheets::decoder(config, card)?;
         if decoder.is_none() && card.image_shape().is_none() {
-            return Err(Error::usage(format!(
-                "the teacher's samples are {:?}, which are no images: there is no image distance of them",
-                card.shape
-            )));
+            let mut source = Source::open_values(&self.reference, &[], options)?;
+            let count = source.len().ok_or_else(|| {
+                Error::usage(format!("{} holds no samples", self.reference.display()))
+                    .hint("give the real samples themselves: .npy, .npz or .csv")
+            })?;
+            let draw = Draw::default();
+            let reference =
+                values::Reference::collect(&mut source, &draw, network.as_mut(), count, self.samples, |_| {})
+                    .with_context(|| self.reference.display().to_string())?;
+            reference.check("the student", &card.shape)?;
+            return Ok(Space::Values { network, reference });
         }
         let range = decoder.as_ref().map(|_| Decoder::RANGE).or(card.range).ok_or_else(|| {
             Error::usage("the teacher makes latents, which have no image distance")
                 .hint("log.decoder = \"decoder.onnx\" makes images of them")
         })?;
-        let options = EngineOptions { threads: Some(config.threads).filter(|t| *t > 0), ..EngineOptions::default() };
-        let mut network = FeatureNet::open(&self.features, &FeatureOptions::default(), &options)?;
+        let Some(mut network) = network else {
+            return Err(Error::usage("--features is missing: images are compared in the space of a feature network")
+                .hint("for instance an Inception network as ONNX; see `disback evaluate --help`"));
+        };
         let images = ImageSet::open(&self.reference, range)?;
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
-        let row = student.map_or_else(|| card.shape.clone(), Student::noise_shape);
-        let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, row.iter().product());
-        let size: Vec<usize> = std::iter::once(self.samples).chain(row).collect();
-        Ok(FrechetJudge {
-            network,
-            reference,
-            noise: HostTensor::new(&size, &noise)?,
-            conditions: batches::conditions(config, card)?.of_images(card, LOOKS, 0, self.samples)?,
-            range,
-            decoder,
-            batch: config.batch,
-        })
+        Ok(Space::Images { network, reference, range, decoder })
     }
 }
 
@@ -252,7 +290,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     let objective = origin::objective_name(&config);
     let found = Finished {
         ok: true,
-        title: format!("{objective}: Frechet distance of {} images, {} seeds", args.samples, args.seeds.len()),
+        title: format!("{objective}: Frechet distance of {} samples, {} seeds", args.samples, args.seeds.len()),
         every,
         samples: args.samples,
         command: super::command_line(),

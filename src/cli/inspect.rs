@@ -76,7 +76,10 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         teacher::settle(&mut model, card).with_context(|| args.model.display().to_string())?;
     }
     // A fault in what is there is no lack: it is shown as the card's error, and nothing is proposed over it.
-    let known = source.known().unwrap_or_default();
+    let mut known = source.known().unwrap_or_default();
+    if card.is_err() {
+        inspect::join_parts(&mut model, &mut known)?;
+    }
     let choice =
         TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
     let (mut found, mut network, graph) = inspect::inspect(&model, &choice, !args.no_fuse)?;
@@ -121,7 +124,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     }
     if args.write_card {
         let (text, open) = match (&card, proposal.card()) {
-            (Ok(card), _) => (card.card.to_toml()?, Vec::new()),
+            (Ok(card), _) => (card.written().to_toml()?, Vec::new()),
             (Err(_), Ok(_)) => (proposal.findings.to_toml(), Vec::new()),
             (Err(e), Err(_)) if proposal.findings.open().is_empty() => {
                 return Err(Error::usage(e.to_string())).context("no card to write");

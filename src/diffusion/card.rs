@@ -116,6 +116,11 @@ pub struct TeacherCard {
     /// Graph inputs that are always filled with one number, with that number.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub constants: BTreeMap<String, f64>,
+    /// Where the graph takes more channels than the sample has: the names of its parts in the order in which they are joined, the
+    /// sample's own among them, the others conditions of kind `embedding`. The join is put into the graph where the file is read,
+    /// so that each part is an input of its own: no card that is in use has it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub concat: Vec<String>,
     /// Sizes of dimensions that the graph leaves free, by the names that the file has for them. What the shapes of the sample
     /// and of the conditions say need not be said here.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -143,6 +148,7 @@ impl TeacherCard {
             schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
             conditions: BTreeMap::new(),
             constants: BTreeMap::new(),
+            concat: Vec::new(),
             dims: BTreeMap::new(),
         }
     }
@@ -254,6 +260,7 @@ impl TeacherCard {
         for (name, condition) in &self.conditions {
             condition.validate().with_context(|| format!("card key `conditions.{name}`"))?;
         }
+        self.validate_concat()?;
         if let Some((name, _)) = self.dims.iter().find(|(_, n)| **n == 0) {
             return bad(format!("`dims.{name}` is 0, expected 1 or more"));
         }
@@ -291,11 +298,15 @@ impl TeacherCard {
         }
         if let Some((given, made)) = joined(&sample, &output) {
             return Err(Error::unsupported(format!(
-                "the network takes {given} channels as `{}` and gives {made} as `{}`: the others are a condition that its caller joins \
+                "the network takes {given} channels as `{}` and gives {made} as `{}`: the others are conditions that its caller joins \
                  to the sample (inpainting, an image to edit or to enlarge)",
                 sample.name, output.name
             ))
-            .hint("export the network with that condition as an input of its own, joined inside (torch.cat in a wrapper's forward)"));
+            .hint(format!(
+                "the card says which they are, in their order: shape = the sample's, concat = [\"{}\", \"mask\", ...], and for each of the \
+                 others conditions.NAME.kind = \"embedding\" with its shape",
+                sample.name
+            )));
         }
         if !fits(&sample.shape, &row) {
             return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self))));
@@ -425,7 +436,7 @@ fn says(sample: &InputSpec, card: &TeacherCard) -> String {
 
 /// Channels in and out, where the graph takes more of them than it gives and is the same otherwise. (Of twice as many that come
 /// out, the second half is a learned variance.)
-fn joined(sample: &InputSpec, output: &InputSpec) -> Option<(usize, usize)> {
+pub(crate) fn joined(sample: &InputSpec, output: &InputSpec) -> Option<(usize, usize)> {
     if sample.shape.len() < 3 || sample.shape.len() != output.shape.len() {
         return None;
     }

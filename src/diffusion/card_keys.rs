@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::card::TeacherCard;
+use super::schedule::{KINDS, KindKeys};
 use crate::error::{Context, Error, Result};
 
 /// Where a value was given.
@@ -56,7 +57,7 @@ pub(super) const FOREIGN: [&str; 10] = [
     "version",
     "same_graph",
 ];
-pub(super) const TOP: [&str; 17] = [
+pub(super) const TOP: [&str; 18] = [
     "sample",
     "time",
     "output",
@@ -73,23 +74,16 @@ pub(super) const TOP: [&str; 17] = [
     "schedule",
     "conditions",
     "constants",
+    "concat",
     "dims",
 ];
-pub(super) const SCHEDULE: [&str; 12] = [
-    "kind",
-    "sigma_min",
-    "sigma_max",
-    "rho",
-    "betas",
-    "beta_start",
-    "beta_end",
-    "steps",
-    "table",
-    "shift",
-    "direction",
-    "scale",
-];
 pub(super) const CONDITION: [&str; 5] = ["kind", "classes", "null", "shape", "file"];
+const CONDITIONS: &[KindKeys] = &[
+    ("class-index", &["classes"], &["null"]),
+    ("one-hot", &["classes"], &["null"]),
+    ("embedding", &["shape"], &["null"]),
+    ("constant", &["file"], &["shape"]),
+];
 pub(super) const NEEDED: [&str; 7] = ["sample", "time", "output", "prediction", "time_unit", "shape", "schedule.kind"];
 
 /// A leaf's path: `["prediction"]`, `["schedule", "kind"]`, `["conditions", input, "kind"]`, `["constants", input]`.
@@ -180,8 +174,16 @@ pub(super) fn check_known(key: &Key, is_table: bool) -> Result<()> {
             Err(Error::usage(format!("card key `{}` is a table of keys, not a value", parts[0])))
         }
         [top] if TOP.contains(top) => Ok(()),
-        ["schedule", field] if SCHEDULE.contains(field) => Ok(()),
-        ["schedule", field, ..] => refuse(&SCHEDULE, field),
+        ["schedule", "kind"] => Ok(()),
+        ["schedule", field, rest @ ..] => {
+            let known: Vec<&str> =
+                KINDS.iter().flat_map(|(_, needed, optional)| [*needed, *optional].concat()).collect();
+            if rest.is_empty() && known.contains(field) {
+                Ok(())
+            } else {
+                refuse(&[&["kind"], &known[..]].concat(), field)
+            }
+        }
         ["constants" | "dims", _] if !is_table => Ok(()),
         ["conditions", _] if is_table => Ok(()),
         ["conditions", _, field] if CONDITION.contains(field) => Ok(()),
@@ -234,6 +236,7 @@ pub(super) fn probe(key: &Key, value: &toml::Value) -> Result<()> {
         ["prediction"] => as_type::<super::card::Prediction>(value),
         ["time_unit"] => as_type::<super::card::TimeUnit>(value),
         ["layout"] => as_type::<super::card::Layout>(value),
+        ["concat"] => as_type::<Vec<String>>(value),
         ["shape"] => as_type::<Vec<usize>>(value),
         ["modality"] => as_type::<super::card::Modality>(value),
         ["sample_rate"] => as_type::<u32>(value),
@@ -254,21 +257,7 @@ pub(super) fn probe(key: &Key, value: &toml::Value) -> Result<()> {
 /// Whether a schedule or condition has only keys of its kind, and all that it needs.
 pub(super) fn check_fields(prefix: &str, table: &toml::Value) -> Result<()> {
     let Some(table) = table.as_table() else { return Ok(()) };
-    let kinds: &[(&str, &[&str], &[&str])] = if prefix == "schedule" {
-        &[
-            ("edm", &[], &["sigma_min", "sigma_max", "rho"]),
-            ("vp", &["betas"], &["beta_start", "beta_end", "steps", "table"]),
-            ("flow", &[], &["shift", "direction"]),
-            ("trigflow", &[], &["sigma_min", "sigma_max", "scale"]),
-        ]
-    } else {
-        &[
-            ("class-index", &["classes"], &["null"]),
-            ("one-hot", &["classes"], &["null"]),
-            ("embedding", &["shape"], &["null"]),
-            ("constant", &["file"], &["shape"]),
-        ]
-    };
+    let kinds = if prefix == "schedule" { KINDS } else { CONDITIONS };
     let names = || kinds.iter().map(|k| format!("`{}`", k.0)).collect::<Vec<_>>().join(", ");
     let Some(kind) = table.get("kind").and_then(|k| k.as_str()) else {
         return Err(Error::usage(format!("card key `{prefix}.kind` is missing, expected one of {}", names())));

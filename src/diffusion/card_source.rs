@@ -12,7 +12,8 @@ use super::card::TeacherCard;
 pub use super::card_keys::Origin;
 use super::card_keys::{FOREIGN, Key, Leaf, Leaves, NEEDED, build, insert, insert_text, merge, split};
 use super::conversion::Conversion;
-use super::fixed::FixedInput;
+use super::fixed::{self, FixedInput};
+use super::joined;
 use super::scheduler_config;
 
 /// A card, where each of its values came from, and the model's other `disback.*` metadata.
@@ -22,6 +23,8 @@ pub struct ResolvedCard {
     pub card: TeacherCard,
     /// Its conditions of kind `constant`, which are not in `card`: they belong into the graph ([`super::fixed::put_in`]).
     pub fixed: Vec<FixedInput>,
+    /// Its `concat`, which is not in `card` either: the parts that are joined to the graph's sample input.
+    pub concat: Vec<String>,
     /// Where each value came from, by dotted key; a key that is not here has its default ([`Origin::Default`]).
     pub origins: BTreeMap<String, Origin>,
     /// `disback.*` metadata that is no card key (student, provenance, ...), without the prefix.
@@ -29,6 +32,30 @@ pub struct ResolvedCard {
 }
 
 impl ResolvedCard {
+    /// Whether the card says something that belongs into the graph: see [`ResolvedCard::put_into`].
+    pub fn changes_graph(&self) -> bool {
+        !self.fixed.is_empty() || !self.concat.is_empty()
+    }
+
+    /// The card with what was taken out of it, as a file holds it.
+    pub fn written(&self) -> TeacherCard {
+        let mut card = self.card.clone();
+        card.concat.clone_from(&self.concat);
+        card.conditions.extend(self.fixed.iter().map(FixedInput::condition));
+        card
+    }
+
+    /// Puts what the card says about the graph's inputs into the graph: values that are always the same become initializers, and
+    /// the parts of `concat` inputs of their own.
+    ///
+    /// Errors: an input that the graph does not have; a value or parts that do not fit it.
+    pub fn put_into(&self, proto: &mut ModelProto) -> Result<()> {
+        if !self.concat.is_empty() {
+            joined::put_in(proto, &self.card, &self.concat)?;
+        }
+        fixed::put_in(proto, &self.card.sample, &self.fixed)
+    }
+
     /// Every value of the card: dotted key, TOML text, origin.
     pub fn rows(&self) -> Result<Vec<(String, String, Origin)>> {
         let leaves = self.card.leaves()?;
@@ -125,7 +152,8 @@ impl CardSource {
         let origins = merged.into_iter().map(|(key, leaf)| (key.join("."), leaf.origin)).collect();
         let folder = self.model.as_ref().and_then(|m| m.parent());
         let fixed = FixedInput::take(&mut card, folder);
-        Ok(ResolvedCard { card, fixed, origins, extra })
+        let concat = std::mem::take(&mut card.concat);
+        Ok(ResolvedCard { card, fixed, concat, origins, extra })
     }
 
     /// What the sources say, complete or not: path of each key, its value and where it came from.
@@ -155,7 +183,12 @@ impl CardSource {
 
     /// Shapes of embeddings that no source says, from the file of conditions or the graph.
     fn add_shapes(&self, merged: &mut Leaves) {
-        let size = |name: &String| merged.get(&vec!["dims".into(), name.clone()])?.value.as_integer()?.try_into().ok();
+        let of_sample = self.sizes_of_sample(merged);
+        let size = |name: &String| -> Option<usize> {
+            let given =
+                merged.get(&vec!["dims".into(), name.clone()]).and_then(|l| l.value.as_integer()?.try_into().ok());
+            given.or_else(|| of_sample.get(name).copied())
+        };
         let in_graph = |(name, dims): &sizes::Declared| {
             let known = |dim: &Result<usize, String>| match dim {
                 Ok(n) => Some(*n),
@@ -173,6 +206,21 @@ impl CardSource {
                 merged.entry(key("shape")).or_insert(Leaf { value, text: None, origin });
             }
         }
+    }
+
+    /// Sizes of the sample's free dimensions by their names, where the card says its shape: a mask or a condition image that has
+    /// the same dimensions follows it.
+    fn sizes_of_sample(&self, merged: &Leaves) -> BTreeMap<String, usize> {
+        let text = |key: &str| merged.get(&vec![key.to_owned()]).and_then(|l| l.value.as_str());
+        let shape = merged.get(&vec!["shape".to_owned()]).and_then(|l| l.value.as_array());
+        let declared = self.inputs.iter().find(|(name, _)| Some(name.as_str()) == text("sample"));
+        let (Some(shape), Some((_, dims))) = (shape, declared) else { return BTreeMap::new() };
+        let mut row: Vec<Option<usize>> = shape.iter().map(|n| n.as_integer()?.try_into().ok()).collect();
+        if text("layout") == Some("nhwc") && !row.is_empty() {
+            row.rotate_left(1);
+        }
+        let named = dims.iter().skip(1).zip(row).filter_map(|(dim, size)| Some((dim.as_ref().err()?.clone(), size?)));
+        named.filter(|(name, _)| !name.is_empty()).collect()
     }
 
     fn missing(&self, all: bool, missing: &[&&str]) -> Error {

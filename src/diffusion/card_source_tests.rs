@@ -162,3 +162,15 @@ fn a_broken_side_file_is_named() {
     let error = CardSource::new().model(&dir.path().join("t.onnx")).resolve().unwrap_err().to_string();
     assert!(error.contains("t.card.toml") && error.contains("not TOML"), "{error}");
 }
+
+#[test]
+fn a_mask_is_as_large_as_the_sample_whose_dimensions_it_has() {
+    let free = |name: &str, dims: &[&str]| -> sizes::Declared {
+        (name.into(), dims.iter().map(|d| d.parse().map_err(|_| (*d).to_owned())).collect())
+    };
+    let mut source = CardSource::new().metadata(metadata());
+    source.inputs = vec![free("x", &["batch", "1", "h", "w"]), free("mask", &["batch", "2", "h", "w"])];
+    let found = source.overrides(["conditions.mask.kind=embedding", "shape=[1, 6, 5]"]).resolve().unwrap();
+    assert_eq!(found.card.conditions["mask"].row_shape(), [2, 6, 5]);
+    assert_eq!(found.origins["conditions.mask.shape"], Origin::Graph);
+}

@@ -170,7 +170,7 @@ fn channels_that_a_caller_joins_to_the_sample_are_named() {
     for shape in [[9, 8, 8], [4, 8, 8]] {
         let e = checked(&[9, 8, 8], &[4, 8, 8], &shape).unwrap_err();
         assert!(e.to_string().contains("takes 9 channels as `x` and gives 4 as `denoised`"), "{e}");
-        assert!(e.hint_text().is_some_and(|hint| hint.contains("torch.cat")), "{e}");
+        assert!(e.hint_text().is_some_and(|hint| hint.contains("concat = [\"x\", \"mask\"")), "{e}");
     }
     // A learned variance is twice the channels.
     checked(&[4, 8, 8], &[8, 8, 8], &[4, 8, 8]).unwrap();

@@ -24,6 +24,7 @@ fn card(conditions: &[(&str, Condition)]) -> TeacherCard {
         schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
         conditions: conditions.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect(),
         constants: Default::default(),
+        concat: Vec::new(),
         dims: Default::default(),
     }
 }

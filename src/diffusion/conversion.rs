@@ -238,6 +238,7 @@ mod tests {
             schedule,
             conditions: Default::default(),
             constants: Default::default(),
+            concat: Vec::new(),
             dims: Default::default(),
         }
     }

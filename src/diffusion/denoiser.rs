@@ -13,7 +13,7 @@ use super::condition::Condition;
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
 use super::guidance::Guidance;
-use super::prepared::{Form, Part, Prepared, Strength};
+use super::prepared::{Calls, Form, Part, Prepared, Strength};
 use super::sample_axes::{into_graph, out_of_graph};
 
 /// What the graph's inputs want, worked out once.
@@ -127,7 +127,7 @@ impl Denoiser {
 
     /// What an evaluation at these noise levels takes beside samples and conditions, on `device`.
     pub fn prepare(&self, sigma: &[f64], form: Form, device: Device) -> Result<Prepared> {
-        Prepared::new(&self.coefficients(sigma)?, self.card.rank(), &self.binding.time, self.single(), form, device)
+        Prepared::new(&self.coefficients(sigma)?, self.calls(), form, device)
     }
 
     /// [`Denoiser::prepare`] for an evaluation under guidance.
@@ -148,7 +148,7 @@ impl Denoiser {
     /// What [`Denoiser::generate`] takes beside noise and conditions.
     pub fn prepare_start(&self, rows: usize, start: &StudentStart, device: Device) -> Result<Prepared> {
         let coefficients = vec![Coefficients { c_in: start.init_scale, ..start.coefficients }; rows];
-        Prepared::new(&coefficients, self.card.rank(), &self.binding.time, self.single(), Form::Short, device)
+        Prepared::new(&coefficients, self.calls(), Form::Short, device)
     }
 
     /// The evaluation that was prepared, of `x_edm` `[B, ...shape]`; and the tensors of these names inside the network, first
@@ -197,6 +197,11 @@ impl Denoiser {
     pub fn generate(&self, z: &Tensor, cond: &Conditions, start: &StudentStart) -> Result<Tensor> {
         let rows = z.size().first().copied().unwrap_or(0) as usize;
         Ok(self.denoise_prepared(z, &self.prepare_start(rows, start, z.device())?, cond, &[])?.0)
+    }
+
+    fn calls(&self) -> Calls<'_> {
+        let rows = self.binding.sample.shape.first().copied().flatten();
+        Calls { rank: self.card.rank(), time: &self.binding.time, single: self.single(), rows }
     }
 
     /// Whether the network takes one time for the whole batch.

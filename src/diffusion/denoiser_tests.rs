@@ -69,6 +69,7 @@ fn card() -> TeacherCard {
         schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
         conditions: Default::default(),
         constants: Default::default(),
+        concat: Vec::new(),
         dims: Default::default(),
     }
 }
@@ -259,6 +260,38 @@ fn guidance_extrapolates_from_the_null_condition_in_one_call() {
     let (card, specs) = with_classes(None);
     let error = denoiser(card, &specs).0.guided(&x, &sigma, &labels(&[1, 3]), 2.0).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("null"), "{error}");
+}
+
+#[test]
+fn a_file_of_a_fixed_batch_is_called_with_it_whatever_is_evaluated() {
+    let (card, specs) = with_classes(Some(4));
+    let fixed = |time: &[Option<usize>]| {
+        let mut specs = specs.clone();
+        (specs[0].shape[0], specs[1].shape, specs[2].shape) = (Some(2), time.to_vec(), vec![Some(2)]);
+        specs
+    };
+    let (free, _) = denoiser(card.clone(), &specs);
+    for (time, calls) in [(Some(2), [1, 2, 2, 3]), (Some(1), [2, 3, 2, 3])] {
+        let (d, seen) = denoiser(card.clone(), &fixed(&[time]));
+        let count = || {
+            assert!(seen.borrow().iter().all(|call| call[0].1[0] == 2 && call[2].1 == [2]), "{:?}", seen.borrow());
+            seen.borrow_mut().drain(..).count()
+        };
+        for (rows, plain, guided) in [(2, calls[0], calls[2]), (3, calls[1], calls[3])] {
+            let (x, sigma) = (batch(rows as i64).set_requires_grad(true), &[0.4, 2.0, 7.0][..rows]);
+            let labels = labels(&[1, 3, 0][..rows]);
+            let made = d.denoise(&x, sigma, &labels).unwrap();
+            assert_close(&made, &values(&free.denoise(&x, sigma, &labels).unwrap()));
+            assert_eq!(count(), plain, "{rows} rows, time {time:?}");
+            let (made, want) =
+                (d.guided(&x, sigma, &labels, 2.5).unwrap(), free.guided(&x, sigma, &labels, 2.5).unwrap());
+            assert_close(&made, &values(&want));
+            let slopes =
+                [made, want].map(|t| Tensor::run_backward(&[t.sum(Kind::Float)], &[&x], false, false).remove(0));
+            assert_close(&slopes[0], &values(&slopes[1]));
+            assert_eq!(count(), guided, "{rows} rows guided, time {time:?}");
+        }
+    }
 }
 
 #[test]

@@ -39,6 +39,12 @@ impl FixedInput {
         found
     }
 
+    /// The condition of the card that this was.
+    pub(super) fn condition(&self) -> (String, Condition) {
+        let file = self.file.display().to_string();
+        (self.name.clone(), Condition::Constant { file, shape: self.shape.clone() })
+    }
+
     fn read(&self) -> Result<HostTensor> {
         let shown = || self.file.display().to_string();
         let value = if self.file.extension().is_some_and(|e| e == "npz") {

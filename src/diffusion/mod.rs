@@ -14,6 +14,7 @@ pub mod fixed;
 #[cfg(feature = "train")]
 pub mod generator;
 pub mod guidance;
+mod joined;
 #[cfg(feature = "train")]
 pub mod loss_weight;
 #[cfg(feature = "train")]

@@ -136,48 +136,58 @@ pub struct Prepared {
     pub(super) guided: Option<Guided>,
 }
 
+/// What a network's file says about how it is called.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Calls<'a> {
+    /// Axes of a sample, without the batch.
+    pub rank: usize,
+    /// The time input.
+    pub time: &'a InputSpec,
+    /// It takes one time for the whole batch.
+    pub single: bool,
+    /// The only number of rows that it takes, where the file fixes one.
+    pub rows: Option<usize>,
+}
+
 impl Prepared {
-    /// Of these coefficients, one a row, for samples of `rank` axes. `single`: the network takes one time for the whole batch.
+    /// Of these coefficients, one a row. Rows that cannot be evaluated in one call, since the network takes one time for all or
+    /// another number of rows, are evaluated apart; where a call has too few of them, the last is repeated and left out again.
     ///
-    /// Errors: a fixed form of rows at several times for such a network.
-    pub(super) fn new(
-        coefficients: &[Coefficients],
-        rank: usize,
-        spec: &InputSpec,
-        single: bool,
-        form: Form,
-        device: Device,
-    ) -> Result<Self> {
+    /// Errors: a fixed form of rows at several times for a network that takes one.
+    pub(super) fn new(coefficients: &[Coefficients], calls: Calls, form: Form, device: Device) -> Result<Self> {
+        let Calls { rank, time, single, rows } = calls;
         let samples = coefficients.len();
         let together = !single || coefficients.iter().all(|c| c.time == coefficients[0].time);
         if single && form == Form::Fixed && samples > 1 {
             return Err(Error::usage("the network takes one time for the whole batch: its rows are evaluated apart, differently in each step")
                 .hint("leave cuda_graphs out"));
         }
-        if together {
-            let parts = match samples {
-                0 => Vec::new(),
-                _ => vec![Part::new(coefficients, rank, spec, single, form, device)?],
-            };
+        if samples == 0 {
+            return Ok(Self { samples, parts: Vec::new(), back: None, guided: None });
+        }
+        if together && rows.is_none_or(|n| n == samples) {
+            let parts = vec![Part::new(coefficients, rank, time, single, form, device)?];
             return Ok(Self { samples, parts, back: None, guided: None });
         }
-        // The rows of each time are evaluated on their own, then go back to their places.
         let mut groups: Vec<(f64, Vec<i64>)> = Vec::new();
         for (row, c) in coefficients.iter().enumerate() {
-            match groups.iter_mut().find(|(time, _)| *time == c.time) {
+            match groups.iter_mut().find(|(time, _)| together || *time == c.time) {
                 Some((_, rows)) => rows.push(row as i64),
                 None => groups.push((c.time, vec![row as i64])),
             }
         }
-        let mut parts = Vec::with_capacity(groups.len());
-        for (_, rows) in &groups {
-            let picked: Vec<Coefficients> = rows.iter().map(|r| coefficients[*r as usize]).collect();
-            let index = send(&Tensor::f_from_slice(rows)?, device)?;
-            parts.push(Part { rows: Some(index), ..Part::new(&picked, rank, spec, true, form, device)? });
+        let (mut parts, mut back, mut place) = (Vec::new(), vec![0i64; samples], 0);
+        for (_, group) in &groups {
+            for piece in group.chunks(rows.unwrap_or(group.len())) {
+                let count = rows.unwrap_or(piece.len());
+                let taken: Vec<i64> = (0..count).map(|k| piece[k.min(piece.len() - 1)]).collect();
+                let picked: Vec<Coefficients> = taken.iter().map(|r| coefficients[*r as usize]).collect();
+                let index = send(&Tensor::f_from_slice(&taken)?, device)?;
+                parts.push(Part { rows: Some(index), ..Part::new(&picked, rank, time, single, form, device)? });
+                piece.iter().enumerate().for_each(|(k, row)| back[*row as usize] = (place + k) as i64);
+                place += count;
+            }
         }
-        let order = groups.iter().flat_map(|(_, rows)| rows.iter().copied());
-        let mut back = vec![0i64; samples];
-        order.enumerate().for_each(|(place, row)| back[row as usize] = place as i64);
         Ok(Self { samples, parts, back: Some(send(&Tensor::f_from_slice(&back)?, device)?), guided: None })
     }
 

@@ -32,6 +32,14 @@ impl TeacherCard {
         channel_axis(self.layout, self.shape.len())
     }
 
+    /// The axis of the graph's sample input that holds the channels, without the batch; `None` where none does.
+    pub fn graph_channel_axis(&self) -> Option<usize> {
+        match self.layout {
+            Layout::Nhwc => Some(self.rank() - 1),
+            _ => self.channel_axis(),
+        }
+    }
+
     /// What a sample is: as the card says, or by its rank.
     pub fn modality(&self) -> Modality {
         self.modality.unwrap_or_else(|| usual_modality(self.layout, self.shape.len(), self.sample_rate))

@@ -95,6 +95,17 @@ pub enum ScheduleSpec {
     },
 }
 
+/// Keys of one kind of schedule or condition in a card: its name, the keys that it needs, the keys that it may have.
+pub(super) type KindKeys = (&'static str, &'static [&'static str], &'static [&'static str]);
+
+/// The kinds of schedules in a card.
+pub(super) const KINDS: &[KindKeys] = &[
+    ("edm", &[], &["sigma_min", "sigma_max", "rho"]),
+    ("vp", &["betas"], &["beta_start", "beta_end", "steps", "table"]),
+    ("flow", &[], &["shift", "direction"]),
+    ("trigflow", &[], &["sigma_min", "sigma_max", "scale"]),
+];
+
 fn default_sigma_min() -> f64 {
     0.002
 }

@@ -18,7 +18,6 @@ use super::card_source::{CardSource, ResolvedCard};
 use super::condition::Condition;
 use super::conditions::{HostConditions, check_guidance};
 use super::conversion::Conversion;
-use super::fixed;
 use super::sampler::Sampler;
 
 /// What to sample from a teacher.
@@ -75,11 +74,11 @@ impl TeacherOnEngine {
     pub fn open(path: &Path, overrides: &[String], options: &EngineOptions) -> Result<Self> {
         let resolved = card_of(path, overrides)?;
         let shown = || path.display().to_string();
-        let engine = if resolved.fixed.is_empty() {
+        let engine = if !resolved.changes_graph() {
             runtime::open(path, options)?
         } else {
             let mut proto = (*Model::load(path)?.proto).clone();
-            fixed::put_in(&mut proto, &resolved.card.sample, &resolved.fixed).with_context(shown)?;
+            resolved.put_into(&mut proto).with_context(shown)?;
             save::internalise(&mut proto);
             runtime::open_bytes(&proto.encode_to_vec(), path.parent(), options)?
         };

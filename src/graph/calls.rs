@@ -121,6 +121,39 @@ mod tests {
         assert_eq!(restore(&mut graph, &loaded.calls, &|_, _| true), 0);
     }
 
+    /// `y = 2 LeakyRelu(x)` whose slope is the call's.
+    #[test]
+    fn a_definition_has_constants_attributes_and_the_attributes_of_its_calls() {
+        let slope = edit::attribute_of_call("alpha", "slope");
+        let leaky = Definition::new("com.example", "SquaredSum", &["a", "b"], &["y"])
+            .attribute("slope")
+            .constant("two", 2.0)
+            .node_with("LeakyRelu", &["a"], &["bent"], vec![slope])
+            .node_with("Concat", &["bent", "two"], &["joined"], vec![edit::int_attribute("axis", 0)])
+            .node("Mul", &["bent", "two"], &["y"]);
+        let mut file = model(17);
+        file.graph.as_mut().unwrap().node[1].attribute = vec![edit::float_attribute("slope", 0.25)];
+        let loaded = Model::from_bytes_with(prost::Message::encode_to_vec(&file).into(), &[leaky.clone()]).unwrap();
+        let nodes = &loaded.proto.graph.as_ref().unwrap().node;
+        let bent = nodes.iter().find(|n| n.op_type() == "LeakyRelu").unwrap();
+        assert_eq!((bent.attribute[0].name(), bent.attribute[0].f()), ("alpha", 0.25));
+        let joined = nodes.iter().find(|n| n.op_type() == "Concat").unwrap();
+        assert_eq!((joined.attribute[0].name(), joined.attribute[0].i()), ("axis", 0));
+        let graph = lower::lower(&loaded).unwrap();
+        let product = graph.nodes.iter().find(|n| n.is("Mul")).unwrap();
+        let two = product.inputs.iter().flatten().find_map(|v| graph.constants.get(v)).unwrap();
+        assert_eq!(two.tensor.to_f32(), [2.0]);
+        // A reference to what is not declared is refused by its name.
+        let undeclared = Definition::new("com.example", "SquaredSum", &["a", "b"], &["y"]).node_with(
+            "LeakyRelu",
+            &["a"],
+            &["y"],
+            vec![edit::attribute_of_call("alpha", "slope")],
+        );
+        let e = load(17, &[undeclared]).unwrap_err().to_string();
+        assert!(e.contains("refers to attribute `slope`, which the function does not declare"), "{e}");
+    }
+
     #[test]
     fn a_definition_for_other_operator_sets_is_refused() {
         let e = load(11, &[squared_sum()]).unwrap_err().to_string();

@@ -55,7 +55,8 @@ impl Definition {
         self.node_with(op, inputs, outputs, Vec::new())
     }
 
-    /// [`Definition::node`] with attributes, which [`edit`] has functions for.
+    /// [`Definition::node`] with attributes, which [`edit`] has functions for; [`edit::attribute_of_call`] takes a value from the
+    /// call.
     #[must_use]
     pub fn node_with(mut self, op: &str, inputs: &[&str], outputs: &[&str], attributes: Vec<AttributeProto>) -> Self {
         let mut node = edit::node(op, inputs, "");
@@ -80,7 +81,7 @@ impl Definition {
         self
     }
 
-    /// Declares an attribute that every call gives.
+    /// Declares an attribute that a call may give; [`edit::attribute_of_call`] refers to it in the body.
     #[must_use]
     pub fn attribute(mut self, name: &str) -> Self {
         self.function.attribute.push(name.to_owned());

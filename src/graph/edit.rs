@@ -285,6 +285,11 @@ pub fn constants(graph: &GraphProto) -> HashMap<String, &TensorProto> {
     held.chain(nodes).collect()
 }
 
+/// The attribute `name` of a node in a function's body that takes the value of the call's attribute `of`.
+pub fn attribute_of_call(name: &str, of: &str) -> AttributeProto {
+    AttributeProto { name: Some(name.to_owned()), ref_attr_name: Some(of.to_owned()), ..AttributeProto::default() }
+}
+
 /// An attribute holding text.
 pub fn text_attribute(name: &str, value: &str) -> AttributeProto {
     AttributeProto {

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
-use crate::graph::{Graph, Node, ValueId};
+use crate::graph::{Graph, Node, ValueId, op_schema};
 
 /// A division by a value that can be 0 everywhere and that no epsilon is added to: the result is NaN there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -78,10 +78,9 @@ fn is_positive(n: &Node, zero: &dyn Fn(usize) -> bool, above: &dyn Fn(usize) -> 
         "Max" => (0..inputs).any(above),
         "Clip" => above(1),
         "Mul" | "Div" => (0..inputs).all(above),
-        "Sqrt" | "Pow" | "Abs" | "Relu" | "Reciprocal" | "Identity" | "Cast" | "Reshape" | "Flatten" | "Squeeze"
-        | "Unsqueeze" | "Transpose" | "Slice" | "Split" | "Gather" | "Expand" | "Tile" | "ReduceSum" | "ReduceMean"
+        "Sqrt" | "Pow" | "Abs" | "Relu" | "Reciprocal" | "Split" | "Gather" | "Tile" | "ReduceSum" | "ReduceMean"
         | "ReduceMax" | "ReduceL1" | "ReduceL2" | "ReduceSumSquare" => above(0),
-        _ => false,
+        _ => op_schema::hands_on(n) && above(0),
     }
 }
 
@@ -94,14 +93,11 @@ fn can_be_zero(n: &Node, zero: &dyn Fn(usize) -> bool, single: &dyn Fn(Option<Va
         "Mul" => zero(0) || zero(1) || (n.input(0).is_some() && n.input(0) == n.input(1)),
         "Pow" => single(n.input(1)).is_some_and(|e| e > 0.0 && (zero(0) || e % 2.0 == 0.0)),
         "MatMul" | "Einsum" => (0..inputs).any(zero),
-        "Sqrt" | "Neg" | "Identity" | "Cast" | "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Transpose"
-        | "Slice" | "Split" | "Gather" | "Expand" | "Tile" | "ReduceSum" | "ReduceMean" | "ReduceMax" | "Div" => {
-            zero(0)
-        }
+        "Sqrt" | "Neg" | "Split" | "Gather" | "Tile" | "ReduceSum" | "ReduceMean" | "ReduceMax" | "Div" => zero(0),
         "Add" | "Max" => (0..inputs).all(|i| zero(i) || nothing(i)) && (0..inputs).any(zero),
         "Concat" | "Sum" => (0..inputs).all(zero),
         "Clip" => zero(0) && single(n.input(1)).is_none_or(|low| low <= 0.0),
-        _ => false,
+        _ => op_schema::hands_on(n) && zero(0),
     }
 }
 

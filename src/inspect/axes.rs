@@ -137,7 +137,7 @@ fn channels_at_convolution(graph: &Graph, from: ValueId, rank: usize) -> Option<
 }
 
 /// diffusers' `sample_size` in the `config.json` beside the model: H and W.
-fn sample_size(model: &Path) -> Option<[usize; 2]> {
+pub(super) fn sample_size(model: &Path) -> Option<[usize; 2]> {
     let text = std::fs::read_to_string(model.parent()?.join("config.json")).ok()?;
     let json: serde_json::Value = serde_json::from_str(&text).ok()?;
     let size = json.get("sample_size")?;

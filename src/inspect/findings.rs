@@ -169,6 +169,7 @@ impl Findings {
             schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
             conditions,
             constants: value("constants").and_then(|v| v.try_into().ok()).unwrap_or_default(),
+            concat: value("concat").and_then(|v| v.try_into().ok()).unwrap_or_default(),
             dims: value("dims").and_then(|v| v.try_into().ok()).unwrap_or_default(),
         })
     }

@@ -5,6 +5,7 @@ mod axes;
 mod cost;
 pub mod findings;
 pub mod hypothesis;
+mod joined;
 pub mod probe;
 mod proposal;
 pub mod score;
@@ -13,6 +14,7 @@ pub mod subject;
 
 pub use cost::{Cost, cost};
 pub use findings::{Finding, Findings, How};
+pub use joined::join_parts;
 pub use probe::{Options as ProbeOptions, Report as ProbeReport};
 pub use proposal::{Proposal, propose};
 pub use structure::rows_looked_up;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCard, fixed};
+use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCard};
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
 use crate::graph::lower::lower;
@@ -46,13 +46,14 @@ pub fn spec(p: &Port) -> InputSpec {
     InputSpec { name: p.name.clone(), dtype: p.dtype.unwrap_or(DType::F32), shape: p.dims().unwrap_or_default() }
 }
 
-/// Puts what a card says about free dimensions and about inputs of one value into the model that it belongs to.
+/// Puts what a card says about free dimensions, about inputs of one value and about parts of the sample's input into the model that
+/// it belongs to.
 ///
-/// Errors: the card's `dims` names a dimension that the graph does not have; a value that does not fit its input.
+/// Errors: the card's `dims` names a dimension that the graph does not have; a value or parts that do not fit their input.
 pub fn settle(model: &mut Model, resolved: &ResolvedCard) -> Result<()> {
     let card = &resolved.card;
-    if !resolved.fixed.is_empty() {
-        fixed::put_in(Arc::make_mut(&mut model.proto), &card.sample, &resolved.fixed)?;
+    if resolved.changes_graph() {
+        resolved.put_into(Arc::make_mut(&mut model.proto))?;
     }
     let inputs = model.proto.graph.as_ref().map(sizes::declared_inputs).unwrap_or_default();
     model.sizes = Arc::new(card.sizes(&inputs)?);

@@ -49,7 +49,8 @@ def prepare(path, part=None, size=None, tokens=None, null=None, pairs=(), card_f
     else:
         card["latent_scale"] = float(vae.get("scaling_factor") or 1.0)
     card = merged(card, given)
-    names = [card["sample"], card["time"], *(key.split(".")[1] for key in card if key.startswith("conditions.") and key.endswith(".kind"))]
+    names = [key.split(".")[1] for key in card if key.startswith("conditions.") and key.endswith(".kind")]
+    names = [card["sample"], card["time"], *(name for name in names if name not in cards.joined(card))]
     names += [key.split(".")[1] for key in card if key.startswith("constants.")]
     cards.check(card, names, [card["output"]])
     made = network(wrapped, card, names)

@@ -11,6 +11,10 @@ from torch import nn
 from .. import ConversionError
 
 
+# Conditions joined to a sample of so many channels, by the surplus: inpainting, InstructPix2Pix and the x4 upscaler.
+PARTS = {4: {5: [("mask", 1), ("masked_image_latents", 4)], 4: [("image_latents", 4)], 3: [("image", 3)]}}
+
+
 class Adapter(nn.Module):
     """What the wrappers share: the network, its configuration and the latent size."""
 
@@ -27,7 +31,13 @@ class Adapter(nn.Module):
 
     @property
     def channels(self):
-        return int(self.config["in_channels"])
+        """Channels of the sample: of what comes out the rest is a learned variance, of what goes in conditions that are joined."""
+        return min(int(self.config["in_channels"]), int(self.config.get("out_channels") or self.config["in_channels"]))
+
+    def joined(self):
+        """(name, channels) of the conditions that the network's caller joins to the sample."""
+        surplus = int(self.config["in_channels"]) - self.channels
+        return {0: [], **PARTS.get(self.channels, {})}.get(surplus, [("condition", surplus)])
 
     def image_tokens(self):
         """Length of the image sequence of a transformer."""
@@ -35,7 +45,10 @@ class Adapter(nn.Module):
 
     def card(self):
         """Card entries of the inputs and the sample."""
-        return {"sample": "sample", "time": "timestep", "output": self.output, "shape": [self.channels, *self.size], "layout": "nchw"}
+        made = {"sample": "sample", "time": "timestep", "output": self.output, "shape": [self.channels, *self.size], "layout": "nchw"}
+        for name, channels in self.joined():
+            made |= self.embedding(name, [channels, *self.size])
+        return made | ({"concat": ["sample", *(name for name, _ in self.joined())]} if self.joined() else {})
 
     def labels(self, name, classes, null):
         """Entries of a class condition; the null of the command line wins."""
@@ -190,6 +203,12 @@ class Flux(Adapter):
     def __init__(self, net, size=None, tokens=512, null=None, guidance=3.5):
         super().__init__(net, size, tokens, null)
         self.guidance = guidance
+        given, made = int(self.config["in_channels"]), int(self.config.get("out_channels") or self.config["in_channels"])
+        if given != made:
+            raise ConversionError(
+                f"FluxTransformer2DModel that takes {given} channels and gives {made} (Fill, Depth, Canny) is not supported: its packed "
+                "conditions are not channels of the image. Export it with the conditions as inputs of their own"
+            )
         height, width = (n // 2 for n in self.size)
         ids = torch.zeros(height, width, 3)
         ids[..., 1] += torch.arange(height)[:, None]
@@ -200,6 +219,9 @@ class Flux(Adapter):
     @property
     def channels(self):
         return int(self.config["in_channels"]) // 4
+
+    def joined(self):
+        return []
 
     def card(self):
         made = super().card() | self.embedding("encoder_hidden_states", [self.tokens, self.config["joint_attention_dim"]])

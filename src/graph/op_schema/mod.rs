@@ -116,6 +116,8 @@ pub struct OpSchema {
     pub autocast: bool,
     /// Why it stays in f32 where a file is written in 16 bits.
     pub stays_f32: Option<&'static str>,
+    /// Input slots whose element type does not follow the type that the network computes in.
+    pub keeps_type: &'static [usize],
     /// Since which version it takes bf16; 13, the first version with bf16 anywhere, also for operators without floats.
     pub bf16_since: i64,
 }
@@ -133,6 +135,7 @@ impl OpSchema {
             result,
             autocast: false,
             stays_f32: None,
+            keeps_type: &[],
             bf16_since: 13,
         }
     }
@@ -160,6 +163,10 @@ impl OpSchema {
         self.stays_f32 = Some(why);
         self
     }
+    const fn keeps_type(mut self, slots: &'static [usize]) -> Self {
+        self.keeps_type = slots;
+        self
+    }
     const fn bf16(mut self, since: i64) -> Self {
         self.bf16_since = since;
         self
@@ -179,6 +186,20 @@ impl OpSchema {
     /// and Dropout, which does nothing outside of training.
     pub fn hands_on(&self) -> bool {
         self.class == Class::View || matches!(self.name, "Cast" | "CastLike" | "Dropout")
+    }
+
+    /// Whether it has weights that are no plain operand of a product: filters, biases, scales. A module of the framework
+    /// stands behind such an operator, and its weights belong to that module.
+    pub fn is_module(&self) -> bool {
+        self.weights.iter().any(|(_, w)| *w != Weight::Matrix)
+    }
+
+    /// Whether its result holds no number that it computed: elements of its inputs in other places, sizes, constants or
+    /// random numbers.
+    pub fn computes_nothing(&self) -> bool {
+        self.hands_on()
+            || matches!(self.class, Class::Rearrangement | Class::Size | Class::Filling | Class::Random)
+            || (self.class == Class::Indexing && !self.name.starts_with("Scatter"))
     }
 
     /// What the weight in this slot is, where it holds one.
@@ -240,6 +261,7 @@ mod tests {
             if let ResultType::Input(i) = row.result {
                 assert!(i < row.inputs.1, "{name}");
             }
+            assert!(row.keeps_type.iter().all(|slot| *slot < row.inputs.1), "{name}");
         }
         assert!(find("ai.onnx", "Relu").is_some() && find("com.microsoft", "Relu").is_none());
     }

@@ -74,8 +74,8 @@ pub const TABLE: &[OpSchema] = &[
     elementwise("BitwiseNot", 18, (1, 1)),
     elementwise("BitwiseOr", 18, (2, 2)),
     elementwise("BitwiseXor", 18, (2, 2)),
-    elementwise("Cast", 1, (1, 1)).changes(&[6]).makes(ResultType::Other),
-    elementwise("CastLike", 15, (2, 2)).makes(Input(1)).bf16(15),
+    elementwise("Cast", 1, (1, 1)).changes(&[6]).keeps_type(&[0]).makes(ResultType::Other),
+    elementwise("CastLike", 15, (2, 2)).keeps_type(&[0]).makes(Input(1)).bf16(15),
     elementwise("Ceil", 1, (1, 1)),
     elementwise("Celu", 12, (1, 1)).stays_f32(F32_ALONE).bf16(NEVER),
     elementwise("Clip", 1, (1, 3)).changes(&[11]),
@@ -258,9 +258,9 @@ pub const TABLE: &[OpSchema] = &[
     sampling("AffineGrid", 20, (2, 2)).bf16(20),
     sampling("GridSample", 16, (2, 2)).changes(&[20]).bf16(22),
     // Its regions and scales are floats of their own, which stay in f32.
-    sampling("Resize", 10, (1, 4)).changes(&[11, 18, 19]),
+    sampling("Resize", 10, (1, 4)).keeps_type(&[1, 2, 3]).changes(&[11, 18, 19]),
     sampling("RoiAlign", 10, (3, 3)).changes(&[16]).bf16(22),
-    sampling("Upsample", 1, (1, 2)).changes(&[7, 9]).bf16(NEVER),
+    sampling("Upsample", 1, (1, 2)).keeps_type(&[1]).changes(&[7, 9]).bf16(NEVER),
     // Losses.
     loss("NegativeLogLikelihoodLoss", 12, (2, 3)).bf16(22),
     loss("SoftmaxCrossEntropyLoss", 12, (2, 3)),

@@ -7,6 +7,7 @@ use super::tables::{made_up, uniform};
 use crate::error::Result;
 use crate::graph::attributes::{Attribute, Attributes};
 use crate::graph::ir::{Constant, Graph, Node, Origin, ValueId};
+use crate::graph::op_schema::{self, OpSchema};
 use crate::graph::subgraphs;
 use crate::tensor::{DType, HostTensor};
 
@@ -101,18 +102,9 @@ fn part_merged(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, 
 
 /// Path of the module that a layer is, where the exporter says it: the same for every call of one module.
 fn layer_of(node: &Node) -> Option<String> {
-    const LAYERS: &[&str] = &[
-        "LayerNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-        "InstanceNormalization",
-        "BatchNormalization",
-        "Conv",
-        "ConvTranspose",
-        "Gemm",
-    ];
+    let layer = op_schema::of(node).is_some_and(OpSchema::is_module);
     // "['', 'net', 'net.norm@1', 'layer_norm_3']": the last is the call, `@1` its second time.
-    let (path, _call) = node.module.as_ref().filter(|_| LAYERS.contains(&node.op.as_str()))?.rsplit_once(", ")?;
+    let (path, _call) = node.module.as_ref().filter(|_| layer)?.rsplit_once(", ")?;
     Some(path.split('@').map(|p| p.trim_start_matches(|c: char| c.is_ascii_digit())).collect())
 }
 

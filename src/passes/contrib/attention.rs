@@ -4,31 +4,24 @@ use std::collections::{HashMap, HashSet};
 
 use crate::graph::edit;
 use crate::graph::edit::{int_attribute, ints_attribute, node};
+use crate::graph::op_schema::{self, Class};
 use crate::onnx::{GraphProto, NodeProto};
 use crate::passes::contrib::Writer;
 
 /// Values that are known to have four axes: turned or reshaped so, and what is made of them element by element, joined or
 /// normalised. Keys and values may come that way, [B, heads, L, D].
 pub(super) fn by_head(graph: &GraphProto, dims: &HashMap<String, Vec<i64>>) -> HashSet<String> {
+    let reads = |n: &NodeProto, found: &HashSet<String>| n.input.iter().any(|i| found.contains(i));
     let mut found = HashSet::new();
     for n in &graph.node {
         let four = match n.op_type() {
             "Transpose" => edit::ints(n, "perm").is_some_and(|p| p.len() == 4),
             "Reshape" => n.input.get(1).and_then(|s| dims.get(s)).is_some_and(|d| d[..] == [4]),
-            "Concat"
-            | "Identity"
-            | "Cast"
-            | "Neg"
-            | "Slice"
-            | "Add"
-            | "Sub"
-            | "Mul"
-            | "Div"
-            | "LayerNormalization"
-            | "SimplifiedLayerNormalization"
-            | "RMSNormalization"
-            | "RotaryEmbedding" => n.input.iter().any(|i| found.contains(i)),
-            _ => false,
+            "Concat" | "Identity" | "Slice" | "RotaryEmbedding" => reads(n, &found),
+            op => {
+                let class = op_schema::find(n.domain(), op).map(|row| row.class);
+                matches!(class, Some(Class::Elementwise | Class::Norm)) && reads(n, &found)
+            }
         };
         if four {
             found.extend(n.output.first().cloned());

@@ -8,6 +8,7 @@ use crate::tensor::DType;
 
 use crate::graph::edit;
 use crate::graph::edit::int_attribute;
+use crate::graph::op_schema;
 
 /// How the chosen nodes are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,14 +67,9 @@ pub fn rewrite(
     model
 }
 
-/// Input slots that keep their type whatever the node computes in.
-fn fixed_slot(op: &str, slot: usize) -> bool {
-    match op {
-        "Resize" | "Upsample" => slot > 0,
-        "Cast" => true,
-        "CastLike" => slot == 0,
-        _ => false,
-    }
+/// Whether an input keeps its type whatever the node computes in.
+fn keeps_type(node: &NodeProto, slot: usize) -> bool {
+    op_schema::find(node.domain(), node.op_type()).is_some_and(|row| row.keeps_type.contains(&slot))
 }
 
 struct Rewriter<'a> {
@@ -140,7 +136,7 @@ impl Rewriter<'_> {
     fn lower(&mut self, graph: &GraphProto, mut node: NodeProto) {
         for slot in 0..node.input.len() {
             let value = node.input[slot].clone();
-            if self.is_f32(&value) && !fixed_slot(node.op_type(), slot) {
+            if self.is_f32(&value) && !keeps_type(&node, slot) {
                 node.input[slot] = self.low(graph, &value);
             }
         }

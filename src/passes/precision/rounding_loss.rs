@@ -13,6 +13,7 @@ use crate::tensor::DType;
 
 use crate::graph::edit;
 use crate::graph::edit::int_attribute;
+use crate::graph::op_schema;
 use crate::passes::evaluate;
 use crate::passes::evaluate::Inputs;
 
@@ -91,33 +92,8 @@ struct Region {
 /// Whether a node computes with floats: what only moves or casts them is off by one rounding at most.
 fn measured(n: &NodeProto, types: &HashMap<String, DType>) -> bool {
     let float = |v: &String| types.get(v) == Some(&DType::F32);
-    let moves = matches!(
-        n.op_type(),
-        "Cast"
-            | "CastLike"
-            | "Identity"
-            | "Reshape"
-            | "Flatten"
-            | "Squeeze"
-            | "Unsqueeze"
-            | "Transpose"
-            | "Slice"
-            | "Split"
-            | "Concat"
-            | "Gather"
-            | "Expand"
-            | "Tile"
-            | "Pad"
-            | "Shape"
-            | "Size"
-            | "Dropout"
-            | "Bernoulli"
-            | "Multinomial"
-            | "DepthToSpace"
-            | "SpaceToDepth"
-    );
-    !moves
-        && !n.op_type().starts_with("Random")
+    let computes = op_schema::find(n.domain(), n.op_type()).is_none_or(|row| !row.computes_nothing());
+    computes
         && matches!(n.domain(), "" | "ai.onnx")
         && !edit::has_subgraph(n)
         && n.input.iter().any(float)

@@ -1,0 +1,85 @@
+//! Networks that take more channels than they give: which parts their sample input has, by the usual counts.
+
+use crate::diffusion::card::joined;
+use crate::diffusion::{InputSpec, Origin};
+use crate::error::Result;
+use crate::graph::lower::lower;
+use crate::graph::{Graph, Model};
+use crate::inspect::axes::sample_size;
+use crate::inspect::findings::{Findings, Known};
+use crate::inspect::structure;
+
+/// Names and channels of the conditions that are joined behind a sample of so many channels.
+fn usual_parts(given: usize, made: usize) -> Vec<(&'static str, usize)> {
+    match (given, made) {
+        // Stable Diffusion's inpainting, InstructPix2Pix and the x4 upscaler.
+        (9, 4) => vec![("mask", 1), ("masked_image_latents", 4)],
+        (8, 4) => vec![("image_latents", 4)],
+        (7, 4) => vec![("image", 3)],
+        (given, made) => vec![("condition", given - made)],
+    }
+}
+
+/// Where a file's sample input takes more channels than its output has, and no source of the card says what they are: completes
+/// `known` with the parts by the usual counts and names. Then gives the file the parts as inputs of their own, so that what follows
+/// sees the network as training would.
+///
+/// Errors: parts that `known` says and that do not fit the graph.
+pub fn join_parts(model: &mut Model, known: &mut Known) -> Result<()> {
+    let concat = vec!["concat".to_owned()];
+    let graph = lower(model)?;
+    if !known.contains_key(&concat) {
+        let Some(found) = propose(&graph, model, known) else { return Ok(()) };
+        for (path, value) in found {
+            known.entry(path).or_insert((value, Origin::Graph));
+        }
+    }
+    let Some(card) = structure::read(&graph, known, &model.path).stand_in(false) else { return Ok(()) };
+    card.put_parts_into(std::sync::Arc::make_mut(&mut model.proto))
+}
+
+fn propose(graph: &Graph, model: &Model, known: &Known) -> Option<Vec<(Vec<String>, toml::Value)>> {
+    let findings: Findings = structure::read(graph, known, &model.path);
+    let port = |key: &str, among: &[crate::graph::Port]| {
+        let name = findings.text(&[key])?;
+        among.iter().find(|p| p.name == name).map(InputSpec::from)
+    };
+    let (sample, output) = (port("sample", &graph.inputs)?, port("output", &graph.outputs)?);
+    let (given, made) = joined(&sample, &output)?;
+    let mut row: Vec<Option<usize>> = sample.shape[1..].to_vec();
+    let axis = row.iter().zip(&output.shape[1..]).position(|(a, b)| (*a, *b) == (Some(given), Some(made)))?;
+    let spatial: Vec<usize> = (0..row.len()).filter(|k| *k != axis).collect();
+    if let (Some(size), [h, w]) = (sample_size(&model.path), spatial.as_slice()) {
+        (row[*h], row[*w]) = (row[*h].or(Some(size[0])), row[*w].or(Some(size[1])));
+    }
+    let row: Vec<i64> = row.into_iter().map(|d| d.map(|n| n as i64)).collect::<Option<_>>()?;
+    let part = |channels: usize| {
+        let mut shape = row.clone();
+        shape[axis] = channels as i64;
+        shape
+    };
+    let nhwc = axis == 2 && row.len() == 3;
+    let layout = match axis {
+        0 => "channels-first",
+        _ if nhwc => "nhwc",
+        _ if axis + 1 == row.len() => "channels-last",
+        _ => "frames-first",
+    };
+    let mut own = part(made);
+    if nhwc {
+        own.rotate_right(1);
+    }
+    let key = |path: &[&str]| path.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
+    let mut names = vec![sample.name.clone()];
+    let mut found = vec![(key(&["shape"]), own.into()), (key(&["layout"]), layout.into())];
+    for (name, channels) in usual_parts(given, made) {
+        if graph.inputs.iter().any(|p| p.name == name) {
+            return None;
+        }
+        found.push((key(&["conditions", name, "kind"]), "embedding".into()));
+        found.push((key(&["conditions", name, "shape"]), part(channels).into()));
+        names.push(name.to_owned());
+    }
+    found.push((key(&["concat"]), names.into()));
+    Some(found)
+}
