@@ -114,13 +114,13 @@ def test_an_inpainting_network_becomes_a_student_with_its_parts_as_inputs(tmp_pa
     noise = next(i.name for i in student.get_inputs() if i.name not in rows)
     assert {i.name for i in student.get_inputs()} == {noise, *rows}
     (ours,) = student.run(None, {noise: z, **rows})
-    # The step whose noise level is the student's, on the table of Stable Diffusion's betas.
+    # At the step whose noise level is the student's, on the table of Stable Diffusion's betas, the network sees unit noise.
     kept = torch.cumprod(1 - torch.linspace(SD["beta_start"] ** 0.5, SD["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
     step = int(((1 - kept).sqrt() / kept.sqrt() - sigma).abs().argmin())
-    joined = torch.cat([torch.from_numpy(sigma * z / np.hypot(1, sigma)), *(torch.from_numpy(rows[n]) for n in ("mask", "masked_image_latents"))], 1)
+    joined = torch.cat([torch.from_numpy(z), *(torch.from_numpy(rows[n]) for n in ("mask", "masked_image_latents"))], 1)
     with torch.no_grad():
         noise = net(joined.float(), torch.full((6,), step), torch.from_numpy(rows["encoder_hidden_states"])).sample.numpy()
-    np.testing.assert_allclose(ours, (sigma * z - sigma * noise).clip(-1, 1), atol=1e-4)
+    np.testing.assert_allclose(ours, (np.hypot(1, sigma) * z - sigma * noise).clip(-1, 1), atol=1e-4)
     assert (np.abs(ours) < 1).mean() > 0.5
 
 
