@@ -16,9 +16,8 @@ use tch::Device;
 
 use crate::exporter::Exporter;
 
-/// A card for the case's network, as `--card` takes it; `None` for what is no teacher (autoencoders, text encoders, `traps`)
-/// and for networks whose sample is no image: Flux takes its latents as rows of tokens, CogVideoX and Wan make videos, UNet1D
-/// sounds, Kandinsky's prior and `branches` vectors.
+/// A card for the case's network, as `--card` takes it; `None` for what is no teacher: autoencoders, text encoders, `traps`,
+/// `branches` and Kandinsky's prior.
 pub fn card(case: &str) -> Option<Vec<String>> {
     let vp = "schedule={ kind = \"vp\", betas = \"linear\", beta_start = 0.0001, beta_end = 0.02, steps = 1000 }";
     let edm = "schedule={ kind = \"edm\" }";
@@ -129,6 +128,42 @@ pub fn card(case: &str) -> Option<Vec<String>> {
             ],
             vec!["sample=sample".into(), "shape=[4, 8, 8]".into(), rows("clip_text_pooled", "[1, 10]")],
         ),
+        // Latents as rows of tokens, whose places are inputs without a batch.
+        "flux" => (
+            &["time=timestep", "time_unit=unit", "prediction=flow", "schedule={ kind = \"flow\" }"],
+            vec![
+                "sample=hidden_states".into(),
+                "shape=[16, 4]".into(),
+                "layout=channels-last".into(),
+                rows("encoder_hidden_states", "[5, 12]"),
+                rows("pooled_projections", "[10]"),
+                "constants.guidance=0.05".into(),
+                "conditions.img_ids={ kind = \"constant\", file = \"inputs.npz\" }".into(),
+                "conditions.txt_ids={ kind = \"constant\", file = \"inputs.npz\" }".into(),
+            ],
+        ),
+        "cog" => (
+            &step,
+            vec![
+                "sample=hidden_states".into(),
+                "shape=[3, 4, 4, 4]".into(),
+                "layout=frames-first".into(),
+                rows("encoder_hidden_states", "[5, 12]"),
+            ],
+        ),
+        "wan" => (
+            &step,
+            vec![
+                "sample=hidden_states".into(),
+                "shape=[4, 2, 4, 4]".into(),
+                "modality=video".into(),
+                rows("encoder_hidden_states", "[5, 12]"),
+            ],
+        ),
+        "unet1d" => (
+            &["time=timestep", "time_unit=unit", "prediction=epsilon", vp],
+            vec!["sample=sample".into(), "shape=[3, 32]".into()],
+        ),
         "edm_ncsnpp" => (
             &["time=sigma", "time_unit=sigma", "prediction=denoised", edm],
             vec!["sample=x".into(), "output=denoised".into(), "shape=[3, 8, 8]".into()],
@@ -161,7 +196,7 @@ pub fn check(name: &str, card: &[String], exporter: &Exporter) -> Result<(), Str
     )
     .map_err(text)?;
     // A low noise level keeps the skip path from hiding the network.
-    let flow = name.starts_with("sd3");
+    let flow = ["sd3", "flux"].iter().any(|n| name.starts_with(n));
     let options =
         StudentOptions { method: "test".into(), sigma_init: (!flow).then_some(2.0), ..StudentOptions::default() };
     let student = export::student(&teacher.network, teacher.network.params(), &teacher.card.card, &options);
