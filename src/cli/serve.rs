@@ -1,7 +1,7 @@
 //! `disback serve`: a student behind HTTP.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use serde_json::json;
 
 use super::Globals;
 use super::engine::EngineArgs;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::runtime::student::Student;
-use crate::serve::{ServeOptions, serve};
+use crate::serve::{Access, ServeOptions, serve};
 
 /// Serve a student over HTTP: GET /sample?seed=1&n=4&classes=3 gives a PNG (format=npy: the array), /health, /metrics.
 #[derive(Debug, Args)]
@@ -28,12 +28,19 @@ pub struct ServeArgs {
     /// Images a call of the network, and a request, at most.
     #[arg(long, default_value_t = 64)]
     max_batch: usize,
-    /// Milliseconds that a request waits at most for others to share its call.
-    #[arg(long, default_value_t = 5)]
-    max_wait: u64,
-    /// Requests that may wait; further ones get 503.
+    /// Requests that may wait; further ones get 503. What waits while the network is busy shares its next call.
     #[arg(long, default_value_t = 256)]
     queue: usize,
+    /// MiB that the bodies, arrays and answers of all requests may take together; further ones get 503. Without it, a quarter of
+    /// what is free, the memory limit of the control group counted.
+    #[arg(long, value_name = "MIB")]
+    max_memory: Option<u64>,
+    /// Connections at a time; beyond it only health is answered. Without it, as many as open files allow, at most 1024.
+    #[arg(long)]
+    max_connections: Option<usize>,
+    /// Seconds from a request's head to its answer, at most.
+    #[arg(long, default_value_t = 60.0)]
+    timeout: f64,
     /// Largest body of a request, KiB.
     #[arg(long, default_value_t = 16 * 1024)]
     max_body: usize,
@@ -41,13 +48,52 @@ pub struct ServeArgs {
     /// a balancer to see it.
     #[arg(long, default_value_t = 0)]
     drain: u64,
+    /// Seconds that connections may then take to finish before they are closed.
+    #[arg(long, default_value_t = 10)]
+    grace: u64,
+    /// A name by which callers reach this server (the Host of their requests), beside its address; may be repeated. On a loopback
+    /// address other names are refused.
+    #[arg(long, value_name = "NAME")]
+    host_name: Vec<String>,
+    /// Origin whose web pages may ask, such as https://example.org. Without it, pages of other sites are refused.
+    #[arg(long, value_name = "ORIGIN")]
+    cors: Option<String>,
+    /// File with the token that callers must send as `Authorization: Bearer TOKEN` for everything but health.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Write a line a request to standard error: time, caller, method, page, status, milliseconds.
+    #[arg(long)]
+    access_log: bool,
     #[command(flatten)]
     engine: EngineArgs,
 }
 
+/// The token in a file: its first line.
+fn token(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let token = text.lines().next().unwrap_or("").trim();
+    if token.is_empty() {
+        return Err(Error::usage(format!("{}: the file's first line is empty, so that there is no token", path.display())));
+    }
+    Ok(token.to_owned())
+}
+
+/// A quarter of the memory that is free.
+fn free_quarter() -> u64 {
+    memory::free().map_or(1 << 30, |free| free.bytes / 4)
+}
+
+/// Connections that leave descriptors for the rest of the process.
+fn connections() -> usize {
+    let text = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("Max open files"));
+    let files = line.and_then(|l| l.split_whitespace().next()?.parse::<usize>().ok()).unwrap_or(1024);
+    (files / 2).clamp(1, 1024)
+}
+
 /// Runs the command until it is told to stop.
 pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
-    for (name, value) in [("--max-batch", args.max_batch), ("--queue", args.queue), ("--max-body", args.max_body)] {
+    for (name, value) in [("--max-batch", args.max_batch), ("--queue", args.queue), ("--max-body", args.max_body), ("--max-connections", args.max_connections.unwrap_or(1))] {
         if value == 0 {
             return Err(Error::usage(format!("{name} 0: expected 1 or more")));
         }
@@ -57,10 +103,20 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
     let options = ServeOptions {
         address: SocketAddr::new(args.host, args.port),
         batch: args.max_batch,
-        wait: Duration::from_millis(args.max_wait),
         queue: args.queue,
         body: args.max_body.saturating_mul(1024),
+        memory: args.max_memory.map_or_else(free_quarter, |mib| mib.saturating_mul(1 << 20)),
+        connections: args.max_connections.unwrap_or_else(connections),
+        timeout: Duration::try_from_secs_f64(args.timeout)
+            .map_err(|_| Error::usage(format!("--timeout {}: expected seconds above 0", args.timeout)))?,
         drain: Duration::from_secs(args.drain),
+        grace: Duration::from_secs(args.grace),
+        access: Access {
+            hosts: args.host_name.clone(),
+            cors: args.cors.clone(),
+            token: args.token_file.as_deref().map(token).transpose()?,
+            log: args.access_log,
+        },
     };
     serve(student, options, |address| {
         if globals.json {

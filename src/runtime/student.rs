@@ -333,13 +333,34 @@ impl Student {
         start: u64,
         count: usize,
     ) -> Result<Vec<(String, HostTensor)>> {
+        let mut inputs = Self::drawn_inputs(info, request, start, count)?;
+        for condition in info.embeddings() {
+            let name = condition.input.name.clone();
+            let given = request.embeddings.iter().find(|(n, _)| *n == name).map(|(_, t)| t);
+            let rows = given.filter(|t| t.rank() > 0 && t.shape()[0] > 0).ok_or_else(|| {
+                Error::usage(format!("the student wants rows for its condition {}", condition.input))
+                    .hint(format!("--condition {name}=rows.npy"))
+            })?;
+            let pick = |k: u64| rows.rows(((start + k) % rows.shape()[0] as u64) as usize, 1);
+            let tensor = HostTensor::concat_rows(&(0..count as u64).map(pick).collect::<Result<Vec<_>>>()?)?;
+            inputs.push((name, tensor.cast(condition.input.dtype)));
+        }
+        Ok(inputs)
+    }
+
+    /// The inputs that follow from the seed and the classes: noise and class conditions, not the rows that a caller brings.
+    pub fn drawn_inputs(
+        info: &StudentInfo,
+        request: &Request,
+        start: u64,
+        count: usize,
+    ) -> Result<Vec<(String, HostTensor)>> {
         let size: Vec<usize> = std::iter::once(count).chain(info.noise_shape.iter().copied()).collect();
         let noise =
             HostTensor::new(&size, &batch_noise(request.seed, start, count, info.noise_shape.iter().product()))?;
         let mut inputs = vec![("noise".to_string(), noise.cast(info.noise.dtype))];
         let labels = Self::classes_of(info, request, start, count)?.unwrap_or_default();
         for condition in &info.conditions {
-            let name = condition.input.name.clone();
             let tensor = match condition.kind {
                 ConditionKind::ClassIndex { .. } => {
                     let rows = HostTensor::vec(&labels.iter().map(|&l| l as i64).collect::<Vec<_>>());
@@ -351,17 +372,9 @@ impl Student {
                     labels.iter().enumerate().for_each(|(k, &l)| rows[k * classes + l] = 1.0);
                     HostTensor::new(&[count, classes], &rows)?
                 }
-                ConditionKind::Embedding => {
-                    let given = request.embeddings.iter().find(|(n, _)| *n == name).map(|(_, t)| t);
-                    let rows = given.filter(|t| t.rank() > 0 && t.shape()[0] > 0).ok_or_else(|| {
-                        Error::usage(format!("the student wants rows for its condition {}", condition.input))
-                            .hint(format!("--condition {name}=rows.npy"))
-                    })?;
-                    let pick = |k: u64| rows.rows(((start + k) % rows.shape()[0] as u64) as usize, 1);
-                    HostTensor::concat_rows(&(0..count as u64).map(pick).collect::<Result<Vec<_>>>()?)?
-                }
+                ConditionKind::Embedding => continue,
             };
-            inputs.push((name, tensor.cast(condition.input.dtype)));
+            inputs.push((condition.input.name.clone(), tensor.cast(condition.input.dtype)));
         }
         Ok(inputs)
     }

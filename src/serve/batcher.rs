@@ -1,9 +1,9 @@
-//! Requests of several callers in one call of the network: the first request opens a batch, further ones join until it is
-//! full or the latency bound has passed. An image does not depend on its batch, so nobody notices but the throughput.
+//! Requests of several callers in one call of the network: what has come while the network was busy shares the next call, and an
+//! idle network never waits. An image does not depend on its batch, so nobody notices but the throughput.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
@@ -13,9 +13,50 @@ use crate::runtime::run_batched;
 use crate::runtime::student::Student;
 use crate::tensor::{DType, HostTensor};
 
+/// One input of a request's samples.
+#[derive(Debug)]
+pub enum Rows {
+    /// A row a sample.
+    Each(HostTensor),
+    /// Rows that go to the samples in turn, beginning with the one of this number. They are copied only for the call that they are
+    /// part of: a long text for 64 samples is in memory once.
+    InTurn(HostTensor, u64),
+}
+
+impl Rows {
+    fn tensor(&self) -> &HostTensor {
+        match self {
+            Self::Each(t) | Self::InTurn(t, _) => t,
+        }
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.tensor().bytes().len()
+    }
+
+    /// Bytes of one row.
+    fn row_bytes(&self) -> usize {
+        let t = self.tensor();
+        t.shape().iter().skip(1).product::<usize>() * t.dtype().size()
+    }
+
+    /// The rows of samples `start..start + count`.
+    fn of(&self, start: usize, count: usize) -> Result<HostTensor> {
+        match self {
+            Self::Each(t) => t.rows(start, count),
+            Self::InTurn(t, first) => {
+                let held = t.shape()[0] as u64;
+                let row = |k: usize| t.rows(((first % held + (start + k) as u64) % held) as usize, 1);
+                HostTensor::concat_rows(&(0..count).map(row).collect::<Result<Vec<_>>>()?)
+            }
+        }
+    }
+}
+
 /// Images of one caller.
 struct Job {
-    inputs: Vec<(String, HostTensor)>,
+    inputs: Vec<(String, Rows)>,
     count: usize,
     reply: oneshot::Sender<Result<HostTensor>>,
 }
@@ -25,10 +66,10 @@ struct Job {
 pub struct Limits {
     /// Images a call of the network at most.
     pub batch: usize,
-    /// How long a request waits for others at most.
-    pub wait: Duration,
     /// Requests that may wait.
     pub queue: usize,
+    /// Bytes of one call's inputs at most, but for a single row that is larger.
+    pub bytes: usize,
 }
 
 /// Where requests are left; the network runs in a thread of its own, which ends when the last copy of this is dropped and
@@ -60,12 +101,8 @@ impl Batcher {
         Ok((Self { jobs, metrics }, thread))
     }
 
-    /// The samples for these inputs, `count` images.
-    pub async fn sample(
-        &self,
-        inputs: Vec<(String, HostTensor)>,
-        count: usize,
-    ) -> std::result::Result<HostTensor, Refused> {
+    /// The samples for these inputs, `count` images. Where this is dropped before its turn, nothing is computed for it.
+    pub async fn sample(&self, inputs: Vec<(String, Rows)>, count: usize) -> std::result::Result<HostTensor, Refused> {
         let (reply, answer) = oneshot::channel();
         self.metrics.waiting.inc();
         let sent = self.jobs.try_send(Job { inputs, count, reply });
@@ -85,30 +122,40 @@ impl Batcher {
 
 fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &Metrics) {
     let mut held: Option<Job> = None;
+    let wanted = |job: Job| {
+        // Its caller has gone.
+        let gone = job.reply.is_closed();
+        if gone {
+            metrics.waiting.dec();
+            metrics.abandoned.inc();
+        }
+        (!gone).then_some(job)
+    };
     loop {
         let first = match held.take().map_or_else(|| waiting.recv(), Ok) {
             Ok(job) => job,
             Err(_) => return,
         };
-        let (mut batch, mut images) = (vec![first], 0);
-        images += batch[0].count;
-        let end = Instant::now() + limits.wait;
+        let Some(first) = wanted(first) else { continue };
+        let mut images = first.count;
+        let mut batch = vec![first];
         while images < limits.batch {
-            match waiting.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(job) if images + job.count > limits.batch || !alike(&batch[0], &job) => {
-                    held = Some(job);
-                    break;
-                }
+            match waiting.try_recv() {
                 Ok(job) => {
+                    let Some(job) = wanted(job) else { continue };
+                    if images + job.count > limits.batch || !alike(&batch[0], &job) {
+                        held = Some(job);
+                        break;
+                    }
                     images += job.count;
                     batch.push(job);
                 }
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
             }
         }
         metrics.waiting.dec_by(batch.len() as i64);
         let began = Instant::now();
-        let result = together(&mut student, &batch, limits.batch);
+        let result = together(&mut student, &batch, limits);
         metrics.batches.observe(images as f64);
         metrics.network.observe(began.elapsed().as_secs_f64());
         match result {
@@ -133,19 +180,86 @@ fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &
 
 /// Whether two requests can share a call: rows of one size (conditions may leave theirs free).
 fn alike(a: &Job, b: &Job) -> bool {
-    a.inputs.iter().zip(&b.inputs).all(|((_, s), (_, t))| s.shape().get(1..) == t.shape().get(1..))
+    a.inputs.iter().zip(&b.inputs).all(|((_, s), (_, t))| s.tensor().shape().get(1..) == t.tensor().shape().get(1..))
 }
 
-/// One call for all: inputs joined by rows.
-fn together(student: &mut Student, batch: &[Job], largest: usize) -> Result<HostTensor> {
-    let mut inputs: Vec<(String, HostTensor)> = Vec::new();
-    for (k, (name, first)) in batch[0].inputs.iter().enumerate() {
-        let parts: Vec<HostTensor> = batch.iter().map(|j| j.inputs[k].1.clone()).collect();
-        let joined = if parts.len() == 1 { first.clone() } else { HostTensor::concat_rows(&parts)? };
-        inputs.push((name.clone(), joined));
+/// One call for all, inputs joined by rows; several where these would take too many bytes.
+fn together(student: &mut Student, batch: &[Job], limits: Limits) -> Result<HostTensor> {
+    let row: usize = batch[0].inputs.iter().map(|(_, r)| r.row_bytes()).sum();
+    let most = (limits.bytes / row.max(1)).clamp(1, limits.batch);
+    let mut samples = Vec::new();
+    let mut spans: Vec<(&Job, usize, usize)> = Vec::new();
+    let mut rows = 0;
+    let mut call = |spans: &mut Vec<(&Job, usize, usize)>| -> Result<()> {
+        samples.push(one_call(student, spans, limits.batch)?);
+        spans.clear();
+        Ok(())
+    };
+    for job in batch {
+        let mut start = 0;
+        while start < job.count {
+            let count = (job.count - start).min(most - rows);
+            spans.push((job, start, count));
+            (start, rows) = (start + count, rows + count);
+            if rows == most {
+                call(&mut spans)?;
+                rows = 0;
+            }
+        }
     }
-    let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    if rows > 0 {
+        call(&mut spans)?;
+    }
+    if samples.len() == 1 { Ok(samples.remove(0)) } else { HostTensor::concat_rows(&samples) }
+}
+
+/// The samples of these parts of requests: where each begins and how many it has.
+fn one_call(student: &mut Student, spans: &[(&Job, usize, usize)], largest: usize) -> Result<HostTensor> {
+    let Some((first, ..)) = spans.first() else { return Err(Error::usage("a call of the network without samples")) };
+    let mut inputs: Vec<(&str, HostTensor)> = Vec::new();
+    for (k, (name, _)) in first.inputs.iter().enumerate() {
+        let parts = spans.iter().map(|(job, start, count)| job.inputs[k].1.of(*start, *count));
+        let mut parts = parts.collect::<Result<Vec<_>>>()?;
+        let joined = if parts.len() == 1 { parts.remove(0) } else { HostTensor::concat_rows(&parts)? };
+        inputs.push((name, joined));
+    }
+    let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (*n, t)).collect();
     let outputs = run_batched(student.engine(), &named, largest)?;
     let found = outputs.into_iter().find(|(n, _)| n == "sample").map(|(_, t)| t);
     Ok(found.ok_or_else(|| Error::backend("no output `sample`"))?.cast(DType::F32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::testing;
+    use crate::runtime::{EngineKind, EngineOptions};
+
+    #[test]
+    fn rows_in_turn_are_those_of_the_images() {
+        let t = HostTensor::new(&[3, 2], &[0f32, 1., 2., 3., 4., 5.]).unwrap();
+        let rows = Rows::InTurn(t.clone(), u64::MAX - 1);
+        // 2^64 - 2 = 2 (mod 3).
+        assert_eq!(rows.of(0, 4).unwrap().to_f32(), [4., 5., 0., 1., 2., 3., 4., 5.]);
+        assert_eq!(Rows::Each(t).of(1, 2).unwrap().to_f32(), [2., 3., 4., 5.]);
+    }
+
+    #[test]
+    fn a_call_that_would_be_too_large_is_several_with_the_same_samples() {
+        let options = EngineOptions { engine: EngineKind::Tract, ..EngineOptions::default() };
+        let mut student = Student::from_bytes(&testing::student("batch"), &options).unwrap();
+        let job = |first: u64, count: usize| {
+            let request = crate::runtime::student::Request { batch: 64, ..Default::default() };
+            let inputs = student.inputs(&request, first, count).unwrap();
+            let inputs = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();
+            Job { inputs, count, reply: oneshot::channel().0 }
+        };
+        let jobs = [job(0, 3), job(7, 5), job(20, 1)];
+        let limits = |bytes| Limits { batch: 16, queue: 1, bytes };
+        let whole = together(&mut student, &jobs, limits(1 << 20)).unwrap();
+        assert_eq!(whole.shape()[0], 9);
+        for bytes in [1, 60, 100] {
+            assert_eq!(together(&mut student, &jobs, limits(bytes)).unwrap(), whole, "{bytes} bytes a call");
+        }
+    }
 }

@@ -32,6 +32,8 @@ pub struct Metrics {
     pub images: Counter,
     /// Requests that wait for the network.
     pub waiting: Gauge,
+    /// Requests whose caller had gone before their turn.
+    pub abandoned: Counter,
     /// Images a call of the network.
     pub batches: Histogram,
     /// Seconds in the network.
@@ -45,11 +47,14 @@ impl Metrics {
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION").to_owned()), ("engine", engine)]);
         registry.register("build", "Version of disback, and what runs the student", build);
         let requests = Family::default();
-        registry.register("requests", "Answered requests for samples", requests.clone());
+        registry.register("requests", "Answered requests for samples, and refused ones of any kind", requests.clone());
         let images = Counter::default();
         registry.register("images", "Images made", images.clone());
         let waiting = Gauge::default();
         registry.register("waiting_requests", "Requests that wait for the network", waiting.clone());
+        let abandoned = Counter::default();
+        let help = "Requests whose caller had gone before their turn; nothing was computed for them";
+        registry.register("abandoned_requests", help, abandoned.clone());
         let batches = Histogram::new(IMAGES);
         let unit = Unit::Other("images".into());
         registry.register_with_unit("batch", "Images in a call of the network", unit, batches.clone());
@@ -59,7 +64,7 @@ impl Metrics {
         let latency = Histogram::new(SECONDS);
         let help = "Time from request to answer";
         registry.register_with_unit("request_duration", help, Unit::Seconds, latency.clone());
-        Self { registry, requests, latency, images, waiting, batches, network }
+        Self { registry, requests, latency, images, waiting, abandoned, batches, network }
     }
 
     /// Counts an answered request.

@@ -1,35 +1,50 @@
-//! A student behind HTTP: `/sample`, `/health`, `/metrics`. What a team puts behind its balancer.
+//! A student behind HTTP: `/sample`, `/health`, `/metrics`. What a team puts behind its balancer, and strangers send anything to.
 
+mod ask;
 mod batcher;
 mod body;
+mod budget;
+mod connections;
+mod guard;
 mod metrics;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use serde::Deserialize;
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::io::images::{encode_png, quantise};
 use crate::io::npy;
 use crate::report::grid;
 use crate::runtime::student::{Request, Student, StudentInfo};
 use crate::tensor::HostTensor;
 
+use ask::{Ask, Most, Wanted};
 use batcher::{Batcher, Limits, Refused};
-use body::Given;
+use budget::{Budget, Held};
+use connections::Pages;
+pub use guard::Access;
 use metrics::Metrics;
+
+/// Bodies that are read out of their form at the same time.
+const READERS: usize = 2;
+/// A body must come at this many bytes a second.
+const BODY_RATE: u64 = 32 * 1024;
+/// Characters of an error's text at most: names that a caller sent may be long.
+const ERROR_CHARS: usize = 500;
 
 /// How to serve.
 #[derive(Debug, Clone)]
@@ -38,14 +53,22 @@ pub struct ServeOptions {
     pub address: SocketAddr,
     /// Images a call of the network, and a request, at most.
     pub batch: usize,
-    /// How long a request waits at most for others to share its call.
-    pub wait: Duration,
     /// Requests that may wait; further ones get 503.
     pub queue: usize,
     /// Largest body, bytes.
     pub body: usize,
+    /// Bytes that bodies, arrays and answers of all requests in flight may take together; further requests get 503.
+    pub memory: u64,
+    /// Connections at a time; beyond it only health is answered.
+    pub connections: usize,
+    /// Time from a request's head to its answer, at most.
+    pub timeout: Duration,
     /// How long requests are still taken after the signal to stop; `/health` reports the stop meanwhile.
     pub drain: Duration,
+    /// How long connections may then take to finish before they are closed.
+    pub grace: Duration,
+    /// Who may ask.
+    pub access: Access,
 }
 
 struct Service {
@@ -53,12 +76,15 @@ struct Service {
     engine: String,
     options: ServeOptions,
     batcher: Batcher,
+    budget: Budget,
+    readers: Semaphore,
     metrics: Arc<Metrics>,
     stopping: AtomicBool,
 }
 
 /// Serves until the process is told to stop (SIGINT, SIGTERM): then, at once or after [`ServeOptions::drain`], no connection is
-/// taken any more, and what was asked for is answered. A second word to stop ends the waiting. `ready` hears the address in use.
+/// taken any more, and what was asked for is answered within [`ServeOptions::grace`]. A second word to stop ends at once. `ready`
+/// hears the address in use.
 ///
 /// Errors: an address that is taken; a student that does not run.
 pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
@@ -68,42 +94,74 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
     student.sample(&warm_up, 0, 1)?;
     let engine = student.engine_name();
     let metrics = Arc::new(Metrics::new(engine.clone()));
-    let limits = Limits { batch: options.batch, wait: options.wait, queue: options.queue };
+    let bytes = usize::try_from(options.memory / 4).unwrap_or(usize::MAX);
+    let limits = Limits { batch: options.batch, queue: options.queue, bytes };
     let (batcher, thread) = Batcher::start(student, limits, metrics.clone())?;
-    let address = options.address;
-    let drain = options.drain;
-    let service = Arc::new(Service { info, engine, batcher, metrics, options, stopping: AtomicBool::new(false) });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async move {
+    let ended = runtime.block_on(async move {
+        let (address, limit) = (options.address, options.connections);
+        let (drain, grace) = (options.drain, options.grace);
         let listener = TcpListener::bind(address).await.map_err(|e| {
             Error::io(format!("cannot listen on {address}: {e}")).hint("choose another with --host and --port")
         })?;
         ready(listener.local_addr()?);
-        let app = Router::new()
-            .route("/sample", get(sample).post(sample))
-            .route("/health", get(health))
-            .route("/metrics", get(page))
-            .fallback(unknown)
-            .layer(DefaultBodyLimit::max(service.options.body))
-            .with_state(service.clone());
+        let service = Arc::new(Service {
+            info,
+            engine,
+            batcher,
+            budget: Budget::new(options.memory),
+            readers: Semaphore::new(READERS),
+            metrics,
+            options,
+            stopping: AtomicBool::new(false),
+        });
+        let pages = pages(&service);
+        // The signals in their order: the first asks to stop, the second not to wait.
+        let (first, mut heard) = tokio::sync::watch::channel(0);
+        tokio::spawn(async move {
+            loop {
+                stopped().await;
+                first.send_modify(|n| *n += 1);
+            }
+        });
+        let mut again = heard.clone();
+        let hurry = async move { drop(again.wait_for(|n| *n >= 2).await.map(|_| ())) };
         let stop = async move {
-            stopped().await;
+            let _ = heard.wait_for(|n| *n >= 1).await.map(|_| ());
             service.stopping.store(true, Ordering::Relaxed);
             // The service, and with it the network's thread, ends with the last connection.
             drop(service);
-            if !drain.is_zero() {
-                tokio::select! {
-                    () = tokio::time::sleep(drain) => {}
-                    () = stopped() => {}
-                }
+            tokio::select! {
+                () = tokio::time::sleep(drain) => {}
+                _ = heard.wait_for(|n| *n >= 2) => {}
             }
         };
-        axum::serve(listener, app).with_graceful_shutdown(stop).await?;
-        Ok::<_, Error>(())
+        Ok::<_, Error>(connections::run(listener, pages, limit, stop, grace, hurry).await)
     })?;
-    drop(runtime);
+    runtime.shutdown_background();
+    if !ended {
+        // Somebody did not finish in time: the network's call for them is not waited for.
+        return Ok(());
+    }
     // All senders are gone: the network's thread finishes what waits and ends.
     thread.join().map_err(|_| Error::backend("the network's thread panicked"))
+}
+
+fn pages(service: &Arc<Service>) -> Pages {
+    let health = Router::new()
+        .route("/health", get(health))
+        .route("/v2/health/live", get(live))
+        .route("/v2/health/ready", get(ready_for_more));
+    let all = health
+        .clone()
+        .route("/sample", get(sample).post(sample))
+        .route("/metrics", get(page))
+        .fallback(unknown)
+        .method_not_allowed_fallback(method);
+    let finished = |pages: Router<Arc<Service>>| {
+        pages.layer(middleware::from_fn_with_state(service.clone(), guard::guard)).with_state(service.clone())
+    };
+    Pages { all: finished(all), crowded: finished(health.fallback(crowded)) }
 }
 
 async fn stopped() {
@@ -129,36 +187,41 @@ async fn health(State(s): State<Arc<Service>>) -> Response {
     let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": s.info.shape,
         "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "conditions": conditions, "range": s.info.range,
         "max_images": s.options.batch, "max_body_bytes": s.options.body });
-    answer(code, "application/json", body.to_string().into_bytes())
+    answer(code, "application/json", body.to_string().into_bytes().into())
+}
+
+/// The process lives, whether or not it takes more.
+async fn live() -> StatusCode {
+    StatusCode::OK
+}
+
+async fn ready_for_more(State(s): State<Arc<Service>>) -> StatusCode {
+    if s.stopping.load(Ordering::Relaxed) { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }
 }
 
 async fn page(State(s): State<Arc<Service>>) -> Response {
     match s.metrics.text() {
-        Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text.into_bytes()),
+        Ok(text) => answer(StatusCode::OK, metrics::CONTENT_TYPE, text.into_bytes().into()),
         Err(_) => failure(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written"),
     }
 }
 
 async fn unknown() -> Response {
-    failure(StatusCode::NOT_FOUND, "no such page: there are /sample, /health and /metrics")
+    failure(StatusCode::NOT_FOUND, "no such page: there are /sample, /health, /metrics, /v2/health/live and /v2/health/ready")
 }
 
-/// What may be asked of `/sample`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Wanted {
-    #[serde(default)]
-    seed: u64,
-    /// Number of the first image of the seed.
-    #[serde(default)]
-    index: u64,
-    /// Images.
-    n: Option<usize>,
-    /// Classes of the images in turn, by commas.
-    #[serde(default)]
-    classes: String,
-    /// `png` or `npy`; by the Accept header where absent.
-    format: Option<String>,
+async fn method() -> Response {
+    failure(StatusCode::METHOD_NOT_ALLOWED, "this page takes GET, and /sample POST too")
+}
+
+async fn crowded() -> Response {
+    busy("too many connections; try again")
+}
+
+fn busy(text: &str) -> Response {
+    let mut response = failure(StatusCode::SERVICE_UNAVAILABLE, text);
+    response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+    response
 }
 
 /// `GET` draws the noise from the seed; `POST` may bring it, and brings rows for conditions that are no classes: see
@@ -167,113 +230,79 @@ async fn sample(
     State(s): State<Arc<Service>>,
     headers: HeaderMap,
     query: std::result::Result<Query<Wanted>, QueryRejection>,
-    body: std::result::Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Response {
-    let began = Instant::now();
-    let response = match wanted(&s, &headers, query, body) {
-        Err(response) => response,
-        Ok((inputs, count, npy)) => match s.batcher.sample(inputs, count).await {
-            Ok(samples) => {
-                let written = write(&samples, &s.info, npy);
-                written.unwrap_or_else(|e| failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))
-            }
-            Err(Refused::Busy) => {
-                let mut busy = failure(StatusCode::SERVICE_UNAVAILABLE, "too many requests wait; try again");
-                busy.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
-                busy
-            }
-            Err(Refused::Failed(e)) => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
-        },
-    };
-    s.metrics.answered(response.status().as_u16(), began.elapsed().as_secs_f64());
-    response
+    let limit = s.options.timeout;
+    match tokio::time::timeout(limit, answered(s, headers, query, body)).await {
+        Ok(Ok(response) | Err(response)) => response,
+        Err(_) => failure(StatusCode::GATEWAY_TIMEOUT, &format!("no answer within {} s", limit.as_secs_f64())),
+    }
 }
 
-type Prepared = (Vec<(String, HostTensor)>, usize, bool);
+type Answer = std::result::Result<Response, Response>;
 
-#[allow(clippy::result_large_err, reason = "one a request, and the error is its answer")]
-fn wanted(
-    s: &Service,
-    headers: &HeaderMap,
+async fn answered(
+    s: Arc<Service>,
+    headers: HeaderMap,
     query: std::result::Result<Query<Wanted>, QueryRejection>,
-    body: std::result::Result<Bytes, BytesRejection>,
-) -> std::result::Result<Prepared, Response> {
-    let bad = |text: &str| failure(StatusCode::BAD_REQUEST, text);
+    body: Body,
+) -> Answer {
     let plain = |e: QueryRejection| e.body_text().replacen("Failed to deserialize query string", "the query", 1);
-    let Query(w) = query.map_err(|e| bad(&plain(e)))?;
-    let body = body.map_err(|e| {
-        if e.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            failure(e.status(), &format!("the body has more than {} bytes", s.options.body))
-        } else {
-            bad(&e.body_text())
-        }
-    })?;
-    let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("");
-    let npy = match w.format.as_deref() {
-        Some("npy") => true,
-        Some("png") => false,
-        Some(other) => return Err(bad(&format!("format={other}: expected png or npy"))),
-        None => accept.contains("npy") || accept.contains("octet-stream"),
+    let Query(wanted) = query.map_err(|e| failure(StatusCode::BAD_REQUEST, &plain(e)))?;
+    let (body, held) = received(&s, &headers, body).await?;
+    let full = || busy("too much is in flight; try again");
+    let held = held.resize(&s.budget, ask::bytes_to_read(&body, s.options.body)).ok_or_else(full)?;
+    let ended = |_| failure(StatusCode::SERVICE_UNAVAILABLE, "the server ends");
+    // Off the threads that answer health; a few at a time.
+    let permit = s.readers.acquire().await.map_err(|_| busy("the server ends"))?;
+    let service = s.clone();
+    let most = Most { images: s.options.batch, body: s.options.body };
+    let read = move || ask::read(&service.info, most, &headers, &wanted, &body);
+    let ask = tokio::task::spawn_blocking(read).await.map_err(ended)??;
+    drop(permit);
+    let held = held.resize(&s.budget, ask.bytes(&s.info)).ok_or_else(full)?;
+    let Ask { inputs, count, npy } = ask;
+    let samples = match s.batcher.sample(inputs, count).await {
+        Ok(samples) => samples,
+        Err(Refused::Busy) => return Err(busy("too many requests wait; try again")),
+        Err(Refused::Failed(e)) => return Err(failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string())),
     };
-    if !npy && s.info.image_shape().is_none() {
-        return Err(bad("the student's samples are no images: ask for format=npy"));
-    }
-    if !npy && s.info.range.is_none() {
-        return Err(bad("the student makes latents, which are no images: ask for format=npy"));
-    }
-    let classes = w.classes.split(',').filter(|c| !c.trim().is_empty()).map(|c| c.trim().parse::<usize>());
-    let classes = classes
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|_| bad(&format!("classes={}: expected numbers by commas", w.classes)))?;
-    let given = Given::read(&body, &s.info, s.options.body).map_err(|e| bad(&e.to_string()))?;
-    let count = match (given.count().map_err(|e| bad(&e.to_string()))?, w.n) {
-        (Some(held), Some(n)) if n != held => {
-            let what = if given.noise.is_some() { "noise" } else { "rows" };
-            return Err(bad(&format!("n={n}, but the body holds {what} for {held} images")));
-        }
-        (Some(held), _) => held,
-        (None, n) => n.unwrap_or(1),
-    };
-    if count == 0 {
-        return Err(bad("n=0: expected 1 or more"));
-    }
-    if count > s.options.batch {
-        let text = format!("{count} images in one request, at most {} are made", s.options.batch);
-        return Err(failure(StatusCode::PAYLOAD_TOO_LARGE, &text));
-    }
-    if let Some(missing) = s.info.embeddings().find(|c| !given.rows.iter().any(|(n, _)| *n == c.input.name)) {
-        return Err(bad(&format!(
-            "the student wants rows for its condition `{}`, {}: POST an .npz archive or a JSON object with an array of that name",
-            missing.input.name,
-            body::wanted(&missing.input)
-        )));
-    }
-    let request = Request { seed: w.seed, classes, embeddings: given.rows.clone(), batch: s.options.batch };
-    let made = Student::inputs_of(&s.info, &request, w.index, count);
-    let mut inputs = made.map_err(|e| match e.kind() {
-        Kind::Usage | Kind::Mismatch => bad(&e.to_string()),
-        _ => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
-    })?;
-    for (name, input) in &mut inputs {
-        if name == "noise" {
-            if let Some(noise) = &given.noise {
-                input.clone_from(noise);
-            }
-        } else if let Some((_, rows)) =
-            given.rows.iter().find(|(n, _)| n == name).filter(|(_, t)| t.shape()[0] == count)
-        {
-            // Rows are for the images of this request, whichever numbers of the seed these have.
-            input.clone_from(rows);
-        }
-    }
-    Ok((inputs, count, npy))
+    let service = s.clone();
+    let made = tokio::task::spawn_blocking(move || write(&samples, &service.info, npy)).await.map_err(ended)?;
+    let (kind, bytes) = made.map_err(|e| failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))?;
+    Ok(answer(StatusCode::OK, kind, held.keep(bytes)))
 }
 
-fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<Response> {
+/// The body, where it is not too long, comes in time and has room, with the bytes that it holds.
+async fn received(s: &Service, headers: &HeaderMap, body: Body) -> std::result::Result<(Bytes, Held), Response> {
+    let limit = s.options.body;
+    let too_long = || failure(StatusCode::PAYLOAD_TOO_LARGE, &format!("the body has more than {limit} bytes"));
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    // (One that does not say its length may be as long as any.)
+    let unknown = headers.contains_key(header::TRANSFER_ENCODING).then_some(limit as u64);
+    let length = length.or(unknown).unwrap_or(0);
+    if length > limit as u64 {
+        return Err(too_long());
+    }
+    let held = s.budget.take(length).ok_or_else(|| busy("too much is in flight; try again"))?;
+    let time = connections::HEAD + Duration::from_secs(length / BODY_RATE);
+    match tokio::time::timeout(time, to_bytes(body, limit)).await {
+        Ok(Ok(bytes)) => Ok((bytes, held)),
+        Ok(Err(_)) if unknown.is_some() => Err(too_long()),
+        Ok(Err(_)) => Err(failure(StatusCode::BAD_REQUEST, "the body ended before its Content-Length")),
+        Err(_) => Err(failure(
+            StatusCode::REQUEST_TIMEOUT,
+            &format!("the body did not come within {} s", time.as_secs()),
+        )),
+    }
+}
+
+/// Content type and body of an answer.
+fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<(&'static str, Vec<u8>)> {
     if as_npy {
         let mut out = Vec::new();
         npy::write_to(&mut out, samples)?;
-        return Ok(answer(StatusCode::OK, "application/x-npy", out));
+        return Ok(("application/x-npy", out));
     }
     let png = match (samples.shape().first(), info.range, info.image_shape()) {
         (Some(1), Some(range), Some(shape)) if matches!(shape[0], 1 | 3) => {
@@ -282,13 +311,17 @@ fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<Respo
         }
         _ => grid::png(samples, info.range, None)?,
     };
-    Ok(answer(StatusCode::OK, "image/png", png))
+    Ok(("image/png", png))
 }
 
-fn answer(status: StatusCode, kind: &'static str, body: Vec<u8>) -> Response {
+fn answer(status: StatusCode, kind: &'static str, body: Bytes) -> Response {
     (status, [(header::CONTENT_TYPE, kind)], body).into_response()
 }
 
 fn failure(status: StatusCode, text: &str) -> Response {
-    answer(status, "application/json", json!({ "error": text }).to_string().into_bytes())
+    let text = match text.char_indices().nth(ERROR_CHARS) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    };
+    answer(status, "application/json", json!({ "error": text }).to_string().into_bytes().into())
 }

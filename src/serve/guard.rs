@@ -1,0 +1,156 @@
+//! What a request must be before it is looked at: meant for this server, from a page that may ask, by a caller who may. And what
+//! is written down of each.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::{Service, failure};
+
+/// Who may ask.
+#[derive(Debug, Clone, Default)]
+pub struct Access {
+    /// Names that a request's Host may have, beside the address; empty: any, where the server listens beyond this machine.
+    pub hosts: Vec<String>,
+    /// Origin of web pages that may ask, such as `https://example.org`.
+    pub cors: Option<String>,
+    /// What `Authorization: Bearer` must hold for everything but health.
+    pub token: Option<String>,
+    /// Whether each request is written to standard error.
+    pub log: bool,
+}
+
+/// Pages that balancers ask for, whoever they are.
+pub(super) fn is_health(path: &str) -> bool {
+    matches!(path, "/health" | "/v2/health/live" | "/v2/health/ready")
+}
+
+/// Refuses what may not be asked, counts and writes down what was.
+pub(super) async fn guard(
+    State(s): State<Arc<Service>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let began = Instant::now();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let access = &s.options.access;
+    let mut response = match refuse(access, s.options.address, &path, request.headers()) {
+        Some(refused) => refused,
+        None if method == Method::OPTIONS && access.cors.is_some() => StatusCode::NO_CONTENT.into_response(),
+        None => next.run(request).await,
+    };
+    if let Some(origin) = access.cors.as_ref().and_then(|o| HeaderValue::from_str(o).ok()) {
+        let headers = response.headers_mut();
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(header::VARY, HeaderValue::from_static("Origin"));
+        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("Authorization, Content-Type"));
+    }
+    let (status, seconds) = (response.status().as_u16(), began.elapsed().as_secs_f64());
+    if path == "/sample" || status >= 400 {
+        s.metrics.answered(status, seconds);
+    }
+    if access.log {
+        let shown: String = path.chars().take(200).flat_map(char::escape_default).collect();
+        eprintln!("{} {peer} {method} {shown} {status} {:.1} ms", now(), seconds * 1e3);
+    }
+    response
+}
+
+/// The time as RFC 3339, UTC.
+fn now() -> String {
+    use tracing_subscriber::fmt::format::Writer;
+    use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+    let mut text = String::new();
+    let _ = SystemTime.format_time(&mut Writer::new(&mut text));
+    text
+}
+
+fn refuse(access: &Access, address: SocketAddr, path: &str, headers: &HeaderMap) -> Option<Response> {
+    let text = |name: header::HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
+    if let Some(host) = text(header::HOST)
+        && !host_fits(access, address, host)
+    {
+        let text = "the request's Host is not this server's: --host-name NAME lets a name through";
+        return Some(failure(StatusCode::MISDIRECTED_REQUEST, text));
+    }
+    // (Browsers say so of requests that another site's page makes; others do not send it.)
+    let cross = headers.get("sec-fetch-site").is_some_and(|v| v == "cross-site");
+    if cross && (access.cors.is_none() || access.cors.as_deref() != text(header::ORIGIN)) {
+        return Some(failure(StatusCode::FORBIDDEN, "another site's page asks: --cors ORIGIN lets one through"));
+    }
+    let token = access.token.as_deref().filter(|_| !is_health(path))?;
+    let given = text(header::AUTHORIZATION).and_then(|v| v.strip_prefix("Bearer ")).unwrap_or("");
+    if same(token.as_bytes(), given.trim().as_bytes()) {
+        return None;
+    }
+    let mut refused = failure(StatusCode::UNAUTHORIZED, "this server wants its token: Authorization: Bearer TOKEN");
+    refused.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    Some(refused)
+}
+
+/// A page of another site that calls this machine by a name of its own (DNS rebinding) has that name as Host.
+fn host_fits(access: &Access, address: SocketAddr, host: &str) -> bool {
+    if access.hosts.is_empty() && !address.ip().is_loopback() {
+        return true;
+    }
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.chars().all(|c| c.is_ascii_digit()) && !name.is_empty() => name,
+        _ => host,
+    };
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    let own = name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip == address.ip() || ip.is_loopback());
+    own || name.eq_ignore_ascii_case("localhost") || access.hosts.iter().any(|h| h.eq_ignore_ascii_case(name))
+}
+
+/// Equality whose time does not say where two texts differ.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0u8, |d, (x, y)| d | (x ^ y)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(list: &[(&'static str, &str)]) -> HeaderMap {
+        list.iter().map(|(k, v)| (header::HeaderName::from_static(k), HeaderValue::from_str(v).unwrap())).collect()
+    }
+
+    #[test]
+    fn hosts_sites_and_tokens_are_checked() {
+        let here: SocketAddr = "127.0.0.1:8080".parse().unwrap();
+        let far: SocketAddr = "0.0.0.0:8080".parse().unwrap();
+        let open = Access::default();
+        let named = Access { hosts: vec!["box.example".into()], ..Access::default() };
+        let code = |a: &Access, at, list: &[(&'static str, &str)]| {
+            refuse(a, at, "/sample", &headers(list)).map_or(200, |r| r.status().as_u16())
+        };
+        for (access, at, host, want) in [
+            (&open, here, "127.0.0.1:8080", 200),
+            (&open, here, "localhost", 200),
+            (&open, here, "[::1]:8080", 200),
+            (&open, here, "evil.example:8080", 421),
+            (&open, far, "anything.example", 200),
+            (&named, here, "Box.example:1", 200),
+            (&named, far, "anything.example", 421),
+        ] {
+            assert_eq!(code(access, at, &[("host", host)]), want, "{host}");
+        }
+        let cross = [("sec-fetch-site", "cross-site"), ("origin", "https://a.example")];
+        assert_eq!(code(&open, here, &cross), 403);
+        let cors = |origin: &str| Access { cors: Some(origin.into()), ..Access::default() };
+        assert_eq!((code(&cors("https://a.example"), here, &cross), code(&cors("https://b.example"), here, &cross)), (200, 403));
+        assert_eq!(code(&open, here, &[("sec-fetch-site", "same-origin")]), 200);
+        let secret = Access { token: Some("s3cret".into()), ..Access::default() };
+        for (given, want) in [("Bearer s3cret", 200), ("Bearer s3creT", 401), ("s3cret", 401), ("", 401)] {
+            assert_eq!(code(&secret, here, &[("authorization", given)]), want, "{given}");
+        }
+        assert!(refuse(&secret, here, "/health", &HeaderMap::new()).is_none());
+    }
+}
