@@ -133,7 +133,7 @@ pub fn run(prepared: &Prepared, globals: Globals) -> Result<ExitCode> {
         // The teacher's stays f32.
         Precision::Bf16 => trained + (nodes - 1) * trained / 2,
     };
-    let disk = nodes + 2 * checkpoint + 2 * (sizes.student + shared * 4);
+    let disk = nodes + (config.log.keep as u64 + 1) * checkpoint + 2 * (sizes.student + shared * 4);
     let switches = match (config.degrade.nodes, config.backtrack.switch) {
         (0, _) => "none: the base method".to_owned(),
         (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),

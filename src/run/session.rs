@@ -6,13 +6,14 @@ use std::sync::Arc;
 use tch::Device;
 
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::{Checkpoint, StageKind};
+use crate::distill::checkpoint::StageKind;
+use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
 use crate::run::origin::{self, Origin, Written};
-use crate::run::request::Request;
+use crate::run::request::{Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
 use crate::run::summary::write_summary;
@@ -55,7 +56,11 @@ impl Prepared {
     /// Loads the teacher and the student, compares the import with ONNX Runtime, and checks what can be checked.
     ///
     /// Errors: whatever would make the run fail later, as far as it is known.
-    pub fn new(request: Request) -> Result<Self> {
+    pub fn new(mut request: Request) -> Result<Self> {
+        request.settle()?;
+        if !request.steal_lock {
+            RunLock::refuse_held(&request.out)?;
+        }
         // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
         let saved = request.out.join("config.toml");
         let file = request.config.clone().or_else(|| Some(saved).filter(|p| request.goes_on() && p.is_file()));
@@ -126,7 +131,7 @@ impl Prepared {
                 "run `disback degrade` first, give one with --trajectory, or do without: --set degrade.nodes=0",
             ));
         }
-        let run = RunDir::create(out, &config)?;
+        let run = RunDir::create_with(out, &config, self.request.steal_lock)?;
         let filled = run.write_card(&card.card).and_then(|()| match recorded {
             Some(recorded) => recorded.copy_to(&run.trajectory()).map(drop),
             None => Ok(()),
@@ -143,8 +148,9 @@ impl Prepared {
     /// The run that is there, where this request may go on with it.
     fn reopen(&self) -> Result<(RunDir, Config)> {
         let request = &self.request;
-        let (run, saved) = RunDir::open(&request.out)?;
-        checks::sweep(run.path());
+        let (mut run, saved) = RunDir::open(&request.out)?;
+        run.take(request.steal_lock)?;
+        run.sweep();
         let card = &self.teacher.card;
         run.check_card(&card.card, &card.origins)?;
         let base = request.config.clone().unwrap_or_else(|| run.config_file());
@@ -153,12 +159,10 @@ impl Prepared {
             card: saved.card.clone(),
             ..Config::resolve_with(Some(&base), &request.sets, request.objective.clone())?
         };
-        if request.resume {
+        if request.resume == Resume::Always {
             check_resumable(&saved, &wanted)?;
         } else {
-            // (A checkpoint of stage 1 is what `degrade` leaves.)
-            let checkpoint = Checkpoint::latest_state(&run.checkpoints())?;
-            if checkpoint.is_some_and(|c| c.stage == StageKind::Backtrack) || run.student_weights().is_file() {
+            if run.has_begun(StageKind::Backtrack)? {
                 return Err(Error::usage(format!("{} holds a run that has begun", request.out.display()))
                     .hint("--resume goes on with it"));
             }
@@ -180,7 +184,7 @@ impl Prepared {
         let (run, config) = self.open_run()?;
         let fresh = !self.request.goes_on();
         let session = Session { run, config, prepared: self };
-        if !session.prepared.request.resume {
+        if session.prepared.request.resume != Resume::Always {
             let p = &session.prepared;
             let (student, forms) = (p.student.as_ref(), p.request.forms);
             let tried = checks::rehearse(p.origin(), &p.denoiser, student, &session.config, forms, session.run.path());
@@ -267,6 +271,7 @@ impl Session {
         let sheets = Sheets::new(run, config, &teacher.card.card, student, decoder).map_err(|e| self.undo(fresh, e))?;
         let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
             .map_err(|e| self.undo(fresh, e))?;
+        watcher.time_limit = request.time_limit;
         let stop: &std::sync::atomic::AtomicBool = &request.stop;
         let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress };
         // Without a trajectory stage 1 has nothing to do.
