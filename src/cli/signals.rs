@@ -73,8 +73,7 @@ pub(super) fn watch() -> Result<()> {
     use std::io::Read;
     use std::os::fd::IntoRawFd;
 
-    const WATCHED: [i32; 6] =
-        [libc::SIGINT, libc::SIGHUP, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGXCPU];
+    const WATCHED: [i32; 6] = [libc::SIGINT, libc::SIGHUP, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGXCPU];
     /// Where the handler writes the signal's number, which a thread reads.
     static PIPE: AtomicI32 = AtomicI32::new(-1);
 

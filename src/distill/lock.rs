@@ -271,8 +271,17 @@ fn is_shared(folder: &Path) -> bool {
     use std::os::unix::ffi::OsStrExt;
     // NFS, SMB (two versions), CIFS, Lustre, GPFS, Ceph, AFS, 9p, BeeGFS, and what a FUSE server makes of anything.
     const SHARED: [u32; 11] = [
-        0x6969, 0x517b, 0xfe53_4d42, 0xff53_4d42, 0x0bd0_0bd0, 0x4750_4653, 0x00c3_6400, 0x5346_414f, 0x0102_1997,
-        0x1983_0326, 0x6573_5546,
+        0x6969,
+        0x517b,
+        0xfe53_4d42,
+        0xff53_4d42,
+        0x0bd0_0bd0,
+        0x4750_4653,
+        0x00c3_6400,
+        0x5346_414f,
+        0x0102_1997,
+        0x1983_0326,
+        0x6573_5546,
     ];
     let Ok(name) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else { return false };
     // SAFETY: a zeroed structure of plain numbers, filled by the call.

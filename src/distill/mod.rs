@@ -72,7 +72,8 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     if let Some(found) = &checkpoint {
         for problem in &found.passed_over {
             let (stage, iteration) = (found.state.stage.name(), found.state.iteration);
-            job.observer.warning(&format!("{problem}; going on from the checkpoint before it: {stage}, iteration {iteration}"));
+            job.observer
+                .warning(&format!("{problem}; going on from the checkpoint before it: {stage}, iteration {iteration}"));
         }
     }
     let dir = job.run.trajectory();

@@ -52,6 +52,7 @@ impl RunDir {
         }
         // The card of a start that was refused is not this run's.
         let _ = std::fs::remove_file(run.card_file());
+        let _ = std::fs::remove_file(run.path.join("identity.json"));
         run.write_config(config)?;
         Ok(run)
     }
@@ -253,7 +254,7 @@ fn left_by_a_start(path: &Path) -> bool {
         let Ok(entry) = entry else { return false };
         let Ok(kind) = entry.file_type() else { return false };
         match entry.file_name().to_string_lossy().as_ref() {
-            "config.toml" | "card.toml" | lock::FILE => kind.is_file(),
+            "config.toml" | "card.toml" | "identity.json" | lock::FILE => kind.is_file(),
             "checkpoints" | "samples" | "trajectory" | "snapshots" => kind.is_dir() && empty(&entry.path()),
             name if name.starts_with(REHEARSAL) => kind.is_dir(),
             name => kind.is_file() && crate::files::is_half_written(name),
@@ -273,7 +274,8 @@ fn writes(inside: &str, name: &str) -> bool {
         "samples" => ends(".png") || ends(".wav") || name == "teacher.npy",
         "snapshots" => ends(".onnx") || ends(".onnx.data"),
         _ => {
-            const NAMES: [&str; 17] = [
+            const NAMES: [&str; 18] = [
+                "identity.json",
                 lock::FILE,
                 "checkpoints",
                 "trajectory",
@@ -305,7 +307,8 @@ const CHANGEABLE: [&str; 7] =
     ["device", "threads", "tf32", "cuda_graphs", "memory.format", "backtrack.updates", "optimizer.max_skips"];
 
 /// Refuses to go on with a configuration that would make another run of what is there.
-pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {
+/// `same`: keys that name a file of the same content as before, wherever it lies now.
+pub fn check_resumable(saved: &Config, wanted: &Config, same: &[&str]) -> Result<()> {
     let changed = saved.differences(wanted)?;
     if saved.backtrack.updates != wanted.backtrack.updates && saved.backtrack.cooldown > 0.0 {
         return Err(Error::usage("backtrack.updates cannot change on --resume where the learning rates cool down")
@@ -314,7 +317,9 @@ pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {
             ));
     }
     match changed.iter().find(|(key, ..)| {
-        !CHANGEABLE.contains(&key.as_str()) && !["log.", "evaluate."].iter().any(|s| key.starts_with(s))
+        !CHANGEABLE.contains(&key.as_str())
+            && !same.contains(&key.as_str())
+            && !["log.", "evaluate."].iter().any(|s| key.starts_with(s))
     }) {
         None => Ok(()),
         Some((key, before, now)) => {
@@ -439,14 +444,16 @@ mod tests {
             longer.backtrack.updates += 1;
             longer
         };
-        assert!(check_resumable(&saved, &longer(&saved)).unwrap_err().to_string().contains("cool down"));
+        assert!(check_resumable(&saved, &longer(&saved), &[]).unwrap_err().to_string().contains("cool down"));
         saved.backtrack.cooldown = 0.0;
         let mut wanted = saved.clone();
         wanted.backtrack.updates += 1;
         wanted.log.every = 3;
-        check_resumable(&saved, &wanted).unwrap();
+        check_resumable(&saved, &wanted, &[]).unwrap();
+        wanted.gan.data = "elsewhere".into();
+        check_resumable(&saved, &wanted, &["gan.data"]).unwrap();
         wanted.degrade.lr = 0.5;
-        let e = check_resumable(&saved, &wanted).unwrap_err();
+        let e = check_resumable(&saved, &wanted, &["gan.data"]).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("degrade.lr = 0.0, now it is 0.5"), "{e}");
     }
 }

@@ -13,6 +13,7 @@
 //! ```
 
 pub mod checks;
+pub mod identity;
 pub mod monitor;
 pub mod origin;
 mod request;

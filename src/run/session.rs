@@ -12,6 +12,7 @@ use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
+use crate::run::identity::{self, Identity};
 use crate::run::origin::{self, Origin, Written};
 use crate::run::request::{Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
@@ -33,6 +34,8 @@ pub struct Prepared {
     pub device: Device,
     /// The teacher as imported.
     pub teacher: Teacher,
+    /// What decides the run's course beside configuration and card.
+    pub identity: Identity,
     /// The teacher as both stages copy it.
     pub denoiser: Denoiser,
     /// The student's own network, where it has one.
@@ -68,9 +71,14 @@ impl Prepared {
         watcher::check(&config)?;
         let device = device::parse(&config.device)?;
         cuda_graph::check_device(config.cuda_graphs, device)?;
-        device::set_threads(config.threads);
+        let begun = request.remember()?;
+        // As many as the run began with, where the library chose: its bytes depend on it.
+        let chosen = begun.as_ref().filter(|_| request.goes_on()).map_or(0, |b| b.threads);
+        let threads = device::set_threads(if config.threads > 0 { config.threads } else { chosen });
         shim::set_tf32(config.tf32)?;
         let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;
+        let identity = Identity::of(&request, &config, &teacher, device, threads)?;
+        request.check_begun(begun.as_ref(), &identity)?;
         let denoiser = denoiser(&teacher, &config)?;
         for warning in teacher.warnings() {
             request.monitor.remark(&format!("warning: {warning}"));
@@ -92,7 +100,7 @@ impl Prepared {
             request.monitor.remark(&format!("warning: {short}"));
         }
         let decoder = decoder(&config, &teacher.card.card)?;
-        Ok(Self { request, config, device, teacher, denoiser, file, student, decoder })
+        Ok(Self { request, config, device, teacher, identity, denoiser, file, student, decoder })
     }
 
     /// The teacher with the student's own network.
@@ -132,10 +140,11 @@ impl Prepared {
             ));
         }
         let run = RunDir::create_with(out, &config, self.request.steal_lock)?;
-        let filled = run.write_card(&card.card).and_then(|()| match recorded {
-            Some(recorded) => recorded.copy_to(&run.trajectory()).map(drop),
-            None => Ok(()),
-        });
+        let filled =
+            run.write_card(&card.card).and_then(|()| self.identity.write(&run)).and_then(|()| match recorded {
+                Some(recorded) => recorded.copy_to(&run.trajectory()).map(drop),
+                None => Ok(()),
+            });
         match filled {
             Ok(()) => Ok((run, config)),
             Err(e) => {
@@ -148,19 +157,22 @@ impl Prepared {
     /// The run that is there, where this request may go on with it.
     fn reopen(&self) -> Result<(RunDir, Config)> {
         let request = &self.request;
-        let (mut run, saved) = RunDir::open(&request.out)?;
+        let (mut run, mut saved) = RunDir::open(&request.out)?;
         run.take(request.steal_lock)?;
         run.sweep();
         let card = &self.teacher.card;
         run.check_card(&card.card, &card.origins)?;
         let base = request.config.clone().unwrap_or_else(|| run.config_file());
         // What the card comes out as has been compared; how it was put together is as it was.
-        let wanted = Config {
+        let mut wanted = Config {
             card: saved.card.clone(),
             ..Config::resolve_with(Some(&base), &request.sets, request.objective.clone())?
         };
+        [&mut wanted, &mut saved].into_iter().for_each(identity::from_anywhere);
+        let begun = Identity::read(&run)?;
+        let same = begun.as_ref().map_or_else(Vec::new, |begun| begun.same_files(&self.identity));
         if request.resume == Resume::Always {
-            check_resumable(&saved, &wanted)?;
+            check_resumable(&saved, &wanted, &same)?;
         } else {
             if run.has_begun(StageKind::Backtrack)? {
                 return Err(Error::usage(format!("{} holds a run that has begun", request.out.display()))
@@ -176,6 +188,10 @@ impl Prepared {
         checks::check_stages(&wanted, request.stages, &self.denoiser)?;
         run.write_config(&wanted)?;
         run.write_card(&card.card)?;
+        // (The version stays that of the beginning.)
+        if begun.is_none() {
+            self.identity.write(&run)?;
+        }
         Ok((run, wanted))
     }
 
