@@ -59,9 +59,9 @@ pub struct RunArgs {
     /// [seed]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Images a forward pass. [batch]
-    #[arg(long)]
-    pub batch: Option<usize>,
+    /// Images a forward pass; `auto`: as many as fit into memory, with the images an update kept. [batch]
+    #[arg(long, value_name = "N|auto")]
+    pub batch: Option<String>,
     /// Forward passes an optimiser step. [accumulate]
     #[arg(long)]
     pub accumulate: Option<usize>,
@@ -146,6 +146,7 @@ impl RunArgs {
             card: reading.card.overrides(),
             freeze: reading.freeze.clone(),
             train: reading.train.clone(),
+            batch_auto: self.batch_auto(),
             resume: match self.resume {
                 None => Resume::Never,
                 Some(When::Yes) => Resume::Always,
@@ -158,6 +159,10 @@ impl RunArgs {
             command: super::command_line(),
             ..Request::new(&self.teacher.teacher, &self.out)
         }
+    }
+
+    fn batch_auto(&self) -> bool {
+        self.batch.as_deref() == Some("auto")
     }
 
     /// The end of the time that was given, or that the job has, whichever comes first.
@@ -175,7 +180,7 @@ impl RunArgs {
             pair("device", self.device.clone()),
             pair("threads", self.threads),
             pair("seed", self.seed),
-            pair("batch", self.batch),
+            pair("batch", self.batch.as_ref().filter(|_| !self.batch_auto())),
             pair("accumulate", self.accumulate),
             pair("student.sigma_init", self.sigma_init),
             pair("allow_batch_mixing", self.allow_batch_mixing.then_some(true)),

@@ -14,6 +14,7 @@
 
 pub mod checks;
 pub mod identity;
+pub mod memory;
 pub mod monitor;
 pub mod origin;
 mod request;

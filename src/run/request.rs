@@ -50,6 +50,9 @@ pub struct Request {
     pub resume: Resume,
     /// Takes the run folder over from a process of another machine that cannot be asked whether it lives.
     pub steal_lock: bool,
+    /// Finds the largest batch that fits into memory, with the images an update that the configuration has; a run that goes on keeps
+    /// its own.
+    pub batch_auto: bool,
     /// Which stages to run.
     pub stages: Stages,
     /// A trajectory recorded elsewhere, or the run that recorded it; for stage 2 alone.
@@ -85,6 +88,7 @@ impl Request {
             train: Vec::new(),
             resume: Resume::Never,
             steal_lock: false,
+            batch_auto: false,
             stages: Stages::Both,
             trajectory: None,
             operators: Arc::default(),

@@ -13,6 +13,7 @@ use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, 
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
 use crate::run::identity::{self, Identity};
+use crate::run::memory;
 use crate::run::origin::{self, Origin, Written};
 use crate::run::request::{Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
@@ -80,6 +81,14 @@ impl Prepared {
         let identity = Identity::of(&request, &config, &teacher, device, threads)?;
         request.check_begun(begun.as_ref(), &identity)?;
         let denoiser = denoiser(&teacher, &config)?;
+        let file = origin::load(&config, &teacher, device)?;
+        let own = file.as_ref().map(|f| f.student(&config.student)).transpose()?;
+        let networks = (&teacher, &denoiser, own.as_ref());
+        let (config, found) =
+            memory::foresee(&config, &request, networks, device, request.batch_auto && !request.goes_on())?;
+        if let Some(found) = found {
+            request.monitor.remark(&found);
+        }
         for warning in teacher.warnings() {
             request.monitor.remark(&format!("warning: {warning}"));
         }
@@ -91,7 +100,6 @@ impl Prepared {
         checks::check_mixing(&teacher, &config)?;
         checks::check_rows(&teacher, &config)?;
         checks::check_parity(&teacher, &*request.monitor)?;
-        let file = origin::load(&config, &teacher, device)?;
         if request.forms.same_graph {
             Origin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
         }
