@@ -469,7 +469,7 @@ impl disback::run::Monitor for Follower {
 
 #[test]
 fn a_library_call_makes_the_bytes_that_the_command_makes() {
-    use disback::run::{Finished, Request, Session};
+    use disback::run::{Finished, Request, Resume, Session};
     use std::sync::atomic::Ordering;
 
     let dir = tempfile::tempdir().unwrap();
@@ -518,7 +518,7 @@ fn a_library_call_makes_the_bytes_that_the_command_makes() {
     for name in [".disback-export-x1", ".mine"] {
         std::fs::create_dir_all(dir.join("stopped").join(name).join("inside")).unwrap();
     }
-    let again = Request { resume: true, ..Request::new(TEACHER, dir.join("stopped")) };
+    let again = Request { resume: Resume::Always, ..Request::new(TEACHER, dir.join("stopped")) };
     assert!(matches!(Session::open(again).unwrap().distill().unwrap(), Finished::Distilled(_)));
     assert!(weights(&dir.join("stopped")) == weights(&dir.join("command")));
     assert!(!dir.join("stopped/.disback-export-x1").exists() && dir.join("stopped/.mine/inside").is_dir());

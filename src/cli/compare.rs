@@ -8,7 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::Globals;
-use super::distill::{STOP, watch_signals};
+use super::signals::{self, STOP};
 use super::teacher::TeacherArgs;
 use crate::diffusion::{Conditions, Denoiser, TeacherCard};
 use crate::distill::compare::{self, Comparison, Curve, Interval, Judge, Point};
@@ -242,7 +242,8 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     arm(0, true)?;
     let mut judge = args.judge(&config, &denoiser, student.as_ref())?;
     check_out(&args.out)?;
-    watch_signals()?;
+    signals::watch()?;
+    signals::at_work();
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let (mut base, mut trajectory): (Vec<Curve>, Vec<Curve>) = (Vec::new(), Vec::new());
     let mut eta = Eta { started: Instant::now(), runs: 2 * args.seeds.len(), done: 0 };
