@@ -158,6 +158,10 @@ impl CompareArgs {
         let options = EngineOptions { threads: Some(config.threads).filter(|t| *t > 0), ..EngineOptions::default() };
         let mut network = FeatureNet::open(&self.features, &FeatureOptions::default(), &options)?;
         let images = ImageSet::open(&self.reference, range)?;
+        if let Some(why) = images.doubt()? {
+            return Err(Error::usage(format!("{}: {why}", self.reference.display()))
+                .hint("floats are read in the range of the teacher's samples: scale them, or give 8-bit images"));
+        }
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
         let row = student.map_or_else(|| card.shape.clone(), Student::noise_shape);
         let noise = crate::noise::batch_noise(LOOKS, 0, self.samples, row.iter().product());
