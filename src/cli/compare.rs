@@ -207,6 +207,10 @@ impl CompareArgs {
                 .hint("for instance an Inception network as ONNX; see `disback evaluate --help`"));
         };
         let images = ImageSet::open(&self.reference, range)?;
+        if let Some(why) = images.doubt()? {
+            return Err(Error::usage(format!("{}: {why}", self.reference.display()))
+                .hint("floats are read in the range of the teacher's samples: scale them, or give 8-bit images"));
+        }
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
         Ok(Space::Images { network, reference, range, decoder })
     }
