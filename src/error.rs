@@ -122,14 +122,32 @@ impl From<std::io::Error> for Error {
 }
 
 #[cfg(feature = "train")]
+impl Error {
+    /// An error of libtorch, from its text. It appends its C++ stack to messages; the first line is the one that says something.
+    pub(crate) fn of_libtorch(text: &str) -> Self {
+        let error = Self::backend(format!("libtorch: {}", text.lines().next().unwrap_or("unknown error").trim()));
+        let full = ["can't allocate memory", "not enough memory", "out of memory", "bad_alloc"]
+            .iter()
+            .any(|s| text.contains(s));
+        match full {
+            false => error,
+            true => error.hint(
+                "the memory does not suffice: a smaller --batch with more --accumulate (the same images an update), \
+                 memory.activations_mib, precision=bf16 or lora.rank; `disback estimate` shows what each takes, --batch auto finds \
+                 the batch",
+            ),
+        }
+    }
+}
+
+#[cfg(feature = "train")]
 impl From<tch::TchError> for Error {
-    /// libtorch appends its C++ stack to messages; the first line is the one that says something.
     fn from(e: tch::TchError) -> Self {
         let text = match &e {
             tch::TchError::Torch(text) => text.clone(),
             other => other.to_string(),
         };
-        Self::backend(format!("libtorch: {}", text.lines().next().unwrap_or("unknown error").trim()))
+        Self::of_libtorch(&text)
     }
 }
 

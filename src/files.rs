@@ -5,8 +5,26 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 
-/// Writes through a temporary file in the same folder: fsync, then rename. A killed process or a full disk leaves the old
-/// file or none, never half of one.
+/// How names of files begin that are being written.
+const HALF: &str = ".disback-";
+
+/// Whether a file of this name is one that was being written when its process ended.
+pub(crate) fn is_half_written(name: &str) -> bool {
+    name.starts_with(HALF)
+}
+
+/// Removes what killed processes left half-written in a folder that nobody writes to. Links and folders stay.
+pub(crate) fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let plain = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if plain && is_half_written(&entry.file_name().to_string_lossy()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Writes through a temporary file in the same folder: fsync, then rename, then the folder's own fsync. A killed process, a power
+/// cut or a full disk leaves the old file or none, never half of one.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic_with(path, |file| file.write_all(bytes))
 }
@@ -21,7 +39,7 @@ pub fn write_atomic_with(
         _ => Path::new("."),
     };
     let run = || -> std::io::Result<()> {
-        let file = tempfile::Builder::new().prefix(".disback-").tempfile_in(dir)?;
+        let file = tempfile::Builder::new().prefix(HALF).tempfile_in(dir)?;
         let mut out = std::io::BufWriter::new(file.as_file());
         write(&mut out)?;
         out.flush()?;
@@ -33,6 +51,11 @@ pub fn write_atomic_with(
             file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
         }
         file.persist(path).map_err(|e| e.error)?;
+        // The new name must outlast a power cut before anything relies on it. (Some file systems know no fsync of folders.)
+        #[cfg(unix)]
+        if let Ok(folder) = std::fs::File::open(dir) {
+            let _ = folder.sync_all();
+        }
         Ok(())
     };
     run()

@@ -50,6 +50,7 @@ pub mod graph;
 #[cfg(feature = "train")]
 pub mod inspect;
 pub mod io;
+pub mod memory;
 pub mod noise;
 #[cfg(feature = "train")]
 pub mod parity;

@@ -178,6 +178,29 @@ fn references_come_in_every_form_and_of_one_network_only() {
         let (got, error) = fails(dir, args);
         assert!(got == code && error.contains(want), "{args:?}: exit {got}, {error}");
     }
+    // Floats of another range than the one they are read in.
+    for (name, scale, offset) in [("unit.npy", 0.5, 0.5), ("bytes.npy", 127.5, 127.5)] {
+        let a = disback::io::npy::read(&dir.join("a.npy")).unwrap();
+        let values: Vec<f32> = a.to_f32().iter().map(|v| scale * v.clamp(-1.0, 1.0) + offset).collect();
+        disback::io::npy::write(&dir.join(name), &tensor::HostTensor::new(a.shape(), &values).unwrap()).unwrap();
+        let range = if scale < 1.0 { "0,1" } else { "0,255" };
+        for sets in [[name, "images"], ["images", name]] {
+            let (code, error) = fails(dir, &["evaluate", sets[0], sets[1]]);
+            assert!(code == 2 && error.contains(name) && error.contains("the values go from 0 to"), "{error}");
+            let same = evaluate(
+                dir,
+                &["images", name, "--range", range, "--features", "features.onnx", "--feature-range", "-1,1"],
+            );
+            let apart = same["frechet"].as_f64().unwrap() / first["frechet"].as_f64().unwrap() - 1.0;
+            assert!(apart.abs() < 1e-2, "{same}");
+        }
+    }
+    let full = evaluate(dir, &with(&["a.npy", "images"], &[]));
+    let subsets = evaluate(dir, &with(&["a.npy", "images"], &["--kernel", "torch-fidelity"]));
+    assert!(full["kernel_standard_error"].as_f64() > Some(0.0) && full["kernel_deviation"].is_null(), "{full}");
+    assert!(subsets["kernel_standard_error"].is_null() && subsets["kernel_deviation"].is_number(), "{subsets}");
+    let table = ok(dir, &["evaluate", "a.npy", "b.npz", "--values"]);
+    assert!(table.contains("samples") && !table.contains("images"), "{table}");
     let colour = tensor::HostTensor::new(&[8, 2, 2, 3], &(0..96).map(|v| v as u8).collect::<Vec<_>>()).unwrap();
     disback::io::npy::write(&dir.join("colour.npy"), &colour).unwrap();
     let (code, error) = fails(dir, &["evaluate", "a.npy", "colour.npy"]);

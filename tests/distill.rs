@@ -323,8 +323,11 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
     let text = disback::tensor::HostTensor::vec(&[1i64, 2]);
     disback::io::npy::write_npz(&dir.join("labels.npz"), &[("text", &text)]).unwrap();
     let images = |value: f32| disback::HostTensor::new(&[2, 1, 8, 8], &[value; 128]).unwrap();
-    for (name, value) in [("nan.npz", f32::NAN), ("far.npz", 255.0), ("good.npz", 0.5)] {
-        let arrays = [("images", &images(value)), ("labels", &text)];
+    for (name, value) in [("nan.npz", f32::NAN), ("far.npz", 255.0), ("good.npz", 0.5), ("unit.npz", 2.0)] {
+        // Of values from 0 to 1 where the teacher has -1 to 1.
+        let unit: Vec<f32> = (0..128).map(|k| k as f32 / 127.0).collect();
+        let held = if value == 2.0 { disback::HostTensor::new(&[2, 1, 8, 8], &unit).unwrap() } else { images(value) };
+        let arrays = [("images", &held), ("labels", &text)];
         disback::io::npy::write_npz(&dir.join(name), &arrays).unwrap();
     }
     let shapes = disback::HostTensor::new(&[3, 16, 16, 3], &[7u8; 3 * 16 * 16 * 3]).unwrap();
@@ -375,6 +378,13 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (with(&gan, &["--set", "gan.data=nan.npz"]), 2, "holds NaN or infinity in row 0"),
         (with(&gan, &["--set", "gan.data=mixed"]), 1, "c.png: 9x9, grey where the first image of the set is 8x8"),
         (with(&gan, &["--set", "gan.data=far.npz"]), 2, "holds 255 in row 0, the teacher's samples lie in -1 to 1"),
+        (
+            with(&gan, &["--set", "gan.data=unit.npz"]),
+            2,
+            "none in the lower half of -1 to 1, where the teacher's samples lie",
+        ),
+        (with(&gan, &["--set", "gan.data=unit.npz", "--set", "gan.range=[1, 0]"]), 2, "expected [low, high]"),
+        (with(&gan, &["--set", "gan.data=far.npz", "--set", "gan.range=[0, 1]"]), 2, "gan.range says 0 to 1"),
         (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]), 2, "did you mean"),
         (vec!["--set", "evaluate.reference=shapes.npz"], 1, "the reference holds images of 16x16, colour"),
         (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),
@@ -469,7 +479,7 @@ impl disback::run::Monitor for Follower {
 
 #[test]
 fn a_library_call_makes_the_bytes_that_the_command_makes() {
-    use disback::run::{Finished, Request, Session};
+    use disback::run::{Finished, Request, Resume, Session};
     use std::sync::atomic::Ordering;
 
     let dir = tempfile::tempdir().unwrap();
@@ -518,7 +528,7 @@ fn a_library_call_makes_the_bytes_that_the_command_makes() {
     for name in [".disback-export-x1", ".mine"] {
         std::fs::create_dir_all(dir.join("stopped").join(name).join("inside")).unwrap();
     }
-    let again = Request { resume: true, ..Request::new(TEACHER, dir.join("stopped")) };
+    let again = Request { resume: Resume::Always, ..Request::new(TEACHER, dir.join("stopped")) };
     assert!(matches!(Session::open(again).unwrap().distill().unwrap(), Finished::Distilled(_)));
     assert!(weights(&dir.join("stopped")) == weights(&dir.join("command")));
     assert!(!dir.join("stopped/.disback-export-x1").exists() && dir.join("stopped/.mine/inside").is_dir());

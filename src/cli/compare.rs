@@ -8,13 +8,14 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::Globals;
-use super::distill::{STOP, watch_signals};
+use super::signals::{self, STOP};
 use super::teacher::TeacherArgs;
 use crate::diffusion::{Conditions, Denoiser, TeacherCard};
 use crate::distill::compare::{self, Comparison, Curve, Interval, Judge, Point};
 use crate::distill::{Config, Student, batches};
 use crate::error::{Context, Error, Result};
 use crate::eval::features::FeatureOptions;
+use crate::eval::kernel::Estimator;
 use crate::eval::source::Draw;
 use crate::eval::{FeatureNet, Source, Statistics, frechet, values};
 use crate::io::ImageSet;
@@ -157,6 +158,7 @@ impl Judge for FrechetJudge {
                     &Draw::default(),
                     network.as_mut(),
                     (count, 1),
+                    Estimator::default(),
                     |_| {},
                 )?;
                 row.frechet.ok_or_else(|| Error::mismatch("the student's samples have no Frechet distance"))
@@ -207,6 +209,10 @@ impl CompareArgs {
                 .hint("for instance an Inception network as ONNX; see `disback evaluate --help`"));
         };
         let images = ImageSet::open(&self.reference, range)?;
+        if let Some(why) = images.doubt()? {
+            return Err(Error::usage(format!("{}: {why}", self.reference.display()))
+                .hint("floats are read in the range of the teacher's samples: scale them, or give 8-bit images"));
+        }
         let reference = Statistics::of(&network.features(&images, 256, |_| {})?)?;
         Ok(Space::Images { network, reference, range, decoder })
     }
@@ -242,7 +248,8 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     arm(0, true)?;
     let mut judge = args.judge(&config, &denoiser, student.as_ref())?;
     check_out(&args.out)?;
-    watch_signals()?;
+    signals::watch()?;
+    signals::at_work();
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let (mut base, mut trajectory): (Vec<Curve>, Vec<Curve>) = (Vec::new(), Vec::new());
     let mut eta = Eta { started: Instant::now(), runs: 2 * args.seeds.len(), done: 0 };

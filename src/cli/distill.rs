@@ -1,19 +1,28 @@
 //! `disback distill`: both stages, then the student as ONNX. `degrade` and `backtrack` share what is here.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::Globals;
+use super::signals;
 use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
 use crate::distill::Stages;
-use crate::error::{Context, Error, Result};
-use crate::run::{Console, Finished, Forms, Prepared, Request};
+use crate::error::{Context, Result};
+use crate::run::{Console, Finished, Forms, Prepared, Request, Resume, TimeLimit};
+
+/// `--resume`, and `--resume=auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum When {
+    #[value(hide = true)]
+    Yes,
+    Auto,
+}
 
 /// Options of every command that trains.
 #[derive(Debug, Args)]
@@ -23,9 +32,15 @@ pub struct RunArgs {
     /// The run directory.
     #[arg(short, long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Goes on with the run in the directory, from its last checkpoint.
+    /// Goes on with the run in the directory, from its last checkpoint; `--resume=auto`: where there is one, else starts it.
+    #[arg(long, value_enum, value_name = "auto", num_args = 0..=1, require_equals = true, default_missing_value = "yes")]
+    pub resume: Option<When>,
+    /// Stops with a checkpoint before this time is over, as in 23h45m (exit code 75); in a Slurm job also before that ends.
+    #[arg(long, value_name = "TIME")]
+    pub time_limit: Option<String>,
+    /// Takes the folder over from a process of another machine that is gone, but seems to work in it (run.lock).
     #[arg(long)]
-    pub resume: bool,
+    pub steal_lock: bool,
     /// Makes three steps of each stage in a folder of its own and prints the plan, the memory and the time; leaves nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -44,9 +59,9 @@ pub struct RunArgs {
     /// [seed]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Images a forward pass. [batch]
-    #[arg(long)]
-    pub batch: Option<usize>,
+    /// Images a forward pass; `auto`: as many as fit into memory, with the images an update kept. [batch]
+    #[arg(long, value_name = "N|auto")]
+    pub batch: Option<String>,
     /// Forward passes an optimiser step. [accumulate]
     #[arg(long)]
     pub accumulate: Option<usize>,
@@ -131,13 +146,33 @@ impl RunArgs {
             card: reading.card.overrides(),
             freeze: reading.freeze.clone(),
             train: reading.train.clone(),
-            resume: self.resume,
+            batch_auto: self.batch_auto(),
+            resume: match self.resume {
+                None => Resume::Never,
+                Some(When::Yes) => Resume::Always,
+                Some(When::Auto) => Resume::IfBegun,
+            },
+            steal_lock: self.steal_lock,
             stages,
             forms,
-            stop: STOP.clone(),
+            stop: signals::STOP.clone(),
             command: super::command_line(),
             ..Request::new(&self.teacher.teacher, &self.out)
         }
+    }
+
+    fn batch_auto(&self) -> bool {
+        self.batch.as_deref() == Some("auto")
+    }
+
+    /// The end of the time that was given, or that the job has, whichever comes first.
+    fn time_limit(&self) -> Result<Option<TimeLimit>> {
+        let given = self.time_limit.as_deref().map(TimeLimit::parse).transpose().context("--time-limit")?;
+        let job = std::env::var("SLURM_JOB_END_TIME").ok().and_then(|end| TimeLimit::of_slurm(&end));
+        Ok(match given.map(TimeLimit::after) {
+            Some(given) => Some(given.sooner(job)),
+            None => job,
+        })
     }
 
     fn sets(&self) -> Vec<String> {
@@ -145,7 +180,7 @@ impl RunArgs {
             pair("device", self.device.clone()),
             pair("threads", self.threads),
             pair("seed", self.seed),
-            pair("batch", self.batch),
+            pair("batch", self.batch.as_ref().filter(|_| !self.batch_auto())),
             pair("accumulate", self.accumulate),
             pair("student.sigma_init", self.sigma_init),
             pair("allow_batch_mixing", self.allow_batch_mixing.then_some(true)),
@@ -179,24 +214,13 @@ impl BacktrackOptions {
     }
 }
 
-/// Raised by Ctrl-C or a termination signal; a second one ends the process at once.
-pub(super) static STOP: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
-
-pub(super) fn watch_signals() -> Result<()> {
-    ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            super::tui::give_back();
-            std::process::exit(130);
-        }
-    })
-    .map_err(|e| Error::io(format!("cannot watch for Ctrl-C: {e}")))
-}
-
 /// Does what is asked for and prints what came of it.
 pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<ExitCode> {
     if args.tui {
         super::tui::check()?;
     }
+    signals::watch()?;
+    request.time_limit = args.time_limit()?;
     let shared = args.tui.then(|| Shared::new(request.stop.clone()));
     request.progress = !(globals.quiet || globals.json || args.tui);
     request.monitor = match &shared {
@@ -205,12 +229,12 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
     };
     let prepared = Prepared::new(request)?;
     if args.dry_run {
-        super::dry_run::check(args.resume)?;
+        super::dry_run::check(args.resume.is_some())?;
         let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
         prepared.rehearse(folder.path())?;
         return super::dry_run::run(&prepared, globals);
     }
-    watch_signals()?;
+    signals::at_work();
     let session = prepared.open()?;
     let folder = session.run().path().to_owned();
     let view = shared.map(View::start).transpose()?;
@@ -219,7 +243,7 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
     drop(view);
     let (code, text, mut result) = match finished? {
         Finished::Stopped(stage) => (
-            ExitCode::from(130),
+            ExitCode::from(signals::exit_code()),
             format!("stopped in stage `{}`; the same command with --resume goes on", stage.name()),
             json!({ "ok": false, "outcome": "stopped", "stage": stage.name() }),
         ),
@@ -249,9 +273,12 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
     };
     if globals.json {
         result["run"] = json!(folder);
-        println!("{result}");
-    } else if !globals.quiet {
-        println!("{text}");
     }
+    // (A terminal that was closed takes no last word, which is no reason to fail.)
+    let _ = match (globals.json, globals.quiet) {
+        (true, _) => writeln!(std::io::stdout(), "{result}"),
+        (_, false) => writeln!(std::io::stdout(), "{text}"),
+        _ => Ok(()),
+    };
     Ok(code)
 }

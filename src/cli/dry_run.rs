@@ -14,6 +14,7 @@ use crate::distill::metrics::Row;
 use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, estimate};
 use crate::error::{Context, Error, Result};
 use crate::run::Prepared;
+use crate::run::memory::shown as bytes;
 use crate::run::origin::describe;
 use crate::torch::{Forward, device, shim};
 
@@ -133,7 +134,7 @@ pub fn run(prepared: &Prepared, globals: Globals) -> Result<ExitCode> {
         // The teacher's stays f32.
         Precision::Bf16 => trained + (nodes - 1) * trained / 2,
     };
-    let disk = nodes + 2 * checkpoint + 2 * (sizes.student + shared * 4);
+    let disk = nodes + (config.log.keep as u64 + 1) * checkpoint + 2 * (sizes.student + shared * 4);
     let switches = match (config.degrade.nodes, config.backtrack.switch) {
         (0, _) => "none: the base method".to_owned(),
         (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
@@ -193,17 +194,6 @@ fn peak_of_process() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
-fn bytes(n: u64) -> String {
-    let (mut value, mut unit) = (n as f64, "B");
-    for next in ["KiB", "MiB", "GiB", "TiB"] {
-        if value < 1024.0 {
-            break;
-        }
-        (value, unit) = (value / 1024.0, next);
-    }
-    format!("{value:.1} {unit}")
 }
 
 fn human(time: Duration) -> String {

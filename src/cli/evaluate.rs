@@ -15,11 +15,13 @@ use crate::error::{Error, Result};
 use crate::eval::collect::{Collected, Wanted};
 use crate::eval::evaluation::{Plan, Row, measure, reference};
 use crate::eval::features::FeatureOptions;
+use crate::eval::kernel::Estimator;
 use crate::eval::sliced::Patches;
 use crate::eval::source::Draw;
 use crate::eval::sweep::{self, Book, Entry, Neighbours};
 use crate::eval::values::Reference;
 use crate::eval::{FeatureNet, Source, neighbours};
+use crate::io::ImageSet;
 use crate::io::images::Rounding;
 use crate::report::grid;
 use crate::runtime::student::Request;
@@ -31,7 +33,7 @@ use crate::tensor::HostTensor;
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
     /// The generated sets and, last, the reference. Each is a student.onnx, a teacher with its card, a folder or .zip of
-    /// PNG files, a .npy, a .npz of images; the reference may also be a .npz with `mu` and `sigma`. Samples that are no images are
+    /// image files, a .npy, a .npz of images; the reference may also be a .npz with `mu` and `sigma`. Samples that are no images are
     /// read from a .npy, .npz or .csv.
     #[arg(required = true, num_args = 1..)]
     sets: Vec<PathBuf>,
@@ -56,9 +58,9 @@ pub struct EvaluateArgs {
     /// An entry of its card: size=[299,299], resize=bicubic-antialias, mean=[...], std=[...], logits=NAME, channels=3.
     #[arg(long, value_name = "KEY=VALUE")]
     feature_card: Vec<String>,
-    /// Value range of float arrays.
-    #[arg(long, value_name = "LOW,HIGH", default_value = "-1,1", allow_hyphen_values = true)]
-    range: String,
+    /// Value range of float arrays [default: -1,1, refused where the values speak against it].
+    #[arg(long, value_name = "LOW,HIGH", allow_hyphen_values = true)]
+    range: Option<String>,
     /// How floats become 8 bits.
     #[arg(long, value_enum, default_value = "edm")]
     rounding: Rounding,
@@ -98,6 +100,10 @@ pub struct EvaluateArgs {
     /// and measured as the images in [-1, 1] that it makes.
     #[arg(long, value_name = "FILE.onnx")]
     decoder: Option<PathBuf>,
+    /// Pairs of images that the kernel distance is a mean over. `subsets` (also called clean-fid, torch-fidelity) is noisier, and
+    /// what published figures are.
+    #[arg(long, value_enum, default_value = "full")]
+    kernel: Estimator,
     /// Images a call of the networks.
     #[arg(long, default_value_t = 128)]
     batch: usize,
@@ -151,6 +157,18 @@ fn by_values(args: &EvaluateArgs) -> Result<bool> {
     Ok(found)
 }
 
+impl EvaluateArgs {
+    /// A set of images as it is measured. Floats that do not look like ones of the range need `--range`.
+    fn images(&self, set: ImageSet, path: &Path) -> Result<ImageSet> {
+        if let (None, Some(why)) = (&self.range, set.doubt()?) {
+            return Err(Error::usage(format!("{}: {why}", path.display())).hint(
+                "--range 0,1 or --range 0,255 says how floats are read; --range -1,1 that they are right as they are",
+            ));
+        }
+        Ok(set.with_rounding(self.rounding))
+    }
+}
+
 impl Judge<'_> {
     fn open(&self, path: &Path) -> Result<Source> {
         let options = self.args.engine.options(&[self.args.batch])?;
@@ -161,7 +179,7 @@ impl Judge<'_> {
         };
         let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
-            Source::Images(set) => Source::Images(set.with_rounding(self.args.rounding)),
+            Source::Images(set) => Source::Images(self.args.images(set, path)?),
             Source::Statistics(_) => {
                 return Err(Error::usage(format!(
                     "{} is a file of statistics: it can only be the reference, the last one",
@@ -185,13 +203,14 @@ impl Judge<'_> {
 
     fn measure(&mut self, name: &str, source: &mut Source, steps: usize) -> Result<(Row, Collected)> {
         let draw = Draw { steps, ..self.draw.clone() };
-        let plan = Plan { images: self.images(source), blocks: self.args.repeats.max(1), wanted: self.wanted };
+        let (blocks, kernel) = (self.args.repeats.max(1), self.args.kernel);
+        let plan = Plan { images: self.images(source), blocks, wanted: self.wanted, kernel };
         let bar = super::progress(self.globals, (plan.images * plan.blocks) as u64, name);
         let seen = |n: usize| bar.inc(n as u64);
         let out = match &self.values {
             Some(values) => {
                 let size = (plan.images, plan.blocks);
-                (values.measure(name, source, &draw, self.net.as_mut(), size, seen)?, Collected::default())
+                (values.measure(name, source, &draw, self.net.as_mut(), size, kernel, seen)?, Collected::default())
             }
             None => measure(name, source, &draw, self.net.as_mut(), &self.reference, &plan, seen)?,
         };
@@ -224,7 +243,7 @@ impl Judge<'_> {
             "patches": self.reference.patches.as_ref().map(Patches::digest),
             "number": args.number.unwrap_or(self.reference.count), "repeats": args.repeats, "seed": args.seed,
             "classes": args.classes, "conditions": args.conditions, "rounding": args.rounding.formula(),
-            "by_class": args.by_class, "decoder": args.decoder, "sliced": self.wanted.patches,
+            "by_class": args.by_class, "decoder": args.decoder, "sliced": self.wanted.patches, "kernel": args.kernel,
         });
         if let Some(values) = &self.values {
             parts["values"] = json!(values.digest());
@@ -256,7 +275,7 @@ impl Judge<'_> {
 
 fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) -> Result<Judge<'a>> {
     let options = args.engine.options(&[args.batch])?;
-    let range = pair("--range", &args.range)?;
+    let range = args.range.as_deref().map_or(Ok([-1.0, 1.0]), |text| pair("--range", text))?;
     if args.repeats == 0 || args.number == Some(0) || args.batch == 0 {
         return Err(Error::usage("--repeats, --number and --batch start at 1"));
     }
@@ -282,7 +301,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
     };
     source = source.decoded(args.decoder.as_deref(), &options)?;
     if let Source::Images(set) = source {
-        source = Source::Images(set.with_rounding(args.rounding));
+        source = Source::Images(args.images(set, reference_path)?);
     }
     if args.by_class && (net.is_none() || matches!(source, Source::Statistics(_))) {
         return Err(Error::usage("--by-class needs --features and reference images with classes"));
@@ -337,16 +356,10 @@ fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[Row]) -> Result<(Vec<R
     }
     if let (Some(best), Some(_), true) = (book.best.clone(), &judge.reference.rows, judge.wanted.rows) {
         let mut source = judge.open(&run.join(best))?;
-        let plan = Plan { images: QUERIES.max(2), blocks: 1, wanted: Wanted { rows: true, ..Wanted::default() } };
-        let span = (0, plan.images);
-        let set = crate::eval::collect::collect(
-            &mut source,
-            &judge.draw.clone(),
-            judge.net.as_mut(),
-            span,
-            plan.wanted,
-            |_| {},
-        )?;
+        let wanted = Wanted { rows: true, ..Wanted::default() };
+        let span = (0, QUERIES.max(2));
+        let set =
+            crate::eval::collect::collect(&mut source, &judge.draw.clone(), judge.net.as_mut(), span, wanted, |_| {})?;
         std::fs::create_dir_all(run.join("samples"))?;
         book.neighbours = judge.neighbours(&run.join("samples/neighbours.png"), &mut source, &set)?;
     }

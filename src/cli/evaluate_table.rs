@@ -67,7 +67,9 @@ fn with(value: Option<f64>, error: Option<f64>, digits: usize) -> Option<String>
 const LINES: [Line; 13] = [
     ("Frechet distance", |r| with(r.frechet, r.frechet_deviation, 4)),
     ("  least of the blocks", |r| with(r.frechet_least, None, 4)),
-    ("kernel distance x 1000", |r| with(r.kernel.map(|v| v * 1e3), r.kernel_standard_error.map(|v| v * 1e3), 4)),
+    ("kernel distance x 1000", |r| {
+        with(r.kernel.map(|v| v * 1e3), r.kernel_standard_error.or(r.kernel_deviation).map(|v| v * 1e3), 4)
+    }),
     ("precision (quality)", |r| with(r.precision, None, 4)),
     ("recall (diversity)", |r| with(r.recall, None, 4)),
     ("density", |r| with(r.density, None, 4)),
@@ -89,12 +91,14 @@ const BESIDE: usize = 4;
 
 /// Measures down and sets across, or the other way round where there are many; measures that no set has are left out.
 fn table(rows: &[Row]) -> comfy_table::Table {
+    let by_values = rows.iter().any(|r| r.by_values);
     let names = rows.iter().map(|r| r.name.clone());
     let mut columns: Vec<Vec<String>> = vec![std::iter::once("measure".to_string()).chain(names).collect()];
     for (name, value) in LINES {
         let cells: Vec<Option<String>> = rows.iter().map(value).collect();
         if cells.iter().any(Option::is_some) {
             let cells = cells.into_iter().map(|c| c.unwrap_or_else(|| "-".into()));
+            let name = if by_values { name.replace("image", "sample") } else { name.to_string() };
             columns.push(std::iter::once(name.trim().to_string()).chain(cells).collect());
         }
     }

@@ -35,6 +35,8 @@ pub mod sample;
 pub mod serve;
 mod ship_args;
 #[cfg(feature = "train")]
+mod signals;
+#[cfg(feature = "train")]
 mod teacher;
 #[cfg(feature = "tui")]
 mod tui;
@@ -99,7 +101,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
 }
 
-/// Runs the program. Exit code: 0 success, 1 failure, 2 usage.
+/// Runs the program. Exit code: 0 success, 1 failure, 2 usage (nothing was changed); of a run that was stopped with a checkpoint 75, or
+/// 130 where a person stopped it.
 pub fn main() -> ExitCode {
     let matches = not_built::with_missing(help::with_help(Cli::command())).get_matches();
     if let Some(e) = not_built::refusal(&matches) {

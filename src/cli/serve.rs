@@ -11,6 +11,7 @@ use serde_json::json;
 use super::Globals;
 use super::engine::EngineArgs;
 use crate::error::{Context, Error, Result};
+use crate::memory;
 use crate::runtime::student::Student;
 use crate::serve::{Access, ServeOptions, serve};
 

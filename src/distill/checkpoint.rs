@@ -1,19 +1,22 @@
-//! Checkpoints: one safetensors file with every tensor of a stage, and `latest.json` that points to it. The pointer is
-//! renamed into place after the file is on disk, so whatever kills the process, a whole checkpoint is found.
+//! Checkpoints: one safetensors file with every tensor of a stage, and beside it a JSON file with the numbers that go with them
+//! and the hashes of both. The JSON file is renamed into place after the tensors are on disk, so whatever kills the process, a whole
+//! checkpoint is found. The last few are kept (`log.keep`): one that cannot be read falls back to the one before. `latest.json`
+//! is the newest JSON file once more, for people and other programs.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use crate::distill::trajectory::short;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
-use crate::torch::params::{load_tensors, save_tensors};
+use crate::torch::params::{TensorFile, save_tensors};
 
 /// The stage that a checkpoint belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StageKind {
     /// Stage 1: the teacher's copy is trained on the initial student's samples, and nodes are recorded.
@@ -57,6 +60,12 @@ pub struct State {
     pub best_at: u64,
     /// Name of the file that holds the tensors.
     pub file: String,
+    /// SHA-256 of that file; empty in checkpoints of earlier versions.
+    #[serde(default)]
+    pub sha256: String,
+    /// SHA-256 of this JSON text with nothing in this place; empty in checkpoints of earlier versions.
+    #[serde(default)]
+    pub hash: String,
 }
 
 impl State {
@@ -74,37 +83,99 @@ impl State {
             best_loss: None,
             best_at: 0,
             file: String::new(),
+            sha256: String::new(),
+            hash: String::new(),
         }
     }
+
+    /// As JSON text that holds its own hash.
+    fn to_text(&self) -> Result<String> {
+        let blank = Self { hash: String::new(), ..self.clone() };
+        let text = serde_json::to_string_pretty(&blank).map_err(|e| Error::io(e.to_string()))?;
+        let hash = hex(text.as_bytes());
+        Ok(text.replace(&of_hash(""), &of_hash(&hash)))
+    }
+
+    /// Errors: what is no checkpoint's, or has changed since it was written.
+    fn from_text(text: &[u8]) -> Result<Self> {
+        let state: Self = serde_json::from_slice(text).map_err(|e| Error::io(format!("not a checkpoint: {e}")))?;
+        let blank = String::from_utf8_lossy(text).replace(&of_hash(&state.hash), &of_hash(""));
+        let whole = match state.hash.as_str() {
+            // (What names the tensors' hash has its own.)
+            "" => state.sha256.is_empty(),
+            hash => hex(blank.as_bytes()) == hash,
+        };
+        match whole {
+            true if is_tensor_file(&state.file) => Ok(state),
+            true => Err(Error::io(format!("`{}` is not the name of a checkpoint's file", state.file))),
+            false => Err(Error::io("the file was changed after it was written")),
+        }
+    }
+
+    fn place(&self) -> (StageKind, u64) {
+        (self.stage, self.iteration)
+    }
+}
+
+fn of_hash(hash: &str) -> String {
+    format!("\"hash\": \"{hash}\"")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 const LATEST: &str = "latest.json";
 
-/// Whether a checkpoint's tensors are in a file of this name: `backtrack-00000100.safetensors`.
-pub fn is_tensor_file(name: &str) -> bool {
-    let stages = [StageKind::Degrade, StageKind::Backtrack].map(StageKind::name);
-    let iteration = |stage: &str| name.strip_prefix(stage)?.strip_prefix('-')?.strip_suffix(".safetensors");
-    stages
-        .into_iter()
-        .filter_map(iteration)
-        .any(|digits| digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit()))
+/// Stage and iteration in the name of a checkpoint's file: `backtrack-00000100.safetensors`.
+fn place_of(name: &str, suffix: &str) -> Option<(StageKind, u64)> {
+    [StageKind::Degrade, StageKind::Backtrack].into_iter().find_map(|stage| {
+        let digits = name.strip_prefix(stage.name())?.strip_prefix('-')?.strip_suffix(suffix)?;
+        let plain = digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit());
+        Some((stage, digits.parse().ok().filter(|_| plain)?))
+    })
 }
 
-/// Saves a checkpoint and removes the ones before. Files with other names than a checkpoint's, links and folders stay.
-pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)]) -> Result<()> {
-    let file = format!("{}-{:08}.safetensors", state.stage.name(), state.iteration);
+const TENSORS: &str = ".safetensors";
+const NUMBERS: &str = ".json";
+
+/// Whether a checkpoint's tensors are in a file of this name: `backtrack-00000100.safetensors`.
+pub fn is_tensor_file(name: &str) -> bool {
+    place_of(name, TENSORS).is_some()
+}
+
+/// Whether a file of this name is a checkpoint's: its tensors, or `backtrack-00000100.json`.
+pub(crate) fn is_own_file(name: &str) -> bool {
+    is_tensor_file(name) || place_of(name, NUMBERS).is_some()
+}
+
+/// Saves a checkpoint and removes all but the last `keep`. Files with other names than a checkpoint's, links and folders stay.
+pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)], keep: usize) -> Result<()> {
+    let stem = format!("{}-{:08}", state.stage.name(), state.iteration);
+    let file = format!("{stem}{TENSORS}");
     let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
-    save_tensors(&dir.join(&file), &borrowed)?;
-    let state = State { file: file.clone(), ..state.clone() };
-    let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::io(e.to_string()))?;
-    crate::files::write_atomic(&dir.join(LATEST), &text)?;
-    for entry in std::fs::read_dir(dir)?.flatten() {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
+    let sha256 = save_tensors(&dir.join(&file), &borrowed)?;
+    let text = State { file, sha256, ..state.clone() }.to_text()?;
+    crate::files::write_atomic(&dir.join(format!("{stem}{NUMBERS}")), text.as_bytes())?;
+    crate::files::write_atomic(&dir.join(LATEST), text.as_bytes())?;
+    prune(dir, state.place(), keep)
+}
+
+/// Removes all checkpoints but the one just written at `last` and the newest of those before it. (Later ones are of a course that was
+/// given up: one that could not be read, before which the run went on.)
+fn prune(dir: &Path, last: (StageKind, u64), keep: usize) -> Result<()> {
+    let own = |entry: &std::fs::DirEntry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
         let plain = entry.file_type().is_ok_and(|kind| kind.is_file());
-        if plain && is_tensor_file(&name) && name != file.as_str() {
-            let _ = std::fs::remove_file(entry.path());
-        }
+        place_of(&name, TENSORS).or_else(|| place_of(&name, NUMBERS)).filter(|_| plain)
+    };
+    let all: Vec<_> = std::fs::read_dir(dir)?.flatten().filter_map(|e| Some((own(&e)?, e.path()))).collect();
+    let mut places: Vec<_> = all.iter().map(|(place, _)| *place).filter(|place| *place <= last).collect();
+    places.sort_unstable();
+    places.dedup();
+    let kept = &places[places.len().saturating_sub(keep.max(1))..];
+    for (_, path) in all.iter().filter(|(place, _)| !kept.contains(place)) {
+        let _ = std::fs::remove_file(path);
     }
     Ok(())
 }
@@ -114,43 +185,53 @@ pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)]) -> Result<(
 pub struct Checkpoint {
     /// The numbers that go with the tensors.
     pub state: State,
+    /// Newer ones that could not be read, a sentence each.
+    pub passed_over: Vec<String>,
     tensors: HashMap<String, Tensor>,
 }
 
 impl Checkpoint {
-    /// What the latest one says of itself, its tensors not read; `None` where there is none yet.
+    /// What the newest one that is whole says of itself, its tensors not read; `None` where there is none yet.
     pub fn latest_state(dir: &Path) -> Result<Option<State>> {
-        let path = dir.join(LATEST);
-        if !path.is_file() {
-            return Ok(None);
+        let (states, mut problems) = states(dir)?;
+        match (states.into_iter().next(), problems.pop()) {
+            (Some(state), _) => Ok(Some(state)),
+            (None, Some((_, problem))) => Err(problem),
+            (None, None) => Ok(None),
         }
-        let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-        let state = serde_json::from_slice(&text).map_err(|e| Error::io(format!("not a checkpoint: {e}")));
-        state.map(Some).with_context(|| path.display().to_string())
     }
 
-    /// The latest one; `None` where there is none yet. A checkpoint of another teacher is refused.
+    /// The newest one that can be read; `None` where there is none yet. A checkpoint of another teacher is refused.
+    ///
+    /// Errors: there are some, and none of them can be read.
     pub fn latest(dir: &Path, teacher_hash: &str) -> Result<Option<Self>> {
-        let path = dir.join(LATEST);
-        let Some(state) = Self::latest_state(dir)? else { return Ok(None) };
-        if state.teacher_hash != teacher_hash {
-            return Err(Error::usage(format!(
-                "{}: the run began with another teacher (weights {}, this teacher's are {})",
-                path.display(),
-                short(&state.teacher_hash),
-                short(teacher_hash)
-            ))
-            .hint("give the teacher that the run began with"));
+        let (states, mut problems) = states(dir)?;
+        for state in states {
+            if state.teacher_hash != teacher_hash {
+                return Err(Error::usage(format!(
+                    "{}: the run began with another teacher (weights {}, this teacher's are {})",
+                    dir.join(LATEST).display(),
+                    short(&state.teacher_hash),
+                    short(teacher_hash)
+                ))
+                .hint("give the teacher that the run began with"));
+            }
+            match tensors(dir, &state) {
+                Ok(tensors) => {
+                    // What was found unreadable before this one's place in time is what is passed over.
+                    problems.retain(|(place, _)| *place > Some(state.place()));
+                    let passed_over = problems.iter().map(|(_, e)| e.to_string()).collect();
+                    return Ok(Some(Self { state, passed_over, tensors }));
+                }
+                Err(e) => problems.push((Some(state.place()), e)),
+            }
         }
-        if !is_tensor_file(&state.file) {
-            return Err(Error::io(format!(
-                "{}: `{}` is not the name of a checkpoint's file",
-                path.display(),
-                state.file
-            )));
+        match problems.into_iter().max_by_key(|(place, _)| *place) {
+            None => Ok(None),
+            Some((_, e)) => Err(e.hint(
+                "no checkpoint of this run can be read; `disback backtrack --trajectory` takes stage 1 of it into a new run",
+            )),
         }
-        let tensors = load_tensors(&dir.join(&state.file))?.into_iter().collect();
-        Ok(Some(Self { state, tensors }))
     }
 
     /// Takes a tensor out.
@@ -171,6 +252,43 @@ impl Checkpoint {
             Some(name) => Err(Error::mismatch(format!("the checkpoint has a surplus tensor `{name}`"))),
         }
     }
+}
+
+/// Where a problem lies in the course of a run, where that is known, and the problem.
+type Problem = (Option<(StageKind, u64)>, Error);
+
+/// All checkpoints that say what they are, the newest first, and what is wrong with the others.
+fn states(dir: &Path) -> Result<(Vec<State>, Vec<Problem>)> {
+    let mut names: Vec<String> = match std::fs::read_dir(dir) {
+        Ok(entries) => entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Default::default()),
+        Err(e) => return Err(Error::from(e).context(dir.display().to_string())),
+    };
+    names.retain(|name| place_of(name, NUMBERS).is_some());
+    // A run of an earlier version has this one alone; otherwise it repeats what stands beside the tensors.
+    if names.is_empty() && dir.join(LATEST).is_file() {
+        names.push(LATEST.into());
+    }
+    let (mut found, mut problems) = (Vec::new(), Vec::new());
+    for name in names {
+        let path = dir.join(&name);
+        let read = std::fs::read(&path).map_err(Error::from).and_then(|text| State::from_text(&text));
+        match read.with_context(|| path.display().to_string()) {
+            Ok(state) => found.push(state),
+            Err(e) => problems.push((place_of(&name, NUMBERS), e)),
+        }
+    }
+    found.sort_by_key(|state| std::cmp::Reverse(state.place()));
+    Ok((found, problems))
+}
+
+/// The tensors of a checkpoint, as they were written.
+fn tensors(dir: &Path, state: &State) -> Result<HashMap<String, Tensor>> {
+    let file = TensorFile::open(&dir.join(&state.file))?;
+    if !state.sha256.is_empty() && file.sha256() != state.sha256 {
+        return Err(Error::io(format!("{}: the file was changed after it was written", file.path().display())));
+    }
+    file.names().into_iter().map(|name| Ok((name.clone(), file.get(&name)?))).collect()
 }
 
 /// The tensors of a parameter set under `prefix`.
@@ -195,15 +313,16 @@ mod tests {
         for name in theirs {
             std::fs::write(dir.path().join(name), "precious").unwrap();
         }
-        for k in 1..4 {
+        for k in 1..5 {
             let state = State { iteration: k, ..State::new(StageKind::Backtrack, "h") };
-            save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0))).unwrap();
+            save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0 - 3.0)), 2).unwrap();
         }
         let left = std::fs::read_dir(dir.path()).unwrap().count();
-        assert_eq!(left, 2 + theirs.len(), "of the checkpoints only the latest is kept, and all else");
+        assert_eq!(left, 5 + theirs.len(), "of the checkpoints the last two are kept, and all else");
         assert!(theirs.iter().all(|name| std::fs::read(dir.path().join(name)).unwrap() == b"precious"));
         let mut c = Checkpoint::latest(dir.path(), "h").unwrap().unwrap();
-        assert_eq!((c.state.iteration, c.state.stage), (3, StageKind::Backtrack));
+        assert_eq!((c.state.iteration, c.state.stage), (4, StageKind::Backtrack));
+        assert!(c.passed_over.is_empty());
         let into = set(1.0);
         assert!(c.take_params("ema/", &into).unwrap_err().to_string().contains("ema/a"));
         c.take_params("g/", &into).unwrap();
@@ -212,5 +331,63 @@ mod tests {
         assert!(Checkpoint::latest(dir.path(), "h").unwrap().unwrap().finish().is_err());
         let e = Checkpoint::latest(dir.path(), "other").unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("another teacher"), "{e}");
+    }
+    /// Any byte of any file of the newest checkpoint: found, said, and the one before is taken.
+    #[test]
+    fn what_was_changed_on_disk_falls_back_to_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let write = |k: u64| {
+            let state = State { iteration: k, best_loss: Some(0.1), ..State::new(StageKind::Degrade, "h") };
+            save(dir, &state, &named("g/", &set(k as f32)), 2).unwrap();
+        };
+        let latest = || Checkpoint::latest(dir, "h");
+        (1..3).for_each(write);
+        for name in ["degrade-00000002.safetensors", "degrade-00000002.json"] {
+            let path = dir.join(name);
+            let whole = std::fs::read(&path).unwrap();
+            for at in 0..whole.len() {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 0x10;
+                std::fs::write(&path, &bytes).unwrap();
+                let found = latest().unwrap().unwrap();
+                assert_eq!(found.state.iteration, 1, "{name}, byte {at}");
+                assert!(found.passed_over.len() == 1 && found.passed_over[0].contains("00000002"), "{found:?}");
+            }
+            std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+            assert_eq!(latest().unwrap().unwrap().state.iteration, 1);
+            assert!(Checkpoint::latest_state(dir).unwrap().is_some());
+            std::fs::write(&path, &whole).unwrap();
+        }
+        // The pointer is for people: what becomes of it loses nothing.
+        std::fs::write(dir.join(LATEST), "").unwrap();
+        let found = latest().unwrap().unwrap();
+        assert!(found.state.iteration == 2 && found.passed_over.is_empty());
+        // Gone on from the first, what comes later on the disk is of a course given up.
+        std::fs::remove_file(dir.join("degrade-00000002.safetensors")).unwrap();
+        assert_eq!(latest().unwrap().unwrap().state.iteration, 1);
+        save(dir, &State { iteration: 1, ..State::new(StageKind::Degrade, "h") }, &named("g/", &set(1.0)), 2).unwrap();
+        assert!(!dir.join("degrade-00000002.json").exists());
+        // None left.
+        std::fs::write(dir.join("degrade-00000001.safetensors"), "x").unwrap();
+        let e = latest().unwrap_err().to_string();
+        assert!(e.contains("degrade-00000001.safetensors") && e.contains("no checkpoint of this run"), "{e}");
+    }
+
+    /// One file that points to one other, without hashes.
+    #[test]
+    fn checkpoints_of_earlier_versions_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        save(dir, &State { iteration: 7, ..State::new(StageKind::Degrade, "h") }, &named("g/", &set(2.0)), 2).unwrap();
+        let mut old: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.join(LATEST)).unwrap()).unwrap();
+        let fields = old.as_object_mut().unwrap();
+        ["sha256", "hash"].iter().for_each(|key| drop(fields.remove(*key)));
+        std::fs::write(dir.join(LATEST), old.to_string()).unwrap();
+        std::fs::remove_file(dir.join("degrade-00000007.json")).unwrap();
+        let into = set(1.0);
+        let mut found = Checkpoint::latest(dir, "h").unwrap().unwrap();
+        found.take_params("g/", &into).unwrap();
+        assert_eq!((found.state.iteration, into.hash().unwrap()), (7, set(2.0).hash().unwrap()));
     }
 }

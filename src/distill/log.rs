@@ -122,8 +122,9 @@ impl Log {
 
     /// Writes a checkpoint.
     pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[(String, Tensor)]) -> Result<()> {
+        job.run.check_taken()?;
         state.seconds = self.seconds();
-        checkpoint::save(&job.run.checkpoints(), state, tensors)
+        checkpoint::save(&job.run.checkpoints(), state, tensors, job.config.log.keep)
     }
 }
 

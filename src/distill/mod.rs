@@ -12,6 +12,7 @@ pub mod estimate;
 pub mod gan;
 pub mod inputs;
 pub mod job;
+pub mod lock;
 mod log;
 pub mod metrics;
 mod nonfinite;
@@ -68,6 +69,13 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     job::lay_out(job.config, teacher.params())?;
     job.student.map_or(Ok(()), |s| job::lay_out(job.config, s.params()))?;
     let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
+    if let Some(found) = &checkpoint {
+        for problem in &found.passed_over {
+            let (stage, iteration) = (found.state.stage.name(), found.state.iteration);
+            job.observer
+                .warning(&format!("{problem}; going on from the checkpoint before it: {stage}, iteration {iteration}"));
+        }
+    }
     let dir = job.run.trajectory();
     let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };
     if let Some(recorded) = &recorded {

@@ -36,6 +36,8 @@ pub trait Observer {
     fn debug_batch(&mut self, _node: usize, _updates: u64, _batch: &DebugBatch) -> Result<()> {
         Ok(())
     }
+    /// Something is not as it should be, and the run goes on: a sentence.
+    fn warning(&mut self, _text: &str) {}
     /// Stage 2 leaves a target for the next one; the student has its averaged weights.
     fn target_left(&mut self, _node: usize, _student: &Student) -> Result<()> {
         Ok(())
@@ -101,6 +103,8 @@ pub struct Wish {
     pub checkpoint: bool,
     /// End the stage here, as if all its iterations were done.
     pub end: bool,
+    /// Stop the run here, with a checkpoint to go on from.
+    pub stop: bool,
 }
 
 /// Ignores all events.

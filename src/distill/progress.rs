@@ -1,11 +1,16 @@
 //! What a person sees of a run: a bar on a terminal, a line now and then elsewhere, nothing when silenced.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::distill::checkpoint::StageKind;
 use crate::distill::metrics::Row;
+
+/// A line on standard error. A terminal that was closed takes none, which is no reason for a run to end.
+pub(crate) fn tell(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
 
 /// Progress of one stage on standard error.
 #[derive(Debug)]
@@ -54,7 +59,7 @@ impl Progress {
                 if self.lines.is_multiple_of(ROWS_A_LINE) || row.iteration == self.total {
                     let left =
                         (self.total - row.iteration.min(self.total)) as f64 * row.seconds / row.iteration.max(1) as f64;
-                    eprintln!("{} {}/{}  {text}  ETA {left:.0} s", self.stage.name(), row.iteration, self.total);
+                    tell(&format!("{} {}/{}  {text}  ETA {left:.0} s", self.stage.name(), row.iteration, self.total));
                 }
                 self.lines += 1;
             }
@@ -82,7 +87,7 @@ impl Progress {
         match &self.bar {
             _ if self.silent => {}
             Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            None => tell(text),
         }
     }
 

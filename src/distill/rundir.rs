@@ -1,50 +1,96 @@
 //! The run directory: what lies where, and when it may be written to.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::diffusion::{Origin, TeacherCard};
+use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::distill::config::Config;
+use crate::distill::lock::{self, RunLock};
 use crate::distill::{checkpoint, trajectory};
 use crate::error::{Context, Error, Result};
+
+/// How folders of a rehearsed export begin.
+pub(crate) const REHEARSAL: &str = ".disback-export-";
 
 /// Names of everything in a run directory.
 #[derive(Debug, Clone)]
 pub struct RunDir {
     path: PathBuf,
-    /// Held while a new run goes on, so that no second start takes its folder for one that was left.
-    _lock: Option<Arc<File>>,
+    /// Held by the process that writes the run.
+    lock: Option<Arc<RunLock>>,
 }
 
 impl RunDir {
     /// The run directory at this path, whether it exists or not.
     pub fn at(path: &Path) -> Self {
-        Self { path: path.to_owned(), _lock: None }
+        Self { path: path.to_owned(), lock: None }
     }
 
     /// A new run: the folder must not exist, be empty, or hold nothing but what a start leaves that ended before its first step.
-    /// Writes `config.toml`.
+    /// Takes the folder for this process and writes `config.toml`.
     pub fn create(path: &Path, config: &Config) -> Result<Self> {
-        let occupied = match std::fs::read_dir(path) {
-            Ok(mut entries) => entries.next().is_some() && !(left_by_a_start(path) && claim(path).is_some()),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
-            Err(e) => return Err(Error::from(e).context(path.display().to_string())),
-        };
-        if occupied {
-            return Err(Error::usage(format!("output folder {} is not empty", path.display()))
-                .hint("--resume goes on with the run in it; otherwise give another folder"));
+        Self::create_with(path, config, false)
+    }
+
+    /// [`RunDir::create`]; `steal` as in [`RunLock::take`].
+    pub fn create_with(path: &Path, config: &Config, steal: bool) -> Result<Self> {
+        if !steal {
+            RunLock::refuse_held(path)?;
         }
+        // (Nothing is written into a folder that is somebody else's.)
+        refuse_occupied(path)?;
         let mut run = Self::at(path);
-        for dir in [run.path.clone(), run.checkpoints(), run.samples()] {
+        std::fs::create_dir_all(&run.path).with_context(|| run.path.display().to_string())?;
+        run.take(steal)?;
+        // Another start may have had the folder meanwhile.
+        refuse_occupied(path)?;
+        run.sweep();
+        for dir in [run.checkpoints(), run.samples()] {
             std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         }
-        run._lock = claim(path).map(Arc::new);
         // The card of a start that was refused is not this run's.
         let _ = std::fs::remove_file(run.card_file());
+        let _ = std::fs::remove_file(run.path.join("identity.json"));
         run.write_config(config)?;
         Ok(run)
+    }
+
+    /// Takes the folder for this process, for as long as this or a clone of it lives. Only who has taken it may write a run.
+    ///
+    /// Errors: another process works there, see [`RunLock::take`].
+    pub fn take(&mut self, steal: bool) -> Result<()> {
+        self.lock = Some(Arc::new(RunLock::take(&self.path, steal)?));
+        Ok(())
+    }
+
+    /// Errors where another process has taken the folder away from this one.
+    pub fn check_taken(&self) -> Result<()> {
+        self.lock.as_ref().map_or(Ok(()), |lock| lock.check())
+    }
+
+    /// Removes half-written files and rehearsed exports that a killed process left: with the folder taken, nobody is writing
+    /// them. (In the run's own folder others may write, such as an evaluation.) Links are left alone.
+    pub(crate) fn sweep(&self) {
+        for entry in std::fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            let ours = entry.file_name().to_string_lossy().starts_with(REHEARSAL);
+            if ours && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+        for dir in [self.checkpoints(), self.trajectory(), self.samples(), self.snapshots()] {
+            crate::files::sweep(&dir);
+        }
+    }
+
+    /// Whether there is a run that has come to this stage, to go on with.
+    pub fn has_begun(&self, stage: StageKind) -> Result<bool> {
+        if stage == StageKind::Degrade {
+            return Ok(self.config_file().is_file() && !left_by_a_start(&self.path));
+        }
+        let checkpoint = Checkpoint::latest_state(&self.checkpoints())?;
+        Ok(checkpoint.is_some_and(|c| c.stage == stage) || self.student_weights().is_file())
     }
 
     /// Removes a run that has not begun.
@@ -187,38 +233,50 @@ impl RunDir {
     }
 }
 
-/// Whether a folder holds nothing but what a start writes before its first step: configuration, card, empty folders.
+/// Refuses a folder that holds more than what a start leaves that ended before its first step.
+fn refuse_occupied(path: &Path) -> Result<()> {
+    let occupied = match std::fs::read_dir(path) {
+        Ok(mut entries) => entries.next().is_some() && !left_by_a_start(path),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+        Err(e) => return Err(Error::from(e).context(path.display().to_string())),
+    };
+    match occupied {
+        false => Ok(()),
+        true => Err(Error::usage(format!("output folder {} is not empty", path.display()))
+            .hint("--resume goes on with the run in it; otherwise give another folder")),
+    }
+}
+
+/// Whether a folder holds nothing but what a start writes before its first step: lock, configuration, card, empty folders.
 fn left_by_a_start(path: &Path) -> bool {
     let empty = |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
     let harmless = |entry: std::io::Result<std::fs::DirEntry>| {
         let Ok(entry) = entry else { return false };
         let Ok(kind) = entry.file_type() else { return false };
         match entry.file_name().to_string_lossy().as_ref() {
-            "config.toml" | "card.toml" => kind.is_file(),
+            "config.toml" | "card.toml" | "identity.json" | lock::FILE => kind.is_file(),
             "checkpoints" | "samples" | "trajectory" | "snapshots" => kind.is_dir() && empty(&entry.path()),
-            _ => false,
+            name if name.starts_with(REHEARSAL) => kind.is_dir(),
+            name => kind.is_file() && crate::files::is_half_written(name),
         }
     };
-    // Without its configuration nothing says that a run made the folder.
-    path.join("config.toml").is_file() && std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(harmless))
-}
-
-/// A lock on the folder for as long as the file is open; `None` where a process holds one, or folders cannot be locked.
-fn claim(path: &Path) -> Option<File> {
-    let folder = File::open(path).ok()?;
-    folder.try_lock().ok().map(|()| folder)
+    // Without one of these nothing says that a run made the folder.
+    let ours = path.join("config.toml").is_file() || path.join(lock::FILE).is_file();
+    ours && std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(harmless))
 }
 
 /// Whether a run writes something of this name in its folder, or `inside` one of its folders.
 fn writes(inside: &str, name: &str) -> bool {
     let ends = |suffix: &str| name.ends_with(suffix);
     match inside {
-        "checkpoints" => name == "latest.json" || checkpoint::is_tensor_file(name),
+        "checkpoints" => name == "latest.json" || checkpoint::is_own_file(name),
         "trajectory" => name == trajectory::INDEX || trajectory::is_node_file(name),
         "samples" => ends(".png") || ends(".wav") || name == "teacher.npy",
         "snapshots" => ends(".onnx") || ends(".onnx.data"),
         _ => {
-            const NAMES: [&str; 16] = [
+            const NAMES: [&str; 18] = [
+                "identity.json",
+                lock::FILE,
                 "checkpoints",
                 "trajectory",
                 "samples",
@@ -249,7 +307,8 @@ const CHANGEABLE: [&str; 7] =
     ["device", "threads", "tf32", "cuda_graphs", "memory.format", "backtrack.updates", "optimizer.max_skips"];
 
 /// Refuses to go on with a configuration that would make another run of what is there.
-pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {
+/// `same`: keys that name a file of the same content as before, wherever it lies now.
+pub fn check_resumable(saved: &Config, wanted: &Config, same: &[&str]) -> Result<()> {
     let changed = saved.differences(wanted)?;
     if saved.backtrack.updates != wanted.backtrack.updates && saved.backtrack.cooldown > 0.0 {
         return Err(Error::usage("backtrack.updates cannot change on --resume where the learning rates cool down")
@@ -258,7 +317,9 @@ pub fn check_resumable(saved: &Config, wanted: &Config) -> Result<()> {
             ));
     }
     match changed.iter().find(|(key, ..)| {
-        !CHANGEABLE.contains(&key.as_str()) && !["log.", "evaluate."].iter().any(|s| key.starts_with(s))
+        !CHANGEABLE.contains(&key.as_str())
+            && !same.contains(&key.as_str())
+            && !["log.", "evaluate."].iter().any(|s| key.starts_with(s))
     }) {
         None => Ok(()),
         Some((key, before, now)) => {
@@ -279,7 +340,10 @@ mod tests {
         let first = RunDir::create(&path, &Config { batch: 3, ..Config::default() }).unwrap();
         first.write_card(&TeacherCard::plain(&[1, 8, 8])).unwrap();
         // As long as it lives it is a run.
-        assert!(RunDir::create(&path, &Config::default()).unwrap_err().to_string().contains("not empty"));
+        let e = RunDir::create(&path, &Config::default()).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains("works in this run folder"), "{e}");
+        assert!(RunDir::at(&path).take(false).is_err());
+        first.check_taken().unwrap();
         drop(first);
         let second = RunDir::create(&path, &Config::default()).unwrap();
         assert_eq!(RunDir::open(&path).unwrap().1.batch, Config::default().batch);
@@ -380,14 +444,16 @@ mod tests {
             longer.backtrack.updates += 1;
             longer
         };
-        assert!(check_resumable(&saved, &longer(&saved)).unwrap_err().to_string().contains("cool down"));
+        assert!(check_resumable(&saved, &longer(&saved), &[]).unwrap_err().to_string().contains("cool down"));
         saved.backtrack.cooldown = 0.0;
         let mut wanted = saved.clone();
         wanted.backtrack.updates += 1;
         wanted.log.every = 3;
-        check_resumable(&saved, &wanted).unwrap();
+        check_resumable(&saved, &wanted, &[]).unwrap();
+        wanted.gan.data = "elsewhere".into();
+        check_resumable(&saved, &wanted, &["gan.data"]).unwrap();
         wanted.degrade.lr = 0.5;
-        let e = check_resumable(&saved, &wanted).unwrap_err();
+        let e = check_resumable(&saved, &wanted, &["gan.data"]).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("degrade.lr = 0.0, now it is 0.5"), "{e}");
     }
 }

@@ -100,7 +100,7 @@ pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Res
         let step = Step { stage: kind, iteration: done, total, updates, updated, images, seconds, node, networks };
         let wish = job.observer.after_step(&step)?;
         ended |= wish.end && stage.ends_with_a_checkpoint();
-        let stop = job.stopped() && !ended;
+        let stop = (job.stopped() || wish.stop) && !ended;
         let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
         if if ended { stage.ends_with_a_checkpoint() } else { stop || due || wish.checkpoint } {
             log.checkpoint(job, &mut state, &stage.tensors())?;

@@ -47,6 +47,8 @@ pub struct Collected {
     pub patches: Option<Patches>,
     /// C, H, W of an image; absent for reference statistics.
     pub shape: Option<[usize; 3]>,
+    /// What is worth knowing of the set itself, such as files that were passed over.
+    pub notes: Vec<String>,
     /// Number of images; for reference statistics 0 where they do not state it.
     pub count: usize,
     /// Network evaluations for one image; absent for images that were there already.
@@ -67,6 +69,7 @@ impl Collected {
             inception: None,
             patches: None,
             shape: None,
+            notes: Vec::new(),
             nfe: None,
             ms_per_image: None,
         }
@@ -186,6 +189,7 @@ pub fn collect(
         inception: scores.map(|s| s.finish()).transpose()?,
         patches,
         shape: Some(shape),
+        notes: source.notes().to_vec(),
         count,
         nfe,
         ms_per_image: nfe.map(|_| seconds * 1e3 / count as f64),

@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::collect::{Collected, Wanted, collect};
+use super::kernel::Estimator;
 use super::source::{Draw, Source};
+use super::tally::Tally;
 use super::{FeatureNet, few, frechet, kernel, manifold, sliced};
 use crate::error::{Context, Error, Result};
 use crate::io::images::describe;
@@ -17,6 +19,8 @@ pub struct Plan {
     pub blocks: usize,
     /// What to gather for the measures beyond the Frechet distance.
     pub wanted: Wanted,
+    /// Pairs of the kernel distance.
+    pub kernel: Estimator,
 }
 
 /// Measures of one class.
@@ -44,6 +48,8 @@ pub struct Row {
     pub name: String,
     /// `student`, `teacher`, `images`, or `values` of what is no image.
     pub kind: String,
+    /// Whether the samples were measured by their values: not as images.
+    pub by_values: bool,
     /// Frechet distance (Dowson & Landau 1982); the FID where the features are Inception's.
     pub frechet: Option<f64>,
     /// Standard deviation of the Frechet distance over blocks of seeds; absent for one block.
@@ -54,6 +60,8 @@ pub struct Row {
     pub kernel: Option<f64>,
     /// Standard error of the kernel distance: over blocks of seeds, or within the only one.
     pub kernel_standard_error: Option<f64>,
+    /// Standard deviation over random subsets, where the kernel distance is their mean.
+    pub kernel_deviation: Option<f64>,
     /// Share of the generated images, 0 to 1, within the reference's manifold (Kynkaanniemi et al. 2019): quality.
     pub precision: Option<f64>,
     /// Share of the reference images, 0 to 1, within the generated manifold (Kynkaanniemi et al. 2019): diversity.
@@ -124,24 +132,6 @@ pub fn reference(
     }
 }
 
-pub(super) fn mean(values: &[f64]) -> Option<f64> {
-    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
-}
-
-pub(super) fn deviation(values: &[f64]) -> Option<f64> {
-    let m = mean(values)?;
-    let n = values.len();
-    (n > 1).then(|| (values.iter().map(|v| (v - m) * (v - m)).sum::<f64>() / (n - 1) as f64).sqrt())
-}
-
-/// Standard error of a mean of several values that each have one, or of their spread where that is known.
-pub(super) fn error_of_mean(values: &[f64], errors: &[f64]) -> Option<f64> {
-    match deviation(values) {
-        Some(spread) => Some(spread / (values.len() as f64).sqrt()),
-        None => mean(errors),
-    }
-}
-
 /// Measures a source against the reference. `seen` is told how many more images are done. The first block is also given
 /// back: its features serve for neighbours.
 pub fn measure(
@@ -169,9 +159,7 @@ pub fn measure(
         ..Row::default()
     };
     let mut kept = None;
-    let (mut distances, mut kernels, mut kernel_errors) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut covers, mut slices, mut slice_errors) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut scores, mut score_spread, mut ms) = (Vec::new(), Vec::new(), Vec::new());
+    let mut tally = Tally::default();
     for block in 0..blocks {
         let span = (block * plan.images, plan.images);
         let set = collect(source, draw, net.as_deref_mut(), span, plan.wanted, &mut seen)
@@ -179,46 +167,28 @@ pub fn measure(
         if let (Some(a), Some(b)) = (&set.statistics, &reference.statistics) {
             let network = a.network.as_deref().unwrap_or_default();
             b.check_network(network, a.dims()).context("the reference")?;
-            distances.push(frechet::distance(a, b)?);
+            tally.frechet(a, b)?;
             row.features = Some(a.dims());
         }
         if let (Some(a), Some(b)) = (&set.rows, &reference.rows) {
-            let k = kernel::distance(a, b)?;
-            kernels.push(k.mean);
-            kernel_errors.push(k.standard_error);
-            if a.len().min(b.len()) > manifold::DENSITY_NEIGHBOUR {
-                covers.push(manifold::measure(a, b)?);
-            }
+            tally.rows(a, b, plan.kernel)?;
         }
         if let (Some(a), Some(b)) = (&set.patches, &reference.patches) {
             let s = sliced::distance(a, b).with_context(|| format!("{name} against the reference"))?;
-            slices.push(s.mean);
-            slice_errors.push(s.standard_error);
+            tally.sliced(s.mean, s.standard_error);
         }
         if let Some(s) = &set.inception {
-            scores.push(s.mean);
-            score_spread.push(s.deviation);
+            tally.score(s);
         }
-        ms.extend(set.ms_per_image);
+        tally.time(set.ms_per_image);
         kept.get_or_insert(set);
     }
     let first = kept.ok_or_else(|| Error::usage("no images to look at"))?;
-    row.frechet = mean(&distances);
-    row.frechet_deviation = deviation(&distances);
-    row.frechet_least = distances.iter().copied().reduce(f64::min).filter(|_| blocks > 1);
-    row.kernel = mean(&kernels);
-    row.kernel_standard_error = error_of_mean(&kernels, &kernel_errors);
-    let over = |f: fn(&manifold::Manifold) -> f64| mean(&covers.iter().map(f).collect::<Vec<_>>());
-    row.precision = over(|m| m.precision);
-    row.recall = over(|m| m.recall);
-    row.density = over(|m| m.density);
-    row.coverage = over(|m| m.coverage);
-    row.sliced = mean(&slices);
-    row.sliced_standard_error = error_of_mean(&slices, &slice_errors);
-    row.inception_score = mean(&scores);
-    row.inception_score_deviation = mean(&score_spread);
-    row.ms_per_image = mean(&ms);
+    let used = tally.covers.first().map(|c| c.used);
+    tally.fill(&mut row);
     row.nfe = first.nfe;
+    row.warnings.extend(first.notes.iter().map(|n| format!("{name}: {n}")));
+    row.warnings.extend(reference.notes.iter().map(|n| format!("the reference: {n}")));
     if let Some(d) = row.features {
         row.warnings.extend(few("generated", plan.images, d));
         if reference.count > 0 {
@@ -230,13 +200,11 @@ pub fn measure(
             row.warnings.push(text.to_string());
         }
     }
-    if let (Some(c), Some(r)) = (covers.first(), &reference.rows)
-        && (c.used[0] < plan.images || r.len() < reference.count)
+    if let (Some(c), Some(r)) = (used, &reference.rows)
+        && (c[0] < plan.images || r.len() < reference.count)
     {
-        row.warnings.push(format!(
-            "kernel distance, precision, recall, density and coverage use {} and {} images",
-            c.used[0], c.used[1]
-        ));
+        row.warnings
+            .push(format!("kernel distance, precision, recall, density and coverage use {} and {} images", c[0], c[1]));
     }
     if let (Some(a), Some(b)) = (&first.classes, &reference.classes) {
         row.classes = by_class(a, b)?;
@@ -263,7 +231,7 @@ fn by_class(a: &super::collect::ByClass, b: &super::collect::ByClass) -> Result<
         let run = || -> Result<ClassRow> {
             let (x, y) = (a.matrix(class)?, b.matrix(class)?);
             let frechet = frechet::distance(&super::Statistics::of(&x)?, &super::Statistics::of(&y)?)?;
-            let kernel = kernel::distance(&x, &y)?.mean;
+            let kernel = kernel::distance(&x, &y, Estimator::Full)?.mean;
             let enough = images.iter().all(|n| *n > manifold::DENSITY_NEIGHBOUR);
             let cover = if enough { Some(manifold::measure(&x, &y)?) } else { None };
             let (precision, recall) = (cover.map(|c| c.precision), cover.map(|c| c.recall));

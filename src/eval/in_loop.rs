@@ -9,6 +9,7 @@ use super::FeatureNet;
 use super::collect::{Collected, Wanted};
 use super::evaluation::{Plan, Row, measure, reference};
 use super::features::FeatureOptions;
+use super::kernel::Estimator;
 use super::source::{Draw, Source};
 use super::values::Reference;
 use crate::axes::written;
@@ -124,6 +125,14 @@ impl InLoop {
             false => Source::open(&settings.reference, settings.range, options),
         };
         let mut source = source.context("evaluate.reference")?;
+        if let Source::Images(set) = &source
+            && let Some(why) = set.doubt()?
+        {
+            let [low, high] = settings.range;
+            return Err(Error::usage(format!("evaluate.reference, {}: {why}", settings.reference.display())).hint(format!(
+                "floats are read in the range of the student's images, {low} to {high}: scale them, or give 8-bit images"
+            )));
+        }
         let mut draw = Draw::default();
         draw.request.batch = settings.batch.max(1);
         let count = match &source {
@@ -200,11 +209,19 @@ impl InLoop {
     fn measure(&mut self, samples: HostTensor, range: [f64; 2], count: usize) -> Result<Row> {
         let (name, net) = ("the student", self.net.as_mut());
         if let Some(values) = &self.values {
-            return values.measure(name, &mut Source::Values(samples), &self.draw, net, (count, 1), |_| {});
+            return values.measure(
+                name,
+                &mut Source::Values(samples),
+                &self.draw,
+                net,
+                (count, 1),
+                Estimator::Full,
+                |_| {},
+            );
         }
         let mut source = Source::Images(ImageSet::from_samples(samples, range)?);
         let wanted = Wanted { rows: net.is_some(), classes: false, patches: self.reference.patches.is_some() };
-        let plan = Plan { images: count, blocks: 1, wanted };
+        let plan = Plan { images: count, blocks: 1, wanted, kernel: Estimator::Full };
         Ok(measure(name, &mut source, &self.draw, net, &self.reference, &plan, |_| {})?.0)
     }
 

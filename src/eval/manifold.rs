@@ -23,7 +23,7 @@ pub struct Manifold {
     pub precision: f64,
     /// Share of the reference images within the generated manifold: diversity.
     pub recall: f64,
-    /// Balls of the reference a generated image lies in, over k; 1 for equal distributions, above it where the generated
+    /// Balls of the reference (without their surface) a generated image lies in, over k; 1 for equal distributions, above it where the generated
     /// images crowd where the reference is dense.
     pub density: f64,
     /// Share of the reference's balls that hold a generated image.
@@ -54,6 +54,7 @@ pub fn measure_with(a: &FeatureMatrix, b: &FeatureMatrix, k: usize, dense: usize
     let (na, nb) = (norms(&a), norms(&b));
     let radii_a = radii(&a, &na, [k, k]);
     let radii_b = radii(&b, &nb, [k, dense]);
+    // Balls without their surface for density and coverage, as in their authors' program (prdc): of exact duplicates it matters.
     let (mut precise, mut inside) = (0usize, 0usize);
     let (mut recalled, mut covered) = (vec![false; b.nrows()], vec![false; b.nrows()]);
     strips(&a, &na, &b, &nb, |i, row| {
@@ -63,7 +64,7 @@ pub fn measure_with(a: &FeatureMatrix, b: &FeatureMatrix, k: usize, dense: usize
             let slack = 1e-12 * (na[i] + nb[j]);
             hit |= d <= radii_b[j][0] + slack;
             recalled[j] |= d <= radii_a[i][0] + slack;
-            let close = d <= radii_b[j][1] + slack;
+            let close = d + slack < radii_b[j][1];
             inside += usize::from(close);
             covered[j] |= close;
         }

@@ -21,6 +21,7 @@ pub mod resize;
 pub mod sliced;
 pub mod source;
 pub mod sweep;
+mod tally;
 pub mod values;
 
 use faer::Mat;
@@ -93,8 +94,8 @@ pub struct Scores {
     pub frechet: f64,
     /// Kernel distance (squared MMD; Binkowski et al. 2018); may be slightly negative for equal sets.
     pub kernel: f64,
-    /// Standard error of the kernel distance over blocks of images.
-    pub kernel_standard_error: f64,
+    /// Standard error of the kernel distance; absent for fewer than five images.
+    pub kernel_standard_error: Option<f64>,
     /// Share of `a`, 0 to 1, that lies within the manifold of `b` (Kynkaanniemi et al. 2019): quality.
     pub precision: f64,
     /// Share of `b`, 0 to 1, that lies within the manifold of `a` (Kynkaanniemi et al. 2019): diversity.
@@ -116,7 +117,7 @@ pub fn compare(a: &FeatureMatrix, b: &FeatureMatrix) -> Result<Scores> {
     let mut warnings: Vec<String> =
         [("first", a.len()), ("second", b.len())].iter().filter_map(|(s, n)| few(s, *n, a.dims())).collect();
     let frechet = frechet::distance(&Statistics::of(a)?, &Statistics::of(b)?)?;
-    let kernel = kernel::distance(a, b)?;
+    let kernel = kernel::distance(a, b, kernel::Estimator::Full)?;
     let cover = manifold::measure(a, b)?;
     if cover.used[0] < a.len() || cover.used[1] < b.len() {
         warnings.push(format!("precision and recall use {} and {} images", cover.used[0], cover.used[1]));

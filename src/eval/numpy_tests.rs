@@ -67,6 +67,8 @@ k = lambda p, q: (p @ q.T / p.shape[1] + 1) ** 3
 x, y = a[:100], b[:100]
 kxx, kyy, kxy = k(x, x), k(y, y), k(x, y)
 mmd2 = (kxx.sum() - np.trace(kxx)) / 9900 + (kyy.sum() - np.trace(kyy)) / 9900 - 2 * kxy.mean()
+kaa, kbb, kab = k(a, a), k(b, b), k(a, b)
+full = (kaa.sum() - np.trace(kaa)) / 300 / 299 + (kbb.sum() - np.trace(kbb)) / 250 / 249 - 2 * kab.mean()
 d = scipy.spatial.distance.cdist
 ra, rb, rb5 = np.sort(d(a, a), 1)[:, 3], np.sort(d(b, b), 1)[:, 3], np.sort(d(b, b), 1)[:, 5]
 dab = d(a, b)
@@ -94,13 +96,14 @@ few, many = load("few"), load("many")
 cx, cy = (few - few.mean(0)) / 3, (many - many.mean(0)) / np.sqrt(59)
 exact = ((few.mean(0) - many.mean(0)) ** 2).sum() + (cx ** 2).sum() + (cy ** 2).sum() - 2 * np.linalg.svd(cx @ cy.T)[1].sum()
 print(json.dumps([frechet(a, b), mmd2, precision, recall, density, coverage, np.mean(scores), np.std(scores),
-                  float((band ** 2).sum()), float((small ** 2).sum()), float(band[1, 7, 35]), float(np.mean(w)), exact]))
+                  float((band ** 2).sum()), float((small ** 2).sum()), float(band[1, 7, 35]), float(np.mean(w)), exact, full]))
 "#;
     let want = python(dir.path(), script);
     let of = |x: &FeatureMatrix| Statistics::of(x).unwrap();
     close(frechet::distance(&of(&a), &of(&b)).unwrap(), want[0], 1e-9);
     let first: Vec<usize> = (0..100).collect();
-    close(kernel::mmd2(&a.select(&first), &b.select(&first)), want[1], 1e-9);
+    close(kernel::full(a.select(&first).as_ref(), b.select(&first).as_ref()).mean, want[1], 1e-9);
+    close(kernel::distance(&a, &b, kernel::Estimator::Full).unwrap().mean, want[13], 1e-9);
     let m = manifold::measure(&a, &b).unwrap();
     for (got, want) in [m.precision, m.recall, m.density, m.coverage].into_iter().zip(&want[2..6]) {
         close(got, *want, 1e-12);
@@ -185,7 +188,7 @@ print(json.dumps([float(v) for v in out]))
         let found = values::Reference::collect(&mut Source::Values(b), &draw, None, reference, count, |_| ()).unwrap();
         assert_eq!((found.count(), found.shape()), (reference, &shape[..]));
         let mut source = Source::Values(a);
-        let row = found.measure(name, &mut source, &draw, None, (count, 1), |_| ()).unwrap();
+        let row = found.measure(name, &mut source, &draw, None, (count, 1), Default::default(), |_| ()).unwrap();
         close(row.frechet.unwrap(), want[0], 1e-6);
         close(row.coverage.unwrap(), want[1], 1e-12);
         close(row.density.unwrap(), want[2], 1e-12);
@@ -199,6 +202,37 @@ print(json.dumps([float(v) for v in out]))
             assert!(text.contains(&format!("({:.1} %", 100.0 * want[4])), "{name}: {text}, {}", want[4]);
         }
         assert!(row.coverage > Some(0.2) && row.density < Some(2.0), "{name}: {row:?}");
+    }
+}
+
+/// Density and coverage of sets with exact duplicates, where `<` and `<=` differ, as prdc's `compute_prdc` has them.
+#[test]
+fn duplicates_count_as_in_prdc() {
+    let dir = tempfile::tempdir().unwrap();
+    // Whole numbers, so that equal distances are equal in numpy too.
+    let set = |n: usize, seed: u64| {
+        let rows = gaussian(n, 2, seed, 1.5, 0.0);
+        super::tests::matrix(n, 2, |(i, j)| rows.mat()[(i, j)].round())
+    };
+    let (a, b) = (set(150, 31), set(120, 32));
+    save(dir.path(), "a.npy", &[150, 2], &flat(&a));
+    save(dir.path(), "b.npy", &[120, 2], &flat(&b));
+    let script = r#"
+import numpy as np, scipy.spatial, json
+a, b = np.load("a.npy"), np.load("b.npy")
+d = lambda x, y: scipy.spatial.distance.cdist(x, y)
+def prdc(real, fake, k):
+    radius = np.sort(d(real, real), 1)[:, k]
+    far = d(real, fake)
+    return [(far < radius[:, None]).sum(0).mean() / k, (far.min(1) < radius).mean(), (far <= radius[:, None]).any(1).mean()]
+print(json.dumps([float(v) for v in prdc(b, a, 5) + prdc(b, b, 5)]))
+"#;
+    let want = python(dir.path(), script);
+    for (x, want) in [(&a, &want[..3]), (&b, &want[3..])] {
+        let m = manifold::measure(x, &b).unwrap();
+        close(m.density, want[0], 1e-12);
+        close(m.coverage, want[1], 1e-12);
+        assert!(m.coverage < 1.0 && want[2] > want[1], "the case tells < from <=: {m:?} {want:?}");
     }
 }
 

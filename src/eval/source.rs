@@ -85,7 +85,7 @@ fn latents(what: &str) -> Error {
 }
 
 impl Source {
-    /// `student.onnx`, a teacher with its card, a folder or zip of PNG files, a `.npy`, a `.npz` of images, or a `.npz` with
+    /// `student.onnx`, a teacher with its card, a folder or zip of image files, a `.npy`, a `.npz` of images, or a `.npz` with
     /// `mu` and `sigma`. Where a `.npz` holds both images and statistics (ADM's), the images are taken.
     pub fn open(path: &Path, range: [f64; 2], options: &EngineOptions) -> Result<Self> {
         Self::open_with(path, range, &[], options)
@@ -211,6 +211,14 @@ impl Source {
     /// Whether the source is known to hold no images; false where its number is not fixed.
     pub fn is_empty(&self) -> bool {
         self.len() == Some(0)
+    }
+
+    /// What is worth knowing of the set itself.
+    pub fn notes(&self) -> &[String] {
+        match self {
+            Self::Images(set) => set.notes(),
+            _ => &[],
+        }
     }
 
     /// What it is, for a table.

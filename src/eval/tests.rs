@@ -56,16 +56,53 @@ fn kernel_distance_of_two_points() {
     // One feature, blocks {0, 1} and {1, 2}: k(0,1) = 1; k(1,2) = 27; across: (1 + 1 + 8 + 27) / 4.
     let x = Mat::from_fn(2, 1, |i, _| i as f64);
     let y = Mat::from_fn(2, 1, |i, _| i as f64 + 1.0);
-    close(kernel::mmd2(&x, &y), 1.0 + 27.0 - 2.0 * 37.0 / 4.0, 1e-12);
+    close(kernel::full(x.as_ref(), y.as_ref()).mean, 1.0 + 27.0 - 2.0 * 37.0 / 4.0, 1e-12);
 }
 
 #[test]
 fn kernel_distance_tells_sets_apart() {
     let (a, b, c) = (gaussian(400, 8, 1, 1.0, 0.0), gaussian(400, 8, 2, 1.0, 0.0), gaussian(400, 8, 3, 1.0, 0.7));
-    let same = kernel::distance(&a, &b).unwrap();
-    assert!(same.mean.abs() < 4.0 * same.standard_error, "{same:?}");
-    let other = kernel::distance(&a, &c).unwrap();
-    assert!(other.mean > 4.0 * other.standard_error, "{other:?}");
+    let same = kernel::distance(&a, &b, kernel::Estimator::Full).unwrap();
+    assert!(same.mean.abs() < 4.0 * same.standard_error.unwrap(), "{same:?}");
+    let other = kernel::distance(&a, &c, kernel::Estimator::Full).unwrap();
+    assert!(other.mean > 4.0 * other.standard_error.unwrap(), "{other:?}");
+}
+
+/// Two hundred draws: the error that each says is the spread that they have, for equal distributions (where the variance is of the
+/// second order alone) and for others.
+#[test]
+fn the_kernel_distance_knows_its_error() {
+    for shift in [0.0, 0.4] {
+        let found: Vec<_> = (0..200u64)
+            .map(|k| {
+                let (a, b) = (gaussian(60, 3, 1000 + 2 * k, 1.0, 0.0), gaussian(45, 3, 1001 + 2 * k, 1.0, shift));
+                kernel::distance(&a, &b, kernel::Estimator::Full).unwrap()
+            })
+            .collect();
+        let values: Vec<f64> = found.iter().map(|k| k.mean).collect();
+        let spread = tally::deviation(&values).unwrap();
+        let said = found.iter().map(|k| k.standard_error.unwrap().powi(2)).sum::<f64>() / 200.0;
+        let ratio = said.sqrt() / spread;
+        assert!((0.85..1.2).contains(&ratio), "shift {shift}: {said} {spread} {ratio}");
+        if shift == 0.0 {
+            assert!(tally::mean(&values).unwrap().abs() < 4.0 * spread / 200f64.sqrt(), "unbiased");
+        }
+    }
+    // The scheme of published figures has the same mean and more noise; strips of the full one leave nothing out.
+    let (a, b) = (gaussian(1200, 4, 1, 1.0, 0.0), gaussian(1100, 4, 2, 1.0, 0.3));
+    let full = kernel::distance(&a, &b, kernel::Estimator::Full).unwrap();
+    let subsets = kernel::distance(&a, &b, kernel::Estimator::Subsets).unwrap();
+    assert!((full.mean - subsets.mean).abs() < 0.3 * full.standard_error.unwrap(), "{full:?} {subsets:?}");
+    assert!(subsets.standard_error.is_none() && subsets.deviation > Some(0.0), "{subsets:?}");
+    let all = |x: &FeatureMatrix| -> Vec<usize> { (0..x.len()).collect() };
+    let (x, y) = (a.select(&all(&a)), b.select(&all(&b)));
+    let k = |p: &Mat<f64>, i, q: &Mat<f64>, j| ((0..4).map(|c| p[(i, c)] * q[(j, c)]).sum::<f64>() / 4.0 + 1.0).powi(3);
+    let over = |p: &Mat<f64>, q: &Mat<f64>, same: bool| {
+        let pairs = (0..p.nrows()).flat_map(|i| (0..q.nrows()).map(move |j| (i, j))).filter(|(i, j)| !(same && i == j));
+        let (sum, count) = pairs.fold((0.0, 0.0), |(s, n), (i, j)| (s + k(p, i, q, j), n + 1.0));
+        sum / count
+    };
+    close(full.mean, over(&x, &x, true) + over(&y, &y, true) - 2.0 * over(&x, &y, false), 1e-9);
 }
 
 #[test]
@@ -311,7 +348,7 @@ fn values_of_a_student_are_measured() {
     let draw = source::Draw::default();
     let row = |reference: &mut Source, source: &mut Source| {
         let reference = values::Reference::collect(reference, &draw, None, 200, 200, |_| ()).unwrap();
-        reference.measure("student", source, &draw, None, (100, 2), |_| ())
+        reference.measure("student", source, &draw, None, (100, 2), Default::default(), |_| ())
     };
     let near = row(&mut noise(9, 0.0), &mut source).unwrap();
     let far = row(&mut noise(9, 1.0), &mut source).unwrap();

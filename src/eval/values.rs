@@ -8,9 +8,11 @@ use faer::{Mat, Side};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use sha2::{Digest, Sha256};
 
-use super::evaluation::{Row, deviation, error_of_mean, mean};
+use super::evaluation::Row;
+use super::kernel::Estimator;
 use super::source::{Draw, Source};
-use super::{FeatureMatrix, FeatureNet, Statistics, few, frechet, kernel, manifold, shuffled, sliced};
+use super::tally::{Tally, deviation, mean};
+use super::{FeatureMatrix, FeatureNet, Statistics, few, shuffled, sliced};
 use crate::axes::written;
 use crate::error::{Context, Error, Result};
 
@@ -249,6 +251,7 @@ impl Reference {
         draw: &Draw,
         mut net: Option<&mut FeatureNet>,
         (images, blocks): (usize, usize),
+        kernel: Estimator,
         mut seen: impl FnMut(usize),
     ) -> Result<Row> {
         self.check(name, &source.sample_shape().unwrap_or_default())?;
@@ -261,40 +264,22 @@ impl Reference {
             images: [images, self.count()],
             blocks,
             features: Some(self.rows.dims()),
+            by_values: true,
             ..Row::default()
         };
-        let (mut distances, mut kernels, mut kernel_errors) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut covers, mut slices, mut slice_errors, mut ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut tally = Tally::default();
         for block in 0..blocks {
             let span = (block * images, images);
             let set = collect(source, draw, net.as_deref_mut(), span, &mut seen).with_context(|| name.to_string())?;
             let rows = self.space.rows(&set).with_context(|| name.to_string())?;
-            distances.push(frechet::distance(&Statistics::of(&rows)?, &self.statistics)?);
-            let k = kernel::distance(&rows, &self.rows)?;
-            kernels.push(k.mean);
-            kernel_errors.push(k.standard_error);
-            if rows.len().min(self.rows.len()) > manifold::DENSITY_NEIGHBOUR {
-                covers.push(manifold::measure(&rows, &self.rows)?);
-            }
+            tally.frechet(&Statistics::of(&rows)?, &self.statistics)?;
+            tally.rows(&rows, &self.rows, kernel)?;
             let (distance, error) = sliced_distance(set.values.view(), self.values.view());
-            slices.push(distance);
-            slice_errors.push(error);
-            ms.extend(set.ms_per_sample);
+            tally.sliced(distance, error);
+            tally.time(set.ms_per_sample);
             row.nfe = set.nfe;
         }
-        row.frechet = mean(&distances);
-        row.frechet_deviation = deviation(&distances);
-        row.frechet_least = distances.iter().copied().reduce(f64::min).filter(|_| blocks > 1);
-        row.kernel = mean(&kernels);
-        row.kernel_standard_error = error_of_mean(&kernels, &kernel_errors);
-        let over = |f: fn(&manifold::Manifold) -> f64| mean(&covers.iter().map(f).collect::<Vec<_>>());
-        row.precision = over(|m| m.precision);
-        row.recall = over(|m| m.recall);
-        row.density = over(|m| m.density);
-        row.coverage = over(|m| m.coverage);
-        row.sliced = mean(&slices);
-        row.sliced_standard_error = error_of_mean(&slices, &slice_errors);
-        row.ms_per_image = mean(&ms);
+        tally.fill(&mut row);
         if let Space::Components { note, .. } = &self.space {
             row.warnings.push(note.clone());
         }

@@ -89,20 +89,30 @@ impl Model {
 
     /// SHA-256 of the file's bytes and of its external data: names this teacher in run directories.
     pub fn hash(&self) -> String {
-        let mut sha = Sha256::new();
-        let mut bare = (*self.proto).clone();
-        let mut weights = Vec::new();
-        if let Some(graph) = bare.graph.as_mut() {
-            for t in &mut graph.initializer {
-                weights.push(t.raw_data.take().unwrap_or_default());
-                t.external_data.clear();
-                t.data_location = None;
-            }
-        }
-        sha.update(bare.encode_to_vec());
-        weights.iter().for_each(|w| sha.update(w));
-        sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
+        hash((*self.proto).clone())
     }
+
+    /// [`Model::hash`] of graph and weights alone, whatever the metadata says and whoever wrote the file.
+    pub fn graph_hash(&self) -> String {
+        let graph = self.proto.graph.clone();
+        let (opset_import, functions) = (self.proto.opset_import.clone(), self.proto.functions.clone());
+        hash(ModelProto { graph, opset_import, functions, ..ModelProto::default() })
+    }
+}
+
+fn hash(mut bare: ModelProto) -> String {
+    let mut sha = Sha256::new();
+    let mut weights = Vec::new();
+    if let Some(graph) = bare.graph.as_mut() {
+        for t in &mut graph.initializer {
+            weights.push(t.raw_data.take().unwrap_or_default());
+            t.external_data.clear();
+            t.data_location = None;
+        }
+    }
+    sha.update(bare.encode_to_vec());
+    weights.iter().for_each(|w| sha.update(w));
+    sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Takes initializers out of the graph's inputs, where IR version 3 and `keep_initializers_as_inputs` list them: a caller who

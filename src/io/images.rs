@@ -1,4 +1,4 @@
-//! Sets of 8-bit images from a folder or zip of PNG files, a `.npy` or a `.npz`. Only what is asked for is held in memory.
+//! Sets of 8-bit images from a folder or zip of image files, a `.npy` or a `.npz`. Only what is asked for is held in memory.
 //!
 //! Values are rounded as the reference implementations do before they compute features, see [`Rounding`]. Float arrays are
 //! quantised on the way in, so that a set scores the same whether it is read as floats or from the PNG files made of it.
@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 pub use super::png::{encode_animation, encode_png};
 pub use super::rounding::{Rounding, quantise};
-use super::{labels, npy, png};
+use super::{labels, npy, picture, ranges};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostTensor};
 
@@ -23,6 +23,8 @@ pub struct ImageSet {
     len: usize,
     labels: Option<Arc<Vec<usize>>>,
     rounding: Rounding,
+    /// What is worth knowing of a folder or archive.
+    notes: Arc<Vec<String>>,
 }
 
 #[derive(Debug, Clone)]
@@ -42,8 +44,9 @@ enum Source {
 }
 
 impl ImageSet {
-    /// Opens a folder (with its sub-folders) or `.zip` of PNG files sorted by name, a `.npy` or a `.npz`. Float arrays hold
-    /// values in `range`.
+    /// Opens a folder (with its sub-folders, and those that links lead to) or `.zip` of image files sorted by name, a `.npy` or a
+    /// `.npz`. Float arrays hold values in `range`. PNG is always read; JPEG, WebP, BMP and TIFF with the cargo feature `formats`.
+    /// Images are turned as their EXIF entry says; hidden files and what operating systems leave behind are passed over.
     pub fn open(path: &Path, range: [f64; 2]) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         let run = || {
@@ -58,7 +61,7 @@ impl ImageSet {
             } else if extension == "zip" {
                 Self::from_zip(path)
             } else {
-                Err(Error::usage("images are read from a folder or .zip of PNG files, a .npy or a .npz"))
+                Err(Error::usage("images are read from a folder or .zip of image files, a .npy or a .npz"))
             }
         };
         run().map_err(|e| {
@@ -67,13 +70,13 @@ impl ImageSet {
     }
 
     fn new(source: Source, shape: [usize; 3], len: usize) -> Self {
-        Self { source, shape, len, labels: None, rounding: Rounding::default() }
+        Self { source, shape, len, labels: None, rounding: Rounding::default(), notes: Arc::default() }
     }
 
     fn from_folder(path: &Path) -> Result<Self> {
-        let (files, others) = png::find(path)?;
-        let first = files.first().ok_or_else(|| none("the folder", others))?;
-        let (shape, _) = png::read_file(first)?;
+        let (files, seen) = picture::find(path)?;
+        let first = files.first().ok_or_else(|| seen.none("the folder"))?;
+        let (shape, _) = picture::read_file(first)?;
         let names: Vec<String> =
             files.iter().map(|f| f.strip_prefix(path).unwrap_or(f).to_string_lossy().replace('\\', "/")).collect();
         let list = path.join("dataset.json");
@@ -81,17 +84,18 @@ impl ImageSet {
         let len = files.len();
         let mut set = Self::new(Source::Files(files), shape, len);
         set.labels = labels::of_names(&names, list.as_deref())?.map(Arc::new);
+        set.notes = Arc::new(seen.notes());
         Ok(set)
     }
 
     fn from_zip(path: &Path) -> Result<Self> {
         let bytes = npy::map(&std::fs::File::open(path)?)?;
         let mut zip = npy::archive(&bytes)?;
-        let mut names: Vec<String> = zip.file_names().filter(|n| png::is_png(n)).map(str::to_string).collect();
+        let mut seen = picture::Seen::default();
+        let mut names: Vec<String> = zip.file_names().filter(|n| seen.file(n)).map(str::to_string).collect();
         names.sort();
-        let others = zip.file_names().filter(|n| png::is_lossy(n)).count();
-        let first = names.first().ok_or_else(|| none("the archive", others))?;
-        let (shape, _) = png::read_zipped(&mut zip, first)?;
+        let first = names.first().ok_or_else(|| seen.none("the archive"))?;
+        let (shape, _) = picture::read_zipped(&mut zip, first)?;
         let list = match zip.by_name("dataset.json") {
             Ok(mut file) => {
                 let mut text = Vec::new();
@@ -102,7 +106,7 @@ impl ImageSet {
         };
         let labels = labels::of_names(&names, list.as_deref())?.map(Arc::new);
         let len = names.len();
-        Ok(Self { labels, ..Self::new(Source::Zip { bytes, names }, shape, len) })
+        Ok(Self { labels, notes: Arc::new(seen.notes()), ..Self::new(Source::Zip { bytes, names }, shape, len) })
     }
 
     /// The arrays of a `.npz`: the images, and their classes where one of them holds as many integers.
@@ -166,6 +170,23 @@ impl ImageSet {
         self.labels.as_ref().map(|l| l.as_slice())
     }
 
+    /// What is worth knowing of a folder or archive: files that were passed over, formats whose pixels depend on the decoder.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What speaks against the floats of an array being values in the range that they are read in, by some of its images; `None`
+    /// for 8 bits.
+    pub fn doubt(&self) -> Result<Option<String>> {
+        let Source::Array { tensor, range, .. } = &self.source else { return Ok(None) };
+        if !tensor.dtype().is_float() {
+            return Ok(None);
+        }
+        let rows = ranges::some_of(self.len).into_iter().map(|k| tensor.rows(k, 1)).collect::<Result<Vec<_>>>()?;
+        let values: Vec<f64> = rows.iter().flat_map(HostTensor::to_f64).collect();
+        Ok(ranges::doubt(&values, *range))
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
         self.len
@@ -189,7 +210,7 @@ impl ImageSet {
         match &self.source {
             Source::Files(files) => {
                 for file in &files[start..start + count] {
-                    let (shape, pixels) = png::read_file(file)?;
+                    let (shape, pixels) = picture::read_file(file)?;
                     self.same(&file.display().to_string(), shape)?;
                     push_channels_first(&mut out, &pixels, shape);
                 }
@@ -197,7 +218,7 @@ impl ImageSet {
             Source::Zip { bytes, names } => {
                 let mut zip = npy::archive(bytes)?;
                 for name in &names[start..start + count] {
-                    let (shape, pixels) = png::read_zipped(&mut zip, name)?;
+                    let (shape, pixels) = picture::read_zipped(&mut zip, name)?;
                     self.same(name, shape)?;
                     push_channels_first(&mut out, &pixels, shape);
                 }
@@ -236,7 +257,7 @@ impl ImageSet {
         let mut out = Vec::with_capacity(index.len() * c * h * w);
         for &k in index {
             let name = names.get(k).ok_or_else(|| Error::mismatch(format!("image {k} of {}", self.len)))?;
-            let (shape, pixels) = png::read_zipped(&mut zip, name)?;
+            let (shape, pixels) = picture::read_zipped(&mut zip, name)?;
             self.same(name, shape)?;
             push_channels_first(&mut out, &pixels, shape);
         }
@@ -275,16 +296,6 @@ fn pick(arrays: &[(String, HostTensor)]) -> Result<HostTensor> {
         Some(k) => Ok(arrays[k].1.clone()),
         None => Err(Error::io(format!("which of these arrays are the images? {}", names.join(", ")))
             .hint("call the array `images`, or save it alone as .npy")),
-    }
-}
-
-fn none(place: &str, lossy: usize) -> Error {
-    let error = Error::io(format!("{place} holds no .png files"));
-    match lossy {
-        0 => error,
-        n => error.hint(format!(
-            "it holds {n} JPEG or WebP files: decoders differ in the last bit, and so do scores; convert them to PNG once"
-        )),
     }
 }
 
@@ -335,7 +346,7 @@ mod tests {
         std::fs::create_dir_all(dir.path().join("jpeg")).unwrap();
         std::fs::write(dir.path().join("jpeg/a.JPG"), b"x").unwrap();
         let error = ImageSet::open(&dir.path().join("jpeg"), [-1.0, 1.0]).unwrap_err().to_string();
-        assert!(error.contains("convert them to PNG once"), "{error}");
+        assert!(error.contains("a.JPG: not a JPEG file") || error.contains("1 JPEG (this build"), "{error}");
     }
 
     #[test]
@@ -364,6 +375,101 @@ mod tests {
         let set = ImageSet::from_tensor(HostTensor::new(&[2, 4, 5, 3], &last).unwrap(), [-1.0, 1.0]).unwrap();
         assert_eq!(set.batch_u8(1, 1).unwrap(), first.rows(1, 1).unwrap());
         assert_eq!(set.batch(0, 1).unwrap().to_f32()[3], 3.0 / 127.5 - 1.0);
+    }
+
+    /// What macOS, Windows and people leave in folders and archives.
+    #[test]
+    fn clutter_is_passed_over_and_other_files_are_counted() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().unwrap();
+        let image = |v: u8| encode_png(&[v; 4], [1, 2, 2]).unwrap();
+        let folder = dir.path().join("set");
+        for place in ["", "__MACOSX", ".ipynb_checkpoints"] {
+            std::fs::create_dir_all(folder.join(place)).unwrap();
+        }
+        let clutter =
+            ["._a.png", "Thumbs.db", ".DS_Store", "__MACOSX/._a.png", "__MACOSX/z.png", ".ipynb_checkpoints/a.png"];
+        for name in clutter {
+            std::fs::write(folder.join(name), b"no image").unwrap();
+        }
+        std::fs::write(folder.join("a.png"), image(1)).unwrap();
+        std::fs::write(folder.join("b.png"), image(2)).unwrap();
+        let read = |path: &Path| ImageSet::open(path, [-1.0, 1.0]).unwrap();
+        assert!(read(&folder).notes().is_empty(), "{:?}", read(&folder).notes());
+        std::fs::write(folder.join("c.gif"), b"GIF").unwrap();
+        std::fs::write(folder.join("notes.TXT"), b"x").unwrap();
+        std::fs::write(folder.join("dataset.json"), b"\xef\xbb\xbf{\"labels\": [[\"b.png\", 1], [\"a.png\", 4]]}")
+            .unwrap();
+        let set = read(&folder);
+        assert_eq!((set.len(), set.labels()), (2, Some(&[4, 1][..])));
+        assert_eq!(set.notes(), ["4 files, 2 of them images (2 PNG), 2 passed over: 1 .gif, 1 .txt"]);
+        let path = dir.path().join("mac.zip");
+        let mut zip = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+        for (name, bytes) in
+            [("a.png", image(1)), ("__MACOSX/._a.png", vec![0]), ("b.png", image(2)), ("readme", vec![0])]
+        {
+            zip.start_file(name, Default::default()).unwrap();
+            zip.write_all(&bytes).unwrap();
+        }
+        zip.finish().unwrap();
+        assert_eq!(read(&path).batch_u8(0, 2).unwrap(), set.batch_u8(0, 2).unwrap());
+        assert!(read(&path).notes()[0].contains("1 passed over: 1 without an extension"));
+        #[cfg(unix)]
+        {
+            let linked = dir.path().join("linked");
+            std::fs::create_dir_all(linked.join("y")).unwrap();
+            std::os::unix::fs::symlink(&folder, linked.join("x")).unwrap();
+            std::os::unix::fs::symlink(&linked, linked.join("round")).unwrap();
+            std::os::unix::fs::symlink("nowhere", linked.join("gone.png")).unwrap();
+            std::fs::write(linked.join("y/c.png"), image(3)).unwrap();
+            let set = read(&linked);
+            assert_eq!((set.len(), set.labels()), (3, Some(&[0, 0, 1][..])));
+            let notes = set.notes().join("; ");
+            assert!(notes.contains("1 broken link") && notes.contains("1 link to a folder above it"), "{notes}");
+        }
+    }
+
+    #[cfg(feature = "formats")]
+    #[test]
+    fn other_formats_are_read_and_turned_as_they_say() {
+        let dir = tempfile::tempdir().unwrap();
+        // 6 x 4, smooth, so that JPEG keeps it.
+        let pixels: Vec<u8> = (0..24).flat_map(|k| [(k * 9) as u8, 100, (200 - k * 5) as u8]).collect();
+        let buffer = image::RgbImage::from_raw(6, 4, pixels.clone()).unwrap();
+        for name in ["a.png", "b.BMP", "c.tif", "d.webp"] {
+            let format = image::ImageFormat::from_path(name).unwrap();
+            buffer.save_with_format(dir.path().join(name), format).unwrap();
+        }
+        let jpeg = dir.path().join("e.jpeg");
+        let mut bytes = Vec::new();
+        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 100)
+            .encode(&pixels, 6, 4, image::ExtendedColorType::Rgb8)
+            .unwrap();
+        std::fs::write(&jpeg, &bytes).unwrap();
+        let set = ImageSet::open(dir.path(), [-1.0, 1.0]).unwrap();
+        assert_eq!((set.len(), set.shape()), (5, [3, 4, 6]));
+        let first = set.batch_u8(0, 1).unwrap();
+        for k in 1..4 {
+            assert_eq!(set.batch_u8(k, 1).unwrap(), first, "{k}");
+        }
+        let lossy = set.batch_u8(4, 1).unwrap();
+        let worst = lossy.bytes().iter().zip(first.bytes()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!((1..12).contains(&worst), "{worst}");
+        assert!(set.notes()[0].starts_with("2 of 5 images are JPEG or WebP"), "{:?}", set.notes());
+        // EXIF orientation 6: a quarter turn to the right.
+        let exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0";
+        let mut turned = bytes[..2].to_vec();
+        turned.extend([0xff, 0xe1, 0, exif.len() as u8 + 2]);
+        turned.extend(exif);
+        turned.extend(&bytes[2..]);
+        std::fs::create_dir(dir.path().join("turned")).unwrap();
+        std::fs::write(dir.path().join("turned/a.jpg"), turned).unwrap();
+        let set = ImageSet::open(&dir.path().join("turned"), [-1.0, 1.0]).unwrap();
+        assert_eq!(set.shape(), [3, 6, 4]);
+        let got = set.batch_u8(0, 1).unwrap();
+        for (y, x) in (0..6).flat_map(|y| (0..4).map(move |x| (y, x))) {
+            assert_eq!(got.bytes()[y * 4 + x], lossy.bytes()[(3 - x) * 6 + y], "{y} {x}");
+        }
     }
 
     #[test]

@@ -11,6 +11,8 @@ use crate::tensor::HostTensor;
 /// class, numbered in order of their names, where every file lies in one and there are at least two.
 pub fn of_names(names: &[String], list: Option<&[u8]>) -> Result<Option<Vec<usize>>> {
     if let Some(bytes) = list {
+        // (A byte order mark, as some editors write.)
+        let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
         let value: Value =
             serde_json::from_slice(bytes).map_err(|e| Error::io(format!("dataset.json: not JSON: {e}")))?;
         return listed(names, &value["labels"]);

@@ -92,7 +92,7 @@ fn cell(row: &Value, key: &str, digits: usize) -> String {
     let Some(v) = row[key].as_f64() else { return "-".into() };
     let spread = match key {
         "frechet" => row["frechet_deviation"].as_f64(),
-        "kernel" => row["kernel_standard_error"].as_f64(),
+        "kernel" => row["kernel_standard_error"].as_f64().or(row["kernel_deviation"].as_f64()),
         "inception_score" => row["inception_score_deviation"].as_f64(),
         "sliced" => row["sliced_standard_error"].as_f64(),
         _ => None,
@@ -159,9 +159,10 @@ pub fn distances(run: &Run) -> String {
     let blocks = first["blocks"].as_u64().filter(|b| *b > 1).map_or(String::new(), |b| format!("{b} × "));
     let _ = writeln!(
         out,
-        "<p class=\"note\">{blocks}{} images each against {} of {}{}. Figures of other sample counts, feature networks or filters \
+        "<p class=\"note\">{blocks}{} {} each against {} of {}{}. Figures of other sample counts, feature networks or filters \
          cannot be compared with these. Repeat: <code>{}</code></p>",
         plain(&first["images"][0]),
+        if first["by_values"] == true { "samples" } else { "images" },
         plain(&first["images"][1]),
         esc(&short(&plain(&book["reference"]))),
         if blocks.is_empty() { "" } else { ", means and deviations over the blocks" },

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::diffusion::{Denoiser, ResolvedCard};
 use crate::distill::batches::Batches;
+use crate::distill::rundir::REHEARSAL;
 use crate::distill::{Config, RunDir, Stages, Student};
 use crate::error::{Context, Error, Kind, Result};
 use crate::parity::{self, Tolerance};
@@ -171,19 +172,6 @@ fn ort_is_here() -> bool {
     return !matches!(crate::runtime::ort::library(), Err(e) if e.is_absent());
     #[cfg(not(feature = "ort"))]
     false
-}
-
-/// How folders of a rehearsed export begin.
-const REHEARSAL: &str = ".disback-export-";
-
-/// Removes the folders of rehearsed exports that a process which was killed left in a run. Links are left alone.
-pub(super) fn sweep(run: &Path) {
-    for entry in std::fs::read_dir(run).into_iter().flatten().flatten() {
-        let ours = entry.file_name().to_string_lossy().starts_with(REHEARSAL);
-        if ours && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
-    }
 }
 
 /// An export that fails must not cost a run either: the untrained student is written, checked and run in a folder that is

@@ -13,6 +13,8 @@
 //! ```
 
 pub mod checks;
+pub mod identity;
+pub mod memory;
 pub mod monitor;
 pub mod origin;
 mod request;
@@ -21,11 +23,13 @@ pub mod sheets;
 pub mod student_file;
 mod summary;
 pub mod teacher;
+pub mod time_limit;
 pub mod watcher;
 
 pub use monitor::{Console, Monitor};
 pub use origin::{Forms, Origin, Written};
-pub use request::Request;
+pub use request::{Request, Resume};
 pub use session::{Distilled, Finished, Prepared, Session, denoiser};
 pub use student_file::StudentFile;
 pub use teacher::{Teacher, TeacherOptions};
+pub use time_limit::TimeLimit;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::distill::metrics::Row;
 use crate::distill::observer::Begin;
+use crate::distill::progress::tell;
 
 /// Learns how a run goes, and may ask something of it. Called from the training thread: a slow method slows the run.
 pub trait Monitor: Send + Sync {
@@ -19,11 +20,11 @@ pub trait Monitor: Send + Sync {
     fn note(&self, _text: &str) {}
     /// What a person should know, but can do without.
     fn remark(&self, text: &str) {
-        eprintln!("{text}");
+        tell(text);
     }
     /// Something is not as it should be, and the run goes on.
     fn warning(&self, text: &str) {
-        eprintln!("warning: {text}");
+        tell(&format!("warning: {text}"));
     }
     /// Whether a checkpoint was asked for since the last call.
     fn wants_checkpoint(&self) -> bool {
@@ -47,7 +48,7 @@ pub struct Console {
 impl Monitor for Console {
     fn remark(&self, text: &str) {
         if !self.quiet {
-            eprintln!("{text}");
+            tell(text);
         }
     }
 }

@@ -4,14 +4,30 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use crate::distill::checkpoint::StageKind;
 use crate::distill::objective::Objective;
-use crate::distill::{Config, Stages};
+use crate::distill::{Config, RunDir, Stages};
 use crate::error::Result;
 use crate::graph::TrainableChoice;
+use crate::run::checks;
+use crate::run::identity::{self, Identity};
 use crate::run::monitor::{Console, Monitor};
 use crate::run::origin::Forms;
 use crate::run::teacher::TeacherOptions;
+use crate::run::time_limit::TimeLimit;
 use crate::torch::Operators;
+
+/// Whether a request goes on with the run in its directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Resume {
+    /// It starts a new run.
+    #[default]
+    Never,
+    /// There must be one.
+    Always,
+    /// It goes on where one has begun, and starts one otherwise: for launchers that repeat a command line.
+    IfBegun,
+}
 
 /// A run as it is asked for: which teacher, where, with which settings.
 #[derive(Clone)]
@@ -30,8 +46,13 @@ pub struct Request {
     pub freeze: Vec<String>,
     /// Globs over names of tensors that are trained whatever they are used for; they win over `freeze`.
     pub train: Vec<String>,
-    /// Goes on with the run in the directory, from its last checkpoint.
-    pub resume: bool,
+    /// Whether to go on with the run in the directory, from its last checkpoint.
+    pub resume: Resume,
+    /// Takes the run folder over from a process of another machine that cannot be asked whether it lives.
+    pub steal_lock: bool,
+    /// Finds the largest batch that fits into memory, with the images an update that the configuration has; a run that goes on keeps
+    /// its own.
+    pub batch_auto: bool,
     /// Which stages to run.
     pub stages: Stages,
     /// A trajectory recorded elsewhere, or the run that recorded it; for stage 2 alone.
@@ -46,6 +67,8 @@ pub struct Request {
     pub monitor: Arc<dyn Monitor>,
     /// Raised from outside: the run stops after the present step, with a checkpoint.
     pub stop: Arc<AtomicBool>,
+    /// When the run must be over: it stops before, with a checkpoint.
+    pub time_limit: Option<TimeLimit>,
     /// Whether a progress bar is shown on standard error.
     pub progress: bool,
     /// Command line that `summary.json` names as the run's.
@@ -63,7 +86,9 @@ impl Request {
             card: Vec::new(),
             freeze: Vec::new(),
             train: Vec::new(),
-            resume: false,
+            resume: Resume::Never,
+            steal_lock: false,
+            batch_auto: false,
             stages: Stages::Both,
             trajectory: None,
             operators: Arc::default(),
@@ -71,6 +96,7 @@ impl Request {
             forms: Forms::default(),
             monitor: Arc::new(Console::default()),
             stop: Arc::new(AtomicBool::new(false)),
+            time_limit: None,
             progress: false,
             command: "library call".into(),
         }
@@ -112,13 +138,60 @@ impl Request {
 
     /// Whether there is a run to go on with.
     pub(crate) fn goes_on(&self) -> bool {
-        self.resume || self.follows()
+        self.resume == Resume::Always || self.follows()
+    }
+
+    /// What began the run that this request goes on with, or the trajectory that it takes; where it says nothing of the tensors to
+    /// train, it takes over what was said then.
+    pub(crate) fn remember(&mut self) -> Result<Option<Identity>> {
+        let run = match &self.trajectory {
+            _ if self.goes_on() => RunDir::at(&self.out),
+            Some(dir) => RunDir::at(&checks::of_run(dir).join("..")),
+            None => return Ok(None),
+        };
+        let begun = Identity::read(&run)?;
+        if let Some(begun) = &begun {
+            for (mine, theirs) in [(&mut self.freeze, &begun.freeze), (&mut self.train, &begun.train)] {
+                if mine.is_empty() {
+                    mine.clone_from(theirs);
+                }
+            }
+        }
+        Ok(begun)
+    }
+
+    /// Refuses to go on with what was begun by another request than this is.
+    pub(crate) fn check_begun(&self, begun: Option<&Identity>, now: &Identity) -> Result<()> {
+        let Some(begun) = begun else { return Ok(()) };
+        if !self.goes_on() {
+            let trajectory = self.trajectory.as_deref().unwrap_or(&self.out);
+            return begun.check_trained(now, trajectory);
+        }
+        if let Some(warning) = begun.check(now, &self.out)? {
+            self.monitor.warning(&warning);
+        }
+        Ok(())
+    }
+
+    /// Settles [`Resume::IfBegun`].
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if self.resume == Resume::IfBegun {
+            let run = RunDir::at(&self.out);
+            let begun = match self.follows() {
+                // (A checkpoint of stage 1 is what `degrade` leaves.)
+                true => run.has_begun(StageKind::Backtrack)?,
+                false => run.has_begun(StageKind::Degrade)?,
+            };
+            self.resume = if begun { Resume::Always } else { Resume::Never };
+        }
+        Ok(())
     }
 
     /// The configuration of a file with this request's keys and card.
     pub(crate) fn resolve(&self, file: Option<&Path>) -> Result<Config> {
         let mut config = Config::resolve_with(file, &self.sets, self.objective.clone())?;
         config.card.extend(self.card.iter().cloned());
+        identity::from_anywhere(&mut config);
         Ok(config)
     }
 

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use tch::Device;
 
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::{Checkpoint, StageKind};
+use crate::distill::checkpoint::StageKind;
+use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
+use crate::run::identity::{self, Identity};
+use crate::run::memory;
 use crate::run::origin::{self, Origin, Written};
-use crate::run::request::Request;
+use crate::run::request::{Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
 use crate::run::summary::write_summary;
@@ -32,6 +35,8 @@ pub struct Prepared {
     pub device: Device,
     /// The teacher as imported.
     pub teacher: Teacher,
+    /// What decides the run's course beside configuration and card.
+    pub identity: Identity,
     /// The teacher as both stages copy it.
     pub denoiser: Denoiser,
     /// The student's own network, where it has one.
@@ -55,7 +60,11 @@ impl Prepared {
     /// Loads the teacher and the student, compares the import with ONNX Runtime, and checks what can be checked.
     ///
     /// Errors: whatever would make the run fail later, as far as it is known.
-    pub fn new(request: Request) -> Result<Self> {
+    pub fn new(mut request: Request) -> Result<Self> {
+        request.settle()?;
+        if !request.steal_lock {
+            RunLock::refuse_held(&request.out)?;
+        }
         // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
         let saved = request.out.join("config.toml");
         let file = request.config.clone().or_else(|| Some(saved).filter(|p| request.goes_on() && p.is_file()));
@@ -63,10 +72,23 @@ impl Prepared {
         watcher::check(&config)?;
         let device = device::parse(&config.device)?;
         cuda_graph::check_device(config.cuda_graphs, device)?;
-        device::set_threads(config.threads);
+        let begun = request.remember()?;
+        // As many as the run began with, where the library chose: its bytes depend on it.
+        let chosen = begun.as_ref().filter(|_| request.goes_on()).map_or(0, |b| b.threads);
+        let threads = device::set_threads(if config.threads > 0 { config.threads } else { chosen });
         shim::set_tf32(config.tf32)?;
         let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;
+        let identity = Identity::of(&request, &config, &teacher, device, threads)?;
+        request.check_begun(begun.as_ref(), &identity)?;
         let denoiser = denoiser(&teacher, &config)?;
+        let file = origin::load(&config, &teacher, device)?;
+        let own = file.as_ref().map(|f| f.student(&config.student)).transpose()?;
+        let networks = (&teacher, &denoiser, own.as_ref());
+        let (config, found) =
+            memory::foresee(&config, &request, networks, device, request.batch_auto && !request.goes_on())?;
+        if let Some(found) = found {
+            request.monitor.remark(&found);
+        }
         for warning in teacher.warnings() {
             request.monitor.remark(&format!("warning: {warning}"));
         }
@@ -78,7 +100,6 @@ impl Prepared {
         checks::check_mixing(&teacher, &config)?;
         checks::check_rows(&teacher, &config)?;
         checks::check_parity(&teacher, &*request.monitor)?;
-        let file = origin::load(&config, &teacher, device)?;
         if request.forms.same_graph {
             Origin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
         }
@@ -87,7 +108,7 @@ impl Prepared {
             request.monitor.remark(&format!("warning: {short}"));
         }
         let decoder = decoder(&config, &teacher.card.card)?;
-        Ok(Self { request, config, device, teacher, denoiser, file, student, decoder })
+        Ok(Self { request, config, device, teacher, identity, denoiser, file, student, decoder })
     }
 
     /// The teacher with the student's own network.
@@ -126,11 +147,12 @@ impl Prepared {
                 "run `disback degrade` first, give one with --trajectory, or do without: --set degrade.nodes=0",
             ));
         }
-        let run = RunDir::create(out, &config)?;
-        let filled = run.write_card(&card.card).and_then(|()| match recorded {
-            Some(recorded) => recorded.copy_to(&run.trajectory()).map(drop),
-            None => Ok(()),
-        });
+        let run = RunDir::create_with(out, &config, self.request.steal_lock)?;
+        let filled =
+            run.write_card(&card.card).and_then(|()| self.identity.write(&run)).and_then(|()| match recorded {
+                Some(recorded) => recorded.copy_to(&run.trajectory()).map(drop),
+                None => Ok(()),
+            });
         match filled {
             Ok(()) => Ok((run, config)),
             Err(e) => {
@@ -143,22 +165,24 @@ impl Prepared {
     /// The run that is there, where this request may go on with it.
     fn reopen(&self) -> Result<(RunDir, Config)> {
         let request = &self.request;
-        let (run, saved) = RunDir::open(&request.out)?;
-        checks::sweep(run.path());
+        let (mut run, mut saved) = RunDir::open(&request.out)?;
+        run.take(request.steal_lock)?;
+        run.sweep();
         let card = &self.teacher.card;
         run.check_card(&card.card, &card.origins)?;
         let base = request.config.clone().unwrap_or_else(|| run.config_file());
         // What the card comes out as has been compared; how it was put together is as it was.
-        let wanted = Config {
+        let mut wanted = Config {
             card: saved.card.clone(),
             ..Config::resolve_with(Some(&base), &request.sets, request.objective.clone())?
         };
-        if request.resume {
-            check_resumable(&saved, &wanted)?;
+        [&mut wanted, &mut saved].into_iter().for_each(identity::from_anywhere);
+        let begun = Identity::read(&run)?;
+        let same = begun.as_ref().map_or_else(Vec::new, |begun| begun.same_files(&self.identity));
+        if request.resume == Resume::Always {
+            check_resumable(&saved, &wanted, &same)?;
         } else {
-            // (A checkpoint of stage 1 is what `degrade` leaves.)
-            let checkpoint = Checkpoint::latest_state(&run.checkpoints())?;
-            if checkpoint.is_some_and(|c| c.stage == StageKind::Backtrack) || run.student_weights().is_file() {
+            if run.has_begun(StageKind::Backtrack)? {
                 return Err(Error::usage(format!("{} holds a run that has begun", request.out.display()))
                     .hint("--resume goes on with it"));
             }
@@ -172,6 +196,10 @@ impl Prepared {
         checks::check_stages(&wanted, request.stages, &self.denoiser)?;
         run.write_config(&wanted)?;
         run.write_card(&card.card)?;
+        // (The version stays that of the beginning.)
+        if begun.is_none() {
+            self.identity.write(&run)?;
+        }
         Ok((run, wanted))
     }
 
@@ -180,7 +208,7 @@ impl Prepared {
         let (run, config) = self.open_run()?;
         let fresh = !self.request.goes_on();
         let session = Session { run, config, prepared: self };
-        if !session.prepared.request.resume {
+        if session.prepared.request.resume != Resume::Always {
             let p = &session.prepared;
             let (student, forms) = (p.student.as_ref(), p.request.forms);
             let tried = checks::rehearse(p.origin(), &p.denoiser, student, &session.config, forms, session.run.path());
@@ -267,6 +295,7 @@ impl Session {
         let sheets = Sheets::new(run, config, &teacher.card.card, student, decoder).map_err(|e| self.undo(fresh, e))?;
         let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
             .map_err(|e| self.undo(fresh, e))?;
+        watcher.time_limit = request.time_limit;
         let stop: &std::sync::atomic::AtomicBool = &request.stop;
         let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress };
         // Without a trajectory stage 1 has nothing to do.

@@ -37,6 +37,8 @@ pub struct Teacher {
     pub card: ResolvedCard,
     /// SHA-256 of the file, which run directories remember.
     pub hash: String,
+    /// SHA-256 of graph and weights alone.
+    pub graph_hash: String,
     /// Operators of the file beside those of this crate.
     pub operators: Arc<Operators>,
 }
@@ -110,7 +112,7 @@ impl Teacher {
         let source = card_source(&model, &given.card).rows(rows_of(&given.conditions)?);
         let card = source.resolve().with_context(|| path.display().to_string())?;
         settle(&mut model, &card).with_context(|| path.display().to_string())?;
-        let hash = model.hash();
+        let (hash, graph_hash) = (model.hash(), model.graph_hash());
         let options = ImportOptions {
             trainable: given.trainable.clone(),
             operators: given.operators.clone(),
@@ -122,7 +124,7 @@ impl Teacher {
         let outputs: Vec<InputSpec> = network.outputs().iter().map(spec).collect();
         card.card.check_against(&inputs, &outputs).with_context(|| path.display().to_string())?;
         check_classes(&network.shared().model, &card.card).with_context(|| path.display().to_string())?;
-        Ok(Self { network, card, hash, operators: given.operators.clone() })
+        Ok(Self { network, card, hash, graph_hash, operators: given.operators.clone() })
     }
 
     /// What a user should look at, a sentence each: numbers of the card that fill whole arrays.

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tch::Tensor;
@@ -20,6 +21,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
 use crate::report::tfevents::Hparam;
+use crate::run::time_limit::TimeLimit;
 use crate::runtime::EngineOptions;
 use crate::tensor::HostTensor;
 use crate::torch::{convert, shim};
@@ -40,6 +42,10 @@ pub struct Watcher<'a> {
     monitor: Arc<dyn Monitor>,
     /// Images and seconds of stage 1.
     degraded: (u64, f64),
+    /// When the run must be over.
+    pub time_limit: Option<TimeLimit>,
+    /// When the iteration before was done, and the longest one so far, with its checkpoint.
+    stepped: (Instant, Duration),
     /// A target was entered whose losses by noise level have not been looked at.
     new_target: bool,
     device: tch::Device,
@@ -115,7 +121,20 @@ impl<'a> Watcher<'a> {
         }
         let degraded =
             before.iter().rev().find(|r| r.stage == StageKind::Degrade).map_or((0, 0.0), |r| (r.images, r.seconds));
-        Ok(Self { origin, config, run, sheets, judge, monitor, degraded, new_target: false, device })
+        let (time_limit, stepped) = (None, (Instant::now(), Duration::ZERO));
+        Ok(Self {
+            origin,
+            config,
+            run,
+            sheets,
+            judge,
+            monitor,
+            degraded,
+            time_limit,
+            stepped,
+            new_target: false,
+            device,
+        })
     }
 
     /// The run is over: samples of the finished student are written.
@@ -212,6 +231,14 @@ impl<'a> Watcher<'a> {
         Ok(())
     }
 
+    /// Whether the time is over before a further step would be done.
+    fn is_time_over(&mut self) -> bool {
+        let (before, longest) = &mut self.stepped;
+        *longest = before.elapsed().max(*longest);
+        *before = Instant::now();
+        self.time_limit.is_some_and(|limit| limit.is_reached(*longest))
+    }
+
     /// Denoising losses of target and fake score on the student's samples, by noise level, as a line of levels.jsonl.
     fn levels(&mut self, step: &Step, networks: &Running) -> Result<()> {
         let card = &self.origin.teacher.card.card;
@@ -263,6 +290,7 @@ impl Observer for Watcher<'_> {
     fn stage_begins(&mut self, begin: &Begin) -> Result<bool> {
         self.forget_levels(begin)?;
         self.monitor.stage_begins(self.run.path(), begin);
+        self.stepped.0 = Instant::now();
         let Some(judge) = &mut self.judge else { return Ok(false) };
         judge.forget_after(begin.updates)?;
         Ok(begin.stage == StageKind::Backtrack && judge.exhausted())
@@ -273,6 +301,7 @@ impl Observer for Watcher<'_> {
         let monitor = self.monitor.clone();
         monitor.iteration(step.iteration);
         wish.checkpoint = monitor.wants_checkpoint();
+        wish.stop = self.is_time_over();
         if monitor.wants_samples()
             && let Some(networks) = &step.networks
         {
@@ -301,6 +330,10 @@ impl Observer for Watcher<'_> {
             self.levels(step, networks)?;
         }
         Ok(wish)
+    }
+
+    fn warning(&mut self, text: &str) {
+        self.monitor.warning(text);
     }
 
     fn debug_batch(&mut self, node: usize, updates: u64, batch: &DebugBatch) -> Result<()> {

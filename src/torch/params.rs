@@ -176,7 +176,7 @@ impl ParamSet {
     pub fn save(&self, path: &Path) -> Result<()> {
         let laid = self.iter().map(|(name, t)| self.for_file(name, &t.detach())).collect::<Result<Vec<_>>>()?;
         let named: Vec<(String, &Tensor)> = self.names.iter().cloned().zip(&laid).collect();
-        save_tensors(path, &named)
+        save_tensors(path, &named).map(drop)
     }
 
     /// Loads values in place. Every key must be there and none beside them, in the right shape; otherwise nothing is changed.

@@ -129,6 +129,18 @@ void disback_keep_memory() {
 #endif
 }
 
+// Bytes of a CUDA device that a process may still take: free ones, and those that libtorch keeps for itself.
+char* disback_free_memory(int device, int64_t* bytes) {
+  return guarded([&] {
+    auto* allocator = at::getDeviceAllocator(at::kCUDA);
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    constexpr auto aggregate = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    const auto stats = allocator->getDeviceStats(index);
+    const int64_t kept = stats.reserved_bytes[aggregate].current - stats.allocated_bytes[aggregate].current;
+    *bytes = static_cast<int64_t>(allocator->getMemoryInfo(index).first) + kept;
+  });
+}
+
 // Bytes of a CUDA device in use by tensors: now, and at most since the start.
 char* disback_memory_stats(int device, int64_t* current, int64_t* peak) {
   return guarded([&] {

@@ -37,6 +37,7 @@ unsafe extern "C" {
     fn disback_pin(t: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     fn disback_keep_memory();
     fn disback_set_tf32(on: bool) -> *mut c_char;
+    fn disback_free_memory(device: c_int, bytes: *mut i64) -> *mut c_char;
     fn disback_memory_stats(device: c_int, current: *mut i64, peak: *mut i64) -> *mut c_char;
 }
 
@@ -51,7 +52,7 @@ pub(super) fn check(message: *mut c_char) -> Result<()> {
         disback_free(message.cast());
         text
     };
-    Err(Error::backend(format!("libtorch: {}", text.lines().next().unwrap_or("unknown error").trim())))
+    Err(Error::of_libtorch(&text))
 }
 
 fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
@@ -182,6 +183,15 @@ pub fn keep_memory() {
 pub fn set_tf32(on: bool) -> Result<()> {
     // SAFETY: sets two flags of libtorch's context.
     check(unsafe { disback_set_tf32(on) })
+}
+
+/// Bytes of a CUDA device that this process may still take; `None` for other devices.
+pub fn free_memory(device: Device) -> Result<Option<u64>> {
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let mut bytes = 0;
+    // SAFETY: writes an integer.
+    check(unsafe { disback_free_memory(index as c_int, &mut bytes) })?;
+    Ok(Some(bytes.max(0) as u64))
 }
 
 /// Bytes of a CUDA device that tensors hold: now, and at most since the start.

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Context, Error, Result};
@@ -70,6 +71,11 @@ impl TensorFile {
         &self.path
     }
 
+    /// SHA-256 of the whole file, as [`save_tensors`] gives it.
+    pub fn sha256(&self) -> String {
+        hex(Sha256::new_with_prefix(&self.map[..]))
+    }
+
     /// Names of the tensors, in alphabetical order.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.tensors.keys().cloned().collect();
@@ -104,9 +110,26 @@ pub(super) fn tensor_bytes(t: &Tensor, kind: Kind) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Bytes on their way into a file, and their hash.
+struct Hashed<W> {
+    out: W,
+    sha: Sha256,
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.sha.update(&bytes[..written]);
+        Ok(written)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
 /// Writes named tensors as safetensors, whole or not at all: bf16 where they are bf16, anything else as f32. No more than one
-/// of them is held in host memory at a time.
-pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
+/// of them is held in host memory at a time. Gives the SHA-256 of the file.
+pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<String> {
     let mut order: Vec<&(String, &Tensor)> = tensors.iter().collect();
     order.sort_by(|a, b| a.0.cmp(&b.0));
     let kind = |t: &Tensor| if t.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Float };
@@ -125,14 +148,22 @@ pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<()> {
     let mut header = serde_json::to_vec(&header).map_err(|e| Error::io(e.to_string()))?;
     // The format wants the data at a multiple of 8 bytes.
     header.resize(header.len().next_multiple_of(8), b' ');
-    crate::files::write_atomic_with(path, |out| {
+    let mut sha = Sha256::new();
+    crate::files::write_atomic_with(path, |file| {
+        let mut out = Hashed { out: file, sha: Sha256::new() };
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         for (_, t) in &order {
             out.write_all(&tensor_bytes(t, kind(t)).map_err(|e| std::io::Error::other(e.to_string()))?)?;
         }
+        sha = out.sha;
         Ok(())
-    })
+    })?;
+    Ok(hex(sha))
+}
+
+fn hex(sha: Sha256) -> String {
+    sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Reads every tensor of a safetensors file onto the CPU.

@@ -46,7 +46,7 @@ fn a_teacher_with_an_operator_of_its_own_becomes_a_plain_student() {
     assert!(apart < 1e-4 && ours.iter().any(|v| v.abs() > 1e-2), "{apart}");
 
     // The run knows what it was trained with; without it there is nothing to go on with.
-    let without = Request { objective: None, resume: true, ..request(&out) };
+    let without = Request { objective: None, resume: disback::run::Resume::Always, ..request(&out) };
     let e = Session::open(without).map(|_| ()).unwrap_err().to_string();
     assert!(e.contains("no objective `com.example.unit-gradient`"), "{e}");
 }

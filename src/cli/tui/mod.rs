@@ -159,7 +159,7 @@ impl View {
                 for key in keys {
                     if action(key).is_some_and(|a| !seen.act(a)) {
                         drop(terminal);
-                        std::process::exit(130);
+                        super::signals::end(super::signals::INTERRUPTED.into());
                     }
                 }
             }

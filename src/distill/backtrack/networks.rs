@@ -51,6 +51,9 @@ impl Networks {
     ) -> Result<Self> {
         let settings = &config.backtrack;
         let gan = Gan::new(config, teacher, batches)?;
+        for note in gan.as_ref().map_or(&[][..], Gan::notes) {
+            tracing::warn!("gan.data: {note}");
+        }
         if objective.needs_ratio() && gan.is_none() {
             return Err(Error::usage(format!("the objective `{}` needs gan.data", objective.name())));
         }

@@ -176,7 +176,7 @@ pub fn run_arm(
         return read(&file).map(Some);
     }
     let (run, mut looks) = match begun {
-        true => (RunDir::open(dir)?.0, if looks_file.is_file() { read(&looks_file)? } else { Looks::default() }),
+        true => (taken(dir)?, if looks_file.is_file() { read(&looks_file)? } else { Looks::default() }),
         false => (RunDir::create(dir, config)?, Looks::default()),
     };
     run.write_card(teacher.card())?;
@@ -198,6 +198,12 @@ pub fn run_arm(
     crate::files::write_atomic(&file, &text)?;
     let _ = std::fs::remove_file(looks_file);
     Ok(Some(curve))
+}
+
+fn taken(dir: &Path) -> Result<RunDir> {
+    let (mut run, _) = RunDir::open(dir)?;
+    run.take(false)?;
+    Ok(run)
 }
 
 fn read<T: serde::de::DeserializeOwned>(file: &Path) -> Result<T> {

@@ -51,6 +51,9 @@ impl Config {
         if let Some((key, v)) = limited.iter().find(|(_, v)| *v > 1_000_000) {
             return Err(Error::usage(format!("{key} is {v}, expected 1000000 or less")));
         }
+        if !(2..=1000).contains(&self.log.keep) {
+            return Err(Error::usage(format!("log.keep is {}, expected 2 to 1000 checkpoints", self.log.keep)));
+        }
         if self.memory.activations_mib > 1 << 30 {
             return Err(Error::usage(format!(
                 "memory.activations_mib is {}: no device has that",

@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GanConfig {
-    /// Real images: a folder or .zip of PNG files, a .npz, or latents (.npz, .npy, .safetensors); empty: no GAN.
+    /// Real images: a folder or .zip of image files, a .npz, or latents (.npz, .npy, .safetensors); empty: no GAN.
     pub data: String,
+    /// Low and high of the floats in `data`, which are mapped to the card's range; empty: they are the teacher's samples.
+    pub range: Vec<f64>,
     /// Names of tensors inside the teacher's graph whose features the discriminator reads.
     pub taps: Vec<String>,
     /// Weight of `softplus(-l(fake))` in the generator's loss.
@@ -24,6 +26,7 @@ impl Default for GanConfig {
     fn default() -> Self {
         Self {
             data: String::new(),
+            range: Vec::new(),
             taps: Vec::new(),
             weight_generator: 3e-3,
             weight_discriminator: 1e-2,

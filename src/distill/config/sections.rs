@@ -274,6 +274,8 @@ pub struct LogConfig {
     pub decoder: String,
     /// Iterations between two checkpoints; 0: only where the run stops.
     pub checkpoint_every: u64,
+    /// Checkpoints that are kept, 2 or more: one that cannot be read falls back to the one before.
+    pub keep: usize,
     /// Generator updates between two students kept in `snapshots/`, averaged and not; 0: none.
     pub snapshot_every: u64,
 }
@@ -374,6 +376,7 @@ impl Default for LogConfig {
             sample_steps: 18,
             decoder: String::new(),
             checkpoint_every: 500,
+            keep: 2,
             snapshot_every: 0,
         }
     }

@@ -1,4 +1,4 @@
-//! Real images for the discriminator: a folder or an EDM-style zip of PNG files, a `.npz`, or latents.
+//! Real images for the discriminator: a folder or an EDM-style zip of image files, a `.npz`, or latents.
 
 use std::path::Path;
 
@@ -7,6 +7,7 @@ use rand_chacha::rand_core::Rng;
 
 use crate::diffusion::{Condition, HostConditions, TeacherCard};
 use crate::error::{Error, Result};
+use crate::io::ranges::{doubt, some_of};
 use crate::io::{ImageSet, RowFile};
 use crate::tensor::{DType, HostTensor};
 
@@ -23,8 +24,8 @@ pub struct RealImages {
 enum Source {
     /// 8-bit images, mapped to the card's range.
     Images(ImageSet, [f64; 2]),
-    /// Rows of floats that are the teacher's samples as they stand; conditions by name beside them.
-    Rows(RowFile, String),
+    /// Rows of floats, times the first number plus the second the teacher's samples; conditions by name beside them.
+    Rows(RowFile, String, [f64; 2]),
 }
 
 /// Names of the array that holds the samples.
@@ -32,17 +33,9 @@ const SAMPLES: [&str; 6] = ["images", "latents", "samples", "x", "arr_0", ""];
 /// Names of the array that holds their classes.
 const LABELS: [&str; 4] = ["labels", "label", "y", "arr_1"];
 
-/// Rows that are looked at before a run begins.
-const LOOKED_AT: usize = 256;
-
-/// Some of the rows, from the first to the last.
-fn some_of(len: usize) -> Vec<usize> {
-    let count = len.min(LOOKED_AT);
-    (0..count).map(|k| if count > 1 { k * (len - 1) / (count - 1) } else { 0 }).collect()
-}
-
-/// Refuses samples that are no numbers, or far from the card's range, by some of their rows.
-fn check_values(file: &RowFile, name: &str, len: usize, range: Option<[f64; 2]>) -> Result<()> {
+/// Refuses samples that are no numbers, or do not look like ones of `range`, by some of their rows. `said`: the range was said of
+/// the data, and is believed but for values far from it.
+fn check_values(file: &RowFile, name: &str, len: usize, range: Option<[f64; 2]>, said: bool) -> Result<()> {
     let some = some_of(len);
     let values = file.rows(name, &some)?.to_f64();
     let width = values.len() / some.len().max(1);
@@ -52,14 +45,18 @@ fn check_values(file: &RowFile, name: &str, len: usize, range: Option<[f64; 2]>)
     }
     let Some([low, high]) = range else { return Ok(()) };
     let beyond = 4.0 * (high - low);
-    match values.iter().position(|v| *v < low - beyond || *v > high + beyond) {
+    let hint = "floats are taken as the teacher's samples: gan.range = [low, high] says the range that they have, and they are mapped; \
+                8-bit images always are";
+    if let Some(at) = values.iter().position(|v| *v < low - beyond || *v > high + beyond) {
+        let (value, row, whose) =
+            (values[at], row(at), if said { "gan.range says" } else { "the teacher's samples lie in" });
+        return Err(
+            Error::usage(format!("array `{name}` holds {value} in row {row}, {whose} {low} to {high}")).hint(hint)
+        );
+    }
+    match doubt(&values, [low, high]).filter(|_| !said) {
         None => Ok(()),
-        Some(at) => Err(Error::usage(format!(
-            "array `{name}` holds {} in row {}, the teacher's samples lie in {low} to {high}",
-            values[at],
-            row(at)
-        ))
-        .hint("floats are taken as they stand: scale them, or give 8-bit images, which are mapped to the range")),
+        Some(why) => Err(Error::usage(format!("array `{name}`: {why}, where the teacher's samples lie")).hint(hint)),
     }
 }
 
@@ -67,17 +64,18 @@ impl RealImages {
     /// Opens a data set for the teacher of this card.
     ///
     /// Floats `[N, ...shape]` (`.npz`, `.npy`, `.safetensors`) are taken as the teacher's own samples: images in the card's
-    /// range, latents already multiplied by its latent scale. 8-bit images are mapped to the card's range. A conditional
+    /// range, latents already multiplied by its latent scale. With `range` they lie in that range, and are mapped to the card's.
+    /// 8-bit images are mapped to the card's range. A conditional
     /// teacher needs the conditions of every image: classes (`dataset.json`, sub-folders, an array of integers), or arrays
     /// with the names of its conditions.
-    pub fn open(path: &Path, card: &TeacherCard) -> Result<Self> {
-        Self::open_inner(path, card).map_err(|e| {
+    pub fn open(path: &Path, card: &TeacherCard, range: Option<[f64; 2]>) -> Result<Self> {
+        Self::open_inner(path, card, range).map_err(|e| {
             let shown = path.display().to_string();
             if e.to_string().contains(&shown) { e } else { e.context(shown) }
         })
     }
 
-    fn open_inner(path: &Path, card: &TeacherCard) -> Result<Self> {
+    fn open_inner(path: &Path, card: &TeacherCard, said: Option<[f64; 2]>) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         if path.is_file() && ["npz", "npy", "safetensors"].contains(&extension.as_str()) {
             let file = RowFile::open(path)?;
@@ -103,8 +101,18 @@ impl RealImages {
                     array.map(|n| column(&file, n, len, classes))
                 });
                 let labels = labels.transpose()?;
-                check_values(&file, &name, len, card.range)?;
-                let this = Self { source: Source::Rows(file, name), len, labels };
+                check_values(&file, &name, len, said.or(card.range), said.is_some())?;
+                let line = match (said, card.range) {
+                    (Some([a, b]), Some([low, high])) if [a, b] != [low, high] => {
+                        let slope = (high - low) / (b - a);
+                        [slope, low - slope * a]
+                    }
+                    (Some(_), None) => {
+                        return Err(Error::usage("gan.range: the teacher's samples have no range to map to"));
+                    }
+                    _ => [1.0, 0.0],
+                };
+                let this = Self { source: Source::Rows(file, name, line), len, labels };
                 this.check_conditions(card)?;
                 return Ok(this);
             }
@@ -137,6 +145,14 @@ impl RealImages {
         Ok(this)
     }
 
+    /// What is worth knowing of a folder or archive: files that were passed over, formats whose pixels depend on the decoder.
+    pub fn notes(&self) -> &[String] {
+        match &self.source {
+            Source::Images(set, _) => set.notes(),
+            Source::Rows(..) => &[],
+        }
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
         self.len
@@ -151,7 +167,12 @@ impl RealImages {
         let index: Vec<usize> =
             (0..rows).map(|_| ((u128::from(rng.next_u64()) * self.len as u128) >> 64) as usize).collect();
         let images = match &self.source {
-            Source::Rows(file, name) => file.rows(name, &index)?.cast(DType::F32),
+            Source::Rows(file, name, [1.0, 0.0]) => file.rows(name, &index)?.cast(DType::F32),
+            Source::Rows(file, name, [slope, offset]) => {
+                let rows = file.rows(name, &index)?;
+                let values: Vec<f32> = rows.to_f64().iter().map(|v| (slope * v + offset) as f32).collect();
+                HostTensor::new(rows.shape(), &values)?
+            }
             Source::Images(set, [low, high]) => {
                 let bytes = set.gather_u8(&index)?;
                 let step = (high - low) / 255.0;
@@ -162,7 +183,7 @@ impl RealImages {
         let conditions = card.conditions.iter().map(|(name, condition)| {
             let tensor = match (&self.labels, condition.classes(), &self.source) {
                 (Some(labels), Some(_), _) => HostTensor::vec(&index.iter().map(|&i| labels[i]).collect::<Vec<_>>()),
-                (_, _, Source::Rows(file, _)) => file.rows(name, &index)?,
+                (_, _, Source::Rows(file, ..)) => file.rows(name, &index)?,
                 _ => return Err(Error::mismatch(format!("no values for the condition `{name}`"))),
             };
             Ok((name.clone(), tensor))
@@ -178,7 +199,7 @@ impl RealImages {
             let row = condition.row_shape();
             let fits = match &self.source {
                 Source::Images(..) => false,
-                Source::Rows(file, _) => file.arrays().any(|(n, _, shape)| {
+                Source::Rows(file, ..) => file.arrays().any(|(n, _, shape)| {
                     n == name
                         && shape.first() == Some(&self.len)
                         && shape[1..] == row[..]
@@ -228,5 +249,50 @@ fn within(labels: Vec<i64>, classes: usize) -> Result<Vec<i64>> {
         Some(at) => {
             Err(Error::usage(format!("image {at} has class {}, the teacher has 0 to {}", labels[at], classes - 1)))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_of_a_said_range_are_mapped_to_the_cards() {
+        use rand_chacha::rand_core::SeedableRng;
+
+        use crate::diffusion::{Layout, Prediction, ScheduleSpec, TimeUnit};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.npy");
+        let unit: Vec<f32> = (0..64).map(|k| k as f32 / 63.0).collect();
+        crate::io::npy::write(&path, &HostTensor::new(&[4, 1, 4, 4], &unit).unwrap()).unwrap();
+        let card = TeacherCard {
+            sample: "x".into(),
+            time: "t".into(),
+            output: "y".into(),
+            prediction: Prediction::Denoised,
+            time_unit: TimeUnit::Sigma,
+            shape: vec![1, 4, 4],
+            modality: None,
+            sample_rate: None,
+            layout: Layout::ChannelsFirst,
+            range: Some([-1.0, 1.0]),
+            sigma_data: 0.5,
+            latent_scale: 1.0,
+            dataset: None,
+            schedule: ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 },
+            conditions: Default::default(),
+            constants: Default::default(),
+            concat: Vec::new(),
+            dims: Default::default(),
+        };
+        let error = RealImages::open(&path, &card, None).unwrap_err().to_string();
+        assert!(error.contains("none in the lower half of -1 to 1"), "{error}");
+        let draw = |range| {
+            let data = RealImages::open(&path, &card, Some(range)).unwrap();
+            data.draw(&card, &mut ChaCha8Rng::seed_from_u64(1), 3).unwrap().0.to_f32()
+        };
+        let (plain, mapped) = (draw([-1.0, 1.0]), draw([0.0, 1.0]));
+        assert!(plain.iter().zip(&mapped).all(|(a, b)| (2.0 * a - 1.0 - b).abs() < 1e-6));
+        assert!(mapped.iter().any(|v| *v < 0.0));
     }
 }

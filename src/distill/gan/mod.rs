@@ -34,6 +34,11 @@ pub struct Gan {
 }
 
 impl Gan {
+    /// What is worth knowing of the data, such as files that were passed over.
+    pub fn notes(&self) -> &[String] {
+        self.data.notes()
+    }
+
     /// The configured discriminator for copies of this teacher; `None` where there is none.
     ///
     /// Errors: data that cannot be read or do not fit the teacher, taps that the graph does not have.
@@ -42,7 +47,12 @@ impl Gan {
             return Ok(None);
         }
         let card = teacher.card();
-        let data = RealImages::open(Path::new(&config.gan.data), card)?;
+        let range = match config.gan.range[..] {
+            [] => None,
+            [low, high] if low < high => Some([low, high]),
+            _ => return Err(Error::usage(format!("gan.range is {:?}: expected [low, high]", config.gan.range))),
+        };
+        let data = RealImages::open(Path::new(&config.gan.data), card, range)?;
         if config.gan.taps.is_empty() {
             return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
                 .hint(suggestion(teacher)));

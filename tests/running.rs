@@ -1,0 +1,199 @@
+//! Runs as schedulers, terminals and disks treat them: signals, time limits, second processes, changed files, too little memory. What
+//! is resumed ends with the bytes of a run that nothing happened to.
+#![cfg(all(feature = "train", unix))]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const TEACHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/teacher.onnx");
+
+/// Few images, steps enough to be met in the middle.
+const SMALL: &str = "--device cpu --threads 1 --batch 2 --nodes 2 --degrade-steps 30 --updates 30 --set backtrack.switch_every=8 \
+                     --set log.every=4 --set log.samples=0 --set log.checkpoint_every=5 --set degrade.lr=1e-3 --lr 1e-4";
+
+fn distill(dir: &Path, run: &str, more: &str) -> Command {
+    let mut command = support::disback();
+    command.args(["distill", TEACHER, "-o", run]).args(SMALL.split_whitespace()).args(more.split_whitespace());
+    command.current_dir(dir).env_remove("SLURM_JOB_END_TIME");
+    command
+}
+
+fn said(out: &Output) -> (Option<i32>, String) {
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!text.contains("panicked"), "{text}");
+    (out.status.code(), text)
+}
+
+fn output(mut command: Command) -> (Option<i32>, String) {
+    said(&command.output().unwrap())
+}
+
+fn lines(path: PathBuf) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn student(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("student.onnx")).unwrap()
+}
+
+/// The iteration of the newest checkpoint, stage 2 counted after stage 1.
+fn reached(run: &Path) -> u64 {
+    let Ok(text) = std::fs::read(run.join("checkpoints/latest.json")) else { return 0 };
+    let state: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    state["iteration"].as_u64().unwrap() + if state["stage"] == "backtrack" { 30 } else { 0 }
+}
+
+/// Waits until a run has written a further checkpoint; false: it ended before.
+fn goes_on(child: &mut Child, run: &Path, before: u64) -> bool {
+    let started = Instant::now();
+    while reached(run) <= before {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        assert!(started.elapsed() < Duration::from_secs(300));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+fn kill(child: &Child, signal: &str) {
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(sent.success(), "{signal}");
+}
+
+#[test]
+fn whatever_ends_a_run_it_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    assert_eq!(output(distill(dir, "whole", "")).0, Some(0));
+    let run = dir.join("run");
+    // The job is over before it begins: one step, a checkpoint, and the code that says `again`.
+    let mut late = distill(dir, "run", "--resume=auto");
+    let (code, text) = output({
+        late.env("SLURM_JOB_END_TIME", "1");
+        late
+    });
+    assert_eq!((code, reached(&run)), (Some(75), 1), "{text}");
+    let again = || distill(dir, "run", "--resume=auto --quiet");
+    for signal in ["-USR1", "-USR2", "-XCPU", "-TERM", "-KILL"] {
+        let mut child = again().stderr(Stdio::piped()).spawn().unwrap();
+        if !goes_on(&mut child, &run, reached(&run)) {
+            break;
+        }
+        kill(&child, signal);
+        if signal == "-TERM" {
+            // The same wish once more.
+            kill(&child, signal);
+        }
+        let (code, text) = said(&child.wait_with_output().unwrap());
+        // (A slow machine may let it end before the signal arrives.)
+        let expected = if signal == "-KILL" { None } else { Some(75) };
+        assert!(code == expected || code == Some(0), "{signal}: {code:?} {text}");
+        assert_eq!(run.join("run.lock").exists(), code.is_none(), "{signal}");
+    }
+    // A flipped byte in the newest checkpoint: said, and the one before it is taken.
+    let newest = std::fs::read(run.join("checkpoints/latest.json")).unwrap();
+    let newest: serde_json::Value = serde_json::from_slice(&newest).unwrap();
+    let path = run.join("checkpoints").join(newest["file"].as_str().unwrap());
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x40;
+    std::fs::write(&path, bytes).unwrap();
+    // A half-written file of a killed process goes.
+    std::fs::write(run.join("checkpoints/.disback-abc"), "half").unwrap();
+    // Ignored when the program starts (nohup, a script's background job), SIGHUP and SIGINT stay ignored.
+    let command = again();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' HUP INT; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    let mut child = shell.current_dir(dir).stderr(Stdio::piped()).spawn().unwrap();
+    if goes_on(&mut child, &run, 0) {
+        let _ = Command::new("kill").args(["-HUP", &child.id().to_string()]).status();
+        let _ = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    }
+    let (code, text) = said(&child.wait_with_output().unwrap());
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("was changed after it was written; going on from the checkpoint before it"), "{text}");
+    assert!(!run.join("checkpoints/.disback-abc").exists() && !run.join("run.lock").exists());
+    assert!(student(&run) == student(&dir.join("whole")));
+}
+
+#[test]
+fn one_process_works_in_a_run_folder_and_only_the_same_run_goes_on() {
+    use disback::distill::lock::RunLock;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let labels = |values: &[i64]| {
+        let array = disback::tensor::HostTensor::vec(values);
+        disback::io::npy::write_npz(&dir.join("data/labels.npz"), &[("labels", &array)]).unwrap();
+    };
+    std::fs::create_dir_all(dir.join("data")).unwrap();
+    labels(&[1, 2, 3]);
+    let short = "--degrade-steps 2 --nodes 1 --updates 2 --freeze *bias* --set conditions.file=labels.npz";
+    assert_eq!(output(distill(&dir.join("data"), "../run", short)).0, Some(0));
+    let whole = student(&dir.join("run"));
+    // Moved, from another folder, without what the run remembers.
+    std::fs::rename(dir.join("run"), dir.join("moved")).unwrap();
+    let resume = |more: &str| {
+        let mut command = support::disback();
+        command.args(["distill", TEACHER, "-o", "moved", "--resume", "--quiet"]).args(more.split_whitespace());
+        output({
+            command.current_dir(dir);
+            command
+        })
+    };
+    std::fs::remove_file(dir.join("moved/student.onnx")).unwrap();
+    let (code, text) = resume("");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(student(&dir.join("moved")) == whole);
+    for (args, says) in [
+        ("--freeze *weight*", "began with --freeze *bias*, now it is *weight*"),
+        ("--train *bias*", "began with --train nothing, now it is *bias*"),
+        ("--threads 2", "1 CPU threads, now it is 2"),
+        ("--set conditions.file=", "conditions.file"),
+    ] {
+        let (code, text) = resume(args);
+        assert!(code == Some(2) && text.contains(says), "{args}: {text}");
+    }
+    // The same content elsewhere is the same run; another content in the same place is not.
+    std::fs::copy(dir.join("data/labels.npz"), dir.join("copy.npz")).unwrap();
+    let (code, text) = resume("--set conditions.file=copy.npz");
+    assert_eq!(code, Some(0), "{text}");
+    std::fs::remove_file(dir.join("copy.npz")).unwrap();
+    labels(&[1, 2, 4]);
+    let (code, text) = resume("--set conditions.file=data/labels.npz");
+    assert!(
+        code == Some(2) && text.contains("conditions.file: what it names is not what the run began with"),
+        "{text}"
+    );
+    let held = RunLock::take(&dir.join("moved"), false).unwrap();
+    let (code, text) = resume("");
+    let says = format!("moved: process {} on ", std::process::id());
+    assert!(code == Some(2) && text.contains(&says) && text.contains("works in this run folder"), "{text}");
+    drop(held);
+}
+
+#[test]
+fn memory_is_foreseen_before_the_first_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let limited = |more: &str| {
+        let command = distill(dir.path(), "run", more);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "ulimit -v 20000000; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+        output({
+            shell.current_dir(dir.path());
+            shell
+        })
+    };
+    for more in ["--batch 1000000 --dry-run", "--batch 1000000"] {
+        let (code, text) = limited(more);
+        assert!(code == Some(2) && text.contains("at batch 1000000, but") && text.contains("free"), "{text}");
+        assert!(text.contains("what would fit: --batch") && text.contains("--accumulate"), "{text}");
+        assert!(!dir.path().join("run").exists());
+    }
+    let (code, text) = limited("--accumulate 6 --batch auto --updates 1 --degrade-steps 2 --nodes 1");
+    assert!(code == Some(0) && text.contains("--batch auto: batch 768, accumulate 1"), "{text}");
+}
