@@ -262,4 +262,30 @@ mod tests {
             assert_eq!(together(&mut student, &jobs, limits(bytes)).unwrap(), whole, "{bytes} bytes a call");
         }
     }
+
+    #[test]
+    fn what_came_meanwhile_shares_a_call_and_who_has_gone_gets_none() {
+        let options = EngineOptions { engine: EngineKind::Tract, ..EngineOptions::default() };
+        let student = Student::from_bytes(&testing::student("batch"), &options).unwrap();
+        let (jobs, waiting) = sync_channel(8);
+        let mut answers = Vec::new();
+        for (first, count) in [(0, 3), (3, 5), (8, 1), (9, 9)] {
+            let request = crate::runtime::student::Request { batch: 64, ..Default::default() };
+            let inputs = student.inputs(&request, first, count).unwrap();
+            let (reply, answer) = oneshot::channel();
+            let inputs = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();
+            jobs.send(Job { inputs, count, reply }).unwrap();
+            answers.push(answer);
+        }
+        drop((jobs, answers.remove(1)));
+        let metrics = Metrics::new("tract".into());
+        run(student, &waiting, Limits { batch: 12, queue: 8, bytes: 1 << 20 }, &metrics);
+        let counts: Vec<usize> = answers.iter_mut().map(|a| a.try_recv().unwrap().unwrap().shape()[0]).collect();
+        assert_eq!(counts, [3, 1, 9]);
+        let text = metrics.text().unwrap();
+        // 3 and 1 together; 9 more are too many for the call.
+        for line in ["disback_batch_images_count 2", "disback_images_total 13", "disback_abandoned_requests_total 1"] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
 }
