@@ -5,9 +5,13 @@
 //! passes fails the test until its line is removed, and so does a case that is not listed and does not pass.
 
 use std::collections::{BTreeMap, BTreeSet};
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "support/stand_in.rs"]
+mod stand_in;
+
 use std::path::{Path, PathBuf};
 
-use disback::conformance::{Case, Gradient, Outcome, list, run_case};
+use disback::conformance::{Case, Gradient, Outcome, list, run_case_on};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// The later version, as `scripts/setup` writes its cases.
@@ -82,6 +86,25 @@ fn judge(case: &Case, expected: Option<&str>) -> Result<(), Failed> {
     }
 }
 
+/// The whole suite once more in a process of its own, on a stand-in device (tests/stand_in_cuda).
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn on_the_stand_in() -> Result<(), Failed> {
+    let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance-stand-in.json");
+    let own = std::env::current_exe()?;
+    let out = stand_in::under(&own, &report).env(DEVICE, "cuda").output()?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let failures: Vec<&str> = text.lines().skip_while(|l| !l.starts_with("failures:")).take(60).collect();
+    match out.status.success() && stand_in::Report::read(&report).count("launches") > 10_000 {
+        true => Ok(()),
+        false => {
+            Err(format!("{}: {}\n{}", out.status, failures.join("\n"), String::from_utf8_lossy(&out.stderr)).into())
+        }
+    }
+}
+
+/// Says on which device the cases run; the CPU where it is not set.
+const DEVICE: &str = "DISBACK_CONFORMANCE_DEVICE";
+
 fn main() {
     let arguments = Arguments::from_args();
     tch::set_num_threads(1);
@@ -91,6 +114,13 @@ fn main() {
         Ok(suites) => suites,
         Err(e) => {
             eprintln!("{e}");
+            std::process::exit(1);
+        }
+    };
+    let device = match disback::torch::device::parse(&std::env::var(DEVICE).unwrap_or_else(|_| "cpu".into())) {
+        Ok(device) => device,
+        Err(e) => {
+            eprintln!("{DEVICE}: {e}");
             std::process::exit(1);
         }
     };
@@ -110,11 +140,15 @@ fn main() {
             earlier.entry(name.clone()).or_insert_with(|| dir.clone());
             let reason = reasons.get(&name).cloned();
             let shown = if k == 0 { name } else { format!("{LATER}::{name}") };
-            trials.push(Trial::test(shown, move || judge(&run_case(&dir, true), reason.as_deref())));
+            trials.push(Trial::test(shown, move || judge(&run_case_on(&dir, true, device), reason.as_deref())));
         }
     }
     for (name, _) in expected {
         trials.push(Trial::test(name, || Err("listed in conformance-expected.txt, but there is no such case".into())));
+    }
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    if std::env::var_os(DEVICE).is_none() {
+        trials.push(Trial::test("every_case_on_the_stand_in_device", on_the_stand_in));
     }
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -63,7 +63,7 @@ const BLIND: &str =
     "a row of the softmax sees nothing: NaN, which a Where hides in the value and autograd not in the gradient";
 
 /// `None` where the case has no floats in or none out.
-pub(super) fn of_case(name: &str, dir: &Path) -> Result<Option<Gradient>> {
+pub(super) fn of_case(name: &str, dir: &Path, device: Device) -> Result<Option<Gradient>> {
     let model = Model::load(&dir.join("model.onnx"))?;
     let mut graph = lower(&model)?;
     let floating = |d: Option<DType>| d.is_some_and(DType::is_float);
@@ -75,7 +75,7 @@ pub(super) fn of_case(name: &str, dir: &Path) -> Result<Option<Gradient>> {
     }
     let set = data_sets(dir, &model, &graph)?.into_iter().next().ok_or_else(|| Error::io("no data"))?;
     widen(&mut graph);
-    check(&graph, set).map(Some)
+    check(&graph, set, device).map(Some)
 }
 
 fn widened(code: i64) -> i64 {
@@ -123,13 +123,13 @@ fn widen(graph: &mut Graph) {
 
 const TYPE_ATTRIBUTES: &[&str] = &["to", "dtype", "output_datatype", "output_dtype", "softmax_precision", "precision"];
 
-/// Standard normal, f64, of the shape of `like`; the same in every run.
+/// Standard normal, f64, of the shape and on the device of `like`; the same in every run.
 fn noise(seed: u64, index: u64, like: &Tensor) -> Result<Tensor> {
     let values: Vec<f64> = image_noise(seed, index, like.numel()).into_iter().map(f64::from).collect();
-    Ok(Tensor::f_from_slice(&values)?.f_reshape(&like.size()[..])?)
+    Ok(Tensor::f_from_slice(&values)?.f_reshape(&like.size()[..])?.f_to_device(like.device())?)
 }
 
-fn check(graph: &Graph, set: DataSet) -> Result<Gradient> {
+fn check(graph: &Graph, set: DataSet, device: Device) -> Result<Gradient> {
     let plan = Plan::new(graph, &[], ops::registry())?;
     let mut free: Vec<usize> = Vec::new();
     let mut point: Vec<Value> = Vec::new();
@@ -144,10 +144,11 @@ fn check(graph: &Graph, set: DataSet) -> Result<Gradient> {
         };
         let t = t.f_to_kind(Kind::Double)?;
         if plan.is_host_input(port) {
-            point.push(Value::device(t));
+            point.push(Value::host(t));
             continue;
         }
         free.push(i);
+        let t = t.f_to_device(device)?;
         // Upwards, so that zero stays in the domain of logarithms and powers; masks of -inf stay as they are.
         let size = t.f_abs()?.f_clamp_max(1e3)?.f_add_scalar(0.1)?;
         let jitter = noise(8, i as u64, &t)?.f_abs()?.f_mul(&size)?.f_mul_scalar(1e-3)?;
@@ -161,10 +162,10 @@ fn check(graph: &Graph, set: DataSet) -> Result<Gradient> {
     let forward = |point: &[Value]| -> Result<Tensor> {
         let inputs: Vec<(&str, Value)> =
             graph.inputs.iter().zip(point).map(|(p, v)| (p.name.as_str(), v.clone())).collect();
-        let out = plan.run_typed(&inputs, &[], Device::Cpu, &mut |_, _| {})?;
-        let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, Device::Cpu))?;
+        let out = plan.run_typed(&inputs, &[], device, &mut |_, _| {})?;
+        let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, device))?;
         for (k, v) in out.iter().enumerate() {
-            let Ok(y) = v.tensor(Device::Cpu) else { continue };
+            let Ok(y) = v.tensor(device) else { continue };
             if is_float(y.kind()) && y.numel() > 0 {
                 // Infinite elements (masks) have no derivative that could be compared.
                 let y = y.f_to_kind(Kind::Double)?;
@@ -176,7 +177,7 @@ fn check(graph: &Graph, set: DataSet) -> Result<Gradient> {
     };
     let leaves: Vec<Tensor> = free
         .iter()
-        .map(|&i| Ok(point[i].tensor(Device::Cpu)?.detach().copy().f_set_requires_grad(true)?))
+        .map(|&i| Ok(point[i].tensor(device)?.detach().copy().f_set_requires_grad(true)?))
         .collect::<Result<_>>()?;
     let mut with_leaves = point.clone();
     for (&i, leaf) in free.iter().zip(&leaves) {

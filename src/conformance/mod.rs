@@ -159,7 +159,7 @@ pub fn run_case(dir: &Path, gradients: bool) -> Case {
     run_case_on(dir, gradients, Device::Cpu)
 }
 
-/// [`run_case`] with the values on another device (gradients are compared in f64 on the CPU all the same).
+/// [`run_case`] on another device.
 pub fn run_case_on(dir: &Path, gradients: bool, device: Device) -> Case {
     let name = dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
     let guarded = |f: &dyn Fn() -> Result<()>| -> (Outcome, Option<String>) {
@@ -175,7 +175,7 @@ pub fn run_case_on(dir: &Path, gradients: bool, device: Device) -> Case {
     let reason = reason.map(|r| r.replace(&format!("{}: ", dir.join("model.onnx").display()), ""));
     let plain = is_plain(dir).unwrap_or(false);
     let gradient = if gradients && outcome == Outcome::Passed {
-        match catch_unwind(AssertUnwindSafe(|| gradient::of_case(&name, dir))) {
+        match catch_unwind(AssertUnwindSafe(|| gradient::of_case(&name, dir, device))) {
             Ok(Ok(g)) => g,
             Ok(Err(e)) => Some(Gradient::Wrong { reason: e.to_string() }),
             Err(panic) => Some(Gradient::Wrong { reason: format!("panic: {}", panic_text(panic.as_ref())) }),
