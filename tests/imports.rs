@@ -36,6 +36,7 @@ fn networks_as_exporters_write_them() {
     support::run_python("tests/python/exported_networks.py", &[dir.to_str().unwrap()]);
     free_dimensions(&dir);
     numbers_in_the_batch(&dir);
+    a_fixed_batch(&dir);
     rows_that_mix(&dir);
     weights_among_the_inputs(&dir);
     double_precision(&dir);
@@ -95,6 +96,25 @@ fn numbers_in_the_batch(dir: &Path) {
             assert!(!dir.join(&run).exists(), "{run} is left");
         }
     }
+}
+
+/// A file of three rows is trained with three unless another batch is asked for, with guidance, and with conditions in int64.
+fn a_fixed_batch(dir: &Path) {
+    let few = FEW.replace("--batch 4 ", "");
+    let args = format!("distill fixed/teacher.onnx -o fixed/own {few} --set conditions.file=fixed/rows.npz --set guidance=2");
+    let (code, said, errors) = support::run(dir, &args);
+    assert_eq!(code, Some(0), "{said}{errors}");
+    assert!(errors.contains("the teacher's file fixes the batch at 3: batch = 3"), "{errors}");
+    let config = |run: &str| std::fs::read_to_string(dir.join(run).join("config.toml")).unwrap();
+    assert!(config("fixed/own").contains("\nbatch = 3\n"), "{}", config("fixed/own"));
+    verified(dir, "fixed/own/student.onnx");
+    ok(dir, &format!("{} --batch 4", args.replace("fixed/own", "fixed/four")));
+    assert!(config("fixed/four").contains("\nbatch = 4\n"));
+    let student = Model::load(&dir.join("fixed/own/student.onnx")).unwrap();
+    let inputs = &student.proto.graph.as_ref().unwrap().input;
+    let tokens = inputs.iter().find(|i| i.name() == "tokens").unwrap();
+    let Some(disback::onnx::type_proto::Value::TensorType(t)) = &tokens.r#type.as_ref().unwrap().value else { panic!() };
+    assert_eq!(t.elem_type(), 7, "int64 stays");
 }
 
 /// A row that depends on its neighbours is refused with the reason, unless that is asked for.

@@ -199,8 +199,13 @@ impl Denoiser {
         Ok(self.denoise_prepared(z, &self.prepare_start(rows, start, z.device())?, cond, &[])?.0)
     }
 
+    /// The only number of rows that the network takes, where its file fixes one. Other numbers are evaluated in several calls.
+    pub fn fixed_batch(&self) -> Option<usize> {
+        self.binding.sample.shape.first().copied().flatten()
+    }
+
     fn calls(&self) -> Calls<'_> {
-        let rows = self.binding.sample.shape.first().copied().flatten();
+        let rows = self.fixed_batch();
         Calls { rank: self.card.rank(), time: &self.binding.time, single: self.single(), rows }
     }
 

@@ -68,7 +68,8 @@ impl Prepared {
         // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
         let saved = request.out.join("config.toml");
         let file = request.config.clone().or_else(|| Some(saved).filter(|p| request.goes_on() && p.is_file()));
-        let config = request.resolve(file.as_deref())?;
+        let mut config = request.resolve(file.as_deref())?;
+        let batch_given = request.batch_auto || Config::gives(file.as_deref(), &request.sets, "batch")?;
         watcher::check(&config)?;
         let device = device::parse(&config.device)?;
         cuda_graph::check_device(config.cuda_graphs, device)?;
@@ -81,6 +82,10 @@ impl Prepared {
         let identity = Identity::of(&request, &config, &teacher, device, threads)?;
         request.check_begun(begun.as_ref(), &identity)?;
         let denoiser = denoiser(&teacher, &config)?;
+        if let Some(rows) = denoiser.fixed_batch().filter(|rows| !batch_given && *rows != config.batch) {
+            config.batch = rows;
+            request.monitor.remark(&format!("note: the teacher's file fixes the batch at {rows}: batch = {rows}"));
+        }
         let file = origin::load(&config, &teacher, device)?;
         let own = file.as_ref().map(|f| f.student(&config.student)).transpose()?;
         let networks = (&teacher, &denoiser, own.as_ref());
@@ -176,6 +181,11 @@ impl Prepared {
             card: saved.card.clone(),
             ..Config::resolve_with(Some(&base), &request.sets, request.objective.clone())?
         };
+        if let Some(rows) = self.denoiser.fixed_batch()
+            && !Config::gives(Some(&base), &request.sets, "batch")?
+        {
+            wanted.batch = rows;
+        }
         [&mut wanted, &mut saved].into_iter().for_each(identity::from_anywhere);
         let begun = Identity::read(&run)?;
         let same = begun.as_ref().map_or_else(Vec::new, |begun| begun.same_files(&self.identity));

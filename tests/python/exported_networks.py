@@ -109,12 +109,23 @@ class Positions(Network):
         return super().forward(x + self.place(ids).reshape(1, 1, 8, 8), t)
 
 
-def save(name, network, inputs, card=CARD, dims=None, **options):
-    """One export with its card."""
+class Tokens(Network):
+    """tokens [B, 5], int64 numbers of words, beside the sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 64)
+
+    def forward(self, x, t, tokens):
+        return super().forward(x + self.words(tokens).mean(1).reshape(-1, 1, 8, 8), t)
+
+
+def save(name, network, inputs, card=CARD, dims=None, fixed=False, **options):
+    """One export with its card; `fixed`: for the batch of the inputs alone."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     names = list(inputs)
-    free = {n: {0: "batch"} | (dims or {}).get(n, {}) for n in [*names, "out"] if n != "ids"}
+    free = {} if fixed else {n: {0: "batch"} | (dims or {}).get(n, {}) for n in [*names, "out"] if n != "ids"}
     torch.onnx.export(
         network if options.get("training") else network.eval(), tuple(inputs.values()), str(folder / "teacher.onnx"), input_names=names, output_names=["out"],
         dynamic_axes=free, opset_version=17, dynamo=False, **options,
@@ -146,6 +157,10 @@ def main():
     ids = torch.stack([torch.zeros(64), at // 8, at % 8], -1).float()
     folder = save("ids", Positions(), {"x": x, "t": t, "ids": ids}, card=CARD + '[conditions.ids]\nkind = "constant"\nfile = "ids.npy"\n')
     np.save(folder / "ids.npy", ids.numpy())
+    words = '[conditions.tokens]\nkind = "embedding"\nshape = [5]\nnull = "zeros"\n'
+    tokens = {"x": torch.cat([x, x[:1]]), "t": torch.tensor([3, 500, 9]), "tokens": torch.arange(15).reshape(3, 5) % 7}
+    folder = save("fixed", Tokens(), tokens, card=CARD + words, fixed=True)
+    np.savez(folder / "rows.npz", tokens=np.random.default_rng(0).integers(0, 7, (8, 5)))
     save("f64", Network().double(), {"x": x.double(), "t": t})
 
 

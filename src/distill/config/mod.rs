@@ -150,7 +150,12 @@ impl Config {
         Ok(config)
     }
 
-    fn read(file: Option<&Path>, sets: &[String]) -> Result<Self> {
+    /// Whether the file or the settings give this key of the top level; otherwise its default holds.
+    pub fn gives(file: Option<&Path>, sets: &[String], key: &str) -> Result<bool> {
+        Ok(Self::table(file, sets)?.contains_key(key))
+    }
+
+    fn table(file: Option<&Path>, sets: &[String]) -> Result<Table> {
         let mut table = match file {
             None => Table::new(),
             Some(path) => {
@@ -165,6 +170,11 @@ impl Config {
         for set in sets {
             keys::apply(&mut table, set).with_context(|| format!("--set {set}"))?;
         }
+        Ok(table)
+    }
+
+    fn read(file: Option<&Path>, sets: &[String]) -> Result<Self> {
+        let table = Self::table(file, sets)?;
         let refused =
             |e: toml::de::Error| Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end())));
         // (A flattened part's errors do not say which key is wrong; read by itself, they do.)
