@@ -16,7 +16,7 @@ const COLOURS: [&str; 2] = ["#3b82f6", "#ea8a1e"];
 
 /// Bars of every group beside one another; `names` are the bars of a group. Nothing without a finite value.
 pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
-    let finite = |g: &Group| g.values.iter().flatten().copied().filter(|v| v.is_finite()).collect::<Vec<_>>();
+    let finite = |g: &Group| g.values.iter().flatten().copied().filter(|v| super::plot::drawable(*v)).collect::<Vec<_>>();
     let all: Vec<f64> = groups.iter().flat_map(finite).collect();
     let high = all.iter().copied().reduce(f64::max)?.max(0.0);
     let low = all.iter().copied().reduce(f64::min)?.min(0.0);
@@ -47,7 +47,7 @@ pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
     for (g, group) in groups.iter().enumerate() {
         let middle = LEFT + room * (g as f64 + 0.5);
         for (k, value) in group.values.iter().enumerate() {
-            let Some(v) = value.filter(|v| v.is_finite()) else { continue };
+            let Some(v) = value.filter(|v| super::plot::drawable(*v)) else { continue };
             let x = middle + bar * (k as f64 - names.len() as f64 / 2.0);
             let (top, bottom) = (y(v.max(0.0)), y(v.min(0.0)));
             let _ = writeln!(

@@ -8,7 +8,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 pub struct Series {
     /// The curve's name in the legend.
     pub name: String,
-    /// (x, y), x ascending. Points that are not finite are left out.
+    /// (x, y), x ascending. Points that are not finite, or beyond 1e30, are left out.
     pub points: Vec<(f64, f64)>,
 }
 
@@ -38,8 +38,25 @@ const INK_HEX: &str = "#010203";
 /// More points than this are joined by their means.
 const MOST: usize = 600;
 
+/// Values beyond this are left out like those that are not finite: a file that says 1e308 is broken, and the steps between an
+/// axis' labels are computed with numbers several times as large.
+const LARGEST: f64 = 1e30;
+
+/// Whether a value can stand on an axis.
+pub(crate) fn drawable(v: f64) -> bool {
+    v.abs() <= LARGEST
+}
+
+/// The ends of an axis, far enough apart that labels between them are different numbers.
+pub(crate) fn axis(low: f64, high: f64) -> (f64, f64) {
+    let low = if drawable(low) { low } else { 0.0 };
+    let high = if drawable(high) && high >= low { high } else { low };
+    let least = (low.abs().max(high.abs()) * 1e-6).max(1e-9);
+    if high - low >= least { (low, high) } else { (low, low + least) }
+}
+
 fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let finite: Vec<(f64, f64)> = points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect();
+    let finite: Vec<(f64, f64)> = points.iter().copied().filter(|(x, y)| drawable(*x) && drawable(*y)).collect();
     if finite.len() <= MOST {
         return finite;
     }
@@ -92,7 +109,7 @@ pub fn curves(x_label: &str, series: &[Series], marks: &[Mark]) -> Option<String
     let x0 = all().map(|p| p.0).fold(f64::INFINITY, f64::min);
     let x1 = all().map(|p| p.0).fold(f64::NEG_INFINITY, f64::max);
     let mut svg = String::new();
-    draw(&mut svg, x_label, &drawn, marks, (x0, x1.max(x0 + 1e-9)), (y0, y1)).ok()?;
+    draw(&mut svg, x_label, &drawn, marks, axis(x0, x1), axis(y0, y1)).ok()?;
     Some(svg.replace(INK_HEX, "currentColor"))
 }
 
@@ -241,6 +258,23 @@ mod tests {
         assert!(curves("x", &[series(vec![(0.0, f64::NAN), (1.0, 1.0)])], &[]).is_none());
         // A constant curve has no extent of its own.
         assert!(curves("x", &[series(vec![(0.0, 2.0), (1.0, 2.0)])], &[]).is_some());
+    }
+
+    /// Labels of an axis are found by a loop that did not end on such values.
+    #[test]
+    fn values_that_no_axis_can_hold_end_no_plot() {
+        for pair in [[1e308, -1e308], [1e307, -1e307], [1e308, 0.0], [3e38, -3e38], [1e300, 1e300], [1e18, 1e18], [1e-308, 0.0]] {
+            for points in [[(1.0, pair[0]), (2.0, pair[1])], [(pair[0], 1.0), (pair[1], 2.0)]] {
+                let drawn = points.iter().all(|(x, y)| drawable(*x) && drawable(*y));
+                assert_eq!(curves("x", &[series(points.to_vec())], &[]).is_some(), drawn, "{points:?}");
+            }
+        }
+        let nearly = (0..40).map(|k| (k as f64, 0.5 + 1e-17 * k as f64)).collect();
+        assert!(curves("x", &[series(nearly)], &[]).is_some());
+        let far = (0..40).map(|k| ((k % 2) as f64 * 2f64.powi(63), 1.0)).collect();
+        assert!(curves("x", &[series(far)], &[]).is_some());
+        assert_eq!(axis(f64::NAN, 1.0), (0.0, 1.0));
+        assert_eq!(axis(2.0, f64::INFINITY), (2.0, 2.0 + 2e-6));
     }
 
     #[test]

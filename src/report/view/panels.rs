@@ -7,7 +7,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::canvas::Canvas;
 use crate::error::{Error, Result};
 use crate::io::images::encode_png;
-use crate::report::plot::{COLOURS, tick};
+use crate::report::plot::{COLOURS, axis, tick};
 
 /// Pixels of one panel.
 const PANEL: (u32, u32) = (300, 180);
@@ -79,13 +79,14 @@ fn one(area: &DrawingArea<Canvas<'_>, plotters::coord::Shift>, panel: &Panel) ->
     let (width, _) = area.dim_in_pixel();
     let style = text().pos(Pos::new(HPos::Center, VPos::Top));
     area.draw(&Text::new(panel.title.clone(), (width as i32 / 2, 2), style))?;
+    let (x, y) = (axis(panel.x.0, panel.x.1), axis(panel.y.0, panel.y.1));
     let mut chart = ChartBuilder::on(area)
         .margin_top(18)
         .margin_right(12)
         .margin_bottom(4)
         .x_label_area_size(20)
         .y_label_area_size(52)
-        .build_cartesian_2d(panel.x.0..panel.x.1, panel.y.0..panel.y.1)?;
+        .build_cartesian_2d(x.0..x.1, y.0..y.1)?;
     if panel.broken {
         chart.plotting_area().fill(&BROKEN.mix(0.3))?;
     }
