@@ -16,7 +16,10 @@ pub fn free() -> Option<Free> {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let bounds = [
         (available(&read("/proc/meminfo")), "on this machine"),
-        (of_groups(Path::new("/sys/fs/cgroup"), &read("/proc/self/cgroup")), "in this process's control group (its memory limit)"),
+        (
+            of_groups(Path::new("/sys/fs/cgroup"), &read("/proc/self/cgroup")),
+            "in this process's control group (its memory limit)",
+        ),
         (of_process(&read("/proc/self/limits"), &read("/proc/self/status")), "within this process's limit (ulimit -v)"),
     ];
     let least = bounds.into_iter().filter_map(|(bytes, place)| Some((bytes?, place))).min_by_key(|(bytes, _)| *bytes);

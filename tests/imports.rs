@@ -101,7 +101,8 @@ fn numbers_in_the_batch(dir: &Path) {
 /// A file of three rows is trained with three unless another batch is asked for, with guidance, and with conditions in int64.
 fn a_fixed_batch(dir: &Path) {
     let few = FEW.replace("--batch 4 ", "");
-    let args = format!("distill fixed/teacher.onnx -o fixed/own {few} --set conditions.file=fixed/rows.npz --set guidance=2");
+    let args =
+        format!("distill fixed/teacher.onnx -o fixed/own {few} --set conditions.file=fixed/rows.npz --set guidance=2");
     let (code, said, errors) = support::run(dir, &args);
     assert_eq!(code, Some(0), "{said}{errors}");
     assert!(errors.contains("the teacher's file fixes the batch at 3: batch = 3"), "{errors}");
@@ -113,7 +114,9 @@ fn a_fixed_batch(dir: &Path) {
     let student = Model::load(&dir.join("fixed/own/student.onnx")).unwrap();
     let inputs = &student.proto.graph.as_ref().unwrap().input;
     let tokens = inputs.iter().find(|i| i.name() == "tokens").unwrap();
-    let Some(disback::onnx::type_proto::Value::TensorType(t)) = &tokens.r#type.as_ref().unwrap().value else { panic!() };
+    let Some(disback::onnx::type_proto::Value::TensorType(t)) = &tokens.r#type.as_ref().unwrap().value else {
+        panic!()
+    };
     assert_eq!(t.elem_type(), 7, "int64 stays");
 }
 

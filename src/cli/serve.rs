@@ -74,7 +74,10 @@ fn token(path: &Path) -> Result<String> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let token = text.lines().next().unwrap_or("").trim();
     if token.is_empty() {
-        return Err(Error::usage(format!("{}: the file's first line is empty, so that there is no token", path.display())));
+        return Err(Error::usage(format!(
+            "{}: the file's first line is empty, so that there is no token",
+            path.display()
+        )));
     }
     Ok(token.to_owned())
 }
@@ -94,7 +97,12 @@ fn connections() -> usize {
 
 /// Runs the command until it is told to stop.
 pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
-    for (name, value) in [("--max-batch", args.max_batch), ("--queue", args.queue), ("--max-body", args.max_body), ("--max-connections", args.max_connections.unwrap_or(1))] {
+    for (name, value) in [
+        ("--max-batch", args.max_batch),
+        ("--queue", args.queue),
+        ("--max-body", args.max_body),
+        ("--max-connections", args.max_connections.unwrap_or(1)),
+    ] {
         if value == 0 {
             return Err(Error::usage(format!("{name} 0: expected 1 or more")));
         }

@@ -16,7 +16,8 @@ const COLOURS: [&str; 2] = ["#3b82f6", "#ea8a1e"];
 
 /// Bars of every group beside one another; `names` are the bars of a group. Nothing without a finite value.
 pub fn bars(x_label: &str, names: &[&str], groups: &[Group]) -> Option<String> {
-    let finite = |g: &Group| g.values.iter().flatten().copied().filter(|v| super::plot::drawable(*v)).collect::<Vec<_>>();
+    let finite =
+        |g: &Group| g.values.iter().flatten().copied().filter(|v| super::plot::drawable(*v)).collect::<Vec<_>>();
     let all: Vec<f64> = groups.iter().flat_map(finite).collect();
     let high = all.iter().copied().reduce(f64::max)?.max(0.0);
     let low = all.iter().copied().reduce(f64::min)?.min(0.0);

@@ -263,7 +263,9 @@ mod tests {
     /// Labels of an axis are found by a loop that did not end on such values.
     #[test]
     fn values_that_no_axis_can_hold_end_no_plot() {
-        for pair in [[1e308, -1e308], [1e307, -1e307], [1e308, 0.0], [3e38, -3e38], [1e300, 1e300], [1e18, 1e18], [1e-308, 0.0]] {
+        for pair in
+            [[1e308, -1e308], [1e307, -1e307], [1e308, 0.0], [3e38, -3e38], [1e300, 1e300], [1e18, 1e18], [1e-308, 0.0]]
+        {
             for points in [[(1.0, pair[0]), (2.0, pair[1])], [(pair[0], 1.0), (pair[1], 2.0)]] {
                 let drawn = points.iter().all(|(x, y)| drawable(*x) && drawable(*y));
                 assert_eq!(curves("x", &[series(points.to_vec())], &[]).is_some(), drawn, "{points:?}");

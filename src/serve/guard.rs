@@ -145,7 +145,10 @@ mod tests {
         let cross = [("sec-fetch-site", "cross-site"), ("origin", "https://a.example")];
         assert_eq!(code(&open, here, &cross), 403);
         let cors = |origin: &str| Access { cors: Some(origin.into()), ..Access::default() };
-        assert_eq!((code(&cors("https://a.example"), here, &cross), code(&cors("https://b.example"), here, &cross)), (200, 403));
+        assert_eq!(
+            (code(&cors("https://a.example"), here, &cross), code(&cors("https://b.example"), here, &cross)),
+            (200, 403)
+        );
         assert_eq!(code(&open, here, &[("sec-fetch-site", "same-origin")]), 200);
         let secret = Access { token: Some("s3cret".into()), ..Access::default() };
         for (given, want) in [("Bearer s3cret", 200), ("Bearer s3creT", 401), ("s3cret", 401), ("", 401)] {

@@ -207,7 +207,10 @@ async fn page(State(s): State<Arc<Service>>) -> Response {
 }
 
 async fn unknown() -> Response {
-    failure(StatusCode::NOT_FOUND, "no such page: there are /sample, /health, /metrics, /v2/health/live and /v2/health/ready")
+    failure(
+        StatusCode::NOT_FOUND,
+        "no such page: there are /sample, /health, /metrics, /v2/health/live and /v2/health/ready",
+    )
 }
 
 async fn method() -> Response {
@@ -290,10 +293,9 @@ async fn received(s: &Service, headers: &HeaderMap, body: Body) -> std::result::
         Ok(Ok(bytes)) => Ok((bytes, held)),
         Ok(Err(_)) if unknown.is_some() => Err(too_long()),
         Ok(Err(_)) => Err(failure(StatusCode::BAD_REQUEST, "the body ended before its Content-Length")),
-        Err(_) => Err(failure(
-            StatusCode::REQUEST_TIMEOUT,
-            &format!("the body did not come within {} s", time.as_secs()),
-        )),
+        Err(_) => {
+            Err(failure(StatusCode::REQUEST_TIMEOUT, &format!("the body did not come within {} s", time.as_secs())))
+        }
     }
 }
 

@@ -89,14 +89,21 @@ fn draw(out: &mut String, title: &str, groups: &[Group]) -> Result<(), Box<dyn s
     let rows = root.margin(HEAD, 0, 0, 0).split_evenly((groups.len(), 1));
     for (row, group) in rows.iter().zip(groups) {
         let Group { base, trajectory, .. } = *group;
-        let all = || base.iter().chain(trajectory).flat_map(|c| &c.points).map(|p| p.distance).filter(|d| *d > 0.0 && drawable(*d));
+        let all = || {
+            base.iter()
+                .chain(trajectory)
+                .flat_map(|c| &c.points)
+                .map(|p| p.distance)
+                .filter(|d| *d > 0.0 && drawable(*d))
+        };
         let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), d| (l.min(d), h.max(d)));
         let (low, high) = if low < high { (low * 0.9, high * 1.1) } else { (0.5, 2.0) };
         let goal = base.iter().filter(|c| !c.points.is_empty()).map(|c| super::statistics::level(&c.points));
         let goal = goal.clone().sum::<f64>() / (goal.count() as f64).max(1.0);
         for (area, axis) in row.split_evenly((1, 3)).iter().zip([Axis::Updates, Axis::Forwards, Axis::Seconds]) {
             let bands = [(band(base, axis), BASE), (band(trajectory, axis), TRAJECTORY)];
-            let right = bands.iter().flat_map(|(b, _)| b).map(|p| p.0).filter(|x| drawable(*x)).fold(0.0, f64::max).max(1e-9);
+            let right =
+                bands.iter().flat_map(|(b, _)| b).map(|p| p.0).filter(|x| drawable(*x)).fold(0.0, f64::max).max(1e-9);
             let mut builder = ChartBuilder::on(area);
             builder.margin(12).x_label_area_size(44).y_label_area_size(60);
             if axis == Axis::Updates && groups.len() > 1 {
