@@ -18,6 +18,7 @@ pub mod moments;
 pub mod neighbours;
 mod reference;
 pub mod resize;
+pub mod row;
 pub mod sliced;
 pub mod source;
 pub mod sweep;

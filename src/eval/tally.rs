@@ -1,9 +1,9 @@
 //! Measures of one set over blocks of seeds, gathered into a row.
 
-use super::evaluation::Row;
 use super::inception_score::InceptionScore;
 use super::kernel::{self, Estimator};
 use super::manifold::{self, Manifold};
+use super::row::Row;
 use super::{FeatureMatrix, Statistics, frechet};
 use crate::error::Result;
 

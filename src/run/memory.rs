@@ -11,8 +11,7 @@ use crate::memory;
 pub use crate::memory::{Free, shown};
 use crate::run::origin;
 use crate::run::request::Request;
-use crate::run::session;
-use crate::run::teacher::Teacher;
+use crate::run::teacher::{self, Teacher};
 use crate::torch::training::Hollow;
 use crate::torch::{Forward, device, shim};
 
@@ -45,7 +44,7 @@ impl Subject<'_> {
         let denoiser = match config.lora == self.config.lora {
             true => self.denoiser,
             false => {
-                adapted = session::denoiser(self.teacher, config)?;
+                adapted = teacher::denoiser(self.teacher, config)?;
                 &adapted
             }
         };
@@ -79,7 +78,7 @@ pub fn foresee(
     // On another device the networks are looked at once more on the CPU, their weights hollow.
     let hollow = Hollow::new(false);
     let teacher = Teacher::load(&request.teacher, &request.teacher_options(config), Device::Cpu)?;
-    let denoiser = session::denoiser(&teacher, config)?;
+    let denoiser = teacher::denoiser(&teacher, config)?;
     drop(hollow);
     let file = origin::load(config, &teacher, Device::Cpu)?;
     let student = file.as_ref().map(|f| f.student(&config.student)).transpose()?;

@@ -1,7 +1,6 @@
 //! A run from its request to its student.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use tch::Device;
 
@@ -19,7 +18,7 @@ use crate::run::request::{Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
 use crate::run::summary::write_summary;
-use crate::run::teacher::Teacher;
+use crate::run::teacher::{Teacher, denoiser};
 use crate::run::watcher::{self, Watcher};
 use crate::runtime::decoder::Decoder;
 use crate::torch::train::cuda_graph;
@@ -44,16 +43,6 @@ pub struct Prepared {
     /// A student made of `file`, with the weights that `file` holds; absent where `file` is.
     pub student: Option<Student>,
     decoder: Option<Decoder>,
-}
-
-/// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so.
-pub fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
-    let network = teacher.network.alias();
-    let network = match config.lora() {
-        Some(options) => network.adapt(&options)?,
-        None => network,
-    };
-    Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
 }
 
 impl Prepared {

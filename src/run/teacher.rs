@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::diffusion::{CardSource, Condition, InputSpec, ResolvedCard, TeacherCard};
+use crate::diffusion::{CardSource, Condition, Denoiser, InputSpec, ResolvedCard, TeacherCard};
+use crate::distill::Config;
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
 use crate::graph::lower::lower;
@@ -152,4 +153,14 @@ impl Teacher {
     pub fn inputs(&self) -> Vec<InputSpec> {
         self.network.fed_inputs().iter().map(spec).collect()
     }
+}
+
+/// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so.
+pub fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
+    let network = teacher.network.alias();
+    let network = match config.lora() {
+        Some(options) => network.adapt(&options)?,
+        None => network,
+    };
+    Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
 }
