@@ -98,7 +98,11 @@ fn table(rows: &[Row]) -> comfy_table::Table {
         let cells: Vec<Option<String>> = rows.iter().map(value).collect();
         if cells.iter().any(Option::is_some) {
             let cells = cells.into_iter().map(|c| c.unwrap_or_else(|| "-".into()));
-            let name = if by_values { name.replace("image", "sample") } else { name.to_string() };
+            let name = if by_values {
+                name.replace("an image", "a sample").replace("image", "sample")
+            } else {
+                name.to_string()
+            };
             columns.push(std::iter::once(name.trim().to_string()).chain(cells).collect());
         }
     }

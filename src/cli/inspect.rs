@@ -76,7 +76,12 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         teacher::settle(&mut model, card).with_context(|| args.model.display().to_string())?;
     }
     // A fault in what is there is no lack: it is shown as the card's error, and nothing is proposed over it.
-    let mut known = source.known().unwrap_or_default();
+    let mut known = match source.known() {
+        Ok(known) => known,
+        // What was said here and now is to be corrected here and now.
+        Err(e) if !args.card.overrides().is_empty() => return Err(e),
+        Err(_) => Default::default(),
+    };
     if card.is_err() {
         inspect::join_parts(&mut model, &mut known)?;
     }

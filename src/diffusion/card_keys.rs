@@ -196,18 +196,23 @@ pub(super) fn check_known(key: &Key, is_table: bool) -> Result<()> {
     }
 }
 
+/// The value of a key, where it has the key's type.
+pub(super) fn check_type(key: &Key, leaf: &Leaf) -> Result<toml::Value> {
+    let free_text = key.len() == 1 && ["sample", "time", "output", "dataset"].contains(&key[0].as_str());
+    let value = match (&leaf.value, &leaf.text) {
+        // A graph input may be called `1` or `true`.
+        (value, Some(text)) if free_text && !value.is_str() => toml::Value::String(text.clone()),
+        (value, _) => value.clone(),
+    };
+    probe(key, &value).with_context(|| format!("card key `{}` ({})", key.join("."), leaf.origin))?;
+    Ok(value)
+}
+
 /// The card of merged leaves. Each value is read on its own first, so that an error names its key and origin.
 pub(super) fn build(leaves: &Leaves) -> Result<TeacherCard> {
     let mut root = toml::Table::new();
     for (key, leaf) in leaves {
-        let free_text = key.len() == 1 && ["sample", "time", "output", "dataset"].contains(&key[0].as_str());
-        let value = match (&leaf.value, &leaf.text) {
-            (toml::Value::String(_), _) | (_, None) => leaf.value.clone(),
-            // A graph input may be called `1` or `true`.
-            (_, Some(text)) if free_text => toml::Value::String(text.clone()),
-            _ => leaf.value.clone(),
-        };
-        probe(key, &value).with_context(|| format!("card key `{}` ({})", key.join("."), leaf.origin))?;
+        let value = check_type(key, leaf)?;
         let mut table = &mut root;
         for part in &key[..key.len() - 1] {
             let entry = table.entry(part.clone()).or_insert_with(|| toml::Value::Table(toml::Table::new()));

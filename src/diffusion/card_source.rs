@@ -10,7 +10,7 @@ use crate::onnx::ModelProto;
 
 use super::card::TeacherCard;
 pub use super::card_keys::Origin;
-use super::card_keys::{FOREIGN, Key, Leaf, Leaves, NEEDED, build, insert, insert_text, merge, split};
+use super::card_keys::{FOREIGN, Key, Leaf, Leaves, NEEDED, build, check_type, insert, insert_text, merge, split};
 use super::conversion::Conversion;
 use super::fixed::{self, FixedInput};
 use super::joined;
@@ -159,6 +159,9 @@ impl CardSource {
     /// What the sources say, complete or not: path of each key, its value and where it came from.
     pub fn known(&self) -> Result<BTreeMap<Vec<String>, (toml::Value, Origin)>> {
         let merged = self.merged(&mut BTreeMap::new())?;
+        for (key, leaf) in &merged {
+            check_type(key, leaf)?;
+        }
         Ok(merged.into_iter().map(|(key, leaf)| (key, (leaf.value, leaf.origin))).collect())
     }
 

@@ -11,7 +11,7 @@ pub fn read(graph: &Graph, model: &Path, out: &mut Findings) {
     let Some(port) = out.text(&["sample"]).and_then(|n| graph.inputs.iter().find(|p| p.name == n)) else {
         return out.undecided(&["shape"], "the sample input is not known");
     };
-    let Some(dims) = port.dims().filter(|d| d.len() >= 2) else {
+    let Some(dims) = out.dims_of(port).filter(|d| d.len() >= 2) else {
         return out.undecided(&["shape"], format!("`{}` declares no shape of a batch of samples", port.name));
     };
     if dims.len() == 4 {

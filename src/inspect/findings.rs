@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::diffusion::{Condition, Conversion, Layout, Origin, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
 use crate::error::{Error, Result};
+use crate::graph::Port;
 
 /// What the sources of a card (metadata, side file, command line) already say, by path.
 pub type Known = BTreeMap<Vec<String>, (toml::Value, Origin)>;
@@ -142,6 +143,15 @@ impl Findings {
         card.validate()?;
         Conversion::new(&card)?;
         Ok(card)
+    }
+
+    /// The dimensions of an input, those that the file leaves free by the card's `dims`; `None` where neither says one, or all.
+    pub fn dims_of(&self, port: &Port) -> Option<Vec<Option<usize>>> {
+        let size = |dim: &Result<usize, String>| match dim {
+            Ok(n) => Some(*n),
+            Err(symbol) => self.get(&["dims", symbol])?.value.as_ref()?.as_integer()?.try_into().ok(),
+        };
+        Some(port.shape.as_ref()?.iter().map(size).collect())
     }
 
     /// A card to compute with before everything is decided: open keys get values that let the network run.

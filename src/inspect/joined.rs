@@ -45,9 +45,22 @@ fn propose(graph: &Graph, model: &Model, known: &Known) -> Option<Vec<(Vec<Strin
         among.iter().find(|p| p.name == name).map(InputSpec::from)
     };
     let (sample, output) = (port("sample", &graph.inputs)?, port("output", &graph.outputs)?);
-    let (given, made) = joined(&sample, &output)?;
-    let mut row: Vec<Option<usize>> = sample.shape[1..].to_vec();
-    let axis = row.iter().zip(&output.shape[1..]).position(|(a, b)| (*a, *b) == (Some(given), Some(made)))?;
+    let sizes = |name: &str| graph.inputs.iter().find(|p| p.name == name).and_then(|p| findings.dims_of(p));
+    let mut row: Vec<Option<usize>> = sizes(&sample.name)?.into_iter().skip(1).collect();
+    // Where the card says the sample's shape, it says how many of the channels are the sample's.
+    let shape: Option<Vec<usize>> = known.get(&vec!["shape".to_owned()]).and_then(|(v, _)| v.clone().try_into().ok());
+    let shape = shape.filter(|s| s.len() == row.len() && findings.text(&["layout"]).as_deref() != Some("nhwc"));
+    let (given, made) = match (&shape, row.first()) {
+        (Some(shape), Some(Some(given))) if *given > shape[0] => (*given, shape[0]),
+        _ => joined(&sample, &output)?,
+    };
+    let axis = match &shape {
+        Some(shape) if row[0] == Some(given) && shape[0] == made => {
+            row.iter_mut().zip(shape).skip(1).for_each(|(d, n)| *d = d.or(Some(*n)));
+            0
+        }
+        _ => row.iter().zip(&output.shape[1..]).position(|(a, b)| (*a, *b) == (Some(given), Some(made)))?,
+    };
     let spatial: Vec<usize> = (0..row.len()).filter(|k| *k != axis).collect();
     if let (Some(size), [h, w]) = (sample_size(&model.path), spatial.as_slice()) {
         (row[*h], row[*w]) = (row[*h].or(Some(size[0])), row[*w].or(Some(size[1])));

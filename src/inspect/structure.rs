@@ -139,7 +139,7 @@ fn sample_candidates<'a>(graph: &'a Graph, conditions: &[&str]) -> (Vec<&'a Port
 }
 
 fn condition(graph: &Graph, p: &Port, out: &mut Findings) {
-    let Some(dims) = p.dims() else {
+    let Some(dims) = out.dims_of(p) else {
         return out.undecided(&["conditions", &p.name, "kind"], "the input declares no shape");
     };
     let path = |field: &'static str| -> [String; 3] { ["conditions".into(), p.name.clone(), field.into()] };

@@ -6,16 +6,25 @@ use std::time::Instant;
 use crate::diffusion::{Condition, InputSpec, TeacherCard};
 use crate::error::{Error, Result};
 use crate::runtime::Engine;
-use crate::tensor::HostTensor;
+use crate::tensor::{DType, HostTensor};
 use crate::torch::{Forward, Network, convert};
 
 /// Runs a graph on named inputs.
 pub trait Run {
     /// The output of this name.
     fn run(&mut self, inputs: &[(&str, HostTensor)], output: &str) -> Result<HostTensor>;
+
+    /// Whether it computes in f32 what the file has in f64.
+    fn narrowed(&self) -> bool {
+        false
+    }
 }
 
 impl Run for Network {
+    fn narrowed(&self) -> bool {
+        self.shared().narrowed
+    }
+
     fn run(&mut self, inputs: &[(&str, HostTensor)], output: &str) -> Result<HostTensor> {
         let tensors = inputs.iter().map(|(_, t)| convert::to_torch(t)).collect::<Result<Vec<_>>>()?;
         let named: Vec<_> = inputs.iter().zip(&tensors).map(|((n, _), t)| (*n, t)).collect();
@@ -68,6 +77,10 @@ enum Other {
 impl<'a> Subject<'a> {
     /// `card`: names, shape, layout, conditions and constants of the network (the rest plays no part).
     pub fn new(run: &'a mut dyn Run, card: &TeacherCard, inputs: &[InputSpec]) -> Result<Self> {
+        let mut inputs = inputs.to_vec();
+        for input in inputs.iter_mut().filter(|i| run.narrowed() && i.dtype == DType::F64) {
+            input.dtype = DType::F32;
+        }
         let find = |name: &str| {
             let found = inputs.iter().find(|i| i.name == name).cloned();
             found.ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
@@ -169,6 +182,10 @@ impl<'a> Subject<'a> {
                 "output `{}` is {y:?} for {rows} samples of {shape:?}: not one value a value of the sample",
                 self.card.output
             ))
+            .hint(
+                "a network that takes more channels than it gives has conditions among them: --card shape=... (the sample's own) and \
+                 concat, as the README's card says",
+            )
         })?;
         Ok(layout.values_out_of_graph(y32, shape))
     }

@@ -1,5 +1,6 @@
 //! Connections: how many there may be, how long they may take, and how they end.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio_io_timeout::TimeoutStream;
 use tower_service::Service as _;
 
@@ -19,8 +20,8 @@ use tower_service::Service as _;
 pub(super) const HEAD: Duration = Duration::from_secs(10);
 /// Time in which a caller must take some of an answer.
 const WRITE: Duration = Duration::from_secs(30);
-/// Connections beyond the limit that may still ask for health, or hear that there are too many.
-const CROWD: usize = 32;
+/// Connections beyond the limit that may still ask for health, or hear that there are too many. One more closes the oldest of them.
+const CROWD: usize = 64;
 /// Size of a request's head at most.
 const HEAD_BYTES: usize = 64 * 1024;
 
@@ -42,7 +43,8 @@ pub(super) async fn run(
     grace: Duration,
     hurry: impl Future<Output = ()>,
 ) -> bool {
-    let (room, crowd) = (Arc::new(Semaphore::new(limit)), Arc::new(Semaphore::new(CROWD)));
+    let room = Arc::new(Semaphore::new(limit));
+    let mut crowd: VecDeque<AbortHandle> = VecDeque::new();
     let (tell, told) = watch::channel(false);
     let mut tasks = JoinSet::new();
     tokio::pin!(stop);
@@ -63,12 +65,17 @@ pub(super) async fn run(
         };
         match room.clone().try_acquire_owned() {
             Ok(permit) => {
-                tasks.spawn(serve(stream, peer, pages.all.clone(), true, told.clone(), permit));
+                tasks.spawn(serve(stream, peer, pages.all.clone(), Some(permit), told.clone()));
             }
             Err(_) => {
-                if let Ok(permit) = crowd.clone().try_acquire_owned() {
-                    tasks.spawn(serve(stream, peer, pages.crowded.clone(), false, told.clone(), permit));
+                // Whoever sends half a head and waits gives way to who asks now.
+                crowd.retain(|task| !task.is_finished());
+                if crowd.len() >= CROWD
+                    && let Some(oldest) = crowd.pop_front()
+                {
+                    oldest.abort();
                 }
+                crowd.push_back(tasks.spawn(serve(stream, peer, pages.crowded.clone(), None, told.clone())));
             }
         }
     }
@@ -88,10 +95,10 @@ async fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     pages: Router,
-    keep: bool,
+    room: Option<OwnedSemaphorePermit>,
     mut told: watch::Receiver<bool>,
-    _permit: OwnedSemaphorePermit,
 ) {
+    let keep = room.is_some();
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(WRITE));

@@ -74,9 +74,9 @@ fn now() -> String {
 
 fn refuse(access: &Access, address: SocketAddr, path: &str, headers: &HeaderMap) -> Option<Response> {
     let text = |name: header::HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
-    if let Some(host) = text(header::HOST)
-        && !host_fits(access, address, host)
-    {
+    // (HTTP/1.1 wants one Host; two are an attempt to have them read differently.)
+    let hosts = headers.get_all(header::HOST).iter().count();
+    if hosts > 1 || text(header::HOST).is_some_and(|host| !host_fits(access, address, host)) {
         let text = "the request's Host is not this server's: --host-name NAME lets a name through";
         return Some(failure(StatusCode::MISDIRECTED_REQUEST, text));
     }

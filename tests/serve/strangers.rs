@@ -81,6 +81,13 @@ fn slow_heads_are_cut_off_and_health_is_answered_in_a_crowd() {
     let refused = server.get("/sample");
     assert!(refused.status == 503 && refused.error().contains("too many connections"), "{refused:?}");
     assert!(refused.head.to_lowercase().contains("retry-after: 1"), "{}", refused.head);
+    // More than may wait beside them: who asks now gets his answer.
+    let crowd: Vec<TcpStream> = (0..90).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
+    for mut stream in &crowd {
+        stream.write_all(b"GET /sample HT").unwrap();
+    }
+    assert_eq!(server.get("/health").status, 200);
+    drop(crowd);
     // Their time is up after 10 s, and there is room again.
     slow.iter().for_each(|stream| drop(rest(stream)));
     assert!(began.elapsed() >= Duration::from_secs(8));
