@@ -61,7 +61,7 @@ pub fn write_atomic_with(
     run()
         .map_err(|e| match e.kind() {
             std::io::ErrorKind::StorageFull => Error::io(format!("no space left on the device: {e}"))
-                .hint("free some space and run again; nothing was left half-written"),
+                .hint("free some space; nothing was left half-written"),
             _ => Error::io(e.to_string()),
         })
         .with_context(|| format!("cannot write {}", path.display()))

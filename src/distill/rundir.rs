@@ -365,6 +365,7 @@ mod tests {
         let config = Config { batch: 3, ..Config::default() };
         let run = RunDir::create(&path, &config).unwrap();
         std::fs::write(run.metrics(), "{}\n").unwrap();
+        drop(run);
         let e = RunDir::create(&path, &config).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("--resume"), "{e}");
         assert_eq!(RunDir::open(&path).unwrap().1, config);

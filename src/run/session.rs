@@ -6,10 +6,10 @@ use std::sync::Arc;
 use tch::Device;
 
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::StageKind;
+use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
-use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill};
+use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
 use crate::run::identity::{self, Identity};
@@ -275,6 +275,20 @@ impl Session {
         &self.config
     }
 
+    /// An error in the middle of a run, with what the run has reached and how it goes on.
+    fn what_is_kept(&self, e: Error) -> Error {
+        let run = &self.run;
+        let how = "the same command with --resume goes on";
+        match Checkpoint::latest_state(&run.checkpoints()) {
+            Ok(Some(state)) => {
+                let (stage, iteration) = (state.stage.name(), state.iteration);
+                e.also(format!("the run is kept as it was after iteration {iteration} of stage `{stage}`: {how}"))
+            }
+            _ if run.trajectory().join(trajectory::INDEX).is_file() => e.also(format!("the trajectory is kept: {how}")),
+            _ => e,
+        }
+    }
+
     fn undo(&self, fresh: bool, e: Error) -> Error {
         if fresh {
             self.run.discard();
@@ -301,7 +315,8 @@ impl Session {
         // Without a trajectory stage 1 has nothing to do.
         let none = config.degrade.nodes == 0 && request.trajectory.is_none();
         let stages = if none && request.stages == Stages::Backtrack { Stages::Both } else { request.stages };
-        let outcome = distill(job, denoiser, stages).with_context(|| request.out.display().to_string())?;
+        let outcome = distill(job, denoiser, stages).with_context(|| request.out.display().to_string());
+        let outcome = outcome.map_err(|e| self.what_is_kept(e))?;
         let finished = match outcome {
             Outcome::Stopped(stage) => Finished::Stopped(stage),
             Outcome::Recorded(trajectory) => Finished::Recorded(trajectory),

@@ -291,6 +291,8 @@ impl Observer for Watcher<'_> {
         self.forget_levels(begin)?;
         self.monitor.stage_begins(self.run.path(), begin);
         self.stepped.0 = Instant::now();
+        // A target that was entered before the checkpoint has been looked at.
+        self.new_target &= begin.iteration == 0;
         let Some(judge) = &mut self.judge else { return Ok(false) };
         judge.forget_after(begin.updates)?;
         Ok(begin.stage == StageKind::Backtrack && judge.exhausted())
