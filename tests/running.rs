@@ -217,3 +217,54 @@ fn memory_is_foreseen_before_the_first_step() {
     let (code, text) = limited("--accumulate 6 --batch auto --updates 1 --degrade-steps 2 --nodes 1");
     assert!(code == Some(0) && text.contains("--batch auto: batch 768, accumulate 1"), "{text}");
 }
+
+/// Faults of the file system, put between the program and the C library (`tests/faults/faults.c`): an error, nothing half-written, and
+/// the run goes on to the same bytes.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_system_with_faults_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let library = dir.join("faults.so");
+    let source = support::root().join("tests/faults/faults.c");
+    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl").status();
+    if !built.is_ok_and(|status| status.success()) {
+        println!("not run: no C compiler here");
+        return;
+    }
+    let short = "--degrade-steps 4 --updates 4 --nodes 1 --set log.checkpoint_every=2";
+    assert_eq!(output(distill(dir, "whole", short)).0, Some(0));
+    let whole = student(&dir.join("whole"));
+    let run = dir.join("run");
+    let faulty = |fault: &str| {
+        let mut command = distill(dir, "run", &format!("{short} --resume=auto --quiet"));
+        output({
+            command.env("LD_PRELOAD", &library).env("FAULT_UNDER", &run).env("FAULT", fault);
+            command
+        })
+    };
+    // Every write short, which is no fault.
+    let (code, text) = faulty("short=1");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(student(&run) == whole);
+    std::fs::remove_dir_all(&run).unwrap();
+    let mut failed = 0;
+    for fault in ["rename=1", "fsync=9", "write=40", "rename=9", "fsync=4"] {
+        let (code, text) = faulty(fault);
+        assert!(code == Some(1) || code == Some(0), "{fault}: {code:?} {text}");
+        let named = text.contains("Input/output error") || text.contains("no space left");
+        assert!(code == Some(0) || named, "{fault}: {text}");
+        failed += usize::from(code == Some(1));
+        // Whatever has a name is whole.
+        for entry in std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten() {
+            let name = entry.file_name().into_string().unwrap();
+            if name.ends_with(".safetensors") {
+                disback::torch::params::load_tensors(&entry.path()).unwrap();
+            }
+        }
+    }
+    assert!(failed >= 3, "{failed} of 5 faults were met");
+    let (code, text) = output(distill(dir, "run", &format!("{short} --resume=auto --quiet")));
+    assert_eq!(code, Some(0), "{text}");
+    assert!(student(&run) == whole);
+}

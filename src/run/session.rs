@@ -12,6 +12,7 @@ use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
+use crate::run::data_check::DataCheck;
 use crate::run::identity::{self, Identity};
 use crate::run::memory;
 use crate::run::origin::{self, Origin, Written};
@@ -243,6 +244,8 @@ pub struct Distilled {
     pub files: Vec<Written>,
     /// Optimiser steps that were skipped because their gradients were not finite.
     pub skipped_steps: u64,
+    /// What the run was warned of: losses that left their history, a student that collapsed.
+    pub warnings: Vec<String>,
 }
 
 impl Distilled {
@@ -310,6 +313,10 @@ impl Session {
         let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
             .map_err(|e| self.undo(fresh, e))?;
         watcher.time_limit = request.time_limit;
+        if request.stages != Stages::Degrade {
+            watcher.data = DataCheck::begin(config, &teacher.card.card, fresh, &*request.monitor)
+                .map_err(|e| self.undo(fresh, e))?;
+        }
         let stop: &std::sync::atomic::AtomicBool = &request.stop;
         let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress };
         // Without a trajectory stage 1 has nothing to do.
@@ -329,7 +336,7 @@ impl Session {
                     ))
                 })?;
                 let skipped_steps = write_summary(origin, request, config, run, *device)?;
-                Finished::Distilled(Distilled { files, skipped_steps })
+                Finished::Distilled(Distilled { files, skipped_steps, warnings: watcher.warnings() })
             }
         };
         crate::report::write(run.path())?;

@@ -20,6 +20,15 @@ pub struct GanConfig {
     pub levels: [usize; 2],
 }
 
+/// How data sets of real images are treated.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DataConfig {
+    /// Passes over images that cannot be read, each replaced by the next one that can, and counts and names them; otherwise the first
+    /// one ends the run.
+    pub skip_broken: bool,
+}
+
 impl Default for GanConfig {
     fn default() -> Self {
         Self {
