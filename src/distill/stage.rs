@@ -12,7 +12,7 @@ use crate::distill::job::Job;
 use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::Finding;
 use crate::distill::observer::{Begin, Running, Step};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 
 /// One stage of a run.
 pub(crate) trait Stage {
@@ -129,7 +129,10 @@ pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Res
         let wish = match job.observer.after_step(&step) {
             Ok(wish) => wish,
             Err(e) => {
-                keep(stage, job, &log, state);
+                // (What could not be written of this iteration is missing, and a resume must write it again.)
+                if e.kind() != Kind::Io {
+                    keep(stage, job, &log, state);
+                }
                 return Err(e);
             }
         };
