@@ -89,6 +89,17 @@ impl Error {
         self
     }
 
+    /// Adds a further sentence to what the user can do about it.
+    #[must_use]
+    pub fn also(mut self, hint: impl AsRef<str>) -> Self {
+        let before = self.0.hint.take();
+        self.0.hint = Some(match before {
+            Some(before) => format!("{before}; {}", hint.as_ref()),
+            None => hint.as_ref().to_owned(),
+        });
+        self
+    }
+
     /// What the user can do about it, where the error says so.
     pub fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref()

@@ -50,7 +50,10 @@ pub fn write_atomic_with(
             use std::os::unix::fs::PermissionsExt;
             file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
         }
-        file.persist(path).map_err(|e| e.error)?;
+        // (Through the C library, so that a test can make it fail.)
+        let (_, written) = file.into_parts();
+        std::fs::rename(&written, path)?;
+        let _ = written.keep();
         // The new name must outlast a power cut before anything relies on it. (Some file systems know no fsync of folders.)
         #[cfg(unix)]
         if let Ok(folder) = std::fs::File::open(dir) {
@@ -61,7 +64,7 @@ pub fn write_atomic_with(
     run()
         .map_err(|e| match e.kind() {
             std::io::ErrorKind::StorageFull => Error::io(format!("no space left on the device: {e}"))
-                .hint("free some space and run again; nothing was left half-written"),
+                .hint("free some space; nothing was left half-written"),
             _ => Error::io(e.to_string()),
         })
         .with_context(|| format!("cannot write {}", path.display()))

@@ -16,7 +16,11 @@ const SMALL: &str = "--device cpu --threads 1 --batch 2 --nodes 2 --degrade-step
 
 fn distill(dir: &Path, run: &str, more: &str) -> Command {
     let mut command = support::disback();
-    command.args(["distill", TEACHER, "-o", run]).args(SMALL.split_whitespace()).args(more.split_whitespace());
+    let words = |text: &'static str| text.split_whitespace().collect::<Vec<_>>();
+    // What `more` says anew is left out. (Every option of `SMALL` has a value.)
+    let small = words(SMALL);
+    let kept = small.chunks(2).filter(|pair| pair[0] == "--set" || !more.split_whitespace().any(|w| w == pair[0]));
+    command.args(["distill", TEACHER, "-o", run]).args(kept.flatten()).args(more.split_whitespace());
     command.current_dir(dir).env_remove("SLURM_JOB_END_TIME");
     command
 }
@@ -110,15 +114,31 @@ fn whatever_ends_a_run_it_goes_on_to_the_same_bytes() {
     let mut shell = Command::new("sh");
     shell.args(["-c", "trap '' HUP INT; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
     let mut child = shell.current_dir(dir).stderr(Stdio::piped()).spawn().unwrap();
-    if goes_on(&mut child, &run, 0) {
-        let _ = Command::new("kill").args(["-HUP", &child.id().to_string()]).status();
-        let _ = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    let pid = format!("\"pid\":{},", child.id());
+    while child.try_wait().unwrap().is_none() {
+        if std::fs::read_to_string(run.join("run.lock")).is_ok_and(|text| text.contains(&pid)) {
+            ["-HUP", "-INT"].into_iter().for_each(|signal| kill(&child, signal));
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
     let (code, text) = said(&child.wait_with_output().unwrap());
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("was changed after it was written; going on from the checkpoint before it"), "{text}");
     assert!(!run.join("checkpoints/.disback-abc").exists() && !run.join("run.lock").exists());
     assert!(student(&run) == student(&dir.join("whole")));
+    // What was measured on the way is the same too, but for times.
+    let rows = |name: &str, file: &str| {
+        let mut rows = lines(dir.join(name).join(file));
+        for row in &mut rows {
+            let fields = row.as_object_mut().unwrap();
+            ["seconds", "images_per_s"].iter().for_each(|key| drop(fields.remove(*key)));
+        }
+        rows
+    };
+    for file in ["metrics.jsonl", "levels.jsonl"] {
+        assert_eq!(rows("run", file), rows("whole", file), "{file}");
+    }
 }
 
 #[test]
@@ -196,4 +216,55 @@ fn memory_is_foreseen_before_the_first_step() {
     }
     let (code, text) = limited("--accumulate 6 --batch auto --updates 1 --degrade-steps 2 --nodes 1");
     assert!(code == Some(0) && text.contains("--batch auto: batch 768, accumulate 1"), "{text}");
+}
+
+/// Faults of the file system, put between the program and the C library (`tests/faults/faults.c`): an error, nothing half-written, and
+/// the run goes on to the same bytes.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_system_with_faults_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let library = dir.join("faults.so");
+    let source = support::root().join("tests/faults/faults.c");
+    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl").status();
+    if !built.is_ok_and(|status| status.success()) {
+        println!("not run: no C compiler here");
+        return;
+    }
+    let short = "--degrade-steps 4 --updates 4 --nodes 1 --set log.checkpoint_every=2";
+    assert_eq!(output(distill(dir, "whole", short)).0, Some(0));
+    let whole = student(&dir.join("whole"));
+    let run = dir.join("run");
+    let faulty = |fault: &str| {
+        let mut command = distill(dir, "run", &format!("{short} --resume=auto --quiet"));
+        output({
+            command.env("LD_PRELOAD", &library).env("FAULT_UNDER", &run).env("FAULT", fault);
+            command
+        })
+    };
+    // Every write short, which is no fault.
+    let (code, text) = faulty("short=1");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(student(&run) == whole);
+    std::fs::remove_dir_all(&run).unwrap();
+    let mut failed = 0;
+    for fault in ["rename=1", "fsync=9", "write=40", "rename=9", "fsync=4"] {
+        let (code, text) = faulty(fault);
+        assert!(code == Some(1) || code == Some(0), "{fault}: {code:?} {text}");
+        let named = text.contains("Input/output error") || text.contains("no space left");
+        assert!(code == Some(0) || named, "{fault}: {text}");
+        failed += usize::from(code == Some(1));
+        // Whatever has a name is whole.
+        for entry in std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten() {
+            let name = entry.file_name().into_string().unwrap();
+            if name.ends_with(".safetensors") {
+                disback::torch::params::load_tensors(&entry.path()).unwrap();
+            }
+        }
+    }
+    assert!(failed >= 3, "{failed} of 5 faults were met");
+    let (code, text) = output(distill(dir, "run", &format!("{short} --resume=auto --quiet")));
+    assert_eq!(code, Some(0), "{text}");
+    assert!(student(&run) == whole);
 }

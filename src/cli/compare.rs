@@ -19,7 +19,7 @@ use crate::eval::kernel::Estimator;
 use crate::eval::source::Draw;
 use crate::eval::{FeatureNet, Source, Statistics, frechet, values};
 use crate::io::ImageSet;
-use crate::run::{self, origin};
+use crate::run::{self, Request, origin};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
@@ -239,6 +239,13 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     run::checks::check_stage_two(&config, &denoiser)?;
     let file = origin::load(&config, &teacher, place)?;
     let student = origin::given(file.as_ref(), &denoiser, &config)?;
+    let reading = &args.teacher.reading;
+    let request = Request {
+        freeze: reading.freeze.clone(),
+        train: reading.train.clone(),
+        ..Request::new(&args.teacher.teacher, &args.out)
+    };
+    run::memory::foresee(&config, &request, (&teacher, &denoiser, student.as_ref()), place, false)?;
     let every = args.every.unwrap_or(config.backtrack.updates / 20).max(1);
     let arm = |seed, with| match args.budget {
         Some(budget) => compare::within(compare::arm(&config, seed, with), budget),
@@ -283,7 +290,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
                     if !globals.quiet {
                         eprintln!("stopped; the same command goes on with {name}");
                     }
-                    return Ok(ExitCode::from(130));
+                    return Ok(ExitCode::from(signals::exit_code()));
                 }
             }
             // A run that was read back says nothing about the time of the others.

@@ -259,6 +259,9 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
                     "warning: {skipped} optimiser steps were skipped, their gradients were not finite (`skipped` in metrics.jsonl)"
                 );
             }
+            if !globals.quiet {
+                made.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+            }
             let student = made.student().clone();
             let shown: Vec<_> = made.files.iter().map(|w| w.path.display().to_string()).collect();
             if let Some((path, why)) = made.files.into_iter().find_map(|w| Some((w.path, w.failed?))) {
@@ -268,7 +271,11 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
                     "its weights are in student.safetensors; `disback verify` compares the file in every engine. Please report it",
                 ));
             }
-            (ExitCode::SUCCESS, shown.join("\n"), json!({ "ok": true, "outcome": "finished", "student": student }))
+            (
+                ExitCode::SUCCESS,
+                shown.join("\n"),
+                json!({ "ok": true, "outcome": "finished", "student": student, "warnings": made.warnings }),
+            )
         }
     };
     if globals.json {

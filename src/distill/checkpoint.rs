@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use crate::distill::metrics::Meter;
 use crate::distill::trajectory::short;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
@@ -58,6 +59,9 @@ pub struct State {
     pub best_loss: Option<f32>,
     /// Iteration of stage 1 at which `best_loss` was reached.
     pub best_at: u64,
+    /// What the next row of metrics has of the iterations since the row before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub meters: Vec<Meter>,
     /// Name of the file that holds the tensors.
     pub file: String,
     /// SHA-256 of that file; empty in checkpoints of earlier versions.
@@ -82,6 +86,7 @@ impl State {
             stale: 0,
             best_loss: None,
             best_at: 0,
+            meters: Vec::new(),
             file: String::new(),
             sha256: String::new(),
             hash: String::new(),
@@ -161,6 +166,12 @@ pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)], keep: usize
     prune(dir, state.place(), keep)
 }
 
+/// Whether the checkpoint of this state has been written.
+pub(crate) fn is_there(dir: &Path, state: &State) -> bool {
+    let found = states(dir).map(|(states, _)| states.iter().any(|s| s.place() == state.place()));
+    found.unwrap_or(false)
+}
+
 /// Removes all checkpoints but the one just written at `last` and the newest of those before it. (Later ones are of a course that was
 /// given up: one that could not be read, before which the run went on.)
 fn prune(dir: &Path, last: (StageKind, u64), keep: usize) -> Result<()> {
@@ -228,7 +239,7 @@ impl Checkpoint {
         }
         match problems.into_iter().max_by_key(|(place, _)| *place) {
             None => Ok(None),
-            Some((_, e)) => Err(e.hint(
+            Some((_, e)) => Err(e.also(
                 "no checkpoint of this run can be read; `disback backtrack --trajectory` takes stage 1 of it into a new run",
             )),
         }

@@ -173,6 +173,10 @@ impl Stage for Degrade<'_> {
         log.meters.add("grad_norm_fake", self.adam.grad_norm())
     }
 
+    fn device(&self) -> tch::Device {
+        self.batches.device
+    }
+
     /// Records a node where the plan has one, and at the end.
     fn after_update(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<bool> {
         let ended = self.out_of_patience(state, log)? || state.iteration == self.total();

@@ -16,7 +16,10 @@ use crate::torch::train::optim::AdamW;
 /// Metrics, progress and time of one stage.
 pub(crate) struct Log {
     stage: StageKind,
+    /// Of the present iteration, until it is [`Log::done`].
     pub meters: Meters,
+    /// Of the iterations since the row before.
+    since_row: Meters,
     file: MetricsFile,
     pub progress: Progress,
     started: Instant,
@@ -29,7 +32,8 @@ pub(crate) struct Log {
 
 impl Log {
     /// Opens `metrics.jsonl`, dropping the rows after the checkpoint that the stage goes on from.
-    pub fn new(job: &Job, state: &State, total: u64, last: usize, images: u64) -> Result<Self> {
+    pub fn new(job: &Job, state: &State, total: u64, last: usize, device: tch::Device) -> Result<Self> {
+        let images = state.iteration * job.config.images();
         // A run that is shorter than what may be skipped must not end well either where nothing was ever done.
         let most = |steps: u64| job.config.optimizer.max_skips.min(steps);
         let keep = |row: &Row| match (row.stage, state.stage) {
@@ -40,6 +44,7 @@ impl Log {
         Ok(Self {
             stage: state.stage,
             meters: Meters::default(),
+            since_row: Meters::restore(&state.meters, device)?,
             file: MetricsFile::open(&job.run.metrics(), keep)?,
             progress: Progress::new(state.stage, total, state.iteration, last, job.silent),
             started: Instant::now(),
@@ -55,6 +60,11 @@ impl Log {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
 
+    /// The iteration is done: what it has measured counts.
+    pub fn done(&mut self) -> Result<()> {
+        self.since_row.take_over(&mut self.meters)
+    }
+
     /// Adds an optimiser's counters of skipped steps: in all, and in a row.
     pub fn skips(&mut self, names: [&'static str; 2], adam: &AdamW) -> Result<()> {
         let (total, row) = adam.skipped();
@@ -62,15 +72,10 @@ impl Log {
         self.meters.set(names[1], row)
     }
 
-    /// Reads the meters, writes a row, shows it. Fails where a network has had nothing but gradients that are not finite
-    /// for too long; `finding` tells which network is at fault.
-    pub fn row(
-        &mut self,
-        at: At,
-        observer: &mut dyn Observer,
-        finding: &dyn Fn() -> Result<Option<Finding>>,
-    ) -> Result<Means> {
-        let means = self.meters.take()?;
+    /// Reads the meters, writes a row, shows it.
+    pub fn row(&mut self, at: At, observer: &mut dyn Observer) -> Result<Means> {
+        self.done()?;
+        let means = self.since_row.take()?;
         let seconds = self.row_at.elapsed().as_secs_f64().max(1e-9);
         let skips = |names: &[&str]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
         let row = Row {
@@ -96,6 +101,17 @@ impl Log {
         self.file.append(&row)?;
         self.progress.row(&row);
         observer.metrics(&row)?;
+        Ok(means)
+    }
+
+    /// Errors where a network has had nothing but gradients that are not finite for too long; `finding` tells which network is at
+    /// fault.
+    pub fn check_skips(
+        &self,
+        means: &Means,
+        iteration: u64,
+        finding: &dyn Fn() -> Result<Option<Finding>>,
+    ) -> Result<()> {
         let [most_generator, most] = self.max_skips;
         let trained = if self.stage == StageKind::Degrade { "the degraded copy" } else { "the fake score" };
         for (name, network, most) in [
@@ -107,7 +123,7 @@ impl Log {
             let what = format!(
                 "{}, iteration {}: the gradient of {network} has not been finite for {steps} steps in a row",
                 self.stage.name(),
-                at.iteration
+                iteration
             );
             return Err(match finding()? {
                 Some(c) => Error::backend(format!("{what}: {}", c.found)).hint(c.hint),
@@ -117,12 +133,14 @@ impl Log {
                 .hint("a lower learning rate, a smaller optimizer.clip, or f32 where precision is bf16"),
             });
         }
-        Ok(means)
+        Ok(())
     }
 
     /// Writes a checkpoint.
     pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[(String, Tensor)]) -> Result<()> {
         job.run.check_taken()?;
+        self.file.sync()?;
+        state.meters = self.since_row.save()?;
         state.seconds = self.seconds();
         checkpoint::save(&job.run.checkpoints(), state, tensors, job.config.log.keep)
     }

@@ -1,5 +1,6 @@
 //! What a run measures: means kept on the device until a row is written, and `metrics.jsonl`.
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,18 @@ use crate::error::{Context, Error, Result};
 /// Running means of scalars that stay on the device; reading them is the only synchronisation of a training loop.
 #[derive(Debug, Default)]
 pub struct Meters {
-    sums: Vec<(&'static str, Tensor, u64)>,
+    sums: Vec<(Cow<'static, str>, Tensor, u64)>,
+}
+
+/// A sum that a row of metrics is still to be made of, as a checkpoint holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meter {
+    /// Name of the mean.
+    pub name: String,
+    /// The sum's bits (f64): its decimal form might not read back exactly.
+    pub sum: u64,
+    /// Values in it.
+    pub count: u64,
 }
 
 impl Meters {
@@ -25,9 +37,56 @@ impl Meters {
                 *count += 1;
             }
             // A copy: the sum is accumulated in place.
-            None => self.sums.push((name, value.f_to_dtype(Kind::Double, false, true)?, 1)),
+            None => self.sums.push((name.into(), value.f_to_dtype(Kind::Double, false, true)?, 1)),
         }
         Ok(())
+    }
+
+    /// Adds all that `other` has to the means here, and leaves it empty.
+    pub fn take_over(&mut self, other: &mut Self) -> Result<()> {
+        for (name, value, count) in other.sums.drain(..) {
+            match self.sums.iter_mut().find(|(n, ..)| *n == name) {
+                Some((_, sum, before)) => {
+                    let _ = sum.f_add_(&value)?;
+                    *before += count;
+                }
+                None => self.sums.push((name, value, count)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.sums.clear();
+    }
+
+    fn values(&self) -> Result<Vec<f64>> {
+        if self.sums.is_empty() {
+            return Ok(Vec::new());
+        }
+        let sums = Tensor::f_stack(&self.sums.iter().map(|(_, s, _)| s).collect::<Vec<_>>(), 0)?;
+        crate::torch::training::note_host_read();
+        Ok(Vec::<f64>::try_from(sums.f_to_device(tch::Device::Cpu)?)?)
+    }
+
+    /// What there is, for a checkpoint.
+    pub fn save(&self) -> Result<Vec<Meter>> {
+        let meter = |((name, _, count), sum): (&(Cow<'static, str>, Tensor, u64), f64)| Meter {
+            name: name.to_string(),
+            sum: sum.to_bits(),
+            count: *count,
+        };
+        Ok(self.sums.iter().zip(self.values()?).map(meter).collect())
+    }
+
+    /// What a checkpoint has.
+    pub fn restore(saved: &[Meter], device: tch::Device) -> Result<Self> {
+        let sums = saved.iter().map(|m| {
+            let sum = Tensor::from(f64::from_bits(m.sum)).f_to_device(device)?;
+            Ok((m.name.clone().into(), sum, m.count))
+        });
+        Ok(Self { sums: sums.collect::<Result<_>>()? })
     }
 
     /// Replaces whatever was there by this one value.
@@ -38,12 +97,7 @@ impl Meters {
 
     /// Reads all means at once and starts anew.
     pub fn take(&mut self) -> Result<Means> {
-        if self.sums.is_empty() {
-            return Ok(Means::default());
-        }
-        let sums = Tensor::f_stack(&self.sums.iter().map(|(_, s, _)| s).collect::<Vec<_>>(), 0)?;
-        crate::torch::training::note_host_read();
-        let values = Vec::<f64>::try_from(sums.f_to_device(tch::Device::Cpu)?)?;
+        let values = self.values()?;
         let means = self.sums.drain(..).zip(values).map(|((name, _, count), sum)| (name, sum / count as f64)).collect();
         Ok(Means(means))
     }
@@ -51,7 +105,7 @@ impl Meters {
 
 /// Means read from the device.
 #[derive(Debug, Default, Clone)]
-pub struct Means(Vec<(&'static str, f64)>);
+pub struct Means(Vec<(Cow<'static, str>, f64)>);
 
 impl Means {
     /// The mean of that name, where anything was added to it.
@@ -136,6 +190,11 @@ impl MetricsFile {
         let mut line = serde_json::to_string(row).map_err(|e| Error::io(e.to_string()))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).with_context(|| self.path.display().to_string())
+    }
+
+    /// Waits until all rows are on disk: before a checkpoint, from which they are not written again.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().with_context(|| self.path.display().to_string())
     }
 }
 

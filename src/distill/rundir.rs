@@ -271,10 +271,11 @@ fn writes(inside: &str, name: &str) -> bool {
     match inside {
         "checkpoints" => name == "latest.json" || checkpoint::is_own_file(name),
         "trajectory" => name == trajectory::INDEX || trajectory::is_node_file(name),
-        "samples" => ends(".png") || ends(".wav") || name == "teacher.npy",
+        "samples" => ends(".png") || ends(".wav") || ["teacher.npy", "teacher-spread.txt"].contains(&name),
         "snapshots" => ends(".onnx") || ends(".onnx.data"),
         _ => {
-            const NAMES: [&str; 18] = [
+            const NAMES: [&str; 19] = [
+                "warnings.jsonl",
                 "identity.json",
                 lock::FILE,
                 "checkpoints",
@@ -303,8 +304,19 @@ fn writes(inside: &str, name: &str) -> bool {
 }
 
 /// Keys that may change when a run is resumed: they do not touch what was computed before.
-const CHANGEABLE: [&str; 7] =
-    ["device", "threads", "tf32", "cuda_graphs", "memory.format", "backtrack.updates", "optimizer.max_skips"];
+const CHANGEABLE: [&str; 11] = [
+    "device",
+    "threads",
+    "tf32",
+    "cuda_graphs",
+    "memory.format",
+    "backtrack.updates",
+    "optimizer.max_skips",
+    "stop_on_divergence",
+    "divergence_factor",
+    "collapse_spread",
+    "data.skip_broken",
+];
 
 /// Refuses to go on with a configuration that would make another run of what is there.
 /// `same`: keys that name a file of the same content as before, wherever it lies now.
@@ -365,6 +377,7 @@ mod tests {
         let config = Config { batch: 3, ..Config::default() };
         let run = RunDir::create(&path, &config).unwrap();
         std::fs::write(run.metrics(), "{}\n").unwrap();
+        drop(run);
         let e = RunDir::create(&path, &config).unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("--resume"), "{e}");
         assert_eq!(RunDir::open(&path).unwrap().1, config);

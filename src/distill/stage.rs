@@ -7,12 +7,12 @@
 
 use tch::Tensor;
 
-use crate::distill::checkpoint::{StageKind, State};
+use crate::distill::checkpoint::{self, StageKind, State};
 use crate::distill::job::Job;
 use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::Finding;
 use crate::distill::observer::{Begin, Running, Step};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 
 /// One stage of a run.
 pub(crate) trait Stage {
@@ -32,6 +32,15 @@ pub(crate) trait Stage {
 
     /// The optimisers' step with the gradients of all micro-batches.
     fn update(&mut self, state: &State, log: &mut Log) -> Result<()>;
+
+    /// Holds on to what changes before [`Stage::update`] and a checkpoint has; [`Stage::rewind`] puts it back.
+    fn mark(&mut self) {}
+
+    /// As before the iteration that has failed before its update.
+    fn rewind(&mut self) {}
+
+    /// Device of the networks.
+    fn device(&self) -> tch::Device;
 
     /// After an iteration, which `state` counts already. True: the stage ends here.
     fn after_update(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<bool>;
@@ -72,33 +81,61 @@ pub(crate) enum Ended {
     Stopped,
 }
 
+/// Everything of an iteration that comes before its update.
+fn gradients(stage: &mut dyn Stage, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()> {
+    stage.begin(job, state, log)?;
+    (0..job.config.accumulate).try_for_each(|micro| stage.micro_batch(job, state, micro, log))
+}
+
+/// Something has failed: the last good state becomes a checkpoint. Where that cannot be written either, what failed first is told.
+fn keep(stage: &dyn Stage, job: &Job, log: &Log, mut state: State) {
+    if state.iteration > 0 && !checkpoint::is_there(&job.run.checkpoints(), &state) {
+        let _ = log.checkpoint(job, &mut state, &stage.tensors());
+    }
+}
+
 /// Runs a stage from where `state` stands.
 pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Result<Ended> {
     let config = job.config;
-    let (kind, total, last, images) = (stage.kind(), stage.total(), stage.last_node(), config.images());
-    let mut log = Log::new(job, &state, total, last, state.iteration * images)?;
+    let (kind, total, last) = (stage.kind(), stage.total(), stage.last_node());
+    let mut log = Log::new(job, &state, total, last, stage.device())?;
     let (iteration, updates) = (state.iteration, stage.at(&state).updates);
     let mut ended = job.observer.stage_begins(&Begin { stage: kind, iteration, total, updates, last })?;
     while state.iteration < total && !ended {
-        stage.begin(job, &mut state, &mut log)?;
-        for micro in 0..config.accumulate {
-            stage.micro_batch(job, &state, micro, &mut log)?;
+        let before = state.clone();
+        stage.mark();
+        if let Err(e) = gradients(stage, job, &mut state, &mut log) {
+            stage.rewind();
+            log.meters.clear();
+            keep(stage, job, &log, before);
+            return Err(e);
         }
         stage.update(&state, &mut log)?;
         state.iteration += 1;
+        log.done()?;
         let done = state.iteration;
         log.progress.tick(done);
 
         ended = stage.after_update(job, &mut state, &mut log)? || done == total;
         if done.is_multiple_of(config.log.every) || ended {
             stage.log_skips(&mut log)?;
-            log.row(stage.at(&state), job.observer, &|| stage.find_nonfinite(&state))?;
+            let means = log.row(stage.at(&state), job.observer)?;
+            log.check_skips(&means, done, &|| stage.find_nonfinite(&state))?;
         }
         let At { node, updates, images, .. } = stage.at(&state);
         let (seconds, updated) = (log.seconds(), stage.updated_generator());
         let networks = stage.running();
         let step = Step { stage: kind, iteration: done, total, updates, updated, images, seconds, node, networks };
-        let wish = job.observer.after_step(&step)?;
+        let wish = match job.observer.after_step(&step) {
+            Ok(wish) => wish,
+            Err(e) => {
+                // (What could not be written of this iteration is missing, and a resume must write it again.)
+                if e.kind() != Kind::Io {
+                    keep(stage, job, &log, state);
+                }
+                return Err(e);
+            }
+        };
         ended |= wish.end && stage.ends_with_a_checkpoint();
         let stop = (job.stopped() || wish.stop) && !ended;
         let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);

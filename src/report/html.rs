@@ -74,6 +74,15 @@ fn repeat(run: &Run) -> String {
     format!("{as_given}<pre>{}</pre>", esc(&resolved))
 }
 
+fn warnings(run: &Run) -> String {
+    let item = |w: &serde_json::Value| {
+        let said = [&w["stage"], &w["iteration"], &w["text"]].map(|v| esc(&plain(v)));
+        format!("<li>{}, iteration {}: {}</li>", said[0], said[1], said[2])
+    };
+    let items: String = run.warnings.iter().map(item).collect();
+    if items.is_empty() { items } else { format!("<ul>{items}</ul>") }
+}
+
 fn shell(text: &str) -> String {
     let safe = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+=:@".contains(c));
     if safe { text.to_string() } else { format!("'{}'", text.replace('\'', "'\\''")) }
@@ -88,6 +97,7 @@ fn page(run: &Run, others: &[(String, Vec<Point>)]) -> String {
     let name = name_of(&run.folder);
     let mut body = String::new();
     body += &tables::headline(run);
+    body += &section("Warnings", &warnings(run));
     body += &section("Student beside teacher", &gallery::side_by_side(run));
     body += &section("Distances", &(tables::distances(run) + &curves::students(run)));
     body += &section("The way back, node by node", &gallery::film(run));

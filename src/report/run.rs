@@ -19,6 +19,8 @@ pub struct Node {
 pub struct Run {
     pub folder: PathBuf,
     pub config: Option<String>,
+    /// Rows of warnings.jsonl.
+    pub warnings: Vec<Value>,
     /// Rows of metrics.jsonl; lines that are no JSON objects (cut short by a kill) are left out.
     pub metrics: Vec<Value>,
     pub nodes: Vec<Node>,
@@ -75,6 +77,7 @@ impl Run {
             evaluation: json(&folder.join(crate::eval::sweep::FILE)),
             bench: json(&folder.join("bench.json")),
             points: in_loop::read(&folder.join(in_loop::FILE)),
+            warnings: objects(&text("warnings.jsonl").unwrap_or_default()),
             levels: objects(&text("levels.jsonl").unwrap_or_default()),
             student_hash: crate::eval::sweep::hash_file(&folder.join("student.onnx")).ok(),
             folder: folder.to_path_buf(),

@@ -13,6 +13,8 @@
 //! ```
 
 pub mod checks;
+pub mod data_check;
+pub mod divergence;
 pub mod identity;
 pub mod memory;
 pub mod monitor;

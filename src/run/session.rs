@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use tch::Device;
 
 use crate::diffusion::Denoiser;
-use crate::distill::checkpoint::StageKind;
+use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
-use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill};
+use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
+use crate::run::data_check::DataCheck;
 use crate::run::identity::{self, Identity};
 use crate::run::memory;
 use crate::run::origin::{self, Origin, Written};
@@ -242,6 +243,8 @@ pub struct Distilled {
     pub files: Vec<Written>,
     /// Optimiser steps that were skipped because their gradients were not finite.
     pub skipped_steps: u64,
+    /// What the run was warned of: losses that left their history, a student that collapsed.
+    pub warnings: Vec<String>,
 }
 
 impl Distilled {
@@ -274,6 +277,20 @@ impl Session {
         &self.config
     }
 
+    /// An error in the middle of a run, with what the run has reached and how it goes on.
+    fn what_is_kept(&self, e: Error) -> Error {
+        let run = &self.run;
+        let how = "the same command with --resume goes on";
+        match Checkpoint::latest_state(&run.checkpoints()) {
+            Ok(Some(state)) => {
+                let (stage, iteration) = (state.stage.name(), state.iteration);
+                e.also(format!("the run is kept as it was after iteration {iteration} of stage `{stage}`: {how}"))
+            }
+            _ if run.trajectory().join(trajectory::INDEX).is_file() => e.also(format!("the trajectory is kept: {how}")),
+            _ => e,
+        }
+    }
+
     fn undo(&self, fresh: bool, e: Error) -> Error {
         if fresh {
             self.run.discard();
@@ -295,12 +312,17 @@ impl Session {
         let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
             .map_err(|e| self.undo(fresh, e))?;
         watcher.time_limit = request.time_limit;
+        if request.stages != Stages::Degrade {
+            watcher.data = DataCheck::begin(config, &teacher.card.card, fresh, &*request.monitor)
+                .map_err(|e| self.undo(fresh, e))?;
+        }
         let stop: &std::sync::atomic::AtomicBool = &request.stop;
         let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress };
         // Without a trajectory stage 1 has nothing to do.
         let none = config.degrade.nodes == 0 && request.trajectory.is_none();
         let stages = if none && request.stages == Stages::Backtrack { Stages::Both } else { request.stages };
-        let outcome = distill(job, denoiser, stages).with_context(|| request.out.display().to_string())?;
+        let outcome = distill(job, denoiser, stages).with_context(|| request.out.display().to_string());
+        let outcome = outcome.map_err(|e| self.what_is_kept(e))?;
         let finished = match outcome {
             Outcome::Stopped(stage) => Finished::Stopped(stage),
             Outcome::Recorded(trajectory) => Finished::Recorded(trajectory),
@@ -313,7 +335,7 @@ impl Session {
                     ))
                 })?;
                 let skipped_steps = write_summary(origin, request, config, run, *device)?;
-                Finished::Distilled(Distilled { files, skipped_steps })
+                Finished::Distilled(Distilled { files, skipped_steps, warnings: watcher.warnings() })
             }
         };
         crate::report::write(run.path())?;

@@ -11,6 +11,7 @@ use crate::io::{npy, wav};
 use crate::report::grid;
 use crate::report::tfevents::EventWriter;
 use crate::report::view::{self, Beneath, View};
+use crate::run::divergence;
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::tensor::HostTensor;
@@ -21,6 +22,9 @@ const WEIGHTS: usize = 32;
 
 /// Samples that can be listened to.
 const SOUNDS: usize = 4;
+
+/// Spread of the teacher's samples.
+const SPREAD: &str = "teacher-spread.txt";
 
 /// The teacher's samples, where they are no images.
 const TEACHER: &str = "teacher.npy";
@@ -41,6 +45,8 @@ pub struct Sheets {
     /// Images a forward pass.
     batch: usize,
     events: EventWriter,
+    /// Spread of the teacher's samples, once they were made.
+    teacher_spread: Option<f64>,
     /// Iterations of the stage now running, for the events of images.
     iteration: i64,
 }
@@ -72,6 +78,9 @@ impl Sheets {
             guidance: config.target_guidance()?,
             batch: config.batch,
             events: EventWriter::append(run.path())?,
+            teacher_spread: std::fs::read_to_string(run.samples().join(SPREAD))
+                .ok()
+                .and_then(|t| t.trim().parse().ok()),
             iteration: 0,
         })
     }
@@ -93,11 +102,28 @@ impl Sheets {
             let count = (conditions.len() - start).min(self.batch as i64);
             let images = tch::no_grad(|| sample(&z.f_narrow(0, start, count)?, &conditions.rows(start, count)?))?;
             let images = convert::to_host(&images)?;
+            if name == "teacher" && start == 0 {
+                self.keep_spread(&images)?;
+            }
             parts.push(self.images(images)?);
         }
         let all = HostTensor::concat_rows(&parts)?;
         self.events.histogram(&format!("{name}/values"), self.iteration, &all.to_f32())?;
         self.pictures(name, &all)
+    }
+
+    /// The spread of the teacher's samples is kept in `samples/`, for processes that go on with the run.
+    fn keep_spread(&mut self, samples: &HostTensor) -> Result<()> {
+        self.teacher_spread = divergence::spread(samples);
+        match self.teacher_spread {
+            Some(spread) => crate::files::write_atomic(&self.folder.join(SPREAD), spread.to_string().as_bytes()),
+            None => Ok(()),
+        }
+    }
+
+    /// Share of the teacher's spread that samples of the student have; `None` where there is nothing to compare.
+    pub fn share_of_spread(&self, samples: &HostTensor) -> Option<f64> {
+        Some(divergence::spread(samples)? / self.teacher_spread.filter(|s| *s > 0.0)?)
     }
 
     /// What the samples are that are shown: images where a decoder has made them.

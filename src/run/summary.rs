@@ -5,6 +5,7 @@ use tch::Device;
 
 use crate::distill::{Config, RunDir, metrics};
 use crate::error::{Error, Result};
+use crate::run::divergence;
 use crate::run::origin::{Origin, describe, method, objective_name};
 use crate::run::request::Request;
 use crate::torch::{Forward, device, shim};
@@ -47,6 +48,7 @@ pub(super) fn write_summary(
         "seconds_degrade": seconds("degrade"),
         "seconds_backtrack": seconds("backtrack"),
         "skipped_steps": skipped,
+        "warnings": divergence::read(run.path()),
         "parameters": origin.teacher.network.params().elements(),
         "teacher_hash": origin.teacher.hash.clone(),
         "student": describe(config),

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tch::Tensor;
 
+use super::data_check::DataCheck;
+use super::divergence::{self, Watch};
 use super::monitor::Monitor;
 use super::origin::{Origin, Written};
 use super::sheets::{self, Sheets};
@@ -39,9 +41,12 @@ pub struct Watcher<'a> {
     /// Writes sample grids and the event file.
     pub sheets: Sheets,
     judge: Option<InLoop>,
+    divergence: Watch,
     monitor: Arc<dyn Monitor>,
     /// Images and seconds of stage 1.
     degraded: (u64, f64),
+    /// Reads the whole data set while the run goes on.
+    pub data: Option<DataCheck>,
     /// When the run must be over.
     pub time_limit: Option<TimeLimit>,
     /// When the iteration before was done, and the longest one so far, with its checkpoint.
@@ -128,13 +133,21 @@ impl<'a> Watcher<'a> {
             run,
             sheets,
             judge,
+            divergence: Watch::new(config, run.path()),
             monitor,
             degraded,
+            data: None,
             time_limit,
             stepped,
             new_target: false,
             device,
         })
+    }
+
+    /// What the run was warned of.
+    pub fn warnings(&self) -> Vec<String> {
+        let text = |w: &divergence::Warning| format!("{}, iteration {}: {}", w.stage.name(), w.iteration, w.text);
+        self.divergence.warnings().iter().map(text).collect()
     }
 
     /// The run is over: samples of the finished student are written.
@@ -247,7 +260,11 @@ impl<'a> Watcher<'a> {
         let at = |k: usize| table.get(low + (high - low) * k / (LEVELS - 1)).copied();
         let sigmas: Vec<f64> = (0..LEVELS).filter_map(at).collect();
         let count = LEVEL_IMAGES.min(self.config.batch.max(1));
-        let x0 = convert::to_torch(&self.samples(networks.average, count)?)?.f_to_device(self.device)?;
+        let samples = self.samples(networks.average, count)?;
+        if let Some(share) = self.sheets.share_of_spread(&samples) {
+            self.divergence.samples(step.iteration, share)?;
+        }
+        let x0 = convert::to_torch(&samples)?.f_to_device(self.device)?;
         // Another seed than the samples': their noise must not come back.
         let noise = batch_noise(!self.config.seed, 0, count, card.sample_len());
         let noise = convert::to_torch(&HostTensor::new(&card.batch_of(count), &noise)?)?.f_to_device(self.device)?;
@@ -289,8 +306,13 @@ impl<'a> Watcher<'a> {
 impl Observer for Watcher<'_> {
     fn stage_begins(&mut self, begin: &Begin) -> Result<bool> {
         self.forget_levels(begin)?;
+        let file = self.run.metrics();
+        let before = if begin.iteration > 0 && file.is_file() { metrics::read(&file)? } else { Vec::new() };
+        self.divergence.begin(begin.stage, begin.iteration, &before)?;
         self.monitor.stage_begins(self.run.path(), begin);
         self.stepped.0 = Instant::now();
+        // A target that was entered before the checkpoint has been looked at.
+        self.new_target &= begin.iteration == 0;
         let Some(judge) = &mut self.judge else { return Ok(false) };
         judge.forget_after(begin.updates)?;
         Ok(begin.stage == StageKind::Backtrack && judge.exhausted())
@@ -307,6 +329,9 @@ impl Observer for Watcher<'_> {
         {
             self.sheets.student("student-now", networks.average)?;
             monitor.note(&format!("samples/student-now.png, update {}", step.updates));
+        }
+        if let Some(found) = self.data.as_mut().map(DataCheck::found).transpose()?.flatten() {
+            monitor.warning(&found);
         }
         monitor.wait_while_paused();
         let Some(networks) = &step.networks else { return Ok(wish) };
@@ -343,6 +368,9 @@ impl Observer for Watcher<'_> {
     fn metrics(&mut self, row: &Row) -> Result<()> {
         if row.stage == StageKind::Degrade {
             self.degraded = (row.images, row.seconds);
+        }
+        for warning in self.divergence.row(row)? {
+            self.monitor.warning(&warning);
         }
         self.monitor.row(row, shim::memory(self.device)?.map(|m| m.peak));
         self.sheets.metrics(row)

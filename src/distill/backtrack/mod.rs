@@ -58,6 +58,8 @@ struct Backtrack<'a> {
     target: usize,
     /// Sum of the score mismatch since the switching rule last read it: f32, so that a checkpoint holds it exactly.
     mismatch_sum: Tensor,
+    /// That sum before the present iteration.
+    marked_sum: Tensor,
     recorder: Recorder<Inputs>,
     form: Form,
     step: Iteration,
@@ -127,6 +129,7 @@ impl<'a> Backtrack<'a> {
             nodes,
             last,
             target,
+            marked_sum: mismatch_sum.shallow_clone(),
             mismatch_sum,
             recorder,
             form,
@@ -284,6 +287,18 @@ impl Stage for Backtrack<'_> {
             self.networks.step_generator(self.config, update + 1, scale, log)?;
         }
         self.networks.step_fake(scale_fake, log)
+    }
+
+    fn mark(&mut self) {
+        self.marked_sum = self.mismatch_sum.shallow_clone();
+    }
+
+    fn rewind(&mut self) {
+        self.mismatch_sum = self.marked_sum.shallow_clone();
+    }
+
+    fn device(&self) -> tch::Device {
+        self.batches.device
     }
 
     fn after_update(&mut self, _job: &mut Job, _state: &mut State, _log: &mut Log) -> Result<bool> {

@@ -34,7 +34,8 @@ pub(super) fn next_target(
                 return Ok(None);
             }
             let mismatch = (mismatch_sum.f_double_value(&[])? / settings.switch_every as f64) as f32;
-            let _ = mismatch_sum.f_zero_()?;
+            // (Not in place: the loop may hold on to the sum of before.)
+            *mismatch_sum = mismatch_sum.f_zeros_like()?;
             if !plateaued(state, mismatch, settings.switch_patience) && spent < settings.switch_max {
                 return Ok(None);
             }

@@ -96,6 +96,15 @@ impl Config {
         if let Some((key, v)) = not_negative.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return Err(Error::usage(format!("{key} is {v}, expected 0 or more")));
         }
+        if !(self.divergence_factor > 1.0 && self.divergence_factor.is_finite()) {
+            return Err(Error::usage(format!(
+                "divergence_factor is {}, expected a number above 1",
+                self.divergence_factor
+            )));
+        }
+        if !(0.0..1.0).contains(&self.collapse_spread) {
+            return Err(Error::usage(format!("collapse_spread is {}, expected 0 <= value < 1", self.collapse_spread)));
+        }
         for (key, v) in [("optimizer.beta1", self.optimizer.beta1), ("optimizer.beta2", self.optimizer.beta2)] {
             if !(0.0..1.0).contains(&v) {
                 return Err(Error::usage(format!("{key} is {v}, expected 0 <= value < 1")));

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// The diffusion GAN: there is one where `data` is given.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -20,6 +22,28 @@ pub struct GanConfig {
     pub lr: f64,
     /// First and last entry of the table of noise levels at which images are judged.
     pub levels: [usize; 2],
+}
+
+/// How data sets of real images are treated.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DataConfig {
+    /// Passes over images that cannot be read, each replaced by the next one that can, and counts and names them; otherwise the first
+    /// one ends the run.
+    pub skip_broken: bool,
+}
+
+impl GanConfig {
+    /// `range`, where it is given.
+    ///
+    /// Errors: other than a low and a higher number.
+    pub fn said_range(&self) -> Result<Option<[f64; 2]>> {
+        match self.range[..] {
+            [] => Ok(None),
+            [low, high] if low < high => Ok(Some([low, high])),
+            _ => Err(Error::usage(format!("gan.range is {:?}: expected [low, high]", self.range))),
+        }
+    }
 }
 
 impl Default for GanConfig {

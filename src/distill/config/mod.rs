@@ -19,7 +19,7 @@ use crate::torch::Compute;
 use crate::torch::train::lora::LoraOptions;
 use crate::torch::train::optim::AdamWConfig;
 
-pub use gan::GanConfig;
+pub use gan::{DataConfig, GanConfig};
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
     FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, MemoryFormat, NoiseConfig, OptimizerConfig, Precision,
@@ -55,6 +55,12 @@ pub struct Config {
     pub guidance_interval: [f64; 2],
     /// Trains a teacher whose output for one row depends on the other rows of the batch, which is refused otherwise.
     pub allow_batch_mixing: bool,
+    /// Stops a run that diverges or whose student collapses; otherwise it is warned of alone.
+    pub stop_on_divergence: bool,
+    /// A run is said to diverge whose loss, or norm of its gradients, is this many times what it had been.
+    pub divergence_factor: f64,
+    /// A student is said to collapse whose samples have had more of the teacher's spread, and have fallen below this share of it.
+    pub collapse_spread: f64,
     /// Values of the teacher card as `key=value`, as `--card` gives them; they win over the card's other sources.
     pub card: Vec<String>,
     /// Where the conditions of training come from.
@@ -84,6 +90,8 @@ pub struct Config {
     pub settings: Settings,
     /// The diffusion GAN; there is none where `gan.data` is empty.
     pub gan: GanConfig,
+    /// Data sets of real images.
+    pub data: DataConfig,
 }
 
 impl Default for Config {
@@ -101,6 +109,9 @@ impl Default for Config {
             guidance: 1.0,
             guidance_interval: [0.0, f64::INFINITY],
             allow_batch_mixing: false,
+            stop_on_divergence: false,
+            divergence_factor: 100.0,
+            collapse_spread: 0.1,
             card: Vec::new(),
             conditions: ConditionsConfig::default(),
             student: StudentConfig::default(),
@@ -115,6 +126,7 @@ impl Default for Config {
             evaluate: EvaluateConfig::default(),
             settings: Settings::default(),
             gan: GanConfig::default(),
+            data: DataConfig::default(),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Real images for the discriminator: a folder or an EDM-style zip of image files, a `.npz`, or latents.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
@@ -18,6 +20,10 @@ pub struct RealImages {
     len: usize,
     /// Classes, where the teacher has a class condition.
     labels: Option<Vec<i64>>,
+    /// Whether images that cannot be read are passed over (`data.skip_broken`).
+    skip: bool,
+    /// Those that were found, and why.
+    broken: Mutex<BTreeMap<usize, String>>,
 }
 
 #[derive(Debug)]
@@ -32,6 +38,14 @@ enum Source {
 const SAMPLES: [&str; 6] = ["images", "latents", "samples", "x", "arr_0", ""];
 /// Names of the array that holds their classes.
 const LABELS: [&str; 4] = ["labels", "label", "y", "arr_1"];
+
+/// Images that are read at a time where all are.
+const PART: usize = 64;
+
+/// Names the way past a broken image.
+fn skippable(e: Error) -> Error {
+    e.hint("mend or remove it; data.skip_broken=true passes over images that cannot be read, and counts them")
+}
 
 /// Refuses samples that are no numbers, or do not look like ones of `range`, by some of their rows. `said`: the range was said of
 /// the data, and is believed but for values far from it.
@@ -68,14 +82,16 @@ impl RealImages {
     /// 8-bit images are mapped to the card's range. A conditional
     /// teacher needs the conditions of every image: classes (`dataset.json`, sub-folders, an array of integers), or arrays
     /// with the names of its conditions.
-    pub fn open(path: &Path, card: &TeacherCard, range: Option<[f64; 2]>) -> Result<Self> {
-        Self::open_inner(path, card, range).map_err(|e| {
+    ///
+    /// `skip`: images that cannot be read are passed over; otherwise those that are looked at here are an error.
+    pub fn open(path: &Path, card: &TeacherCard, range: Option<[f64; 2]>, skip: bool) -> Result<Self> {
+        Self::open_inner(path, card, range, skip).map_err(|e| {
             let shown = path.display().to_string();
             if e.to_string().contains(&shown) { e } else { e.context(shown) }
         })
     }
 
-    fn open_inner(path: &Path, card: &TeacherCard, said: Option<[f64; 2]>) -> Result<Self> {
+    fn open_inner(path: &Path, card: &TeacherCard, said: Option<[f64; 2]>, skip: bool) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         if path.is_file() && ["npz", "npy", "safetensors"].contains(&extension.as_str()) {
             let file = RowFile::open(path)?;
@@ -101,7 +117,9 @@ impl RealImages {
                     array.map(|n| column(&file, n, len, classes))
                 });
                 let labels = labels.transpose()?;
-                check_values(&file, &name, len, said.or(card.range), said.is_some())?;
+                if !skip {
+                    check_values(&file, &name, len, said.or(card.range), said.is_some())?;
+                }
                 let line = match (said, card.range) {
                     (Some([a, b]), Some([low, high])) if [a, b] != [low, high] => {
                         let slope = (high - low) / (b - a);
@@ -112,7 +130,7 @@ impl RealImages {
                     }
                     _ => [1.0, 0.0],
                 };
-                let this = Self { source: Source::Rows(file, name, line), len, labels };
+                let this = Self { source: Source::Rows(file, name, line), len, labels, skip, broken: Mutex::default() };
                 this.check_conditions(card)?;
                 return Ok(this);
             }
@@ -134,13 +152,15 @@ impl RealImages {
             )));
         }
         // A picture of another size, or a broken one, would end the run when it is first drawn.
-        some_of(set.len()).chunks(16).try_for_each(|some| set.gather_u8(some).map(drop))?;
+        if !skip {
+            some_of(set.len()).chunks(16).try_for_each(|some| set.gather_u8(some).map(drop)).map_err(skippable)?;
+        }
         let labels = set.labels().map(|l| l.iter().map(|v| *v as i64).collect());
         let labels = match (class_condition(card)?, labels) {
             (Some((_, classes)), Some(labels)) => Some(within(labels, classes)?),
             _ => None,
         };
-        let this = Self { len: set.len(), source: Source::Images(set, range), labels };
+        let this = Self { len: set.len(), source: Source::Images(set, range), labels, skip, broken: Mutex::default() };
         this.check_conditions(card)?;
         Ok(this)
     }
@@ -164,22 +184,9 @@ impl RealImages {
 
     /// Draws `rows` images with their conditions: f32 `[rows, ...shape]`.
     pub fn draw(&self, card: &TeacherCard, rng: &mut ChaCha8Rng, rows: usize) -> Result<(HostTensor, HostConditions)> {
-        let index: Vec<usize> =
+        let drawn: Vec<usize> =
             (0..rows).map(|_| ((u128::from(rng.next_u64()) * self.len as u128) >> 64) as usize).collect();
-        let images = match &self.source {
-            Source::Rows(file, name, [1.0, 0.0]) => file.rows(name, &index)?.cast(DType::F32),
-            Source::Rows(file, name, [slope, offset]) => {
-                let rows = file.rows(name, &index)?;
-                let values: Vec<f32> = rows.to_f64().iter().map(|v| (slope * v + offset) as f32).collect();
-                HostTensor::new(rows.shape(), &values)?
-            }
-            Source::Images(set, [low, high]) => {
-                let bytes = set.gather_u8(&index)?;
-                let step = (high - low) / 255.0;
-                let values: Vec<f32> = bytes.bytes().iter().map(|&v| (low + step * f64::from(v)) as f32).collect();
-                HostTensor::new(bytes.shape(), &values)?
-            }
-        };
+        let (index, images) = self.readable(&drawn)?;
         let conditions = card.conditions.iter().map(|(name, condition)| {
             let tensor = match (&self.labels, condition.classes(), &self.source) {
                 (Some(labels), Some(_), _) => HostTensor::vec(&index.iter().map(|&i| labels[i]).collect::<Vec<_>>()),
@@ -189,6 +196,103 @@ impl RealImages {
             Ok((name.clone(), tensor))
         });
         Ok((images, HostConditions::new(rows, conditions.collect::<Result<_>>()?)?))
+    }
+
+    /// These images as the teacher has them: f32 `[index.len(), ...shape]`.
+    ///
+    /// Errors: one that cannot be read, or is no number.
+    fn values(&self, index: &[usize]) -> Result<HostTensor> {
+        match &self.source {
+            Source::Rows(file, name, [slope, offset]) => {
+                let rows = match [*slope, *offset] {
+                    [1.0, 0.0] => file.rows(name, index)?.cast(DType::F32),
+                    _ => {
+                        let rows = file.rows(name, index)?;
+                        let values: Vec<f32> = rows.to_f64().iter().map(|v| (slope * v + offset) as f32).collect();
+                        HostTensor::new(rows.shape(), &values)?
+                    }
+                };
+                let values = rows.to_f32();
+                match values.iter().position(|v| !v.is_finite()) {
+                    None => Ok(rows),
+                    Some(at) => Err(Error::usage(format!(
+                        "array `{name}` holds NaN or infinity in row {}",
+                        index[at * index.len() / values.len()]
+                    ))),
+                }
+            }
+            Source::Images(set, [low, high]) => {
+                let bytes = set.gather_u8(index)?;
+                let step = (high - low) / 255.0;
+                let values: Vec<f32> = bytes.bytes().iter().map(|&v| (low + step * f64::from(v)) as f32).collect();
+                HostTensor::new(bytes.shape(), &values)
+            }
+        }
+    }
+
+    fn broken(&self) -> MutexGuard<'_, BTreeMap<usize, String>> {
+        self.broken.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Those of the images that can be read, each that cannot with the next one that can in its place: whenever it is found, the same
+    /// images are drawn.
+    fn readable(&self, drawn: &[usize]) -> Result<(Vec<usize>, HostTensor)> {
+        loop {
+            let index = {
+                let broken = self.broken();
+                if broken.len() >= self.len {
+                    return Err(Error::io("none of the images can be read"));
+                }
+                let whole = |k: usize| (0..self.len).map(|n| (k + n) % self.len).find(|k| !broken.contains_key(k));
+                drawn.iter().filter_map(|&k| whole(k)).collect::<Vec<_>>()
+            };
+            let failed = match self.values(&index) {
+                Ok(images) => return Ok((index, images)),
+                Err(e) if !self.skip => return Err(skippable(e)),
+                Err(e) => e,
+            };
+            // (What fails together and not one by one is no broken image.)
+            if self.find_broken(&index) == 0 {
+                return Err(failed);
+            }
+        }
+    }
+
+    /// Looks at these one by one; how many of them cannot be read that were not known.
+    fn find_broken(&self, index: &[usize]) -> usize {
+        let mut broken = self.broken();
+        let before = broken.len();
+        for &k in index {
+            if !broken.contains_key(&k)
+                && let Err(e) = self.values(&[k])
+            {
+                broken.insert(k, e.to_string());
+            }
+        }
+        broken.len() - before
+    }
+
+    /// About how many seconds [`RealImages::check`] takes, by a few of the images.
+    pub fn seconds_to_check(&self) -> f64 {
+        let some = some_of(self.len);
+        let some = &some[..some.len().min(PART)];
+        let started = std::time::Instant::now();
+        let _ = self.values(some);
+        started.elapsed().as_secs_f64() * self.len as f64 / some.len().max(1) as f64
+    }
+
+    /// Reads every image once, as long as it is to `go_on`. Gives what is wrong with those that cannot be read, in their order.
+    pub fn check(&self, go_on: &dyn Fn() -> bool) -> Vec<String> {
+        for start in (0..self.len).step_by(PART) {
+            let part: Vec<usize> = (start..(start + PART).min(self.len)).collect();
+            if !go_on() {
+                break;
+            }
+            if self.values(&part).is_err() {
+                self.find_broken(&part);
+            }
+        }
+        self.broken().values().cloned().collect()
     }
 
     fn check_conditions(&self, card: &TeacherCard) -> Result<()> {
@@ -285,10 +389,10 @@ mod tests {
             concat: Vec::new(),
             dims: Default::default(),
         };
-        let error = RealImages::open(&path, &card, None).unwrap_err().to_string();
+        let error = RealImages::open(&path, &card, None, false).unwrap_err().to_string();
         assert!(error.contains("none in the lower half of -1 to 1"), "{error}");
         let draw = |range| {
-            let data = RealImages::open(&path, &card, Some(range)).unwrap();
+            let data = RealImages::open(&path, &card, Some(range), false).unwrap();
             data.draw(&card, &mut ChaCha8Rng::seed_from_u64(1), 3).unwrap().0.to_f32()
         };
         let (plain, mapped) = (draw([-1.0, 1.0]), draw([0.0, 1.0]));

@@ -47,12 +47,7 @@ impl Gan {
             return Ok(None);
         }
         let card = teacher.card();
-        let range = match config.gan.range[..] {
-            [] => None,
-            [low, high] if low < high => Some([low, high]),
-            _ => return Err(Error::usage(format!("gan.range is {:?}: expected [low, high]", config.gan.range))),
-        };
-        let data = RealImages::open(Path::new(&config.gan.data), card, range)?;
+        let data = RealImages::open(Path::new(&config.gan.data), card, config.gan.said_range()?, config.data.skip_broken)?;
         if config.gan.taps.is_empty() {
             return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
                 .hint(suggestion(teacher)));

@@ -292,9 +292,14 @@ fn the_fake_score_starts_from_the_degraded_end() {
 fn remains(path: &std::path::Path) -> Vec<(String, u64)> {
     use std::hash::{Hash, Hasher};
     let mut out = Vec::new();
+    // Of the checkpoints the newest: which ones came before it depends on where a run was stopped.
+    let newest = checkpoint::Checkpoint::latest_state(&path.join("checkpoints")).unwrap().map(|state| state.file);
     for dir in ["trajectory", "checkpoints", "."] {
         for entry in std::fs::read_dir(path.join(dir)).unwrap().flatten() {
             let name = entry.file_name().into_string().unwrap();
+            if dir == "checkpoints" && newest.as_ref() != Some(&name) {
+                continue;
+            }
             if name.ends_with(".safetensors") || name == "trajectory.json" {
                 let mut hasher = std::hash::DefaultHasher::new();
                 std::fs::read(entry.path()).unwrap().hash(&mut hasher);
