@@ -233,8 +233,10 @@ fn a_stage_gives_its_memory_back() {
     let peak = |name: &str, args: &str| device(&dir, name, args, &[]).1.count("peak_bytes");
     let few = format!("{FEW} --device cuda");
     let first = peak("first", &format!("degrade {digits} -o first {few} --degrade-steps 3"));
-    let second =
-        peak("second", &format!("backtrack {digits} -o second --trajectory first/trajectory {few} --set backtrack.updates=3"));
+    let second = peak(
+        "second",
+        &format!("backtrack {digits} -o second --trajectory first/trajectory {few} --set backtrack.updates=3"),
+    );
     let both = peak("both", &format!("distill {digits} -o both {few} --degrade-steps 3 --updates 3"));
     assert!(both <= first.max(second) + 65_536, "{both} bytes, the stages by themselves {first} and {second}");
     assert!(bytes(dir.join("both")) == bytes(dir.join("second")));
