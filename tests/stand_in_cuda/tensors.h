@@ -81,7 +81,6 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   const size_t bytes = src.numel() * src.itemsize();
   if (to && from) {
     ++r.within;
-    r.touched += 2 * bytes;
     if (bytes > 0) r.launch("aten::copy_");
     const std::string what = c10::str("copy of ", src.scalar_type(), " to ", self.scalar_type(), self.strides() == src.strides() ? "" : ", another order");
     r.kind_of_copy(what);
