@@ -8,7 +8,7 @@
 //! # fn main() -> disback::Result<()> {
 //! use disback::run::{Finished, Request, Session};
 //! use disback::runtime::EngineOptions;
-//! use disback::runtime::student::{Request as Images, Student};
+//! use disback::runtime::student::{SampleRequest, Student};
 //!
 //! // The configuration's keys are those of `run/config.toml`.
 //! let request = Request::new("examples/digits/teacher.onnx", "run").set("objective=sid").set("backtrack.updates=500");
@@ -18,7 +18,7 @@
 //!
 //! // The student takes noise and classes, and makes a sample in one call.
 //! let mut student = Student::open(made.student(), &EngineOptions::default())?;
-//! let wanted = Images { seed: 1, classes: vec![0, 1, 2, 3], batch: 4, ..Images::default() };
+//! let wanted = SampleRequest { seed: 1, classes: vec![0, 1, 2, 3], batch: 4, ..SampleRequest::default() };
 //! let samples = student.sample(&wanted, 0, 4)?;
 //! // Arrays are those of `ndarray`, seen where they lie.
 //! let images = samples.array::<f32>()?;

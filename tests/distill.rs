@@ -469,7 +469,7 @@ struct Follower {
 }
 
 impl disback::run::Monitor for Follower {
-    fn row(&self, _row: &disback::distill::metrics::Row, _device_bytes: Option<u64>) {
+    fn row(&self, _row: &disback::distill::metrics::MetricsRow, _device_bytes: Option<u64>) {
         self.rows.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     }
     fn note(&self, text: &str) {

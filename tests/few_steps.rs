@@ -39,7 +39,7 @@ fn the_unrolled_graph_is_its_steps_in_turn() {
         let channels = if stochastic { 3 } else { 1 };
         let all = disback::noise::batch_noise(5, 0, 2, channels * pixels);
         let whole = run(&path("student.onnx"), &HostTensor::new(&[2, channels, 8, 8], &all).unwrap());
-        // Row by row: image k's noise of step s.
+        // MetricsRow by row: image k's noise of step s.
         let part = |step: usize| -> Vec<f32> {
             (0..2)
                 .flat_map(|k| all[(k * channels + step) * pixels..(k * channels + step + 1) * pixels].to_vec())

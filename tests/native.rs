@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use disback::diffusion::{Conditions, Conversion, Denoiser, HostConditions, TeacherCard};
 use disback::export::{self, StudentOptions};
 use disback::graph::{Model, save};
-use disback::runtime::student::{Request, Student};
+use disback::runtime::student::{SampleRequest, Student};
 use disback::runtime::{EngineKind, EngineOptions};
 use disback::torch::{Forward, ImportOptions, Network, convert, params::load_tensors};
 use serde_json::Value;
@@ -178,7 +178,7 @@ fn student_errors(folder: &Path, case: &str) -> Result<(f64, f64), String> {
     let specs: Vec<_> = net.inputs().iter().map(disback::run::teacher::spec).collect();
     let denoiser = Denoiser::new(Box::new(trained), Arc::new(card.clone()), &specs).map_err(text)?;
     let rows = if case.ends_with("static") { 3 } else { 5 };
-    let request = Request { batch: rows, ..Request::default() };
+    let request = SampleRequest { batch: rows, ..SampleRequest::default() };
     let conditions = HostConditions::of_images(&card, 0, 0, rows).map_err(text)?;
     let z = Tensor::from_slice(&disback::noise::batch_noise(0, 0, rows, card.sample_len()));
     let z = z.reshape(card.batch_of(rows).iter().map(|d| *d as i64).collect::<Vec<_>>());

@@ -231,7 +231,7 @@ fn what_is_wrong_by_more_than_rounding_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("student.onnx");
     save::write(&wrong, &path).unwrap();
-    let reproduce = |_: &disback::runtime::student::Request, _: usize| {
+    let reproduce = |_: &disback::runtime::student::SampleRequest, _: usize| {
         Ok(disback::verify::Reference {
             name: "the right one".into(),
             samples: expected.clone(),

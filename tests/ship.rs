@@ -15,7 +15,7 @@ use disback::onnx::ModelProto;
 use disback::passes::evaluate;
 use disback::passes::fuse::Fuse;
 use disback::run::Teacher;
-use disback::runtime::student::{Request, Student, StudentInfo};
+use disback::runtime::student::{SampleRequest, Student, StudentInfo};
 use disback::runtime::{self, EngineKind, EngineOptions};
 use disback::tensor::DType;
 use disback::torch::Forward;
@@ -70,7 +70,7 @@ fn checked(case: &Case, path: &Path, name: &str) -> Verification {
 /// What every engine makes of a file, beside the student's own weights.
 fn verified(case: &Case, path: &Path, name: &str) -> Verification {
     let options = VerifyOptions { images: 3, python: Some(support::python()), ..VerifyOptions::default() };
-    let make = |request: &Request, count: usize| {
+    let make = |request: &SampleRequest, count: usize| {
         verify::reference::of_weights(&case.teacher, case.teacher.network.params(), case.sigma, request, count)
     };
     let found = verify::verify(path, &options, &[], Some(&make)).unwrap();
@@ -99,7 +99,7 @@ fn i8_behind_reshape(model: &ModelProto, value: &str) -> bool {
 
 fn sample(path: &Path, engine: EngineKind, count: usize) -> Vec<f32> {
     let options = EngineOptions { engine, ..EngineOptions::default() };
-    let request = Request { seed: 3, batch: count, ..Request::default() };
+    let request = SampleRequest { seed: 3, batch: count, ..SampleRequest::default() };
     Student::open(path, &options).unwrap().sample(&request, 0, count).unwrap().to_f32()
 }
 
@@ -335,7 +335,7 @@ fn verify_names_what_is_wrong() {
     let shape: Vec<usize> = t.dims.iter().map(|&d| d as usize).collect();
     *t = disback::graph::tensors::to_proto(t.name(), &disback::HostTensor::new(&shape, &values).unwrap());
     save::write(&other, &path).unwrap();
-    let make = |request: &Request, count: usize| {
+    let make = |request: &SampleRequest, count: usize| {
         verify::reference::of_weights(&case.teacher, case.teacher.network.params(), case.sigma, request, count)
     };
     let options = VerifyOptions { images: 2, ..VerifyOptions::default() };

@@ -6,7 +6,7 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use disback::runtime::student::{Request, Student};
+use disback::runtime::student::{SampleRequest, Student};
 use disback::runtime::{self, EngineOptions};
 use disback::tensor::HostTensor;
 use disback::torch::params::load_tensors;
@@ -59,7 +59,7 @@ fn a_generator_of_its_own_is_trained_and_leaves_under_the_students_contract() {
     assert_eq!(student.info().noise_shape, [16, 1, 1]);
     assert_eq!((student.info().shape.clone(), student.info().range), (vec![1, 8, 8], Some([-1.0, 1.0])));
     assert_eq!((student.info().classes(), student.info().method.as_str()), (Some(10), "disback"));
-    let request = Request { seed: 4, classes: vec![3, 8], batch: 8, ..Request::default() };
+    let request = SampleRequest { seed: 4, classes: vec![3, 8], batch: 8, ..SampleRequest::default() };
     let made = student.sample(&request, 0, 2).unwrap().to_f32();
     let noise = disback::noise::batch_noise(4, 0, 2, 16);
     let (table, w1, b1, w2, b2) = (of("table"), of("w1"), of("b1"), of("w2"), of("b2"));

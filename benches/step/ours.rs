@@ -13,7 +13,7 @@ use disback::distill::{Observer, Step, Wish};
 use disback::error::{Error, Result};
 use disback::export::{StudentOptions, student};
 use disback::run::Teacher;
-use disback::runtime::student::Request;
+use disback::runtime::student::SampleRequest;
 use disback::runtime::{EngineKind, EngineOptions, Student};
 use disback::tensor::HostTensor;
 use disback::torch::Forward;
@@ -196,7 +196,7 @@ fn calls(teacher: &Teacher, batch: usize, threads: usize) -> Result<()> {
     let exported = student(&teacher.network, teacher.network.params(), &teacher.card.card, &options)?.encode_to_vec();
     let options = EngineOptions { engine: EngineKind::Ort, threads: Some(threads), ..EngineOptions::default() };
     let mut student = Student::from_bytes(&exported, &options)?;
-    let inputs = student.inputs(&Request::default(), 0, batch)?;
+    let inputs = student.inputs(&SampleRequest::default(), 0, batch)?;
     let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
     for _ in 0..2 {
         student.engine().run(&named)?;

@@ -13,7 +13,7 @@ use disback::eval::source::sample_images;
 use disback::eval::{FeatureMatrix, FeatureNet, compare};
 use disback::io::ImageSet;
 use disback::run::{Finished, Request, Session};
-use disback::runtime::student::{Request as Images, Student};
+use disback::runtime::student::{SampleRequest, Student};
 use disback::runtime::{EngineKind, EngineOptions};
 use disback::tensor::HostTensor;
 use serde_json::{Value, json};
@@ -138,8 +138,8 @@ fn merged(mut into: Value, from: &Value) -> Value {
 }
 
 /// Every class as often as the others, for teacher and students alike.
-fn request() -> Images {
-    Images { batch: BATCH, classes: (0..10).collect(), ..Images::default() }
+fn request() -> SampleRequest {
+    SampleRequest { batch: BATCH, classes: (0..10).collect(), ..SampleRequest::default() }
 }
 
 /// Distances in the classifier's feature space.
@@ -192,7 +192,7 @@ impl Judge {
 
 /// The same noise through both engines.
 fn agreement(student: &Path) -> Result<(f64, String)> {
-    let request = Images { batch: 16, ..Images::default() };
+    let request = SampleRequest { batch: 16, ..SampleRequest::default() };
     let sample = |kind| -> Result<(HostTensor, String)> {
         let mut s = Student::open(student, &EngineOptions { engine: kind, ..EngineOptions::default() })?;
         Ok((s.sample(&request, 0, 16)?, s.engine_name()))

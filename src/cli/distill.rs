@@ -14,7 +14,7 @@ use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
 use crate::distill::Stages;
 use crate::error::{Context, Result};
-use crate::run::{Console, Finished, Forms, Prepared, Request, Resume, TimeLimit};
+use crate::run::{Console, Finished, Forms, PreparedRun, Request, Resume, TimeLimit};
 
 /// `--resume`, and `--resume=auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -227,7 +227,7 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
         Some(shared) => shared.clone(),
         None => Arc::new(Console { quiet: globals.quiet }),
     };
-    let prepared = Prepared::new(request)?;
+    let prepared = PreparedRun::new(request)?;
     if args.dry_run {
         super::dry_run::check(args.resume.is_some())?;
         let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;

@@ -10,10 +10,10 @@ use tch::Device;
 use super::{Globals, table};
 use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{Config, Precision, Switch};
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, estimate};
 use crate::error::{Context, Error, Result};
-use crate::run::Prepared;
+use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
 use crate::run::origin::describe;
 use crate::torch::{Forward, device, shim};
@@ -23,11 +23,11 @@ const STEPS: u64 = 3;
 
 #[derive(Default)]
 struct Clock {
-    rows: Vec<Row>,
+    rows: Vec<MetricsRow>,
 }
 
 impl Observer for Clock {
-    fn metrics(&mut self, row: &Row) -> Result<()> {
+    fn metrics(&mut self, row: &MetricsRow) -> Result<()> {
         self.rows.push(row.clone());
         Ok(())
     }
@@ -75,8 +75,8 @@ fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
 }
 
 /// Prints the plan after a few steps in a folder that is removed again. Nothing of a run is left.
-pub fn run(prepared: &Prepared, globals: Globals) -> Result<ExitCode> {
-    let Prepared { config, denoiser: teacher, student, device: place, .. } = prepared;
+pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
+    let PreparedRun { config, denoiser: teacher, student, device: place, .. } = prepared;
     let (place, student) = (*place, student.as_ref());
     // All weights of the teacher; what is trained of them may be less.
     let whole = prepared.teacher.network.params().elements() as u64;

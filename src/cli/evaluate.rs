@@ -13,7 +13,7 @@ use super::evaluate_table as show;
 use crate::diffusion::Sampler;
 use crate::error::{Error, Result};
 use crate::eval::collect::{Collected, Wanted};
-use crate::eval::evaluation::{Plan, Row, measure, reference};
+use crate::eval::evaluation::{EvaluationRow, Plan, measure, reference};
 use crate::eval::features::FeatureOptions;
 use crate::eval::kernel::Estimator;
 use crate::eval::sliced::Patches;
@@ -24,7 +24,7 @@ use crate::eval::{FeatureNet, Source, neighbours};
 use crate::io::ImageSet;
 use crate::io::images::Rounding;
 use crate::report::grid;
-use crate::runtime::student::Request;
+use crate::runtime::student::SampleRequest;
 use crate::tensor::HostTensor;
 
 /// Compare generated images with a reference: Frechet and kernel distance, precision, recall, density, coverage, Inception
@@ -201,7 +201,7 @@ impl Judge<'_> {
         }
     }
 
-    fn measure(&mut self, name: &str, source: &mut Source, steps: usize) -> Result<(Row, Collected)> {
+    fn measure(&mut self, name: &str, source: &mut Source, steps: usize) -> Result<(EvaluationRow, Collected)> {
         let draw = Draw { steps, ..self.draw.clone() };
         let (blocks, kernel) = (self.args.repeats.max(1), self.args.kernel);
         let plan = Plan { images: self.images(source), blocks, wanted: self.wanted, kernel };
@@ -219,7 +219,7 @@ impl Judge<'_> {
     }
 
     /// Rows of one path: a teacher has one for each number of steps.
-    fn rows(&mut self, path: &Path) -> Result<Vec<(Row, Collected)>> {
+    fn rows(&mut self, path: &Path) -> Result<Vec<(EvaluationRow, Collected)>> {
         let mut source = self.open(path)?;
         let name = path.display().to_string();
         if source.kind() != "teacher" {
@@ -286,7 +286,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
     let classes = args.classes.as_deref().map(super::sample::parse_classes).transpose()?.unwrap_or_default();
     let embeddings = super::sample::read_conditions(&args.conditions)?;
     let draw = Draw {
-        request: Request { seed: args.seed, classes, embeddings, batch: args.batch },
+        request: SampleRequest { seed: args.seed, classes, embeddings, batch: args.batch },
         rounding: args.rounding,
         sampler: args.sampler,
         steps: args.steps.first().copied().unwrap_or(18),
@@ -329,7 +329,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
 }
 
 /// Measures the students of a run, each setting once.
-fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[Row]) -> Result<(Vec<Row>, Book)> {
+fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[EvaluationRow]) -> Result<(Vec<EvaluationRow>, Book)> {
     let students = sweep::students(run)?;
     let setting = judge.setting()?;
     let mut book = Book::read(run)?;
@@ -343,7 +343,7 @@ fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[Row]) -> Result<(Vec<R
         let hash = sweep::hash_file(path)?;
         let known = book.find(&hash, &setting).cloned();
         let row = match known {
-            Some(row) => Row { name: file.clone(), ..row },
+            Some(row) => EvaluationRow { name: file.clone(), ..row },
             None => {
                 let mut source = judge.open(path)?;
                 judge.measure(&file, &mut source, 0)?.0

@@ -6,12 +6,12 @@ use serde_json::{Value, json};
 
 use super::Globals;
 use crate::eval::FeatureNet;
-use crate::eval::evaluation::Row;
+use crate::eval::evaluation::EvaluationRow;
 use crate::io::images::Rounding;
 
 /// Everything to print.
 pub struct Shown<'a> {
-    pub rows: &'a [Row],
+    pub rows: &'a [EvaluationRow],
     /// The best student of a run.
     pub best: Option<&'a str>,
     pub reference: &'a Path,
@@ -52,7 +52,7 @@ fn document(shown: &Shown<'_>) -> Value {
 }
 
 /// A line of the table: what it is called and how a row shows it.
-type Line = (&'static str, fn(&Row) -> Option<String>);
+type Line = (&'static str, fn(&EvaluationRow) -> Option<String>);
 
 fn with(value: Option<f64>, error: Option<f64>, digits: usize) -> Option<String> {
     let value = value?;
@@ -90,7 +90,7 @@ const LINES: [Line; 13] = [
 const BESIDE: usize = 4;
 
 /// Measures down and sets across, or the other way round where there are many; measures that no set has are left out.
-fn table(rows: &[Row]) -> comfy_table::Table {
+fn table(rows: &[EvaluationRow]) -> comfy_table::Table {
     let by_values = rows.iter().any(|r| r.by_values);
     let names = rows.iter().map(|r| r.name.clone());
     let mut columns: Vec<Vec<String>> = vec![std::iter::once("measure".to_string()).chain(names).collect()];
@@ -178,16 +178,16 @@ mod tests {
 
     #[test]
     fn many_sets_stand_below_one_another() {
-        let row = |k: usize| Row {
+        let row = |k: usize| EvaluationRow {
             name: format!("set-{k}"),
             frechet: Some(1.5 * k as f64),
             kernel: (k != 2).then_some(250.0),
             images: [100, 0],
             blocks: 1,
-            ..Row::default()
+            ..EvaluationRow::default()
         };
         let lines = |n: usize| -> Vec<String> {
-            let rows: Vec<Row> = (1..=n).map(row).collect();
+            let rows: Vec<EvaluationRow> = (1..=n).map(row).collect();
             table(&rows).to_string().lines().map(str::to_string).collect()
         };
         let few = lines(3);

@@ -121,7 +121,7 @@ pub mod from_run {
     use crate::distill::trajectory::{self, Trajectory};
     use crate::distill::{Config, RunDir};
     use crate::export::StudentOptions;
-    use crate::run::origin::{self, Origin, method, objective_name};
+    use crate::run::origin::{self, StudentOrigin, method, objective_name};
     use crate::torch::Forward;
     use crate::torch::tensor_file::TensorFile;
 
@@ -174,7 +174,7 @@ pub mod from_run {
             run.check_card(&teacher.card.card, &teacher.card.origins)?;
         }
         let file = origin::load(&config, &teacher, Device::Cpu)?;
-        let origin = Origin { teacher: &teacher, file: file.as_ref() };
+        let origin = StudentOrigin { teacher: &teacher, file: file.as_ref() };
         // The network is nobody else's: its weights are overwritten.
         let params = file.as_ref().map_or(&teacher.network, |f| &f.network).params().alias();
         // With low-rank adaptation, checkpoints and trajectory nodes hold the factors.

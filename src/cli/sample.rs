@@ -12,7 +12,7 @@ use super::engine::EngineArgs;
 use crate::error::{Error, Result};
 use crate::io::{ImageSet, Rounding, image_writer, npy, table, wav};
 use crate::report::view::{self, View};
-use crate::runtime::student::{Request, Student, StudentInfo};
+use crate::runtime::student::{SampleRequest, Student, StudentInfo};
 use crate::tensor::HostTensor;
 
 /// Sample from a student: sample k of a seed is the same whatever the batch size, engine or machine.
@@ -87,7 +87,7 @@ pub(super) fn read_conditions(entries: &[String]) -> Result<Vec<(String, HostTen
 /// A student's samples, batch by batch.
 struct Samples<'a> {
     student: &'a mut Student,
-    request: &'a Request,
+    request: &'a SampleRequest,
     number: usize,
     done: usize,
     bar: indicatif::ProgressBar,
@@ -225,7 +225,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     check(args, &extension, student.info())?;
     let embeddings = read_conditions(&args.conditions)?;
     let classes = args.classes.as_deref().map(parse_classes).transpose()?.unwrap_or_default();
-    let request = Request { seed: args.seed, classes, embeddings, batch: args.batch };
+    let request = SampleRequest { seed: args.seed, classes, embeddings, batch: args.batch };
     let labels = student.classes(&request, 0, args.number)?;
     let mut samples = Samples {
         bar: super::progress(globals, args.number as u64, "images"),

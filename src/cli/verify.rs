@@ -90,7 +90,7 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
 fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> {
     use crate::cli::teacher::ReadingArgs;
     use crate::distill::RunDir;
-    use crate::runtime::student::{Request, StudentInfo, decode, parse_value};
+    use crate::runtime::student::{SampleRequest, StudentInfo, decode, parse_value};
     use crate::torch::Forward;
 
     let Some(path) = &args.teacher else {
@@ -130,7 +130,7 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
         .and_then(|v| v.as_float().or(v.as_integer().map(|i| i as f64)));
     let sigma = stored.or(Some(config.student.sigma_init).filter(|&s| s > 0.0));
     let make =
-        |request: &Request, count: usize| verify::reference::of_weights(&teacher, &params, sigma, request, count);
+        |request: &SampleRequest, count: usize| verify::reference::of_weights(&teacher, &params, sigma, request, count);
     verify::verify(&args.student, options, &args.target, Some(&make))
 }
 

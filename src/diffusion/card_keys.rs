@@ -10,7 +10,7 @@ use crate::error::{Context, Error, Result};
 
 /// Where a value was given.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Origin {
+pub enum CardOrigin {
     /// Given with `--card`, or by `card` in a configuration.
     CommandLine,
     /// A card file beside the model, such as `teacher.card.toml`.
@@ -29,7 +29,7 @@ pub enum Origin {
     Default,
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for CardOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = |p: &Path| p.file_name().unwrap_or(p.as_os_str()).to_string_lossy().into_owned();
         match self {
@@ -95,7 +95,7 @@ pub(super) struct Leaf {
     pub value: toml::Value,
     /// The text as given, for keys that take any string.
     pub text: Option<String>,
-    pub origin: Origin,
+    pub origin: CardOrigin,
 }
 
 pub(super) type Leaves = BTreeMap<Key, Leaf>;
@@ -132,7 +132,7 @@ pub(super) fn split(key: &str) -> Result<Key> {
     })
 }
 
-pub(super) fn insert_text(key: &str, text: &str, origin: &Origin, leaves: &mut Leaves) -> Result<()> {
+pub(super) fn insert_text(key: &str, text: &str, origin: &CardOrigin, leaves: &mut Leaves) -> Result<()> {
     // What is no TOML value is a plain string.
     let parsed =
         format!("v = {text}").parse::<toml::Table>().ok().filter(|t| t.len() == 1).and_then(|mut t| t.remove("v"));
@@ -144,7 +144,7 @@ pub(super) fn insert(
     key: Key,
     value: toml::Value,
     text: Option<&str>,
-    origin: &Origin,
+    origin: &CardOrigin,
     leaves: &mut Leaves,
 ) -> Result<()> {
     check_known(&key, value.is_table())?;

@@ -9,7 +9,7 @@ use crate::graph::sizes;
 use crate::onnx::ModelProto;
 
 use super::card::TeacherCard;
-pub use super::card_keys::Origin;
+pub use super::card_keys::CardOrigin;
 use super::card_keys::{FOREIGN, Key, Leaf, Leaves, NEEDED, build, check_type, insert, insert_text, merge, split};
 use super::conversion::Conversion;
 use super::fixed::{self, FixedInput};
@@ -25,8 +25,8 @@ pub struct ResolvedCard {
     pub fixed: Vec<FixedInput>,
     /// Its `concat`, which is not in `card` either: the parts that are joined to the graph's sample input.
     pub concat: Vec<String>,
-    /// Where each value came from, by dotted key; a key that is not here has its default ([`Origin::Default`]).
-    pub origins: BTreeMap<String, Origin>,
+    /// Where each value came from, by dotted key; a key that is not here has its default ([`CardOrigin::Default`]).
+    pub origins: BTreeMap<String, CardOrigin>,
     /// `disback.*` metadata that is no card key (student, provenance, ...), without the prefix.
     pub extra: BTreeMap<String, String>,
 }
@@ -57,12 +57,12 @@ impl ResolvedCard {
     }
 
     /// Every value of the card: dotted key, TOML text, origin.
-    pub fn rows(&self) -> Result<Vec<(String, String, Origin)>> {
+    pub fn rows(&self) -> Result<Vec<(String, String, CardOrigin)>> {
         let leaves = self.card.leaves()?;
         Ok(leaves
             .into_iter()
             .map(|(key, value)| {
-                let origin = self.origins.get(&key).cloned().unwrap_or(Origin::Default);
+                let origin = self.origins.get(&key).cloned().unwrap_or(CardOrigin::Default);
                 (key, value.to_string(), origin)
             })
             .collect())
@@ -138,7 +138,7 @@ impl CardSource {
         let mut extra = BTreeMap::new();
         let mut merged = self.merged(&mut extra)?;
         if let Some(name) = self.only_output.as_ref().filter(|_| !merged.is_empty()) {
-            let leaf = || Leaf { value: name.clone().into(), text: None, origin: Origin::OnlyOne };
+            let leaf = || Leaf { value: name.clone().into(), text: None, origin: CardOrigin::OnlyOne };
             merged.entry(vec!["output".into()]).or_insert_with(leaf);
         }
         let missing: Vec<_> =
@@ -157,7 +157,7 @@ impl CardSource {
     }
 
     /// What the sources say, complete or not: path of each key, its value and where it came from.
-    pub fn known(&self) -> Result<BTreeMap<Vec<String>, (toml::Value, Origin)>> {
+    pub fn known(&self) -> Result<BTreeMap<Vec<String>, (toml::Value, CardOrigin)>> {
         let merged = self.merged(&mut BTreeMap::new())?;
         for (key, leaf) in &merged {
             check_type(key, leaf)?;
@@ -198,9 +198,9 @@ impl CardSource {
                 Err(symbol) => size(symbol),
             };
             let row: Option<Vec<usize>> = dims.iter().skip(1).map(known).collect();
-            Some((name.clone(), row?, Origin::Graph))
+            Some((name.clone(), row?, CardOrigin::Graph))
         };
-        let in_file = self.rows.iter().map(|(name, row)| (name.clone(), row.clone(), Origin::ConditionsFile));
+        let in_file = self.rows.iter().map(|(name, row)| (name.clone(), row.clone(), CardOrigin::ConditionsFile));
         let found: Vec<_> = in_file.chain(self.inputs.iter().filter_map(in_graph)).collect();
         for (name, row, origin) in found {
             let key = |leaf: &str| -> Key { vec!["conditions".into(), name.clone(), leaf.into()] };
@@ -244,7 +244,7 @@ impl CardSource {
                 item.split_once('=').ok_or_else(|| Error::usage(format!("--card {item}: expected key=value")))?;
             let run = || -> Result<Leaves> {
                 let mut one = Leaves::new();
-                insert_text(key.trim(), value.trim(), &Origin::CommandLine, &mut one)?;
+                insert_text(key.trim(), value.trim(), &CardOrigin::CommandLine, &mut one)?;
                 Ok(one)
             };
             leaves = merge(vec![leaves, run().with_context(|| format!("--card {item}"))?]);
@@ -272,7 +272,7 @@ impl CardSource {
                 .parse()
                 .map_err(|e: toml::de::Error| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))?;
             let mut leaves = Leaves::new();
-            insert(vec![], toml::Value::Table(table), None, &Origin::SideFile(path.clone()), &mut leaves)?;
+            insert(vec![], toml::Value::Table(table), None, &CardOrigin::SideFile(path.clone()), &mut leaves)?;
             Ok(leaves)
         };
         run().with_context(|| path.display().to_string())
@@ -286,7 +286,7 @@ impl CardSource {
                 extra.insert(key.into(), value.clone());
                 continue;
             }
-            insert_text(key, value.trim(), &Origin::Metadata, &mut leaves)
+            insert_text(key, value.trim(), &CardOrigin::Metadata, &mut leaves)
                 .with_context(|| format!("metadata `{name}`"))?;
         }
         Ok(leaves)
@@ -299,7 +299,7 @@ impl CardSource {
             let places = [dir.join("scheduler_config.json"), dir.join("../scheduler/scheduler_config.json")];
             if let Some(path) = places.into_iter().find(|p| p.is_file()) {
                 for (key, value) in scheduler_config::read(&path)? {
-                    insert(split(&key)?, value, None, &Origin::SchedulerConfig(path.clone()), &mut leaves)?;
+                    insert(split(&key)?, value, None, &CardOrigin::SchedulerConfig(path.clone()), &mut leaves)?;
                 }
             }
         }

@@ -60,7 +60,7 @@ fn precedence_is_command_line_side_file_metadata_scheduler() {
     assert_eq!(found.card.prediction, Prediction::Epsilon);
     assert_eq!(found.card.time_unit, TimeUnit::Step);
     assert!(matches!(found.card.schedule, ScheduleSpec::Vp { steps: Some(500), beta_end: Some(0.012), .. }));
-    assert_eq!(found.origins["output"], Origin::CommandLine);
+    assert_eq!(found.origins["output"], CardOrigin::CommandLine);
     assert_eq!(found.origins["dataset"].to_string(), "from teacher.card.toml");
     assert_eq!(found.origins["prediction"].to_string(), "from scheduler_config.json");
     // Another kind of schedule takes the former's values with it.
@@ -145,7 +145,7 @@ fn the_only_output_need_not_be_named() {
     let rest: Vec<_> = metadata().into_iter().filter(|(k, _)| !k.ends_with("output")).collect();
     let source = CardSource::new().metadata(rest);
     let found = source.clone().outputs(["y"]).resolve().unwrap();
-    assert_eq!((found.card.output.as_str(), &found.origins["output"]), ("y", &Origin::OnlyOne));
+    assert_eq!((found.card.output.as_str(), &found.origins["output"]), ("y", &CardOrigin::OnlyOne));
     for several in [vec!["y", "z"], vec![]] {
         let error = source.clone().outputs(several).resolve().unwrap_err().to_string();
         assert!(error.contains("missing `output`"), "{error}");
@@ -172,5 +172,5 @@ fn a_mask_is_as_large_as_the_sample_whose_dimensions_it_has() {
     source.inputs = vec![free("x", &["batch", "1", "h", "w"]), free("mask", &["batch", "2", "h", "w"])];
     let found = source.overrides(["conditions.mask.kind=embedding", "shape=[1, 6, 5]"]).resolve().unwrap();
     assert_eq!(found.card.conditions["mask"].row_shape(), [2, 6, 5]);
-    assert_eq!(found.origins["conditions.mask.shape"], Origin::Graph);
+    assert_eq!(found.origins["conditions.mask.shape"], CardOrigin::Graph);
 }

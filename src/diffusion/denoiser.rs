@@ -13,7 +13,7 @@ use super::condition::Condition;
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
 use super::guidance::Guidance;
-use super::prepared::{Calls, Form, Part, Prepared, Strength};
+use super::prepared::{Calls, Form, Part, PreparedLevels, Strength};
 use super::sample_axes::{into_graph, out_of_graph};
 
 /// What the graph's inputs want, worked out once.
@@ -126,12 +126,18 @@ impl Denoiser {
     }
 
     /// What an evaluation at these noise levels takes beside samples and conditions, on `device`.
-    pub fn prepare(&self, sigma: &[f64], form: Form, device: Device) -> Result<Prepared> {
-        Prepared::new(&self.coefficients(sigma)?, self.calls(), form, device)
+    pub fn prepare(&self, sigma: &[f64], form: Form, device: Device) -> Result<PreparedLevels> {
+        PreparedLevels::new(&self.coefficients(sigma)?, self.calls(), form, device)
     }
 
     /// [`Denoiser::prepare`] for an evaluation under guidance.
-    pub fn prepare_guided(&self, sigma: &[f64], guidance: Guidance, form: Form, device: Device) -> Result<Prepared> {
+    pub fn prepare_guided(
+        &self,
+        sigma: &[f64],
+        guidance: Guidance,
+        form: Form,
+        device: Device,
+    ) -> Result<PreparedLevels> {
         let none = match form {
             Form::Short => sigma.iter().all(|s| guidance.at(*s) == 1.0),
             Form::Fixed => guidance.is_none(),
@@ -146,9 +152,9 @@ impl Denoiser {
     }
 
     /// What [`Denoiser::generate`] takes beside noise and conditions.
-    pub fn prepare_start(&self, rows: usize, start: &StudentStart, device: Device) -> Result<Prepared> {
+    pub fn prepare_start(&self, rows: usize, start: &StudentStart, device: Device) -> Result<PreparedLevels> {
         let coefficients = vec![Coefficients { c_in: start.init_scale, ..start.coefficients }; rows];
-        Prepared::new(&coefficients, self.calls(), Form::Short, device)
+        PreparedLevels::new(&coefficients, self.calls(), Form::Short, device)
     }
 
     /// The evaluation that was prepared, of `x_edm` `[B, ...shape]`; and the tensors of these names inside the network, first
@@ -156,7 +162,7 @@ impl Denoiser {
     pub fn denoise_prepared(
         &self,
         x_edm: &Tensor,
-        prepared: &Prepared,
+        prepared: &PreparedLevels,
         cond: &Conditions,
         taps: &[String],
     ) -> Result<(Tensor, Vec<Tensor>)> {
@@ -243,7 +249,7 @@ impl Denoiser {
     fn run(
         &self,
         x: &Tensor,
-        prepared: &Prepared,
+        prepared: &PreparedLevels,
         conditions: &[Tensor],
         taps: &[String],
     ) -> Result<(Tensor, Vec<Tensor>)> {

@@ -26,7 +26,7 @@ mod scheduler_config;
 pub mod teacher_engine;
 
 pub use card::{InputSpec, Layout, Modality, Prediction, TeacherCard, TimeUnit};
-pub use card_source::{CardSource, Origin, ResolvedCard};
+pub use card_source::{CardOrigin, CardSource, ResolvedCard};
 pub use condition::{Condition, Null};
 pub use condition_source::ConditionSource;
 #[cfg(feature = "train")]
@@ -40,7 +40,7 @@ pub use fixed::FixedInput;
 pub use generator::{Generator, GeneratorNames, GeneratorPorts};
 pub use guidance::Guidance;
 #[cfg(feature = "train")]
-pub use prepared::{Form, Prepared};
+pub use prepared::{Form, PreparedLevels};
 pub use sampler::{Sampled, Sampler, VectorSpace};
 pub use schedule::{Betas, Direction, Schedule, ScheduleSpec};
 pub use teacher_engine::{TeacherOnEngine, TeacherRequest, TeacherSamples};

@@ -127,7 +127,7 @@ pub(super) enum Strength {
 
 /// Coefficients and times of an evaluation at given noise levels, as tensors on the device.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct PreparedLevels {
     /// Samples; twice as many are evaluated under guidance.
     pub(super) samples: usize,
     pub(super) parts: Vec<Part>,
@@ -149,7 +149,7 @@ pub(super) struct Calls<'a> {
     pub rows: Option<usize>,
 }
 
-impl Prepared {
+impl PreparedLevels {
     /// Of these coefficients, one a row. Rows that cannot be evaluated in one call, since the network takes one time for all or
     /// another number of rows, are evaluated apart; where a call has too few of them, the last is repeated and left out again.
     ///

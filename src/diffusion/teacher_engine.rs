@@ -9,7 +9,7 @@ use crate::error::{Context, Error, Result};
 use crate::graph::{Model, save, sizes};
 use crate::noise::{batch_noise, image_class};
 use crate::onnx::ModelProto;
-use crate::runtime::student::Request;
+use crate::runtime::student::SampleRequest;
 use crate::runtime::{self, Dim, Engine, EngineOptions};
 use crate::tensor::{DType, HostTensor};
 
@@ -24,7 +24,7 @@ use super::sampler::Sampler;
 #[derive(Debug, Clone)]
 pub struct TeacherRequest {
     /// Seed, classes, embeddings and batch size, as for a student.
-    pub images: Request,
+    pub images: SampleRequest,
     /// The solver.
     pub sampler: Sampler,
     /// Steps of the solver.
@@ -178,7 +178,7 @@ impl TeacherOnEngine {
     }
 
     /// Conditions of images `start..start + count`: classes in turn or drawn from the seed, rows of embeddings in turn.
-    pub fn conditions(&self, request: &Request, start: u64, count: usize) -> Result<HostConditions> {
+    pub fn conditions(&self, request: &SampleRequest, start: u64, count: usize) -> Result<HostConditions> {
         let mut tensors = Vec::new();
         if !request.classes.is_empty() && self.card.classes().is_none() {
             return Err(Error::usage("the teacher has no classes"));

@@ -70,7 +70,7 @@ fn card() -> TeacherCard {
 }
 
 fn request() -> TeacherRequest {
-    let images = Request { seed: 11, batch: 64, ..Request::default() };
+    let images = SampleRequest { seed: 11, batch: 64, ..SampleRequest::default() };
     TeacherRequest { images, sampler: Sampler::Heun, steps: 18, guidance: 1.0 }
 }
 

@@ -4,7 +4,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::loss_weight::weights;
-use crate::diffusion::{Conditions, Denoiser, Form, Prepared};
+use crate::diffusion::{Conditions, Denoiser, Form, PreparedLevels};
 use crate::error::{Error, Result};
 use crate::torch::convert::column;
 use crate::torch::train::cuda_graph::Feed;
@@ -19,7 +19,7 @@ pub struct Noised {
     /// Weight of each sample in the denoising loss, f32 `[B, 1, ...]`.
     pub weights: Tensor,
     /// The denoiser's coefficients and times at the noise levels.
-    pub prepared: Prepared,
+    pub prepared: PreparedLevels,
 }
 
 impl Noised {
@@ -68,7 +68,7 @@ pub struct Inputs {
     /// Noise levels and noise; absent for a piece that only makes images.
     pub noised: Option<Noised>,
     /// The target's evaluation at the levels of `noised`, where it is guided.
-    pub guided: Option<Prepared>,
+    pub guided: Option<PreparedLevels>,
 }
 
 impl Inputs {

@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::distill::checkpoint::{self, StageKind, State};
 use crate::distill::job::Job;
-use crate::distill::metrics::{Means, Meters, MetricsFile, Row};
+use crate::distill::metrics::{Means, Meters, MetricsFile, MetricsRow};
 use crate::distill::nonfinite::Finding;
 use crate::distill::observer::Observer;
 use crate::distill::progress::Progress;
@@ -36,7 +36,7 @@ impl Log {
         let images = state.iteration * job.config.images();
         // A run that is shorter than what may be skipped must not end well either where nothing was ever done.
         let most = |steps: u64| job.config.optimizer.max_skips.min(steps);
-        let keep = |row: &Row| match (row.stage, state.stage) {
+        let keep = |row: &MetricsRow| match (row.stage, state.stage) {
             (StageKind::Degrade, StageKind::Backtrack) => true,
             (StageKind::Backtrack, StageKind::Degrade) => false,
             _ => row.iteration <= state.iteration,
@@ -78,7 +78,7 @@ impl Log {
         let means = self.since_row.take()?;
         let seconds = self.row_at.elapsed().as_secs_f64().max(1e-9);
         let skips = |names: &[&str]| names.iter().filter_map(|n| means.get(n)).sum::<f64>() as u64;
-        let row = Row {
+        let row = MetricsRow {
             stage: self.stage,
             iteration: at.iteration,
             node: at.node,

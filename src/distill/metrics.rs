@@ -117,7 +117,7 @@ impl Means {
 /// One line of `metrics.jsonl`. Losses and norms are means since the line before; `null` where there is none, or where it
 /// is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Row {
+pub struct MetricsRow {
     /// Stage that the row belongs to.
     pub stage: StageKind,
     /// Iterations of the stage that are done.
@@ -165,12 +165,12 @@ pub struct MetricsFile {
 impl MetricsFile {
     /// Opens the file, first dropping rows that a resumed run will write again: those for which `keep` is false, and a
     /// last line cut short.
-    pub fn open(path: &Path, keep: impl Fn(&Row) -> bool) -> Result<Self> {
+    pub fn open(path: &Path, keep: impl Fn(&MetricsRow) -> bool) -> Result<Self> {
         if path.is_file() {
             let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
             let kept: String = text
                 .lines()
-                .filter(|line| serde_json::from_str::<Row>(line).is_ok_and(|row| keep(&row)))
+                .filter(|line| serde_json::from_str::<MetricsRow>(line).is_ok_and(|row| keep(&row)))
                 .flat_map(|line| [line, "\n"])
                 .collect();
             if kept != text {
@@ -186,7 +186,7 @@ impl MetricsFile {
     }
 
     /// Appends a row as one line of JSON.
-    pub fn append(&mut self, row: &Row) -> Result<()> {
+    pub fn append(&mut self, row: &MetricsRow) -> Result<()> {
         let mut line = serde_json::to_string(row).map_err(|e| Error::io(e.to_string()))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).with_context(|| self.path.display().to_string())
@@ -199,7 +199,7 @@ impl MetricsFile {
 }
 
 /// Reads a `metrics.jsonl`; lines that are not rows are passed over.
-pub fn read(path: &Path) -> Result<Vec<Row>> {
+pub fn read(path: &Path) -> Result<Vec<MetricsRow>> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
@@ -208,8 +208,8 @@ pub fn read(path: &Path) -> Result<Vec<Row>> {
 mod tests {
     use super::*;
 
-    fn row(stage: StageKind, iteration: u64) -> Row {
-        Row {
+    fn row(stage: StageKind, iteration: u64) -> MetricsRow {
+        MetricsRow {
             stage,
             iteration,
             node: 1,

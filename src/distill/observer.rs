@@ -3,7 +3,7 @@
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::StageKind;
 use crate::distill::debug_batch::DebugBatch;
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::student::Student;
 use crate::error::Result;
 
@@ -21,7 +21,7 @@ pub trait Observer {
         Ok(Wish::default())
     }
     /// A row of metrics was written.
-    fn metrics(&mut self, _row: &Row) -> Result<()> {
+    fn metrics(&mut self, _row: &MetricsRow) -> Result<()> {
         Ok(())
     }
     /// Stage 1 recorded a node (0: the teacher itself, before the first step).

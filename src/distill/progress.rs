@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::distill::checkpoint::StageKind;
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 
 /// A line on standard error. A terminal that was closed takes none, which is no reason for a run to end.
 pub(crate) fn tell(text: &str) {
@@ -48,7 +48,7 @@ impl Progress {
     }
 
     /// New numbers are there.
-    pub fn row(&mut self, row: &Row) {
+    pub fn row(&mut self, row: &MetricsRow) {
         if self.silent {
             return;
         }
@@ -66,7 +66,7 @@ impl Progress {
         }
     }
 
-    fn describe(&self, row: &Row) -> String {
+    fn describe(&self, row: &MetricsRow) -> String {
         let mut text = format!("node {}/{}  {:.0} images/s", row.node, self.last, row.images_per_s);
         let mut number = |name: &str, v: Option<f64>| {
             if let Some(v) = v {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::diffusion::{Origin, TeacherCard};
+use crate::diffusion::{CardOrigin, TeacherCard};
 use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::distill::config::Config;
 use crate::distill::lock::{self, RunLock};
@@ -149,7 +149,7 @@ impl RunDir {
 
     /// Refuses a card that reads the teacher otherwise than the card of this run. `origins`: where its values come from.
     /// (A run of a version that kept no card has nothing to compare with.)
-    pub fn check_card(&self, now: &TeacherCard, origins: &BTreeMap<String, Origin>) -> Result<()> {
+    pub fn check_card(&self, now: &TeacherCard, origins: &BTreeMap<String, CardOrigin>) -> Result<()> {
         let file = self.card_file();
         if !file.is_file() {
             return Ok(());
@@ -191,7 +191,7 @@ impl RunDir {
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
     }
-    /// `metrics.jsonl`: losses and other measures of training, one row a line; see [`crate::distill::metrics::Row`].
+    /// `metrics.jsonl`: losses and other measures of training, one row a line; see [`crate::distill::metrics::MetricsRow`].
     pub fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
     }
@@ -401,7 +401,7 @@ mod tests {
         let mut named = card.clone();
         named.dataset = Some("digits".into());
         run.check_card(&named, &BTreeMap::new()).unwrap();
-        let origins = BTreeMap::from([("sigma_data".to_owned(), Origin::SideFile("teacher.card.toml".into()))]);
+        let origins = BTreeMap::from([("sigma_data".to_owned(), CardOrigin::SideFile("teacher.card.toml".into()))]);
         let e = run.check_card(&other, &origins).unwrap_err();
         assert!(e.exit_code() == 2, "{e}");
         assert!(e.to_string().contains("`sigma_data` = 0.5, now it is 0.9 (from teacher.card.toml)"), "{e}");

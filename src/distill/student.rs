@@ -7,7 +7,7 @@ use std::rc::Rc;
 use tch::{Device, Tensor};
 
 use crate::diffusion::{
-    Conditions, Conversion, Denoiser, Generator, HostConditions, Prepared, Schedule, StudentStart, TeacherCard,
+    Conditions, Conversion, Denoiser, Generator, HostConditions, PreparedLevels, Schedule, StudentStart, TeacherCard,
 };
 use crate::distill::config::{Config, Init, StudentConfig};
 use crate::distill::draws::{Draws, Purpose};
@@ -34,7 +34,7 @@ pub struct AtLevels {
     /// Fresh noise before each further step, instead of the noise that was found.
     stochastic: bool,
     /// The first step's evaluation of so many rows, the same for every batch.
-    first: RefCell<Option<(usize, Device, Rc<Prepared>)>>,
+    first: RefCell<Option<(usize, Device, Rc<PreparedLevels>)>>,
 }
 
 /// Seed of the noise of further steps where an image is looked at rather than trained on.

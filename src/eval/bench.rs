@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::diffusion::{Sampler, TeacherOnEngine, TeacherRequest};
 use crate::error::{Error, Result};
-use crate::runtime::student::{Request, Student};
+use crate::runtime::student::{SampleRequest, Student};
 use crate::runtime::{Dim, EngineOptions};
 use crate::tensor::HostTensor;
 
@@ -122,7 +122,8 @@ pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64
         {
             return Err(Error::usage(format!("--batch {batch}: the student's batch is fixed at {n}")));
         }
-        let request = Request { batch, embeddings: student.info().random_rows(1, batch)?, ..Request::default() };
+        let request =
+            SampleRequest { batch, embeddings: student.info().random_rows(1, batch)?, ..SampleRequest::default() };
         let inputs = student.inputs(&request, 0, batch)?;
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let engine = student.engine_name();
@@ -167,7 +168,7 @@ pub fn teacher(
     let began = Instant::now();
     let mut teacher = TeacherOnEngine::open(path, card, options)?;
     let load_ms = ms(began);
-    let images = Request { batch, ..Request::default() };
+    let images = SampleRequest { batch, ..SampleRequest::default() };
     let request = TeacherRequest { images, sampler: Sampler::default(), steps, guidance: 1.0 };
     let mut nfe = teacher.sample(&request, 0, batch)?.nfe;
     let mut times = Vec::new();
@@ -220,7 +221,7 @@ mod tests {
     #[test]
     fn a_bound_call_computes_what_a_plain_one_does() {
         let mut student = Student::from_bytes(&testing::student("batch"), &EngineOptions::default()).unwrap();
-        let inputs = student.inputs(&Request::default(), 0, 3).unwrap();
+        let inputs = student.inputs(&SampleRequest::default(), 0, 3).unwrap();
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let before = student.engine().run(&named).unwrap();
         (0..3).try_for_each(|_| student.engine().bound(&named)?()).unwrap();

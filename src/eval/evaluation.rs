@@ -2,7 +2,7 @@
 
 use super::collect::{Collected, Wanted, collect};
 use super::kernel::Estimator;
-pub use super::row::{ClassRow, Row};
+pub use super::row::{ClassRow, EvaluationRow};
 use super::source::{Draw, Source};
 use super::tally::Tally;
 use super::{FeatureNet, few, frechet, kernel, manifold, sliced};
@@ -69,7 +69,7 @@ pub fn measure(
     reference: &Collected,
     plan: &Plan,
     mut seen: impl FnMut(usize),
-) -> Result<(Row, Collected)> {
+) -> Result<(EvaluationRow, Collected)> {
     check(source, name, reference)?;
     let blocks = plan.blocks.max(1);
     if let Some(len) = source.len().filter(|len| *len < blocks * plan.images) {
@@ -78,12 +78,12 @@ pub fn measure(
             plan.images
         )));
     }
-    let mut row = Row {
+    let mut row = EvaluationRow {
         name: name.to_string(),
         kind: source.kind().to_string(),
         images: [plan.images, reference.count],
         blocks,
-        ..Row::default()
+        ..EvaluationRow::default()
     };
     let mut kept = None;
     let mut tally = Tally::default();

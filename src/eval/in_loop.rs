@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::FeatureNet;
 use super::collect::{Collected, Wanted};
-use super::evaluation::{Plan, Row, measure, reference};
+use super::evaluation::{EvaluationRow, Plan, measure, reference};
 use super::features::FeatureOptions;
 use super::kernel::Estimator;
 use super::source::{Draw, Source};
@@ -38,7 +38,7 @@ pub struct At {
 
 /// A point of the curve.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Point {
+pub struct InLoopPoint {
     /// Where the run stood when this was measured.
     #[serde(flatten)]
     pub at: At,
@@ -64,7 +64,7 @@ pub struct Point {
     pub problem: Option<String>,
 }
 
-impl Point {
+impl InLoopPoint {
     /// The distance that decides which point is best; infinite where nothing could be measured.
     pub fn figure(&self) -> f64 {
         self.frechet.or(self.sliced).filter(|v| v.is_finite()).unwrap_or(f64::INFINITY)
@@ -99,14 +99,14 @@ pub struct InLoop {
     draw: Draw,
     patience: u64,
     path: PathBuf,
-    points: Vec<Point>,
+    points: Vec<InLoopPoint>,
     /// What weakens the figures, told once.
     warnings: Vec<String>,
     warned: bool,
 }
 
 /// Reads a curve; lines that are no points are passed over.
-pub fn read(path: &Path) -> Vec<Point> {
+pub fn read(path: &Path) -> Vec<InLoopPoint> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
 }
@@ -197,7 +197,7 @@ impl InLoop {
     }
 
     /// The curve so far.
-    pub fn points(&self) -> &[Point] {
+    pub fn points(&self) -> &[InLoopPoint] {
         &self.points
     }
 
@@ -206,7 +206,7 @@ impl InLoop {
         self.values.is_some()
     }
 
-    fn measure(&mut self, samples: HostTensor, range: [f64; 2], count: usize) -> Result<Row> {
+    fn measure(&mut self, samples: HostTensor, range: [f64; 2], count: usize) -> Result<EvaluationRow> {
         let (name, net) = ("the student", self.net.as_mut());
         if let Some(values) = &self.values {
             return values.measure(
@@ -227,7 +227,7 @@ impl InLoop {
 
     /// Measures samples [N,C,H,W] with values in `range` ([N,...] of any range where [`InLoop::by_values`]), and adds a point to
     /// the curve.
-    pub fn look(&mut self, samples: HostTensor, range: [f64; 2], at: At) -> Result<Point> {
+    pub fn look(&mut self, samples: HostTensor, range: [f64; 2], at: At) -> Result<InLoopPoint> {
         let count = samples.shape().first().copied().unwrap_or(0);
         let (row, problem) = match self.measure(samples, range, count) {
             Ok(mut row) => {
@@ -236,10 +236,10 @@ impl InLoop {
                 }
                 (row, None)
             }
-            Err(e) if e.kind() == Kind::Mismatch => (Row::default(), Some(e.to_string())),
+            Err(e) if e.kind() == Kind::Mismatch => (EvaluationRow::default(), Some(e.to_string())),
             Err(e) => return Err(e),
         };
-        let mut point = Point {
+        let mut point = InLoopPoint {
             at,
             frechet: row.frechet,
             kernel: row.kernel,
@@ -251,7 +251,7 @@ impl InLoop {
             best: false,
             problem,
         };
-        let least = self.points.iter().map(Point::figure).fold(f64::INFINITY, f64::min);
+        let least = self.points.iter().map(InLoopPoint::figure).fold(f64::INFINITY, f64::min);
         point.best = point.figure() < least;
         let text = line(&point)?;
         let append = || -> std::io::Result<()> {
@@ -270,7 +270,7 @@ impl InLoop {
     }
 }
 
-fn line(point: &Point) -> Result<String> {
+fn line(point: &InLoopPoint) -> Result<String> {
     let mut text = serde_json::to_string(point).map_err(|e| Error::io(e.to_string()))?;
     text.push('\n');
     Ok(text)

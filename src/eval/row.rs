@@ -22,7 +22,7 @@ pub struct ClassRow {
 /// Measures of one generated set. Where there are several blocks, means over them; what could not be measured is absent.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Row {
+pub struct EvaluationRow {
     /// Name of the generated set in the table.
     pub name: String,
     /// `student`, `teacher`, `images`, or `values` of what is no image.

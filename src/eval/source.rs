@@ -10,7 +10,7 @@ use crate::io::images::Rounding;
 use crate::io::{ImageSet, npy, table};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
-use crate::runtime::student::{self, Request, Student};
+use crate::runtime::student::{self, SampleRequest, Student};
 use crate::tensor::HostTensor;
 
 /// One side of a comparison.
@@ -50,7 +50,7 @@ struct Samples {
 #[derive(Debug, Clone)]
 pub struct Draw {
     /// Seed, classes, embeddings, and number of images a call.
-    pub request: Request,
+    pub request: SampleRequest,
     /// How a network's float samples become 8 bits.
     pub rounding: Rounding,
     /// The solver of a teacher.
@@ -63,7 +63,7 @@ pub struct Draw {
 
 impl Default for Draw {
     fn default() -> Self {
-        let request = Request { batch: 64, ..Request::default() };
+        let request = SampleRequest { batch: 64, ..SampleRequest::default() };
         Self { request, rounding: Rounding::default(), sampler: Sampler::Heun, steps: 18, guidance: 1.0 }
     }
 }
@@ -335,7 +335,7 @@ impl Samples {
 /// `count` images of a student as an image set.
 pub fn sample_images(
     student: &mut Student,
-    request: &Request,
+    request: &SampleRequest,
     count: usize,
     mut seen: impl FnMut(usize),
 ) -> Result<ImageSet> {

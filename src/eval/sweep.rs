@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::evaluation::Row;
+use super::evaluation::EvaluationRow;
 use crate::error::{Context, Error, Result};
 
 /// Name of the file in the run directory that holds the [`Book`].
@@ -21,7 +21,7 @@ pub struct Entry {
     /// What was measured and how: equal settings give comparable figures.
     pub setting: String,
     /// What was measured of it.
-    pub row: Row,
+    pub row: EvaluationRow,
 }
 
 /// Neighbours of one generated image: places in the reference, and distances.
@@ -49,7 +49,7 @@ pub struct Book {
     /// All measured students, in this and in earlier settings.
     pub entries: Vec<Entry>,
     /// Teachers and other sets measured beside the students, in the latest setting.
-    pub others: Vec<Row>,
+    pub others: Vec<EvaluationRow>,
     /// Nearest reference images of some images of the best student, in the latest setting.
     pub neighbours: Vec<Neighbours>,
 }
@@ -74,7 +74,7 @@ impl Book {
     }
 
     /// The row of a student that was measured in this setting.
-    pub fn find(&self, hash: &str, setting: &str) -> Option<&Row> {
+    pub fn find(&self, hash: &str, setting: &str) -> Option<&EvaluationRow> {
         self.entries.iter().find(|e| e.hash == hash && e.setting == setting).map(|e| &e.row)
     }
 

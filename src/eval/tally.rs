@@ -3,7 +3,7 @@
 use super::inception_score::InceptionScore;
 use super::kernel::{self, Estimator};
 use super::manifold::{self, Manifold};
-use super::row::Row;
+use super::row::EvaluationRow;
 use super::{FeatureMatrix, Statistics, frechet};
 use crate::error::Result;
 
@@ -78,7 +78,7 @@ impl Tally {
     }
 
     /// Writes means and spreads into a row.
-    pub fn fill(self, row: &mut Row) {
+    pub fn fill(self, row: &mut EvaluationRow) {
         row.frechet = mean(&self.distances);
         row.frechet_deviation = deviation(&self.distances);
         row.frechet_least = self.distances.iter().copied().reduce(f64::min).filter(|_| self.distances.len() > 1);

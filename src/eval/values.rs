@@ -8,7 +8,7 @@ use faer::{Mat, Side};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use sha2::{Digest, Sha256};
 
-use super::evaluation::Row;
+use super::evaluation::EvaluationRow;
 use super::kernel::Estimator;
 use super::source::{Draw, Source};
 use super::tally::{Tally, deviation, mean};
@@ -253,19 +253,19 @@ impl Reference {
         (images, blocks): (usize, usize),
         kernel: Estimator,
         mut seen: impl FnMut(usize),
-    ) -> Result<Row> {
+    ) -> Result<EvaluationRow> {
         self.check(name, &source.sample_shape().unwrap_or_default())?;
         if let Some(len) = source.len().filter(|len| *len < blocks * images) {
             return Err(Error::usage(format!("{name} holds {len} samples: too few for {blocks} block(s) of {images}")));
         }
-        let mut row = Row {
+        let mut row = EvaluationRow {
             name: name.to_string(),
             kind: source.kind().to_string(),
             images: [images, self.count()],
             blocks,
             features: Some(self.rows.dims()),
             by_values: true,
-            ..Row::default()
+            ..EvaluationRow::default()
         };
         let mut tally = Tally::default();
         for block in 0..blocks {

@@ -8,7 +8,7 @@ use crate::graph::edit;
 use crate::onnx::ModelProto;
 use crate::passes::fuse::{Fuse, Written};
 use crate::passes::precision::half::Converted;
-use crate::passes::precision::int8::Quantised;
+use crate::passes::precision::int8::QuantisationReport;
 use crate::passes::simplify::Simplified;
 
 /// Element type of the student's arithmetic or weights.
@@ -112,7 +112,7 @@ pub struct ShipReport {
     pub half: Option<Converted>,
     /// The quantisation to 8 bits; absent for other precisions.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub int8: Option<Quantised>,
+    pub int8: Option<QuantisationReport>,
     /// Largest difference of the sample to the student that came in, on other noise than the calibration's; in 16 bits also
     /// on that, with every value rounded. `None`: not measured, because ONNX Runtime was not found.
     pub max_abs: Option<f64>,

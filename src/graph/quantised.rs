@@ -20,7 +20,7 @@ const READERS: &[(&str, &[usize])] = &[
 
 /// Quantised weights of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Quantised {
+pub struct QuantisedWeights {
     /// Number of quantised weights: matrices and filters, without their biases.
     pub tensors: usize,
     /// Number of elements in all of them together.
@@ -29,7 +29,7 @@ pub struct Quantised {
     pub example: String,
 }
 
-impl std::fmt::Display for Quantised {
+impl std::fmt::Display for QuantisedWeights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { tensors, elements, example } = self;
         let what = if *tensors == 1 { "weight is" } else { "weights are" };
@@ -38,10 +38,10 @@ impl std::fmt::Display for Quantised {
 }
 
 /// The quantised weights (matrices and kernels, not their biases), if there are any.
-pub fn quantised(graph: &Graph) -> Option<Quantised> {
+pub fn quantised(graph: &Graph) -> Option<QuantisedWeights> {
     let producers = graph.producers();
     let mut seen: HashSet<ValueId> = HashSet::new();
-    let mut found: Option<Quantised> = None;
+    let mut found: Option<QuantisedWeights> = None;
     for node in &graph.nodes {
         let slots = READERS.iter().find(|(op, _)| node.is(op)).map_or(&[][..], |r| r.1);
         for v in slots.iter().filter_map(|&k| node.input(k)) {
@@ -49,8 +49,11 @@ pub fn quantised(graph: &Graph) -> Option<Quantised> {
             if t.dtype().is_float() || t.rank() < 2 || t.len() < 2 || !seen.insert(v) {
                 continue;
             }
-            let all =
-                found.get_or_insert_with(|| Quantised { tensors: 0, elements: 0, example: graph.names[v].clone() });
+            let all = found.get_or_insert_with(|| QuantisedWeights {
+                tensors: 0,
+                elements: 0,
+                example: graph.names[v].clone(),
+            });
             all.tensors += 1;
             all.elements += t.len();
         }

@@ -5,12 +5,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::diffusion::{Condition, Conversion, Layout, Origin, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
+use crate::diffusion::{CardOrigin, Condition, Conversion, Layout, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
 use crate::error::{Error, Result};
 use crate::graph::Port;
 
 /// What the sources of a card (metadata, side file, command line) already say, by path.
-pub type Known = BTreeMap<Vec<String>, (toml::Value, Origin)>;
+pub type Known = BTreeMap<Vec<String>, (toml::Value, CardOrigin)>;
 
 /// How a value of the proposed card was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -1,7 +1,7 @@
 //! Networks that take more channels than they give: which parts their sample input has, by the usual counts.
 
 use crate::diffusion::card::joined;
-use crate::diffusion::{InputSpec, Origin};
+use crate::diffusion::{CardOrigin, InputSpec};
 use crate::error::Result;
 use crate::graph::lower::lower;
 use crate::graph::{Graph, Model};
@@ -31,7 +31,7 @@ pub fn join_parts(model: &mut Model, known: &mut Known) -> Result<()> {
     if !known.contains_key(&concat) {
         let Some(found) = propose(&graph, model, known) else { return Ok(()) };
         for (path, value) in found {
-            known.entry(path).or_insert((value, Origin::Graph));
+            known.entry(path).or_insert((value, CardOrigin::Graph));
         }
     }
     let Some(card) = structure::read(&graph, known, &model.path).stand_in(false) else { return Ok(()) };

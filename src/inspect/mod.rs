@@ -26,7 +26,7 @@ use tch::Device;
 
 use crate::error::{Kind, Result};
 use crate::graph::fuse::{NearMiss, Report as Fused};
-use crate::graph::quantised::{self, Quantised};
+use crate::graph::quantised::{self, QuantisedWeights};
 use crate::graph::roles::{Buffer, Declared, Parameter};
 use crate::graph::unguarded_division;
 use crate::graph::unguarded_division::Unguarded;
@@ -131,7 +131,7 @@ pub struct Inspection {
     pub unsupported: Vec<UnsupportedNode>,
     /// Weights that the file stores as integers; absent where there are none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub quantised: Option<Quantised>,
+    pub quantised: Option<QuantisedWeights>,
     /// Divisions whose divisor can become 0.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unguarded_divisions: Vec<Unguarded>,

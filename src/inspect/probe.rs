@@ -22,7 +22,7 @@ const NULL_SHARE: f64 = 0.4;
 
 /// One combination of prediction, time unit and schedule with its score.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub struct ProbeRow {
     /// What the network's output was taken to be.
     pub prediction: Prediction,
     /// What number the time input was taken to be.
@@ -54,7 +54,7 @@ pub struct Report {
     /// Seconds spent in the network.
     pub seconds: f64,
     /// The best combinations (six at most), best first.
-    pub readings: Vec<Row>,
+    pub readings: Vec<ProbeRow>,
     /// Values that the probe decided, by dotted key of the card.
     pub measured: BTreeMap<String, toml::Value>,
     /// Keys that the card's sources give and the numbers contradict.
@@ -185,9 +185,9 @@ fn leave_open(findings: &mut Findings, report: &mut Report) {
     }
 }
 
-fn row(h: &Hypothesis, s: &Score) -> Row {
+fn row(h: &Hypothesis, s: &Score) -> ProbeRow {
     let (schedule, betas) = h.family.keys();
-    Row {
+    ProbeRow {
         prediction: h.prediction,
         time_unit: h.time_unit,
         schedule,

@@ -7,7 +7,7 @@ use prost::Message;
 
 use crate::error::{Context, Error, Result};
 use crate::onnx::{ModelProto, ValueInfoProto};
-use crate::runtime::student::{Request, Student, StudentInfo};
+use crate::runtime::student::{SampleRequest, Student, StudentInfo};
 use crate::runtime::{self, Dim, Engine, EngineKind, EngineOptions};
 use crate::tensor::{DType, HostTensor};
 
@@ -24,7 +24,7 @@ pub fn student_inputs(model: &ModelProto, seed: u64, batch: usize) -> Result<Inp
     };
     let classes = info.classes().map_or_else(Vec::new, |n| (0..n).collect());
     let embeddings = info.random_rows(seed, batch)?;
-    Student::inputs_of(&info, &Request { seed, classes, embeddings, batch }, 0, batch)
+    Student::inputs_of(&info, &SampleRequest { seed, classes, embeddings, batch }, 0, batch)
 }
 
 /// Weights above this size are read where they lie, so that no session has a copy.

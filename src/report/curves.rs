@@ -8,7 +8,7 @@ use super::bars::{Group, bars};
 use super::plot::{Mark, Series, curves};
 use super::run::Run;
 use super::text::esc;
-use crate::eval::in_loop::Point;
+use crate::eval::in_loop::InLoopPoint;
 
 fn plot(svg: Option<String>, title: &str) -> String {
     svg.map_or(String::new(), |svg| {
@@ -151,15 +151,15 @@ pub fn students(run: &Run) -> String {
 }
 
 /// Distances of this run and of others over updates, forward passes and seconds.
-pub fn distances(run: &Run, others: &[(String, Vec<Point>)]) -> String {
+pub fn distances(run: &Run, others: &[(String, Vec<InLoopPoint>)]) -> String {
     let nodes = run.nodes.len().saturating_sub(1);
     let own = if nodes > 0 { format!("with {nodes} nodes") } else { "without trajectory".to_string() };
-    let mut all: Vec<(&str, &[Point])> = vec![(&own, &run.points)];
+    let mut all: Vec<(&str, &[InLoopPoint])> = vec![(&own, &run.points)];
     all.extend(others.iter().map(|(name, points)| (name.as_str(), points.as_slice())));
     let frechet = run.points.iter().any(|p| p.frechet.is_some());
     let what = if frechet { "Fréchet distance" } else { "sliced Wasserstein distance" };
     let samples = run.points.last().map_or(0, |p| p.samples);
-    type Axis = (&'static str, fn(&Point) -> f64);
+    type Axis = (&'static str, fn(&InLoopPoint) -> f64);
     let axes: [Axis; 3] = [
         ("generator updates", |p| p.at.update as f64),
         ("forward passes (images), stage 1 included", |p| p.at.passes as f64),

@@ -6,7 +6,7 @@ use super::run::Run;
 use super::text::{esc, plain};
 use super::{curves, gallery, tables};
 use crate::error::Result;
-use crate::eval::in_loop::{self, Point};
+use crate::eval::in_loop::{self, InLoopPoint};
 
 /// Writes `report.html` into a run directory from what lies in it, finished or not, and returns its path.
 pub fn write(run_dir: &Path) -> Result<PathBuf> {
@@ -93,7 +93,7 @@ const SCRIPT: &str = include_str!("page.js");
 /// Nothing may be fetched, whatever the page holds.
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
 
-fn page(run: &Run, others: &[(String, Vec<Point>)]) -> String {
+fn page(run: &Run, others: &[(String, Vec<InLoopPoint>)]) -> String {
     let name = name_of(&run.folder);
     let mut body = String::new();
     body += &tables::headline(run);

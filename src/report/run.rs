@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
-use crate::eval::in_loop::{self, Point};
+use crate::eval::in_loop::{self, InLoopPoint};
 
 /// One recorded node of the trajectory.
 pub struct Node {
@@ -31,7 +31,7 @@ pub struct Run {
     /// What `disback bench --run` left.
     pub bench: Option<Value>,
     /// The curve measured while training.
-    pub points: Vec<Point>,
+    pub points: Vec<InLoopPoint>,
     /// Rows of levels.jsonl: losses by noise level.
     pub levels: Vec<Value>,
     /// SHA-256 of student.onnx.

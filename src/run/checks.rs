@@ -10,7 +10,7 @@ use crate::distill::{Config, RunDir, Stages, Student};
 use crate::error::{Context, Error, Kind, Result};
 use crate::parity::{self, Tolerance};
 use crate::run::monitor::Monitor;
-use crate::run::origin::{Forms, Origin};
+use crate::run::origin::{Forms, StudentOrigin};
 use crate::run::teacher::Teacher;
 use crate::tensor::DType;
 
@@ -177,7 +177,7 @@ fn ort_is_here() -> bool {
 /// An export that fails must not cost a run either: the untrained student is written, checked and run in a folder that is
 /// removed again.
 pub fn rehearse(
-    origin: Origin,
+    origin: StudentOrigin,
     teacher: &Denoiser,
     given: Option<&Student>,
     config: &Config,

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::distill::Config;
 use crate::distill::checkpoint::StageKind;
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::error::{Context, Error, Result};
 use crate::tensor::HostTensor;
 
@@ -123,7 +123,7 @@ impl Watch {
     }
 
     /// A stage begins, or goes on after `iteration`, with the rows that it has already.
-    pub fn begin(&mut self, stage: StageKind, iteration: u64, before: &[Row]) -> Result<()> {
+    pub fn begin(&mut self, stage: StageKind, iteration: u64, before: &[MetricsRow]) -> Result<()> {
         let kept = |w: &Warning| (w.stage, w.iteration) <= (stage, iteration);
         if !self.warnings.iter().all(kept) {
             self.warnings.retain(kept);
@@ -139,7 +139,7 @@ impl Watch {
     }
 
     /// What this row brings: a sentence for each course that it leaves.
-    fn take(&mut self, row: &Row) -> Vec<String> {
+    fn take(&mut self, row: &MetricsRow) -> Vec<String> {
         let values = [
             ("loss of the fake score", row.loss_fake, true),
             ("gradient norm of the fake score", row.grad_norm_fake, false),
@@ -168,7 +168,7 @@ impl Watch {
     /// A row of metrics was written. Gives the warnings to be told.
     ///
     /// Errors: the run has diverged and is to stop.
-    pub fn row(&mut self, row: &Row) -> Result<Vec<String>> {
+    pub fn row(&mut self, row: &MetricsRow) -> Result<Vec<String>> {
         let rate =
             if row.stage == StageKind::Degrade { "degrade.lr" } else { "backtrack.lr_generator and lr_fake (--lr)" };
         for what in self.take(row) {
@@ -234,7 +234,7 @@ fn line(warning: &Warning) -> Result<String> {
 mod tests {
     use super::*;
 
-    fn row(iteration: u64, loss: f64, norm: f64) -> Row {
+    fn row(iteration: u64, loss: f64, norm: f64) -> MetricsRow {
         serde_json::from_value(serde_json::json!({
             "stage": "backtrack", "iteration": iteration, "node": 0, "loss_fake": loss, "grad_norm_fake": norm, "lr": 1e-4,
             "updates": iteration, "images": iteration, "images_per_s": 1.0, "seconds": 1.0, "skipped": 0,

@@ -29,9 +29,9 @@ pub mod time_limit;
 pub mod watcher;
 
 pub use monitor::{Console, Monitor};
-pub use origin::{Forms, Origin, Written};
+pub use origin::{Forms, StudentOrigin, Written};
 pub use request::{Request, Resume};
-pub use session::{Distilled, Finished, Prepared, Session};
+pub use session::{Distilled, Finished, PreparedRun, Session};
 pub use student_file::StudentFile;
 pub use teacher::{Teacher, TeacherOptions, denoiser};
 pub use time_limit::TimeLimit;

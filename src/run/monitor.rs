@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::observer::Begin;
 use crate::distill::progress::tell;
 
@@ -13,7 +13,7 @@ pub trait Monitor: Send + Sync {
     /// So many iterations of the stage are done.
     fn iteration(&self, _iteration: u64) {}
     /// A row of metrics was written. `device_bytes`: the most that the device has held in memory, where there is one.
-    fn row(&self, _row: &Row, _device_bytes: Option<u64>) {}
+    fn row(&self, _row: &MetricsRow, _device_bytes: Option<u64>) {}
     /// The student's samples were measured; lower is better.
     fn measured(&self, _distance: f64) {}
     /// Something worth a line happened: a node was recorded, samples were written.

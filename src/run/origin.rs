@@ -13,13 +13,13 @@ use crate::graph::save;
 use crate::onnx::ModelProto;
 use crate::run::student_file::StudentFile;
 use crate::run::teacher::Teacher;
-use crate::runtime::student::{self as sampling, Request};
+use crate::runtime::student::{self as sampling, SampleRequest};
 use crate::runtime::{Dim, EngineKind, EngineOptions};
 use crate::torch::ParamSet;
 
 /// The teacher, and the student's own network where it has one.
 #[derive(Debug, Clone, Copy)]
-pub struct Origin<'a> {
+pub struct StudentOrigin<'a> {
     /// The teacher as imported.
     pub teacher: &'a Teacher,
     /// The student's own network; absent where the student is the teacher's copy.
@@ -106,7 +106,7 @@ pub fn given(file: Option<&StudentFile>, teacher: &Denoiser, config: &Config) ->
     Ok(Some(student))
 }
 
-impl Origin<'_> {
+impl StudentOrigin<'_> {
     /// What the metadata says beside the card.
     pub fn options(&self, config: &Config) -> StudentOptions {
         StudentOptions {
@@ -127,7 +127,7 @@ impl Origin<'_> {
         }
     }
 
-    /// [`Origin::model`] in the form that ships.
+    /// [`StudentOrigin::model`] in the form that ships.
     fn shipped(&self, params: &ParamSet, config: &Config, shown: &Path) -> Result<ModelProto> {
         let made = self.model(params, config, &self.options(config))?;
         let (made, report) = export::ship(made, &ShipOptions::default())?;
@@ -135,7 +135,7 @@ impl Origin<'_> {
         Ok(made)
     }
 
-    /// Writes [`Origin::model`] in the form that ships. What fails its check is not lost: it goes, as it was built, into a file
+    /// Writes [`StudentOrigin::model`] in the form that ships. What fails its check is not lost: it goes, as it was built, into a file
     /// beside that is called `unchecked`, with what its check said in its metadata.
     ///
     /// Errors: a student that cannot be built as ONNX at all; a file that cannot be written.
@@ -186,7 +186,7 @@ impl Origin<'_> {
             _ => 2,
         };
         let embeddings = engine.info().random_rows(config.seed, rows)?;
-        let request = Request { seed: config.seed, batch: rows, embeddings, ..Request::default() };
+        let request = SampleRequest { seed: config.seed, batch: rows, embeddings, ..SampleRequest::default() };
         let made = engine.sample(&request, 0, rows).context("running the untrained student")?;
         match made.to_f32().into_iter().all(f32::is_finite) {
             true => Ok(()),
@@ -278,7 +278,7 @@ mod tests {
     fn a_student_that_fails_its_check_is_written_with_the_reason() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
         let teacher = Teacher::load(&file, &TeacherOptions::default(), Device::Cpu).unwrap();
-        let origin = Origin { teacher: &teacher, file: None };
+        let origin = StudentOrigin { teacher: &teacher, file: None };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("student.onnx");
         let broken = teacher.network.params().deep_copy(Device::Cpu).unwrap();

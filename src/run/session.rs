@@ -14,7 +14,7 @@ use crate::run::checks;
 use crate::run::data_check::DataCheck;
 use crate::run::identity::{self, Identity};
 use crate::run::memory;
-use crate::run::origin::{self, Origin, Written};
+use crate::run::origin::{self, StudentOrigin, Written};
 use crate::run::request::{Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
@@ -26,7 +26,7 @@ use crate::torch::train::cuda_graph;
 use crate::torch::{device, shim};
 
 /// A request whose teacher and student are loaded and checked. Nothing is written yet.
-pub struct Prepared {
+pub struct PreparedRun {
     /// What the run was asked to do.
     pub request: Request,
     /// The configuration as resolved from the request.
@@ -46,7 +46,7 @@ pub struct Prepared {
     decoder: Option<Decoder>,
 }
 
-impl Prepared {
+impl PreparedRun {
     /// Loads the teacher and the student, compares the import with ONNX Runtime, and checks what can be checked.
     ///
     /// Errors: whatever would make the run fail later, as far as it is known.
@@ -96,7 +96,7 @@ impl Prepared {
         checks::check_rows(&teacher, &config)?;
         checks::check_parity(&teacher, &*request.monitor)?;
         if request.forms.same_graph {
-            Origin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
+            StudentOrigin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
         }
         let student = origin::given(file.as_ref(), &denoiser, &config)?;
         if let Some(short) = config.too_short().filter(|_| request.stages != Stages::Degrade) {
@@ -107,8 +107,8 @@ impl Prepared {
     }
 
     /// The teacher with the student's own network.
-    pub fn origin(&self) -> Origin<'_> {
-        Origin { teacher: &self.teacher, file: self.file.as_ref() }
+    pub fn origin(&self) -> StudentOrigin<'_> {
+        StudentOrigin { teacher: &self.teacher, file: self.file.as_ref() }
     }
 
     /// Refuses settings that do not go together, or with the teacher, and writes, checks and runs an untrained student in a
@@ -220,7 +220,7 @@ impl Prepared {
 
 /// A run whose folder is open: ready to train, or to go on.
 pub struct Session {
-    prepared: Prepared,
+    prepared: PreparedRun,
     run: RunDir,
     config: Config,
 }
@@ -264,7 +264,7 @@ impl Session {
     ///
     /// Errors: whatever would make the run fail later, as far as it is known; a new run's folder is then not left behind.
     pub fn open(request: Request) -> Result<Self> {
-        Prepared::new(request)?.open()
+        PreparedRun::new(request)?.open()
     }
 
     /// The run directory.
@@ -306,8 +306,8 @@ impl Session {
         let fresh = !self.prepared.request.goes_on();
         let decoder = self.prepared.decoder.take();
         let Self { prepared, run, config } = &self;
-        let Prepared { request, device, teacher, denoiser, file, student, .. } = prepared;
-        let (origin, student) = (Origin { teacher, file: file.as_ref() }, student.as_ref());
+        let PreparedRun { request, device, teacher, denoiser, file, student, .. } = prepared;
+        let (origin, student) = (StudentOrigin { teacher, file: file.as_ref() }, student.as_ref());
         let sheets = Sheets::new(run, config, &teacher.card.card, student, decoder).map_err(|e| self.undo(fresh, e))?;
         let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
             .map_err(|e| self.undo(fresh, e))?;

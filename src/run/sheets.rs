@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, TeacherCard};
 use crate::distill::batches;
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
 use crate::error::{Context, Error, Result};
 use crate::io::{npy, wav};
@@ -262,7 +262,7 @@ fn device_of(denoiser: &Denoiser) -> tch::Device {
 }
 
 impl Observer for Sheets {
-    fn metrics(&mut self, row: &Row) -> Result<()> {
+    fn metrics(&mut self, row: &MetricsRow) -> Result<()> {
         self.iteration = row.iteration as i64;
         let stage = row.stage.name();
         let values = [

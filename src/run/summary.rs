@@ -6,7 +6,7 @@ use tch::Device;
 use crate::distill::{Config, RunDir, metrics};
 use crate::error::{Error, Result};
 use crate::run::divergence;
-use crate::run::origin::{Origin, describe, method, objective_name};
+use crate::run::origin::{StudentOrigin, describe, method, objective_name};
 use crate::run::request::Request;
 use crate::torch::{Forward, device, shim};
 
@@ -20,7 +20,7 @@ fn peak_host() -> Option<u64> {
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
 /// Gives how many optimiser steps were skipped.
 pub(super) fn write_summary(
-    origin: Origin,
+    origin: StudentOrigin,
     request: &Request,
     config: &Config,
     run: &RunDir,

@@ -11,12 +11,12 @@ use tch::Tensor;
 use super::data_check::DataCheck;
 use super::divergence::{self, Watch};
 use super::monitor::Monitor;
-use super::origin::{Origin, Written};
+use super::origin::{StudentOrigin, Written};
 use super::sheets::{self, Sheets};
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::StageKind;
 use crate::distill::inputs::denoising_loss;
-use crate::distill::metrics::{self, Row};
+use crate::distill::metrics::{self, MetricsRow};
 use crate::distill::observer::Begin;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Running, Step, Student, Wish, compare};
 use crate::error::{Context, Error, Kind, Result};
@@ -35,7 +35,7 @@ const LEVEL_ROWS: u64 = 10;
 
 /// Watches one run.
 pub struct Watcher<'a> {
-    origin: Origin<'a>,
+    origin: StudentOrigin<'a>,
     config: &'a Config,
     run: &'a RunDir,
     /// Writes sample grids and the event file.
@@ -90,7 +90,7 @@ pub fn check(config: &Config) -> Result<()> {
 impl<'a> Watcher<'a> {
     /// Opens everything that could be missing or unfit before the first step.
     pub fn new(
-        origin: Origin<'a>,
+        origin: StudentOrigin<'a>,
         config: &'a Config,
         run: &'a RunDir,
         mut sheets: Sheets,
@@ -365,7 +365,7 @@ impl Observer for Watcher<'_> {
         self.sheets.debug_batch(node, updates, batch)
     }
 
-    fn metrics(&mut self, row: &Row) -> Result<()> {
+    fn metrics(&mut self, row: &MetricsRow) -> Result<()> {
         if row.stage == StageKind::Degrade {
             self.degraded = (row.images, row.seconds);
         }

@@ -256,7 +256,7 @@ impl StudentInfo {
 
 /// What to sample. Image `k` depends on the seed and on `k` alone.
 #[derive(Debug, Clone, Default)]
-pub struct Request {
+pub struct SampleRequest {
     /// Seed of the noise, and of the classes where they are drawn.
     pub seed: u64,
     /// Classes of images 0, 1, 2... repeated as needed; drawn uniformly from the seed where empty.
@@ -300,11 +300,11 @@ impl Student {
     }
 
     /// Classes of images `start..start+count`, where the student has classes.
-    pub fn classes(&self, request: &Request, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
+    pub fn classes(&self, request: &SampleRequest, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
         Self::classes_of(&self.info, request, start, count)
     }
 
-    fn classes_of(info: &StudentInfo, request: &Request, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
+    fn classes_of(info: &StudentInfo, request: &SampleRequest, start: u64, count: usize) -> Result<Option<Vec<usize>>> {
         let Some(classes) = info.classes() else {
             return match request.classes.is_empty() {
                 true => Ok(None),
@@ -322,14 +322,14 @@ impl Student {
     }
 
     /// Inputs of the network for images `start..start+count`, by name.
-    pub fn inputs(&self, request: &Request, start: u64, count: usize) -> Result<Vec<(String, HostTensor)>> {
+    pub fn inputs(&self, request: &SampleRequest, start: u64, count: usize) -> Result<Vec<(String, HostTensor)>> {
         Self::inputs_of(&self.info, request, start, count)
     }
 
     /// [`Student::inputs`] of a student that is not open.
     pub fn inputs_of(
         info: &StudentInfo,
-        request: &Request,
+        request: &SampleRequest,
         start: u64,
         count: usize,
     ) -> Result<Vec<(String, HostTensor)>> {
@@ -351,7 +351,7 @@ impl Student {
     /// The inputs that follow from the seed and the classes: noise and class conditions, not the rows that a caller brings.
     pub fn drawn_inputs(
         info: &StudentInfo,
-        request: &Request,
+        request: &SampleRequest,
         start: u64,
         count: usize,
     ) -> Result<Vec<(String, HostTensor)>> {
@@ -380,7 +380,7 @@ impl Student {
     }
 
     /// Samples `start..start+count` as f32 `[count, ...shape]` in the student's range.
-    pub fn sample(&mut self, request: &Request, start: u64, count: usize) -> Result<HostTensor> {
+    pub fn sample(&mut self, request: &SampleRequest, start: u64, count: usize) -> Result<HostTensor> {
         let inputs = self.inputs(request, start, count)?;
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let outputs = run_batched(self.engine.as_mut(), &named, request.batch.max(1))?;
@@ -411,7 +411,7 @@ mod tests {
             let mut student = Student::from_bytes(&testing::student("batch"), &options).unwrap();
             assert_eq!((student.info().shape.as_slice(), student.info().range), (&[1, 2, 2][..], Some([-1.0, 1.0])));
             assert_eq!(student.info().classes(), Some(3));
-            let mut request = Request { seed: 5, batch: 64, ..Request::default() };
+            let mut request = SampleRequest { seed: 5, batch: 64, ..SampleRequest::default() };
             let whole = student.sample(&request, 0, 10).unwrap();
             for batch in [1, 3, 10] {
                 request.batch = batch;
@@ -426,7 +426,7 @@ mod tests {
     #[test]
     fn classes_are_the_ones_asked_for() {
         let mut student = Student::from_bytes(&testing::student("batch"), &EngineOptions::default()).unwrap();
-        let request = Request { classes: vec![0, 2], batch: 8, ..Request::default() };
+        let request = SampleRequest { classes: vec![0, 2], batch: 8, ..SampleRequest::default() };
         assert_eq!(student.classes(&request, 1, 3).unwrap(), Some(vec![2, 0, 2]));
         let samples = student.sample(&request, 0, 2).unwrap().to_f32();
         let noise = batch_noise(0, 0, 2, 4);
@@ -434,7 +434,7 @@ mod tests {
             let want = (noise[k] * 0.5 + if k < 4 { -0.5 } else { 0.5 }).clamp(-1.0, 1.0);
             assert!((samples[k] - want).abs() < 1e-6);
         }
-        let request = Request { classes: vec![3], batch: 8, ..Request::default() };
+        let request = SampleRequest { classes: vec![3], batch: 8, ..SampleRequest::default() };
         assert_eq!(student.sample(&request, 0, 2).unwrap_err().exit_code(), 2);
     }
 

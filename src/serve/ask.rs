@@ -9,7 +9,7 @@ use super::batcher::Rows;
 use super::body::{self, Given};
 use super::failure;
 use crate::error::{Error, Kind};
-use crate::runtime::student::{Request, Student, StudentInfo};
+use crate::runtime::student::{SampleRequest, Student, StudentInfo};
 
 /// What may be asked of `/sample`.
 #[derive(Debug, Deserialize)]
@@ -112,7 +112,7 @@ pub(super) fn read(
             body::wanted(&missing.input)
         )));
     }
-    let request = Request { seed: w.seed, classes, batch: most.images, ..Request::default() };
+    let request = SampleRequest { seed: w.seed, classes, batch: most.images, ..SampleRequest::default() };
     let mut drawn = Student::drawn_inputs(info, &request, w.index, count).map_err(refused)?;
     if let Some(noise) = given.noise
         && let Some((_, drawn)) = drawn.iter_mut().find(|(name, _)| name == "noise")

@@ -249,7 +249,7 @@ mod tests {
         let options = EngineOptions { engine: EngineKind::Tract, ..EngineOptions::default() };
         let mut student = Student::from_bytes(&testing::student("batch"), &options).unwrap();
         let job = |first: u64, count: usize| {
-            let request = crate::runtime::student::Request { batch: 64, ..Default::default() };
+            let request = crate::runtime::student::SampleRequest { batch: 64, ..Default::default() };
             let inputs = student.inputs(&request, first, count).unwrap();
             let inputs = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();
             Job { inputs, count, reply: oneshot::channel().0 }
@@ -270,7 +270,7 @@ mod tests {
         let (jobs, waiting) = sync_channel(8);
         let mut answers = Vec::new();
         for (first, count) in [(0, 3), (3, 5), (8, 1), (9, 9)] {
-            let request = crate::runtime::student::Request { batch: 64, ..Default::default() };
+            let request = crate::runtime::student::SampleRequest { batch: 64, ..Default::default() };
             let inputs = student.inputs(&request, first, count).unwrap();
             let (reply, answer) = oneshot::channel();
             let inputs = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();

@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::io::images::{encode_png, quantise};
 use crate::io::npy;
 use crate::report::grid;
-use crate::runtime::student::{Request, Student, StudentInfo};
+use crate::runtime::student::{SampleRequest, Student, StudentInfo};
 use crate::tensor::HostTensor;
 
 use ask::{Ask, Most, Wanted};
@@ -90,7 +90,7 @@ struct Service {
 pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
     // A student that cannot run should not become healthy; the first caller should not wait for what is made once.
     let info = student.info().clone();
-    let warm_up = Request { batch: 1, embeddings: info.random_rows(0, 1)?, ..Request::default() };
+    let warm_up = SampleRequest { batch: 1, embeddings: info.random_rows(0, 1)?, ..SampleRequest::default() };
     student.sample(&warm_up, 0, 1)?;
     let engine = student.engine_name();
     let metrics = Arc::new(Metrics::new(engine.clone()));

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
 use crate::io::images::quantise;
-use crate::runtime::student::{Request, Student, StudentInfo, decode};
+use crate::runtime::student::{SampleRequest, Student, StudentInfo, decode};
 use crate::runtime::tolerance;
 use crate::runtime::{Dim, EngineKind, EngineOptions};
 use crate::tensor::HostTensor;
@@ -109,7 +109,7 @@ pub struct Reference {
 }
 
 /// Makes images `0..n` of a request from other weights.
-pub type Reproduce<'a> = dyn Fn(&Request, usize) -> Result<Reference> + 'a;
+pub type Reproduce<'a> = dyn Fn(&SampleRequest, usize) -> Result<Reference> + 'a;
 
 /// Runs the file in every engine and compares. `reference` computes the samples of the run's own weights; without it ONNX
 /// Runtime (else tract) is the reference.
@@ -132,7 +132,7 @@ pub fn verify(
         Some(Dim::Fixed(n)) => *n,
         _ => options.images,
     };
-    let mut request = Request { seed: options.seed, batch: images, ..Request::default() };
+    let mut request = SampleRequest { seed: options.seed, batch: images, ..SampleRequest::default() };
     request.embeddings = info.random_rows(11, images)?;
     let precision = info.metadata.get("student.precision").cloned().unwrap_or_else(|| "f32".into());
 

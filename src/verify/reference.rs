@@ -9,7 +9,7 @@ use crate::diffusion::{Conditions, Conversion, Denoiser, HostConditions, InputSp
 use crate::error::{Error, Result};
 use crate::graph::Model;
 use crate::run::Teacher;
-use crate::runtime::student::{Request, Student, StudentInfo};
+use crate::runtime::student::{SampleRequest, Student, StudentInfo};
 use crate::tensor::HostTensor;
 use crate::torch::{Forward, ImportOptions, Network, ParamSet, convert};
 
@@ -20,7 +20,7 @@ pub fn of_weights(
     teacher: &Teacher,
     params: &ParamSet,
     sigma_init: Option<f64>,
-    request: &Request,
+    request: &SampleRequest,
     count: usize,
 ) -> Result<Reference> {
     let card = &teacher.card.card;
@@ -46,7 +46,7 @@ pub fn of_weights(
 }
 
 /// The file itself, imported into libtorch as a teacher would be.
-pub fn file_in_libtorch(path: &Path, info: &StudentInfo, request: &Request, count: usize) -> Result<HostTensor> {
+pub fn file_in_libtorch(path: &Path, info: &StudentInfo, request: &SampleRequest, count: usize) -> Result<HostTensor> {
     let options = ImportOptions { fuse: false, ..ImportOptions::default() };
     let network = Network::import(Model::load(path)?, &options, Device::Cpu)?;
     let inputs = Student::inputs_of(info, request, 0, count)?;

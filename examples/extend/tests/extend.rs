@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use disback::distill::objective::{Objective, Terms};
 use disback::graph::Model;
 use disback::run::{Finished, Request, Session, Teacher, TeacherOptions};
-use disback::runtime::student::{Request as Images, Student};
+use disback::runtime::student::{SampleRequest, Student};
 use disback::runtime::{EngineKind, EngineOptions};
 use disback::torch::exec::kernel::{Kernel, one};
 use disback::torch::{Forward, Operators};
@@ -36,7 +36,7 @@ fn a_teacher_with_an_operator_of_its_own_becomes_a_plain_student() {
     let metadata = student.metadata();
     let objective = metadata.iter().find(|(k, _)| k == "disback.student.objective").map(|(_, v)| v.as_str());
     assert_eq!(objective, Some("com.example.unit-gradient"));
-    let images = Images { seed: 3, classes: vec![1, 7], batch: 2, ..Images::default() };
+    let images = SampleRequest { seed: 3, classes: vec![1, 7], batch: 2, ..SampleRequest::default() };
     let sampled = |engine| {
         let options = EngineOptions { engine, ..EngineOptions::default() };
         Student::open(made.student(), &options).unwrap().sample(&images, 0, 2).unwrap().to_f32()

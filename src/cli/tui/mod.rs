@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::observer::Begin;
 use crate::error::{Context, Result};
 use crate::run::Monitor;
@@ -96,7 +96,7 @@ impl Monitor for Shared {
     fn iteration(&self, iteration: u64) {
         self.update(|s| s.iteration = iteration);
     }
-    fn row(&self, row: &Row, device_bytes: Option<u64>) {
+    fn row(&self, row: &MetricsRow, device_bytes: Option<u64>) {
         self.update(|s| {
             s.row(row);
             s.device_memory = device_bytes;

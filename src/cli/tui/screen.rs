@@ -59,7 +59,7 @@ fn title(state: &State) -> String {
 fn numbers(state: &State) -> [String; 3] {
     let number = |v: Option<f64>| v.map_or("-".to_string(), crate::report::text::number);
     let row = state.row.as_ref();
-    let of = |f: fn(&crate::distill::metrics::Row) -> String| row.map_or("-".to_string(), f);
+    let of = |f: fn(&crate::distill::metrics::MetricsRow) -> String| row.map_or("-".to_string(), f);
     let mut third = format!("memory {}", state.memory.map_or("-".into(), bytes));
     if let Some(device) = state.device_memory {
         third += &format!("   device peak {}", bytes(device));
@@ -150,13 +150,13 @@ mod tests {
 
     use super::*;
     use crate::distill::checkpoint::StageKind;
-    use crate::distill::metrics::Row;
+    use crate::distill::metrics::MetricsRow;
 
-    fn row(iteration: u64) -> Row {
+    fn row(iteration: u64) -> MetricsRow {
         let text = r#"{"stage":"backtrack","iteration":0,"node":0,"loss_fake":null,"loss_generator":null,
             "grad_norm_fake":null,"grad_norm_generator":null,"mismatch":null,"lr":1e-5,"updates":0,"images":0,
             "images_per_s":0,"seconds":0,"skipped":0}"#;
-        Row {
+        MetricsRow {
             iteration,
             node: 3,
             loss_fake: Some(0.5 / iteration as f64),
@@ -165,7 +165,7 @@ mod tests {
             images_per_s: 321.5,
             seconds: iteration as f64 * 2.0,
             mismatch: Some(0.0123),
-            ..serde_json::from_str::<Row>(text).unwrap()
+            ..serde_json::from_str::<MetricsRow>(text).unwrap()
         }
     }
 

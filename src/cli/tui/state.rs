@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 
 /// Points kept for the small curves.
 const POINTS: usize = 240;
@@ -18,7 +18,7 @@ pub struct State {
     pub node: usize,
     pub nodes: usize,
     /// The newest row of metrics.
-    pub row: Option<Row>,
+    pub row: Option<MetricsRow>,
     pub loss_fake: VecDeque<f64>,
     pub loss_generator: VecDeque<f64>,
     pub mismatch: VecDeque<f64>,
@@ -58,7 +58,7 @@ impl State {
     }
 
     /// A new row of metrics.
-    pub fn row(&mut self, row: &Row) {
+    pub fn row(&mut self, row: &MetricsRow) {
         self.enter(row.stage.name());
         for (list, value) in [
             (&mut self.loss_fake, row.loss_fake),

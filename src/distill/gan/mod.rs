@@ -47,7 +47,8 @@ impl Gan {
             return Ok(None);
         }
         let card = teacher.card();
-        let data = RealImages::open(Path::new(&config.gan.data), card, config.gan.said_range()?, config.data.skip_broken)?;
+        let data =
+            RealImages::open(Path::new(&config.gan.data), card, config.gan.said_range()?, config.data.skip_broken)?;
         if config.gan.taps.is_empty() {
             return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
                 .hint(suggestion(teacher)));

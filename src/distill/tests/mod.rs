@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 use crate::diffusion::{Condition, Conditions, Denoiser, InputSpec, Prediction, ScheduleSpec, TeacherCard};
 use crate::distill::config::{Config, Precision, Spacing, Switch};
 use crate::distill::inputs::denoising_loss;
-use crate::distill::metrics::Row;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::observer::Observer;
 use crate::distill::*;
 use crate::error::Result;
@@ -144,12 +144,12 @@ struct Witness<'a> {
     recorded: Vec<(usize, String)>,
     entered: Vec<(usize, String)>,
     left: Vec<usize>,
-    rows: Vec<Row>,
+    rows: Vec<MetricsRow>,
     stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 }
 
 impl Observer for Witness<'_> {
-    fn metrics(&mut self, row: &Row) -> Result<()> {
+    fn metrics(&mut self, row: &MetricsRow) -> Result<()> {
         self.rows.push(row.clone());
         if let Some((flag, stage, iteration)) = self.stop
             && (row.stage, row.iteration) == (stage, iteration)

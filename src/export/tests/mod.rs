@@ -6,7 +6,7 @@ use super::*;
 use crate::graph::edit;
 use crate::onnx::{GraphProto, ModelProto};
 use crate::passes::portable;
-use crate::runtime::student::{Request, Student, decode};
+use crate::runtime::student::{SampleRequest, Student, decode};
 use crate::runtime::testing::{initializer, model, node, value};
 use crate::runtime::{EngineKind, EngineOptions};
 use crate::tensor::{DType, HostTensor};
@@ -22,7 +22,7 @@ fn weights(shape: &[usize], seed: u64) -> HostTensor {
 fn sample(model: &ModelProto, engine: EngineKind) -> Vec<f32> {
     let bytes = prost::Message::encode_to_vec(model);
     let options = EngineOptions { engine, ..EngineOptions::default() };
-    let request = Request { seed: 4, batch: 3, ..Request::default() };
+    let request = SampleRequest { seed: 4, batch: 3, ..SampleRequest::default() };
     Student::from_bytes(&bytes, &options).unwrap().sample(&request, 0, 3).unwrap().to_f32()
 }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::passes::evaluate;
-use crate::runtime::student::{Request, Student, decode};
+use crate::runtime::student::{SampleRequest, Student, decode};
 use crate::runtime::testing::{initializer, model, node, value};
 use crate::runtime::{EngineKind, EngineOptions};
 
@@ -62,7 +62,7 @@ fn what_is_the_same_for_every_image_is_computed_once() {
     assert!(left.contains(&"Range") && left.contains(&"Expand"), "{left:?}");
     let samples = |m: &ModelProto, engine| {
         let options = EngineOptions { engine, ..EngineOptions::default() };
-        let request = Request { seed: 4, batch: 5, ..Request::default() };
+        let request = SampleRequest { seed: 4, batch: 5, ..SampleRequest::default() };
         let bytes = prost::Message::encode_to_vec(m);
         Student::from_bytes(&bytes, &options).unwrap().sample(&request, 0, 5).unwrap()
     };

@@ -21,7 +21,7 @@ pub(super) const SMALLEST: usize = 1024;
 /// What quantisation did: with the weights, or, where arithmetic is in 8 bits too, with the nodes that multiply by
 /// them.
 #[derive(Debug, Clone, Serialize)]
-pub struct Quantised {
+pub struct QuantisationReport {
     /// Weights stored in 8 bits.
     pub tensors: usize,
     /// Weights (or nodes) that stay f32, and why.
@@ -43,7 +43,7 @@ struct Candidate {
 /// where all of them do not, those with the largest error of their own stay f32.
 ///
 /// Errors, of kind [`crate::Kind::Usage`]: an opset below 13; no weight that can be quantised within the limit.
-pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> Result<Quantised> {
+pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> Result<QuantisationReport> {
     if edit::opset(model) < 13 {
         return Err(Error::usage(format!(
             "int8 weights need opset 13 or newer, the graph is of {}",
@@ -63,7 +63,7 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
         kept.push((c.name.clone(), format!("with it in 8 bits the sample would be off by more than {limit}")));
     }
     *model = most.model;
-    Ok(Quantised { tensors: most.count, kept, max_abs: most.max_abs })
+    Ok(QuantisationReport { tensors: most.count, kept, max_abs: most.max_abs })
 }
 
 /// The largest number of candidates, best first, with which the sample stays within a limit.

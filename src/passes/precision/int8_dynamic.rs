@@ -14,7 +14,7 @@ use crate::graph::edit::int_attribute;
 use crate::passes::evaluate;
 use crate::passes::evaluate::Inputs;
 use crate::passes::precision::half::gemm_as_matmul;
-use crate::passes::precision::int8::{Quantised, SMALLEST, most_within, none_within, rows};
+use crate::passes::precision::int8::{QuantisationReport, SMALLEST, most_within, none_within, rows};
 
 /// A node that can be computed in 8 bits.
 struct Candidate {
@@ -29,7 +29,7 @@ struct Candidate {
 /// all of them do not, those whose own result suffers most stay in f32.
 ///
 /// Errors, of kind [`crate::Kind::Usage`]: an opset below 11; no node that can be quantised within the limit.
-pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> Result<Quantised> {
+pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> Result<QuantisationReport> {
     if edit::opset(model) < 11 {
         return Err(Error::usage(format!(
             "8-bit arithmetic needs opset 11 or newer, the graph is of {}",
@@ -56,7 +56,7 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
     *model = most.model;
     let weights = model.graph.iter().flat_map(|g| &g.initializer).filter(|t| t.dims.len() > 1);
     let tensors = weights.filter(|t| t.data_type() == DType::I8.to_onnx()).count();
-    Ok(Quantised { tensors, kept, max_abs: most.max_abs })
+    Ok(QuantisationReport { tensors, kept, max_abs: most.max_abs })
 }
 
 fn names(candidates: &[Candidate]) -> HashSet<&str> {
