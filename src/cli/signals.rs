@@ -37,7 +37,7 @@ pub(super) fn exit_code() -> u8 {
 /// Ends the process now. (No destructors: other threads are still computing.)
 pub(super) fn end(code: i32) -> ! {
     #[cfg(feature = "tui")]
-    super::tui::give_back();
+    super::tui::terminal::give_back();
     #[cfg(unix)]
     // SAFETY: ends the process.
     unsafe {

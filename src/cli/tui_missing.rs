@@ -15,9 +15,6 @@ pub fn check() -> Result<()> {
     Err(refusal())
 }
 
-/// There is no terminal to give back.
-pub fn give_back() {}
-
 /// Nothing is shared with a screen.
 pub struct Shared;
 

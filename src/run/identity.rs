@@ -11,6 +11,7 @@ use tch::Device;
 
 use crate::distill::{Config, RunDir};
 use crate::error::{Context, Error, Result};
+use crate::run::checks;
 use crate::run::request::Request;
 use crate::run::teacher::Teacher;
 
@@ -45,25 +46,42 @@ fn files(config: &Config) -> [(&'static str, &str); 3] {
     [(student, &config.student.file), (conditions, &config.conditions.file), (data, &config.gan.data)]
 }
 
-/// Makes the paths of a configuration absolute: a run goes on from any folder.
-pub fn from_anywhere(config: &mut Config) {
-    let paths = [
-        &mut config.student.file,
-        &mut config.conditions.file,
-        &mut config.gan.data,
-        &mut config.evaluate.reference,
-        &mut config.evaluate.features,
-        &mut config.log.decoder,
-    ];
-    for path in paths.into_iter().filter(|p| !p.is_empty()) {
-        if let Some(absolute) = std::path::absolute(&*path).ok().and_then(|p| p.to_str().map(str::to_owned)) {
-            *path = absolute;
-        }
-    }
-}
-
 fn place(run: &RunDir) -> PathBuf {
     run.path().join("identity.json")
+}
+
+impl Request {
+    /// What began the run that this request goes on with, or the trajectory that it takes; where it says nothing of the tensors to
+    /// train, it takes over what was said then.
+    pub(crate) fn remember(&mut self) -> Result<Option<Identity>> {
+        let run = match &self.trajectory {
+            _ if self.goes_on() => RunDir::at(&self.out),
+            Some(dir) => RunDir::at(&checks::of_run(dir).join("..")),
+            None => return Ok(None),
+        };
+        let begun = Identity::read(&run)?;
+        if let Some(begun) = &begun {
+            for (mine, theirs) in [(&mut self.freeze, &begun.freeze), (&mut self.train, &begun.train)] {
+                if mine.is_empty() {
+                    mine.clone_from(theirs);
+                }
+            }
+        }
+        Ok(begun)
+    }
+
+    /// Refuses to go on with what was begun by another request than this is.
+    pub(crate) fn check_begun(&self, begun: Option<&Identity>, now: &Identity) -> Result<()> {
+        let Some(begun) = begun else { return Ok(()) };
+        if !self.goes_on() {
+            let trajectory = self.trajectory.as_deref().unwrap_or(&self.out);
+            return begun.check_trained(now, trajectory);
+        }
+        if let Some(warning) = begun.check(now, &self.out)? {
+            self.monitor.warning(&warning);
+        }
+        Ok(())
+    }
 }
 
 impl Identity {

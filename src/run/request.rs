@@ -9,13 +9,28 @@ use crate::distill::objective::Objective;
 use crate::distill::{Config, RunDir, Stages};
 use crate::error::Result;
 use crate::graph::TrainableChoice;
-use crate::run::checks;
-use crate::run::identity::{self, Identity};
 use crate::run::monitor::{Console, Monitor};
 use crate::run::origin::Forms;
 use crate::run::teacher::TeacherOptions;
 use crate::run::time_limit::TimeLimit;
 use crate::torch::Operators;
+
+/// Makes the paths of a configuration absolute: a run goes on from any folder.
+pub fn from_anywhere(config: &mut Config) {
+    let paths = [
+        &mut config.student.file,
+        &mut config.conditions.file,
+        &mut config.gan.data,
+        &mut config.evaluate.reference,
+        &mut config.evaluate.features,
+        &mut config.log.decoder,
+    ];
+    for path in paths.into_iter().filter(|p| !p.is_empty()) {
+        if let Some(absolute) = std::path::absolute(&*path).ok().and_then(|p| p.to_str().map(str::to_owned)) {
+            *path = absolute;
+        }
+    }
+}
 
 /// Whether a request goes on with the run in its directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -141,38 +156,6 @@ impl Request {
         self.resume == Resume::Always || self.follows()
     }
 
-    /// What began the run that this request goes on with, or the trajectory that it takes; where it says nothing of the tensors to
-    /// train, it takes over what was said then.
-    pub(crate) fn remember(&mut self) -> Result<Option<Identity>> {
-        let run = match &self.trajectory {
-            _ if self.goes_on() => RunDir::at(&self.out),
-            Some(dir) => RunDir::at(&checks::of_run(dir).join("..")),
-            None => return Ok(None),
-        };
-        let begun = Identity::read(&run)?;
-        if let Some(begun) = &begun {
-            for (mine, theirs) in [(&mut self.freeze, &begun.freeze), (&mut self.train, &begun.train)] {
-                if mine.is_empty() {
-                    mine.clone_from(theirs);
-                }
-            }
-        }
-        Ok(begun)
-    }
-
-    /// Refuses to go on with what was begun by another request than this is.
-    pub(crate) fn check_begun(&self, begun: Option<&Identity>, now: &Identity) -> Result<()> {
-        let Some(begun) = begun else { return Ok(()) };
-        if !self.goes_on() {
-            let trajectory = self.trajectory.as_deref().unwrap_or(&self.out);
-            return begun.check_trained(now, trajectory);
-        }
-        if let Some(warning) = begun.check(now, &self.out)? {
-            self.monitor.warning(&warning);
-        }
-        Ok(())
-    }
-
     /// Settles [`Resume::IfBegun`].
     pub(crate) fn settle(&mut self) -> Result<()> {
         if self.resume == Resume::IfBegun {
@@ -191,7 +174,7 @@ impl Request {
     pub(crate) fn resolve(&self, file: Option<&Path>) -> Result<Config> {
         let mut config = Config::resolve_with(file, &self.sets, self.objective.clone())?;
         config.card.extend(self.card.iter().cloned());
-        identity::from_anywhere(&mut config);
+        from_anywhere(&mut config);
         Ok(config)
     }
 

@@ -12,10 +12,10 @@ use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, 
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
 use crate::run::data_check::DataCheck;
-use crate::run::identity::{self, Identity};
+use crate::run::identity::Identity;
 use crate::run::memory;
 use crate::run::origin::{self, StudentOrigin, Written};
-use crate::run::request::{Request, Resume};
+use crate::run::request::{self, Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
 use crate::run::summary::write_summary;
@@ -176,7 +176,7 @@ impl PreparedRun {
         {
             wanted.batch = rows;
         }
-        [&mut wanted, &mut saved].into_iter().for_each(identity::from_anywhere);
+        [&mut wanted, &mut saved].into_iter().for_each(request::from_anywhere);
         let begun = Identity::read(&run)?;
         let same = begun.as_ref().map_or_else(Vec::new, |begun| begun.same_files(&self.identity));
         if request.resume == Resume::Always {

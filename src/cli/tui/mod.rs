@@ -2,7 +2,7 @@
 
 mod screen;
 mod state;
-mod terminal;
+pub(super) mod terminal;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +19,6 @@ use crate::run::Monitor;
 use terminal::Terminal;
 
 pub use state::State;
-pub use terminal::give_back;
 
 /// Refuses `--tui` where there is no terminal, before anything is written.
 pub fn check() -> Result<()> {
