@@ -11,30 +11,11 @@ use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use crate::distill::metrics::Meter;
+pub use crate::distill::stage_kind::StageKind;
 use crate::distill::trajectory::short;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
 use crate::torch::params::{TensorFile, save_tensors};
-
-/// The stage that a checkpoint belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum StageKind {
-    /// Stage 1: the teacher's copy is trained on the initial student's samples, and nodes are recorded.
-    Degrade,
-    /// Stage 2: the student is trained with the nodes as targets, from the last to the teacher.
-    Backtrack,
-}
-
-impl StageKind {
-    /// The stage's name in files and messages: `degrade` or `backtrack`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Degrade => "degrade",
-            Self::Backtrack => "backtrack",
-        }
-    }
-}
 
 /// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::distill::checkpoint::StageKind;
+use crate::distill::stage_kind::StageKind;
 use crate::error::{Context, Error, Result};
 
 /// Running means of scalars that stay on the device; reading them is the only synchronisation of a training loop.

@@ -22,6 +22,7 @@ mod prefetch;
 pub mod progress;
 pub mod rundir;
 mod stage;
+pub mod stage_kind;
 pub mod student;
 #[cfg(test)]
 mod tests;
