@@ -9,11 +9,13 @@ use crate::error::{Context, Error, Result};
 const HALF: &str = ".disback-";
 
 /// Whether a file of this name is one that was being written when its process ended.
+#[cfg(feature = "train")]
 pub(crate) fn is_half_written(name: &str) -> bool {
     name.starts_with(HALF)
 }
 
 /// Removes what killed processes left half-written in a folder that nobody writes to. Links and folders stay.
+#[cfg(feature = "train")]
 pub(crate) fn sweep(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let plain = entry.file_type().is_ok_and(|kind| kind.is_file());
