@@ -109,6 +109,7 @@ impl Eta {
 }
 
 /// What the distance is taken of.
+#[allow(clippy::large_enum_variant, reason = "there is one in the process")]
 enum Space {
     /// Features of images.
     Images { network: FeatureNet, reference: Statistics, range: [f64; 2], decoder: Option<Decoder> },

@@ -244,6 +244,7 @@ impl Reference {
     /// Measures blocks of `images` samples of a source. `seen` is told how many more are done.
     ///
     /// Errors: samples of another shape, too few of them, NaN among them.
+    #[allow(clippy::too_many_arguments, reason = "what is measured, how, and who hears of it")]
     pub fn measure(
         &self,
         name: &str,

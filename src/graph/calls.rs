@@ -133,7 +133,8 @@ mod tests {
             .node("Mul", &["bent", "two"], &["y"]);
         let mut file = model(17);
         file.graph.as_mut().unwrap().node[1].attribute = vec![edit::float_attribute("slope", 0.25)];
-        let loaded = Model::from_bytes_with(prost::Message::encode_to_vec(&file).into(), &[leaky.clone()]).unwrap();
+        let loaded =
+            Model::from_bytes_with(prost::Message::encode_to_vec(&file).into(), std::slice::from_ref(&leaky)).unwrap();
         let nodes = &loaded.proto.graph.as_ref().unwrap().node;
         let bent = nodes.iter().find(|n| n.op_type() == "LeakyRelu").unwrap();
         assert_eq!((bent.attribute[0].name(), bent.attribute[0].f()), ("alpha", 0.25));

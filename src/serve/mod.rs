@@ -244,6 +244,7 @@ async fn sample(
 
 type Answer = std::result::Result<Response, Response>;
 
+#[allow(clippy::result_large_err, reason = "one a request, and the error is its answer")]
 async fn answered(
     s: Arc<Service>,
     headers: HeaderMap,
