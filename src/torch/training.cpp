@@ -119,8 +119,11 @@ struct Recomputed : torch::autograd::Function<Recomputed> {
   }
 };
 
-std::atomic<int64_t> held{0};
-std::atomic<int64_t> highest{0};
+// What this thread's tensors hold, and held at most. A step on the CPU makes and frees its tensors on the thread that called it,
+// the backward pass too; what other threads compute meanwhile is not this one's. A tensor that is freed by another thread than
+// made it stays counted here and counts there below zero.
+thread_local int64_t held = 0;
+thread_local int64_t highest = 0;
 
 // Hollow memory: allocations of this size and more all lie on the same few pages. They have addresses, and no content.
 constexpr size_t hollow_least = 1 << 20, hollow_pages = 32 << 20;
@@ -201,9 +204,7 @@ struct Counting final : c10::Allocator {
     if (p == nullptr) p = c10::alloc_cpu(n);
     if (p != nullptr) {
       const int64_t now = held += static_cast<int64_t>(nothing > 0 ? nothing : size(p));
-      int64_t before = highest.load();
-      while (before < now && !highest.compare_exchange_weak(before, now)) {
-      }
+      highest = std::max(highest, now);
     }
     return {p, p, &release, at::Device(at::kCPU)};
   }
@@ -329,7 +330,7 @@ bool disback_autocast(bool cuda, bool on) {
 
 bool disback_autocast_enabled(bool cuda) { return at::autocast::is_autocast_enabled(cuda ? at::kCUDA : at::kCPU); }
 
-// Whether large tensors made from now on are hollow: they count as always, share a few pages, and what our kernels would
+// Whether large tensors that this thread makes from now on are hollow: they count as always, share a few pages, and what our kernels would
 // compute is left out. Only with the counting allocator.
 void disback_hollow(bool on) { disback::hollow = on; }
 bool disback_is_hollow() { return disback::hollow; }
@@ -386,11 +387,11 @@ void disback_count_memory() {
   std::call_once(once, [] { c10::SetCPUAllocator(&counting, 100); });
 }
 
-// Bytes now and at most since the last reset.
+// Bytes of this thread's tensors, now and at most since the last reset.
 void disback_counted_memory(int64_t* current, int64_t* peak, bool reset) {
-  *current = held.load();
-  if (reset) highest = held.load();
-  *peak = highest.load();
+  *current = held;
+  if (reset) highest = held;
+  *peak = highest;
 }
 
 // Counts, on this thread, operators through which the host waits for values of the device. What the fused AdamW reads on

@@ -15,8 +15,8 @@
 
 namespace disback {
 
-// While tensors have no content (training.cpp), there is nothing to compute.
-inline std::atomic<bool> hollow{false};
+// While this thread's tensors have no content (training.cpp), it has nothing to compute. Other threads go on as always.
+inline thread_local bool hollow = false;
 
 // GCC's entry point into OpenMP, which LLVM's and Intel's runtimes have too; null where there is none: one thread then.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
