@@ -75,6 +75,25 @@ fn of_process(limits: &str, status: &str) -> Option<u64> {
     Some(limit.saturating_sub(field(status, "VmSize:")?))
 }
 
+/// Runs this and gives the bytes that the process held more at its peak meanwhile than when it began. `None`: the system does not
+/// count them (Linux does).
+pub fn peak_of<T>(run: impl FnOnce() -> T) -> (T, Option<u64>) {
+    let status = || std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let before = reset_peak().then(|| field(&status(), "VmRSS:")).flatten();
+    let made = run();
+    (made, before.and_then(|before| Some(peak()?.saturating_sub(before))))
+}
+
+/// Most bytes that the process has held in memory since it began, or since [`reset_peak`].
+pub fn peak() -> Option<u64> {
+    field(&std::fs::read_to_string("/proc/self/status").unwrap_or_default(), "VmHWM:")
+}
+
+/// Begins [`peak`] anew; whether the system could.
+pub fn reset_peak() -> bool {
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
 /// `1.5 GiB`.
 pub fn shown(bytes: u64) -> String {
     let (mut value, mut unit) = (bytes as f64, "B");

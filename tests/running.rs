@@ -169,6 +169,17 @@ fn one_process_works_in_a_run_folder_and_only_the_same_run_goes_on() {
     let (code, text) = resume("");
     assert_eq!(code, Some(0), "{text}");
     assert!(student(&dir.join("moved")) == whole);
+    // Its weights are those that it trained: what reads them asks for no more.
+    for args in [
+        "export TEACHER --run moved -o again.onnx",
+        "verify moved/student.onnx --teacher TEACHER --images 2 --no-python",
+    ] {
+        let mut command = support::disback();
+        command.args(args.split_whitespace().map(|a| if a == "TEACHER" { TEACHER } else { a }));
+        command.current_dir(dir);
+        let (code, text) = output(command);
+        assert_eq!(code, Some(0), "{args}: {text}");
+    }
     for (args, says) in [
         ("--freeze *weight*", "began with --freeze *bias*, now it is *weight*"),
         ("--train *bias*", "began with --train nothing, now it is *bias*"),

@@ -123,7 +123,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
         })
         .collect();
     let held = sets(config, &sizes);
-    let peak = shim::memory(place)?.map(|m| m.peak).or_else(peak_of_process);
+    let peak = shim::memory(place)?.map(|m| m.peak).or_else(crate::memory::peak);
     // Node files, the teacher's among them, and the largest checkpoint.
     let nodes = if config.degrade.nodes > 0 { config.degrade.nodes as u64 + 1 } else { 1 };
     // (A checkpoint holds all but gradients and the target.)
@@ -188,12 +188,6 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     lines.add_row(["disk, at most".into(), bytes(disk)]);
     println!("{lines}");
     Ok(ExitCode::SUCCESS)
-}
-
-fn peak_of_process() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 fn human(time: Duration) -> String {

@@ -169,7 +169,8 @@ pub mod from_run {
         let run: Option<(RunDir, Config)> = args.run.as_ref().map(|p| RunDir::open(p)).transpose()?;
         // The run's card is read as the run read it.
         let config = args.reading.with_card(run.as_ref().map_or_else(Config::default, |(_, c)| c.clone()));
-        let teacher = args.reading.load(path, &config, Device::Cpu)?;
+        let reading = run.as_ref().map(|(dir, _)| args.reading.of_run(dir)).transpose()?;
+        let teacher = reading.as_ref().unwrap_or(&args.reading).load(path, &config, Device::Cpu)?;
         if let Some((run, _)) = &run {
             run.check_card(&teacher.card.card, &teacher.card.origins)?;
         }

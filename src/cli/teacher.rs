@@ -7,9 +7,10 @@ use clap::Args;
 use tch::Device;
 
 use super::card_args::CardArgs;
-use crate::distill::Config;
+use crate::distill::{Config, RunDir};
 use crate::error::Result;
 use crate::graph::TrainableChoice;
+use crate::run::identity::Identity;
 use crate::run::{Teacher, TeacherOptions};
 
 /// How a teacher's file is read.
@@ -30,6 +31,17 @@ impl ReadingArgs {
     pub fn with_card(&self, mut config: Config) -> Config {
         config.card.extend(self.card.overrides());
         config
+    }
+
+    /// The same, with the tensors that a run was begun with where nothing is said of them.
+    ///
+    /// Errors: a run whose `identity.json` cannot be read.
+    pub fn of_run(&self, run: &RunDir) -> Result<Self> {
+        let mut reading = self.clone();
+        if let Some(begun) = Identity::read(run)? {
+            begun.fill(&mut reading.freeze, &mut reading.train);
+        }
+        Ok(reading)
     }
 
     /// Imports the model, resolves its card (`config.card` wins over all other sources) and checks one against the other.

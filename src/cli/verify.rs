@@ -101,7 +101,7 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
     };
     let beside = args.student.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
     let (run, config) = RunDir::open(args.run.as_deref().unwrap_or(beside))?;
-    let reading = ReadingArgs { card: args.card.clone(), ..ReadingArgs::default() };
+    let reading = ReadingArgs { card: args.card.clone(), ..ReadingArgs::default() }.of_run(&run)?;
     let teacher = reading.load(path, &reading.with_card(config.clone()), tch::Device::Cpu)?;
     run.check_card(&teacher.card.card, &teacher.card.origins)?;
     let weights = run.student_weights();

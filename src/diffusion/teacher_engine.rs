@@ -9,6 +9,7 @@ use crate::error::{Context, Error, Result};
 use crate::graph::{Model, save, sizes};
 use crate::noise::{batch_noise, image_class};
 use crate::onnx::ModelProto;
+use crate::runtime::foresight::Foresight;
 use crate::runtime::student::SampleRequest;
 use crate::runtime::{self, Dim, Engine, EngineOptions};
 use crate::tensor::{DType, HostTensor};
@@ -51,6 +52,7 @@ pub struct TeacherOnEngine {
     time: InputSpec,
     conditions: Vec<(Condition, InputSpec)>,
     constants: Vec<(InputSpec, f64)>,
+    foresight: Foresight,
 }
 
 /// Reads the card of a model file: its metadata, the files beside it and `--card key=value` entries.
@@ -105,6 +107,7 @@ impl TeacherOnEngine {
             found.ok_or_else(|| Error::usage(format!("the graph has no input `{name}`")))
         };
         Ok(Self {
+            foresight: Foresight::default(),
             conversion: Conversion::new(&card)?,
             sample: find(&card.sample)?,
             time: find(&card.time)?,
@@ -218,6 +221,14 @@ impl TeacherOnEngine {
         let sigmas = sampler.sigmas(&schedule, steps);
         let len = self.card.sample_len();
         let batch = request.images.batch.max(1);
+        let own = (4 * len * if request.guidance != 1.0 { 2 } else { 1 }) as u64;
+        let mut foresight = self.foresight;
+        foresight.check_calls(batch.min(count), own, |rows| {
+            let cond = self.conditions(&request.images, start, rows)?;
+            let z = batch_noise(request.images.seed, start, rows, len);
+            self.denoise(&z, sigmas[0], &cond, request.guidance).map(drop)
+        })?;
+        self.foresight = foresight;
         let (mut images, mut nfe) = (Vec::with_capacity(count * len), 0);
         for first in (0..count).step_by(batch) {
             let rows = batch.min(count - first);

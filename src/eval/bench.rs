@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::diffusion::{Sampler, TeacherOnEngine, TeacherRequest};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::runtime::student::{SampleRequest, Student};
 use crate::runtime::{Dim, EngineOptions};
 use crate::tensor::HostTensor;
@@ -93,18 +94,6 @@ fn repeat(seconds: f64, mut call: impl FnMut() -> Result<()>) -> Result<Vec<f64>
     Ok(times)
 }
 
-/// Largest resident memory since [`reset_peak`], from the kernel.
-fn peak_mib() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(line.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
-}
-
-/// Lets the kernel count the largest resident memory anew. Where it cannot, the figure is that of the whole process.
-fn reset_peak() {
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
 /// Opens the student with these options and times calls of each batch size for about `seconds` each (ten calls at least,
 /// after three that do not count), once with copies and once bound. Inputs are made beforehand.
 pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64) -> Result<Vec<Timing>> {
@@ -113,7 +102,7 @@ pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64
         if batch == 0 {
             return Err(Error::usage("a batch of 0 images"));
         }
-        reset_peak();
+        memory::reset_peak();
         let began = Instant::now();
         let mut student = Student::open(path, options)?;
         let load_ms = ms(began);
@@ -122,8 +111,10 @@ pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64
         {
             return Err(Error::usage(format!("--batch {batch}: the student's batch is fixed at {n}")));
         }
-        let request =
-            SampleRequest { batch, embeddings: student.info().random_rows(1, batch)?, ..SampleRequest::default() };
+        let mut request =
+            SampleRequest { batch, embeddings: student.info().random_rows(1, 8)?, ..SampleRequest::default() };
+        student.foresee(&request, batch)?;
+        request.embeddings = student.info().random_rows(1, batch)?;
         let inputs = student.inputs(&request, 0, batch)?;
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let engine = student.engine_name();
@@ -146,7 +137,7 @@ pub fn run(path: &Path, options: &EngineOptions, batches: &[usize], seconds: f64
             images_per_s: (batch * times.len()) as f64 / total * 1e3,
             calls: times.len(),
             bound_p50_ms: percentile(&bound, 0.50),
-            peak_mib: peak_mib(),
+            peak_mib: memory::peak().map(|b| b as f64 / f64::from(1 << 20)),
         });
     }
     Ok(out)
@@ -164,7 +155,7 @@ pub fn teacher(
     if batch == 0 || steps == 0 {
         return Err(Error::usage("the teacher needs a batch and steps of 1 or more"));
     }
-    reset_peak();
+    memory::reset_peak();
     let began = Instant::now();
     let mut teacher = TeacherOnEngine::open(path, card, options)?;
     let load_ms = ms(began);
@@ -189,7 +180,7 @@ pub fn teacher(
         p50_ms,
         ms_per_image: p50_ms / batch as f64,
         runs: times.len(),
-        peak_mib: peak_mib(),
+        peak_mib: memory::peak().map(|b| b as f64 / f64::from(1 << 20)),
     })
 }
 

@@ -12,6 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::io::ImageSet;
 use crate::io::images::describe;
 use crate::onnx::ModelProto;
+use crate::runtime::foresight::Foresight;
 use crate::runtime::{Dim, Engine, EngineOptions, ValueInfo, open, open_bytes, run_batched, student};
 use crate::tensor::{DType, HostTensor};
 
@@ -45,6 +46,7 @@ pub struct FeatureNet {
     card: FeatureCard,
     file_hash: String,
     assumed: Option<String>,
+    foresight: Foresight,
 }
 
 /// How the network wants its images.
@@ -118,7 +120,8 @@ impl FeatureNet {
         let assumed = (stored.is_none() && input.dtype != DType::U8)
             .then(|| "the feature network does not say which value range it wants: [-1, 1] is assumed".to_string());
         let range = stored.unwrap_or(if input.dtype == DType::U8 { [0.0, 255.0] } else { [-1.0, 1.0] });
-        Ok(Self { input: input.clone(), output, logits, range, card, file_hash, assumed, engine })
+        let foresight = Foresight::default();
+        Ok(Self { input: input.clone(), output, logits, range, card, file_hash, assumed, engine, foresight })
     }
 
     /// Value range of the network's input, before mean and std.
@@ -275,6 +278,9 @@ impl FeatureNet {
 
     fn run(&mut self, tensor: &HostTensor, batch: usize) -> Result<Seen> {
         let n = tensor.shape().first().copied().unwrap_or(0);
+        let name = self.input.name.clone();
+        let inputs = |rows: usize| Ok(vec![(name.clone(), tensor.rows(0, rows)?)]);
+        self.foresight.check(self.engine.as_mut(), batch.min(n), inputs)?;
         let mut outputs = run_batched(self.engine.as_mut(), &[(self.input.name.as_str(), tensor)], batch.max(1))?;
         let mut rows = |wanted: &str| -> Result<Array2<f32>> {
             let at = outputs.iter().position(|(name, _)| name == wanted);

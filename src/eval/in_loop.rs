@@ -162,10 +162,10 @@ impl InLoop {
 
     /// Forgets what was measured after generator update `upto`: a run that goes on from there measures it again.
     pub fn forget_after(&mut self, upto: u64) -> Result<()> {
-        let before = self.points.len();
         self.points.retain(|p| p.at.update <= upto);
-        if self.points.len() < before {
-            let lines = self.points.iter().map(line).collect::<Result<String>>()?;
+        let lines = self.points.iter().map(line).collect::<Result<String>>()?;
+        // (A line that was cut when the process was killed goes too: the next one would be written to its end.)
+        if std::fs::read(&self.path).unwrap_or_default() != lines.as_bytes() {
             crate::files::write_atomic(&self.path, lines.as_bytes())?;
         }
         Ok(())
@@ -322,8 +322,12 @@ mod tests {
         assert!(!look(&mut judge, 30, 0.5) && !judge.exhausted());
         assert!(!look(&mut judge, 40, 0.45) && judge.exhausted());
         assert_eq!(read(&dir.path().join(FILE)).len(), 4);
-        // Going on from update 30 forgets what came after it, and remembers what was best.
-        let mut judge = open(30);
+        // Going on from update 30 forgets what came after it, a line that was cut too, and remembers what was best.
+        let whole = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
+        std::fs::write(dir.path().join(FILE), format!("{whole}{{\"update\":50,\"ima")).unwrap();
+        let mut judge = open(40);
+        assert_eq!((judge.points().len(), std::fs::read_to_string(dir.path().join(FILE)).unwrap()), (4, whole));
+        judge.forget_after(30).unwrap();
         assert_eq!((judge.points().len(), judge.exhausted()), (3, false));
         assert!(!look(&mut judge, 40, 0.45) && judge.exhausted());
         // A student that gives NaN, or always the same image, is no reason to end.

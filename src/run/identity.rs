@@ -61,11 +61,7 @@ impl Request {
         };
         let begun = Identity::read(&run)?;
         if let Some(begun) = &begun {
-            for (mine, theirs) in [(&mut self.freeze, &begun.freeze), (&mut self.train, &begun.train)] {
-                if mine.is_empty() {
-                    mine.clone_from(theirs);
-                }
-            }
+            begun.fill(&mut self.freeze, &mut self.train);
         }
         Ok(begun)
     }
@@ -112,6 +108,15 @@ impl Identity {
         };
         let read = serde_json::from_slice(&text).map_err(|e| Error::io(format!("not a run's identity: {e}")));
         read.map(Some).with_context(|| path.display().to_string())
+    }
+
+    /// Takes over what the run was begun with, each list where nothing is given.
+    pub fn fill(&self, freeze: &mut Vec<String>, train: &mut Vec<String>) {
+        for (mine, theirs) in [(freeze, &self.freeze), (train, &self.train)] {
+            if mine.is_empty() {
+                mine.clone_from(theirs);
+            }
+        }
     }
 
     /// Writes it into a run.

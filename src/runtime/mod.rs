@@ -2,6 +2,7 @@
 
 pub mod cast_transpose;
 pub mod decoder;
+pub mod foresight;
 #[cfg(feature = "ort")]
 pub mod ort;
 pub mod student;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use prost::Message;
 
+use super::foresight::Foresight;
 use super::{Dim, Engine, EngineOptions, ValueInfo, open, open_bytes, run_batched};
 use crate::axes::{self, Layout, Modality, usual_modality};
 use crate::error::{Context, Error, Result};
@@ -271,6 +272,7 @@ pub struct SampleRequest {
 pub struct Student {
     engine: Box<dyn Engine>,
     info: StudentInfo,
+    foresight: Foresight,
 }
 
 impl Student {
@@ -278,12 +280,13 @@ impl Student {
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self> {
         let read = || StudentInfo::from_model(&decode(&std::fs::read(path)?)?);
         let info = read().with_context(|| path.display().to_string())?;
-        Ok(Self { engine: open(path, options)?, info })
+        Ok(Self { engine: open(path, options)?, info, foresight: Foresight::default() })
     }
 
     /// Opens a serialised student without external data.
     pub fn from_bytes(bytes: &[u8], options: &EngineOptions) -> Result<Self> {
-        Ok(Self { info: StudentInfo::from_model(&decode(bytes)?)?, engine: open_bytes(bytes, None, options)? })
+        let info = StudentInfo::from_model(&decode(bytes)?)?;
+        Ok(Self { info, engine: open_bytes(bytes, None, options)?, foresight: Foresight::default() })
     }
 
     /// What the student's file says about it.
@@ -379,8 +382,19 @@ impl Student {
         Ok(inputs)
     }
 
+    /// Refuses a call with so many samples that memory will not hold.
+    ///
+    /// Errors: as of [`Foresight::check`].
+    pub fn foresee(&mut self, request: &SampleRequest, count: usize) -> Result<()> {
+        let info = &self.info;
+        self.foresight.check(self.engine.as_mut(), count, |rows| Self::inputs_of(info, request, 0, rows))
+    }
+
     /// Samples `start..start+count` as f32 `[count, ...shape]` in the student's range.
+    ///
+    /// Errors: a request that the student does not fit, a batch that memory does not hold.
     pub fn sample(&mut self, request: &SampleRequest, start: u64, count: usize) -> Result<HostTensor> {
+        self.foresee(request, count.min(request.batch.max(1)))?;
         let inputs = self.inputs(request, start, count)?;
         let named: Vec<(&str, &HostTensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let outputs = run_batched(self.engine.as_mut(), &named, request.batch.max(1))?;

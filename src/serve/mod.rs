@@ -92,6 +92,7 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
     let info = student.info().clone();
     let warm_up = SampleRequest { batch: 1, embeddings: info.random_rows(0, 1)?, ..SampleRequest::default() };
     student.sample(&warm_up, 0, 1)?;
+    student.foresee(&warm_up, options.batch)?;
     let engine = student.engine_name();
     let metrics = Arc::new(Metrics::new(engine.clone()));
     let bytes = usize::try_from(options.memory / 4).unwrap_or(usize::MAX);
