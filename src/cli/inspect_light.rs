@@ -90,7 +90,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
                 println!("  {key:<28} = {value:<22} ({origin})");
             }
         }
-        (None, Some(Err(e))) => println!("\nno teacher card: {e}"),
+        (None, Some(Err(e))) => println!("\n{e}"),
         (None, None) => {}
     }
     Ok(ExitCode::SUCCESS)

@@ -231,10 +231,14 @@ impl CardSource {
         let whose = self.model.as_ref().map_or("the model".into(), |m| m.display().to_string());
         let what = if all { "no teacher card" } else { "the teacher card is incomplete" };
         let side = self.model.as_ref().map_or("<model>.card.toml".into(), |m| side_files(m)[0].display().to_string());
-        Error::usage(format!("{whose}: {what}: missing {list}")).hint(format!(
+        let error = Error::usage(format!("{what}: missing {list}")).hint(format!(
             "`disback inspect {whose} --write-card` proposes them; or give them on the command line (--card key=value), in {side}, or in the model's metadata_props as \
              `disback.<key>`; a diffusers scheduler_config.json beside the model gives prediction, time_unit and schedule"
-        ))
+        ));
+        match &self.model {
+            Some(_) => error.context(whose),
+            None => error,
+        }
     }
 
     fn command_line_leaves(&self) -> Result<Leaves> {

@@ -125,6 +125,10 @@ fn mistakes_are_named_with_the_way_out() {
 fn a_missing_card_says_which_keys_and_the_ways_to_give_them() {
     let error = CardSource::new().model(Path::new("nowhere/teacher.onnx")).resolve().unwrap_err();
     let text = error.to_string();
+    // The file is named once, whoever names it again.
+    let again = CardSource::new().model(Path::new("nowhere/teacher.onnx")).resolve().unwrap_err();
+    let again = again.context("nowhere/teacher.onnx").to_string();
+    assert!(again == text && text.starts_with("nowhere/teacher.onnx: no teacher card"), "{again}");
     for part in [
         "no teacher card",
         "`sample`",

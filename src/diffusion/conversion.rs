@@ -42,6 +42,10 @@ pub struct Conversion {
     reversed: bool,
 }
 
+/// Largest term of `x0 = skip x + out F` at which a student starts by itself, and the noise level where it starts instead.
+const MOST_TERM: f64 = 200.0;
+const STEEP_START: f64 = 160.0;
+
 impl Conversion {
     /// Refuses combinations that have no meaning, such as flow with a VP schedule.
     pub fn new(card: &TeacherCard) -> Result<Self> {
@@ -183,8 +187,9 @@ impl Conversion {
     }
 
     /// The start of a one-step student (method of DMD, SiD, Diff-Instruct): EDM `x0 = D(sigma_init z; sigma_init)`, by
-    /// default sigma_max; VP `x_net = z` at the step next to sigma_init, by default the last; flow `x_net = z` at t = 1,
-    /// or `x_net = t z` at a finite sigma_init.
+    /// default sigma_max; VP `x_net = z` at the step next to sigma_init, by default the last, or that next to sigma 160 where the
+    /// last has terms of more than 200 (epsilon on Nichol's cosine schedule, whose last step is at sigma 20,291: what two such numbers
+    /// leave of each other in f32 is off by 1e-3); flow `x_net = z` at t = 1, or `x_net = t z` at a finite sigma_init.
     pub fn at_start(&self, sigma_init: Option<f64>) -> Result<StudentStart> {
         if let Some(sigma) = sigma_init
             && !(sigma > 0.0 && sigma.is_finite())
@@ -196,7 +201,12 @@ impl Conversion {
                 let sigma = sigma_init.unwrap_or(*sigma_max);
                 (sigma, self.coefficients(sigma).c_in * sigma)
             }
-            Schedule::Vp { .. } => (self.schedule.snap(sigma_init.unwrap_or(self.schedule.sigma_max())), 1.0),
+            Schedule::Vp { .. } => {
+                let last = self.schedule.sigma_max();
+                let Coefficients { skip, out, .. } = self.coefficients(last);
+                let start = if skip.abs().max(out.abs()) > MOST_TERM { last.min(STEEP_START) } else { last };
+                (self.schedule.snap(sigma_init.unwrap_or(start)), 1.0)
+            }
             Schedule::Flow { .. } => {
                 let sigma = sigma_init.unwrap_or(f64::INFINITY);
                 (sigma, self.schedule.b(sigma))
@@ -442,6 +452,13 @@ mod tests {
             let (z, eps) = (0.7, -0.2);
             assert!((s.coefficients.skip * z + s.coefficients.out * eps - (z - b * eps) / a).abs() < 1e-12);
         }
+        // Nichol's cosine schedule ends where epsilon's terms are 20,000 times the sample; v's stay at 1.
+        let cosine = || vp(Betas::Cosine);
+        let last = Schedule::new(&cosine()).unwrap().sigma_max();
+        let s = start(Prediction::Epsilon, TimeUnit::Step, cosine(), None).unwrap();
+        assert!(last > 2e4 && (100.0..200.0).contains(&s.sigma) && s.coefficients.out.abs() <= MOST_TERM, "{s:?}");
+        assert_eq!(start(Prediction::V, TimeUnit::Step, cosine(), None).unwrap().sigma, last);
+        assert_eq!(start(Prediction::Epsilon, TimeUnit::Step, cosine(), Some(last)).unwrap().sigma, last);
         // Flow: x0 = z - u at t = 1.
         let s = start(Prediction::Flow, TimeUnit::Thousand, flow(), None).unwrap();
         assert_eq!(s.init_scale, 1.0);

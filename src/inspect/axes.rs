@@ -112,7 +112,7 @@ fn channels_at_convolution(graph: &Graph, from: ValueId, rank: usize) -> Option<
         for &(index, slot) in consumers.get(&value).into_iter().flatten() {
             let Some(node) = graph.nodes.get(index) else { continue };
             let order = match node.op.as_str() {
-                "Conv" if slot == 0 => return Some(order[1]),
+                "Conv" | "ConvTranspose" if slot == 0 => return Some(order[1]),
                 "Transpose" => match node.attributes.ints("perm").ok().flatten() {
                     Some(perm) if perm.len() == rank => {
                         let turned: Option<Vec<usize>> =

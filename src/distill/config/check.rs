@@ -185,7 +185,7 @@ impl Config {
                 "student.sigmas gives the student further steps, of which one is drawn each time",
                 !student.sigmas.is_empty(),
             ),
-            ("gan.data brings real images into every step", !self.gan.data.is_empty()),
+            ("gan.data brings real samples into every step", !self.gan.data.is_empty()),
         ];
         if let Some((why, _)) = unrecorded.iter().find(|(_, is)| self.cuda_graphs && *is) {
             return Err(Error::usage(format!("cuda_graphs records a step that is the same each time, but {why}"))
@@ -204,8 +204,10 @@ impl Config {
             )));
         }
         if objective.needs_discriminator() && self.gan.data.is_empty() {
-            return Err(Error::usage("this objective has a discriminator, which needs real images: gan.data is empty")
-                .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
+            return Err(Error::usage(
+                "this objective has a discriminator, which needs real samples: gan.data is empty",
+            )
+            .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
         }
         if !objective.needs_fake() && !self.gan.data.is_empty() {
             return Err(Error::usage(format!(
@@ -222,7 +224,7 @@ impl Config {
             return Err(Error::usage(
                 "gan.taps is given, but gan.data is empty: there is no discriminator to read them",
             )
-            .hint("gan.data is a folder, .zip, .npz or latents of real images; leave gan.taps out otherwise"));
+            .hint("gan.data is a folder, .zip, .npz or latents of real samples; leave gan.taps out otherwise"));
         }
         if self.lora.rank == 0 && (self.lora.alpha > 0.0 || self.lora.include != LoraConfig::default().include) {
             return Err(Error::usage(
