@@ -246,9 +246,17 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
             p.tried, p.evaluations, p.seconds
         );
         for r in &p.readings {
-            let schedule = r.betas.map_or(r.schedule.to_owned(), |b| format!("{} ({b})", r.schedule));
+            let sigma_data = r.sigma_data.map(|s| format!("sigma_data {s:.3}"));
+            let more = [r.betas, r.direction].into_iter().flatten().map(str::to_owned).chain(sigma_data);
+            let more = more.collect::<Vec<_>>().join(", ");
+            let schedule = if more.is_empty() { r.schedule.to_owned() } else { format!("{} ({more})", r.schedule) };
             let (prediction, unit) = (word(&r.prediction), word(&r.time_unit));
             println!("  {:>8.3}  {prediction:<9} {unit:<11} {schedule}", r.score);
+        }
+        if card.is_ok() && p.measured.is_empty() {
+            println!("  the numbers neither confirm the card nor contradict it: no reading fits, or several do");
+        } else if card.is_ok() && p.contradicted.is_empty() {
+            println!("  the numbers agree with the card");
         }
         for key in &p.contradicted {
             let given = proposal.findings.iter().find(|f| f.key == *key && f.how == How::Given);
