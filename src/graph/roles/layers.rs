@@ -1,8 +1,8 @@
 //! How the data goes through a graph: what depends on the inputs' elements, and what depends on a layer.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
-use crate::graph::ir::{Graph, Node, ValueId};
+use crate::graph::ir::{Consumers, Graph, Node, Producers, ValueId};
 use crate::graph::op_schema::{self, OpSchema};
 use crate::tensor::HostTensor;
 
@@ -60,8 +60,8 @@ pub fn reads(node: &Node) -> impl Iterator<Item = ValueId> {
 /// no layer.
 pub fn makes_waves(
     graph: &Graph,
-    producers: &HashMap<ValueId, usize>,
-    consumers: &HashMap<ValueId, Vec<(usize, usize)>>,
+    producers: &Producers,
+    consumers: &Consumers,
     node: &Node,
 ) -> bool {
     let row = |v: ValueId| {
@@ -75,7 +75,7 @@ pub fn makes_waves(
 /// The constant that a value is a rearrangement of.
 pub fn behind_moves<'a>(
     graph: &'a Graph,
-    producers: &HashMap<ValueId, usize>,
+    producers: &Producers,
     mut value: ValueId,
 ) -> Option<&'a HostTensor> {
     for _ in 0..8 {
@@ -95,7 +95,7 @@ pub fn behind_moves<'a>(
 /// through those of `through`.
 pub fn leads_to(
     graph: &Graph,
-    consumers: &HashMap<ValueId, Vec<(usize, usize)>>,
+    consumers: &Consumers,
     node: &Node,
     targets: &[&str],
     through: &[&str],
