@@ -53,6 +53,9 @@ mod tests {
             assert_eq!(super::lines(plain), plain);
         }
         let e = crate::Error::invalid(format!("node `{name}`")).context("x\nerror: y").hint("run \x1b[8m").to_string();
-        assert!(!e.contains(['\x1b', '\r', '\x07', '\u{9b}', '\u{202e}']) && e.starts_with("x\\nerror: y: node"), "{e}");
+        assert!(
+            !e.contains(['\x1b', '\r', '\x07', '\u{9b}', '\u{202e}']) && e.starts_with("x\\nerror: y: node"),
+            "{e}"
+        );
     }
 }

@@ -22,9 +22,9 @@ use crate::io::ImageSet;
 use crate::run::{self, Request, origin};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
+use crate::shown::{say, tell};
 use crate::tensor::HostTensor;
 use crate::torch::{convert, device};
-use crate::shown::{say, tell};
 
 /// Run a recipe with and without the trajectory, several seeds each, and say whether it pays: distances over generator
 /// updates, forward passes and seconds, with stage 1 counted. The same command again goes on where it was interrupted.

@@ -16,8 +16,8 @@ use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
 use crate::run::origin::describe;
-use crate::torch::{Forward, device, shim};
 use crate::shown::say;
+use crate::torch::{Forward, device, shim};
 
 /// Steps of each stage that are really made; of stage 2 one more where not every iteration updates the generator.
 const STEPS: u64 = 3;

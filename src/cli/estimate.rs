@@ -15,9 +15,9 @@ use crate::distill::estimate::{StageCost, estimate};
 use crate::error::{Error, Result};
 use crate::inspect;
 use crate::run::{self, origin};
+use crate::shown::say;
 use crate::torch::device;
 use crate::torch::training::Hollow;
-use crate::shown::say;
 
 /// Estimate memory and arithmetic of a run, for this machine or one that is not at hand.
 #[derive(Debug, Args)]

@@ -244,7 +244,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
     if let Some(p) = &proposal.probe {
         say!(
             "\nprobe: {} readings of the network on {} samples, {:.1} s; nats of error left on the table:",
-            p.tried, p.evaluations, p.seconds
+            p.tried,
+            p.evaluations,
+            p.seconds
         );
         for r in &p.readings {
             let schedule = r.betas.map_or(r.schedule.to_owned(), |b| format!("{} ({b})", r.schedule));

@@ -14,8 +14,8 @@ use crate::graph::Model;
 use crate::io::npy;
 use crate::parity::{self, OutputError, Parity, Tolerance};
 use crate::run::teacher;
-use crate::torch::{ImportOptions, Network};
 use crate::shown::say;
+use crate::torch::{ImportOptions, Network};
 
 /// Run the same inputs through libtorch and ONNX Runtime; exit code 1 where they disagree. What a converter stored beside the
 /// model (<model>.sample.npz: inputs and the framework's own outputs) is compared too.

@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::io::{ImageSet, Rounding, image_writer, npy, table, wav};
 use crate::report::view::{self, View};
 use crate::runtime::student::{SampleRequest, Student, StudentInfo};
-use crate::tensor::HostTensor;
 use crate::shown::{say, tell};
+use crate::tensor::HostTensor;
 
 /// Sample from a student: sample k of a seed is the same whatever the batch size, engine or machine.
 #[derive(Debug, Args)]

@@ -9,8 +9,8 @@ use serde_json::json;
 use super::Globals;
 use super::card_args::CardArgs;
 use crate::error::{Error, Result};
-use crate::verify::{self, Target, Verification, VerifyOptions, peers};
 use crate::shown::say;
+use crate::verify::{self, Target, Verification, VerifyOptions, peers};
 
 /// Check a student: ONNX's checker, every engine found, the run's own weights; name what a target will not take.
 #[derive(Debug, Args)]
@@ -111,7 +111,8 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
     }
     let params = teacher.network.params().alias();
     params.load(&weights)?;
-    let info = crate::files::map(&args.student).map_err(Error::from).and_then(|b| StudentInfo::from_model(&decode(&b)?));
+    let info =
+        crate::files::map(&args.student).map_err(Error::from).and_then(|b| StudentInfo::from_model(&decode(&b)?));
     let info = info.map_err(|e| e.context(args.student.display().to_string()))?;
     if info.metadata.get("student.teacher_hash").is_some_and(|h| *h != teacher.hash) {
         return Err(Error::usage(format!(
@@ -141,7 +142,10 @@ fn show(found: &Verification) {
     say!("file       {}  ({}) {note}", mark(found.checker.ok), found.checker.by);
     say!(
         "reference  {}, {} images, precision {}; values may differ by {:.1e}",
-        found.reference, found.images, found.precision, found.tolerance
+        found.reference,
+        found.images,
+        found.precision,
+        found.tolerance
     );
     let mut table = super::table(["engine", "version", "max abs error", "8-bit values that differ", ""]);
     for e in &found.engines {

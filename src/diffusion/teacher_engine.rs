@@ -56,8 +56,8 @@ pub struct TeacherOnEngine {
 /// Reads the card of a model file: its metadata, the files beside it and `--card key=value` entries.
 pub fn card_of(path: &Path, overrides: &[String]) -> Result<ResolvedCard> {
     let bytes = crate::files::map(path).with_context(|| path.display().to_string())?;
-    let model = ModelProto::decode(bytes)
-        .map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
+    let model =
+        ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
     CardSource::new().model(path).proto(&model).overrides(overrides.iter().cloned()).resolve()
 }
 

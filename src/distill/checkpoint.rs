@@ -286,7 +286,8 @@ fn states(dir: &Path) -> Result<(Vec<State>, Vec<Problem>)> {
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for name in names {
         let path = dir.join(&name);
-        let read = crate::files::read(&path, crate::files::JSON).map_err(Error::from).and_then(|text| State::from_text(&text));
+        let read =
+            crate::files::read(&path, crate::files::JSON).map_err(Error::from).and_then(|text| State::from_text(&text));
         match read.with_context(|| path.display().to_string()) {
             Ok(state) => found.push(state),
             Err(e) => problems.push((place_of(&name, NUMBERS), e)),

@@ -61,7 +61,8 @@ impl Book {
         if !path.exists() {
             return Ok(Self::default());
         }
-        let bytes = crate::files::read_inside(run, FILE, crate::files::JSON).with_context(|| path.display().to_string())?;
+        let bytes =
+            crate::files::read_inside(run, FILE, crate::files::JSON).with_context(|| path.display().to_string())?;
         serde_json::from_slice(&bytes)
             .map_err(|e| Error::io(format!("not the results of an evaluation: {e}")).hint("remove it to start anew"))
             .with_context(|| path.display().to_string())

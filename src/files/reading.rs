@@ -110,7 +110,9 @@ fn refuse_linked_folder(folder: &Path, name: &str) -> Result<()> {
 pub fn make_inside(folder: &Path, name: &str) -> Result<()> {
     let path = folder.join(name);
     if path.symlink_metadata().is_ok_and(|m| m.is_symlink()) {
-        return Err(refused("is a symbolic link, expected a folder of the run's own: move what it points to into its place"));
+        return Err(refused(
+            "is a symbolic link, expected a folder of the run's own: move what it points to into its place",
+        ));
     }
     std::fs::create_dir_all(path)
 }

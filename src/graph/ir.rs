@@ -330,3 +330,42 @@ impl Graph {
         self.constants.retain(|v, _| live[*v]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn makers_and_readers_are_those_of_the_nodes() {
+        let mut graph = Graph::default();
+        let [x, a, b, c] = ["x", "a", "b", "c"].map(|name| graph.add_value(name));
+        let node = |inputs: &[ValueId], output, captures: &[ValueId]| Node {
+            op: "Add".into(),
+            domain: String::new(),
+            name: "n".into(),
+            opset: 17,
+            inputs: inputs.iter().map(|v| Some(*v)).collect(),
+            outputs: vec![None, Some(output)],
+            attributes: Attributes::default(),
+            captures: captures.iter().map(|v| ("outer".to_owned(), *v)).collect(),
+            origin: None,
+            module: None,
+        };
+        graph.nodes = vec![node(&[x, x], a, &[]), node(&[a], b, &[x])];
+        graph.outputs.push(Port { name: "b".into(), value: b, dtype: None, shape: None });
+        let (makers, readers) = (graph.producers(), graph.consumers());
+        assert_eq!([x, a, b, c, 99].map(|v| makers.get(&v).copied()), [None, Some(0), Some(1), None, None]);
+        const OUTSIDE: usize = usize::MAX;
+        assert_eq!(readers.get(&x), Some(&[(0, 0), (0, 1), (1, OUTSIDE)][..]));
+        assert_eq!(readers.get(&a), Some(&[(1, 0)][..]));
+        assert_eq!(readers.get(&b), Some(&[(OUTSIDE, OUTSIDE)][..]));
+        assert!(readers.get(&c).is_none() && readers.get(&99).is_none() && !readers.contains_key(&c));
+        // Names stay apart, those given behind the graph's back too.
+        graph.names.push("a#2".into());
+        let fresh = graph.add_value("a");
+        assert_eq!(graph.names[fresh], "a#3");
+        graph.outputs[0].value = a;
+        graph.remove_dead();
+        assert_eq!(graph.nodes.len(), 1);
+    }
+}

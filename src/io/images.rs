@@ -485,7 +485,9 @@ mod tests {
         let path = dir.path().join("b.npz");
         let mut head = Vec::new();
         npy::write_to(&mut head, &HostTensor::new(&[0, 1, 8, 8], &[0u8; 0]).unwrap()).unwrap();
-        let text = String::from_utf8_lossy(&head[10..]).replace("(0, 1, 8, 8)", "(1280000,1,8,8)").replacen("   \n", "\n", 1);
+        let text = String::from_utf8_lossy(&head[10..])
+            .replace("(0, 1, 8, 8,)", "(1280000,1,8,8,)")
+            .replacen("   \n", "\n", 1);
         head.truncate(10);
         head.extend(text.as_bytes());
         assert_eq!(head.len() % 64, 0);

@@ -30,7 +30,8 @@ pub fn write(path: &Path, rows: ArrayView2<'_, f32>, classes: Option<&[usize]>) 
 /// out. Errors name the row and column of what is no number.
 pub fn read(path: &Path) -> Result<Array2<f32>> {
     let run = || -> Result<Array2<f32>> {
-        let mut reader = csv::ReaderBuilder::new().has_headers(false).trim(csv::Trim::All).from_reader(crate::files::open(path)?);
+        let mut reader =
+            csv::ReaderBuilder::new().has_headers(false).trim(csv::Trim::All).from_reader(crate::files::open(path)?);
         let (mut values, mut width, mut rows, mut left_out) = (Vec::new(), None, 0, None);
         for (line, record) in reader.records().enumerate() {
             let record = record.map_err(|e| Error::io(e.to_string()))?;

@@ -72,7 +72,8 @@ fn objects(folder: &Path, name: &str) -> Result<Option<Vec<Value>>> {
         return Err(refused(format!("has {size} bytes; rows of at most {most} are shown"), &folder.join(name)));
     }
     let mut found = Vec::new();
-    files::for_lines(file, |l, _| found.extend(serde_json::from_str(l).ok().filter(Value::is_object))).map_err(shown)?;
+    files::for_lines(file, |l, _| found.extend(serde_json::from_str(l).ok().filter(Value::is_object)))
+        .map_err(shown)?;
     Ok(Some(found))
 }
 

@@ -200,8 +200,7 @@ impl Watch {
         use std::io::Write;
         let warning = Warning { stage: self.stage, iteration, text };
         let text = line(&warning)?;
-        let append =
-            || crate::files::append(&self.path)?.write_all(text.as_bytes());
+        let append = || crate::files::append(&self.path)?.write_all(text.as_bytes());
         append().with_context(|| self.path.display().to_string())?;
         self.fresh.push(format!("{}, iteration {iteration}: {}", warning.stage.name(), warning.text));
         self.warnings.push(warning);

@@ -15,8 +15,8 @@ use crate::run::student_file::StudentFile;
 use crate::run::teacher::Teacher;
 use crate::runtime::student::{self as sampling, SampleRequest};
 use crate::runtime::{Dim, EngineKind, EngineOptions};
-use crate::torch::ParamSet;
 use crate::shown::tell;
+use crate::torch::ParamSet;
 
 /// The teacher, and the student's own network where it has one.
 #[derive(Debug, Clone, Copy)]

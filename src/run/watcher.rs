@@ -285,9 +285,7 @@ impl<'a> Watcher<'a> {
             }
         }
         let path = self.run.levels();
-        let append = || -> std::io::Result<()> {
-            writeln!(crate::files::append(&path)?, "{row}")
-        };
+        let append = || -> std::io::Result<()> { writeln!(crate::files::append(&path)?, "{row}") };
         append().with_context(|| path.display().to_string())
     }
 

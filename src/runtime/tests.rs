@@ -132,7 +132,10 @@ fn pipes_in_place_of_files_are_refused_by_every_engine() {
         external_data: vec![location],
         ..Default::default()
     };
-    let model = ModelProto { graph: Some(GraphProto { initializer: vec![tensor], ..Default::default() }), ..Default::default() };
+    let model = ModelProto {
+        graph: Some(GraphProto { initializer: vec![tensor], ..Default::default() }),
+        ..Default::default()
+    };
     let path = dir.path().join("m.onnx");
     std::fs::write(&path, model.encode_to_vec()).unwrap();
     for kind in engines() {

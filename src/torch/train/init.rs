@@ -1,10 +1,8 @@
 //! Fresh weights for an imported network, layer by layer.
 
-
-
 use crate::error::Result;
 use crate::graph::Graph;
-use crate::graph::ir::{Consumers, Node, ValueId};
+use crate::graph::ir::{Consumers, Node};
 use crate::graph::roles::{Parameter, Role};
 use crate::torch::params::ParamSet;
 use crate::torch::shim;
