@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up themselves; afterwards plain `cargo build` and `cargo test` work too.
-.PHONY: setup build demo test test-converters test-web check-small bench lint clean
+.PHONY: setup build demo test test-converters test-web check-small fuzz bench lint clean
 
 setup:
 	@scripts/setup
@@ -31,6 +31,11 @@ check-small:
 	for features in ort ort,tract,serve,report; do \
 		cargo check --release --no-default-features --features $$features --lib || exit 1; \
 	done
+
+# A smoke of every fuzz target, five minutes each: fuzz/README.md.
+FUZZ_SECONDS ?= 300
+fuzz: setup
+	for target in loader plan card npz images run body; do fuzz/run $$target $(FUZZ_SECONDS) || exit 1; done
 
 # Step times and peak memory beside native PyTorch, alternating in one run.
 bench: setup

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::shown;
+
 /// What sort of failure this is. The command line maps it to the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -111,14 +113,15 @@ impl Error {
     }
 }
 
+/// Control characters, which names from files may hold, are escaped.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for context in self.0.context.iter().rev() {
-            write!(f, "{context}: ")?;
+            write!(f, "{}: ", shown::line(context))?;
         }
-        f.write_str(&self.0.message)?;
+        f.write_str(&shown::lines(&self.0.message))?;
         match &self.0.hint {
-            Some(hint) => write!(f, "\n  help: {hint}"),
+            Some(hint) => write!(f, "\n  help: {}", shown::lines(hint)),
             None => Ok(()),
         }
     }

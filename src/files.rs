@@ -1,9 +1,13 @@
-//! Files written whole or not at all.
+//! Files written whole or not at all; files that others may have made, read with bounds ([`open`], [`read`], [`open_inside`]).
 
 use std::io::Write;
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
+
+mod reading;
+
+pub use reading::*;
 
 /// How names of files begin that are being written.
 const HALF: &str = ".disback-";
@@ -70,4 +74,26 @@ pub fn write_atomic_with(
             _ => Error::io(e.to_string()),
         })
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Writes a file of lines anew without those for which `keep` is false, a last one cut short among them, where there are such: line by
+/// line, so that a long file takes no memory.
+#[cfg(feature = "train")]
+pub(crate) fn keep_lines(path: &Path, keep: impl Fn(&str) -> bool) -> Result<()> {
+    let (dir, name) = (path.parent().unwrap_or(Path::new(".")), path.file_name().unwrap_or_default().to_string_lossy());
+    let mut all = true;
+    for_lines(open_inside(dir, &name)?, |line, whole| all &= whole && keep(line))?;
+    if all {
+        return Ok(());
+    }
+    let file = open_inside(dir, &name)?;
+    write_atomic_with(path, |out| {
+        let mut written = Ok(());
+        for_lines(file, |line, _| {
+            if written.is_ok() && keep(line) {
+                written = writeln!(out, "{line}");
+            }
+        })?;
+        written
+    })
 }

@@ -61,6 +61,7 @@ pub mod run;
 pub mod runtime;
 #[cfg(feature = "serve")]
 pub mod serve;
+pub mod shown;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod torch;

@@ -190,12 +190,15 @@ impl fmt::Debug for HostTensor {
     }
 }
 
-/// Product of the dimensions, refusing what does not fit in memory addresses (a hostile file may claim 2^60).
+/// Product of the dimensions, refusing what does not fit in memory addresses (a hostile file may claim 2^60). A dimension of 0 does not
+/// make the others harmless: steps between elements are products of them.
 pub fn checked_len(shape: &[usize]) -> Result<usize> {
-    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= isize::MAX as usize / 8).ok_or_else(|| {
-        Error::invalid(format!("a tensor of shape {shape:?} is larger than memory"))
-            .hint("no exporter writes such a shape: the file is damaged, export again")
-    })
+    let whole = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+    let Some(len) = whole.filter(|&n| n <= isize::MAX as usize / 8) else {
+        return Err(Error::invalid(format!("a tensor of shape {shape:?} is larger than memory"))
+            .hint("no exporter writes such a shape: the file is damaged, export again"));
+    };
+    Ok(if shape.contains(&0) { 0 } else { len })
 }
 
 impl HostTensor {
@@ -402,6 +405,16 @@ impl HostTensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_shape_is_larger_than_memory_however_empty() {
+        assert_eq!(checked_len(&[3, 0, 4]).unwrap(), 0);
+        assert_eq!(checked_len(&[]).unwrap(), 1);
+        for shape in [[0, 1 << 62, 1 << 62], [1 << 62, 1 << 62, 0]] {
+            let e = checked_len(&shape).unwrap_err().to_string();
+            assert!(e.contains("is larger than memory") && e.lines().count() == 2, "{e}");
+        }
+    }
 
     #[test]
     fn finite_is_what_the_element_type_says() {

@@ -201,3 +201,45 @@ fn a_shape_that_cannot_be_resolved() {
         assert!(error.contains(word), "`{word}` is not in: {error}");
     }
 }
+
+#[test]
+fn what_a_terminal_would_obey_is_escaped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = edited(dir.path(), "m.onnx", |m| {
+        m.producer_name = Some("\x1b]0;owned\x07\nparameters: none".into());
+        let graph = m.graph.as_mut().unwrap();
+        graph.node[0].name = Some("a\x1b[2J\r\u{9b}31m".into());
+        graph.node[0].op_type = Some("Evil\x1b[8m".into());
+    });
+    for command in ["inspect", "parity"] {
+        let done = support::disback().arg(command).arg(&path).output().unwrap();
+        let all = [done.stdout, done.stderr].concat();
+        let text = String::from_utf8_lossy(&all);
+        assert!(text.contains("Evil\\u{1b}[8m"), "{command}: {text}");
+        assert!(!text.contains(['\x1b', '\x07', '\r', '\u{9b}']), "{command}: {text:?}");
+        assert!(!text.contains("\nparameters: none"), "{command}: {text}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn pipes_and_devices_are_no_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("m.onnx");
+    let name = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
+    // SAFETY: a C string that lives as long as the call.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    for command in ["inspect", "sample", "parity"] {
+        for path in [fifo.as_path(), Path::new("/dev/zero")] {
+            let mut call = support::disback();
+            call.arg(command).arg(path);
+            if command == "sample" {
+                call.arg("-o").arg(dir.path().join("out.png"));
+            }
+            let done = call.output().unwrap();
+            let error = String::from_utf8_lossy(&done.stderr);
+            assert_eq!(done.status.code(), Some(1), "{command}: {error}");
+            assert!(error.contains("regular file") || error.contains("no such file"), "{command}: {error}");
+        }
+    }
+}

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::eval::bench;
 use crate::eval::bench::{TeacherTiming, Timing};
 use crate::runtime::{EngineKind, EngineOptions};
+use crate::shown::{say, tell};
 
 /// Time a student: latency and throughput for each batch size, engines and providers side by side, its teacher's sampler too.
 #[derive(Debug, Args)]
@@ -107,7 +108,7 @@ pub fn run(args: &BenchArgs, globals: Globals) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     show(&timings, &teachers);
-    notes.iter().for_each(|n| eprintln!("warning: {n}"));
+    notes.iter().for_each(|n| tell!("warning: {n}"));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -141,7 +142,7 @@ fn show(timings: &[Timing], teachers: &[TeacherTiming]) {
         cells.push(t.peak_mib.map_or("-".into(), |m| format!("{m:.0}")));
         table.add_row(cells);
     }
-    println!("{table}");
+    say!("{table}");
     if teachers.is_empty() {
         return;
     }
@@ -167,5 +168,5 @@ fn show(timings: &[Timing], teachers: &[TeacherTiming]) {
             times,
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }

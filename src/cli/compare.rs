@@ -22,6 +22,7 @@ use crate::io::ImageSet;
 use crate::run::{self, Request, origin};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
+use crate::shown::{say, tell};
 use crate::tensor::HostTensor;
 use crate::torch::{convert, device};
 
@@ -84,7 +85,7 @@ struct Finished {
 impl Finished {
     fn read(dir: &Path) -> Result<Self> {
         let file = dir.join("compare.json");
-        let bytes = std::fs::read(&file).with_context(|| file.display().to_string())?;
+        let bytes = crate::files::read(&file, crate::files::JSON).with_context(|| file.display().to_string())?;
         serde_json::from_slice(&bytes)
             .map_err(|e| Error::usage(format!("not a finished comparison: {e}")))
             .with_context(|| file.display().to_string())
@@ -273,7 +274,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
             let mut note = |p: Point| {
                 if !globals.quiet && !globals.json {
                     let left = eta.left(p.updates as f64 / total as f64);
-                    eprintln!(
+                    tell!(
                         "{name} ({} of {}): update {}/{total}  distance {:.3}  {:.0} s  ETA of all {left:.0} s",
                         eta.done + 1,
                         eta.runs,
@@ -289,7 +290,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
                 Some(curve) => base.push(curve),
                 None => {
                     if !globals.quiet {
-                        eprintln!("stopped; the same command goes on with {name}");
+                        tell!("stopped; the same command goes on with {name}");
                     }
                     return Ok(ExitCode::from(signals::exit_code()));
                 }
@@ -327,7 +328,7 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     if globals.json {
         println!("{}", serde_json::to_string(&found).map_err(|e| Error::io(e.to_string()))?);
     } else if !globals.quiet {
-        println!("{text}");
+        say!("{text}");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -15,6 +15,7 @@ use super::tui::{Shared, View};
 use crate::distill::Stages;
 use crate::error::{Context, Result};
 use crate::run::{Console, Finished, Forms, PreparedRun, Request, Resume, TimeLimit};
+use crate::shown::tell;
 
 /// `--resume`, and `--resume=auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -255,12 +256,12 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
         Finished::Distilled(made) => {
             let skipped = made.skipped_steps;
             if skipped > 0 && !globals.quiet {
-                eprintln!(
+                tell!(
                     "warning: {skipped} optimiser steps were skipped, their gradients were not finite (`skipped` in metrics.jsonl)"
                 );
             }
             if !globals.quiet {
-                made.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+                made.warnings.iter().for_each(|w| tell!("warning: {w}"));
             }
             let student = made.student().clone();
             let shown: Vec<_> = made.files.iter().map(|w| w.path.display().to_string()).collect();
@@ -284,7 +285,7 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
     // (A terminal that was closed takes no last word, which is no reason to fail.)
     let _ = match (globals.json, globals.quiet) {
         (true, _) => writeln!(std::io::stdout(), "{result}"),
-        (_, false) => writeln!(std::io::stdout(), "{text}"),
+        (_, false) => writeln!(std::io::stdout(), "{}", crate::shown::lines(&text)),
         _ => Ok(()),
     };
     Ok(code)

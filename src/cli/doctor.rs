@@ -8,6 +8,7 @@ use serde_json::json;
 use super::Globals;
 use crate::doctor::{State, examine};
 use crate::error::Result;
+use crate::shown::say;
 
 /// Show which libtorch, CUDA devices, ONNX Runtime and providers were found; say what to do about each that is missing.
 #[derive(Debug, Args)]
@@ -26,9 +27,9 @@ pub fn run(_: &DoctorArgs, globals: Globals) -> Result<ExitCode> {
                 State::Missing => "missing",
                 State::Broken => "BROKEN ",
             };
-            println!("{mark}  {:<18} {}", check.name, check.detail);
+            say!("{mark}  {:<18} {}", check.name, check.detail);
             if let Some(advice) = &check.advice {
-                println!("         {:<18} -> {advice}", "");
+                say!("         {:<18} -> {advice}", "");
             }
         }
     }

@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
 use crate::run::origin::describe;
+use crate::shown::say;
 use crate::torch::{Forward, device, shim};
 
 /// Steps of each stage that are really made; of stage 2 one more where not every iteration updates the generator.
@@ -155,7 +156,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
         );
         return Ok(ExitCode::SUCCESS);
     }
-    println!(
+    say!(
         "objective {}, guidance {}, batch {} x {}, on {}",
         config.objective.name(),
         config.guidance,
@@ -163,9 +164,9 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
         config.accumulate,
         device::name(place)
     );
-    println!("student: {}, {of_student} trained parameters", describe(config));
-    println!("fake score and degrading copy: {parameters} trained parameters of {whole}");
-    println!("trajectory: {switches}\n");
+    say!("student: {}, {of_student} trained parameters", describe(config));
+    say!("fake score and degrading copy: {parameters} trained parameters of {whole}");
+    say!("trajectory: {switches}\n");
     let mut lines = table(["stage", "steps", "images", "forward passes", "ms an image", "time"]);
     for (row, (name, _, steps, forwards)) in plan.iter().zip(&stages) {
         let number = |key: &str| row[key].as_f64();
@@ -178,7 +179,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
             number("seconds").map_or("-".into(), |s| human(Duration::from_secs_f64(s))),
         ]);
     }
-    println!("{lines}\n");
+    say!("{lines}\n");
     let mut lines = table(["memory", "bytes"]);
     for (name, n) in held {
         lines.add_row([name, bytes(n)]);
@@ -186,7 +187,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let what = if place == Device::Cpu { "peak of the process" } else { "peak of the device" };
     lines.add_row([format!("{what} in these {STEPS} steps, activations included"), peak.map_or("-".into(), bytes)]);
     lines.add_row(["disk, at most".into(), bytes(disk)]);
-    println!("{lines}");
+    say!("{lines}");
     Ok(ExitCode::SUCCESS)
 }
 

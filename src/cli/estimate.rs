@@ -15,6 +15,7 @@ use crate::distill::estimate::{StageCost, estimate};
 use crate::error::{Error, Result};
 use crate::inspect;
 use crate::run::{self, origin};
+use crate::shown::say;
 use crate::torch::device;
 use crate::torch::training::Hollow;
 
@@ -86,9 +87,9 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mib = |b: u64| format!("{:.0} MiB", b as f64 / (1 << 20) as f64);
-    println!("{} trained parameters, batch {}", found.parameters, found.batch);
+    say!("{} trained parameters, batch {}", found.parameters, found.batch);
     if given.is_some() {
-        println!("student: {}, {} parameters", origin::describe(&config), found.student_parameters);
+        say!("student: {}, {} parameters", origin::describe(&config), found.student_parameters);
     }
     let mut table =
         super::table(["stage", "weights", "gradients", "optimiser", "activations", "in all", "arithmetic", "time"]);
@@ -104,10 +105,10 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
             seconds(s).map_or("-".into(), |t| format!("{t:.4} s an iteration")),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
     if !config.gan.data.is_empty() {
-        println!("without what the discriminator takes");
+        say!("without what the discriminator takes");
     }
-    println!("tensors alone; a CUDA context and its libraries take about another 500 MiB");
+    say!("tensors alone; a CUDA context and its libraries take about another 500 MiB");
     Ok(ExitCode::SUCCESS)
 }

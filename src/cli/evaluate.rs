@@ -11,7 +11,7 @@ use super::card_args::CardArgs;
 use super::engine::EngineArgs;
 use super::evaluate_table as show;
 use crate::diffusion::Sampler;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::eval::collect::{Collected, Wanted};
 use crate::eval::evaluation::{EvaluationRow, Plan, measure, reference};
 use crate::eval::features::FeatureOptions;
@@ -360,7 +360,7 @@ fn sweep_run(judge: &mut Judge<'_>, run: &Path, others: &[EvaluationRow]) -> Res
         let span = (0, QUERIES.max(2));
         let set =
             crate::eval::collect::collect(&mut source, &judge.draw.clone(), judge.net.as_mut(), span, wanted, |_| {})?;
-        std::fs::create_dir_all(run.join("samples"))?;
+        crate::files::make_inside(run, "samples").with_context(|| run.join("samples").display().to_string())?;
         book.neighbours = judge.neighbours(&run.join("samples/neighbours.png"), &mut source, &set)?;
     }
     book.write(run)?;

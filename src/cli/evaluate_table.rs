@@ -8,6 +8,7 @@ use super::Globals;
 use crate::eval::FeatureNet;
 use crate::eval::evaluation::EvaluationRow;
 use crate::io::images::Rounding;
+use crate::shown::{say, tell};
 
 /// Everything to print.
 pub struct Shown<'a> {
@@ -131,13 +132,13 @@ pub fn print(shown: &Shown<'_>) {
         return;
     }
     if !shown.globals.quiet {
-        warnings(shown).iter().for_each(|w| eprintln!("warning: {w}"));
+        warnings(shown).iter().for_each(|w| tell!("warning: {w}"));
     }
     if !shown.rows.is_empty() {
-        println!("{}", table(shown.rows));
+        say!("{}", table(shown.rows));
     }
     for row in shown.rows.iter().filter(|r| !r.classes.is_empty()) {
-        println!("{}, class by class", row.name);
+        say!("{}, class by class", row.name);
         let mut table = super::table(["class", "images", "Frechet", "kernel x 1000", "precision", "recall"]);
         for c in &row.classes {
             let share = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.4}"));
@@ -150,13 +151,13 @@ pub fn print(shown: &Shown<'_>) {
                 share(c.recall),
             ]);
         }
-        println!("{table}");
+        say!("{table}");
     }
     if shown.globals.quiet {
         return;
     }
     if let Some((net, path)) = shown.net {
-        println!(
+        say!(
             "features: `{}` of {} ({}); 8 bits by {}",
             net.output(),
             path.display(),
@@ -165,10 +166,10 @@ pub fn print(shown: &Shown<'_>) {
         );
     }
     if let Some(best) = shown.best {
-        println!("best: {best}");
+        say!("best: {best}");
     }
     if let Some(saved) = shown.saved {
-        println!("statistics: {}", saved.display());
+        say!("statistics: {}", saved.display());
     }
 }
 

@@ -12,6 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::export::{self, ShipReport};
 use crate::graph::{Model, save};
 use crate::onnx::ModelProto;
+use crate::shown::say;
 
 /// Which of a run's weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -92,7 +93,7 @@ fn finish(args: &ExportArgs, globals: Globals, same_graph: bool, report: Option<
     if globals.json {
         println!("{}", json!({ "ok": true, "out": args.out, "same_graph": same_graph, "report": report }));
     } else if !globals.quiet {
-        println!("{}", args.out.display());
+        say!("{}", args.out.display());
         if let Some(r) = report {
             ship_args::show(r);
         }

@@ -17,6 +17,7 @@ use crate::inspect::subject::Run;
 use crate::inspect::{self, How, Inspection, ProbeOptions, Proposal};
 use crate::run::teacher;
 use crate::runtime::{self, EngineOptions};
+use crate::shown::{line, say, tell};
 
 /// Show inputs, parameters by role, operators, what is fused or unsupported, the cost, and the teacher card.
 #[derive(Debug, Args)]
@@ -138,9 +139,9 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         };
         files::write_atomic(&side, text.as_bytes())?;
         if !globals.quiet {
-            eprintln!("card written to {}", side.display());
+            tell!("card written to {}", side.display());
             if !open.is_empty() {
-                eprintln!("it leaves out what is undecided: {}; fill that in", open.join(", "));
+                tell!("it leaves out what is undecided: {}; fill that in", open.join(", "));
             }
         }
     }
@@ -153,52 +154,52 @@ fn to_json<T: serde::Serialize>(value: &T) -> Result<serde_json::Value> {
 
 fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposal: &Proposal) -> Result<()> {
     let opsets: Vec<_> = i.opset.iter().map(|(d, v)| format!("{d} {v}")).collect();
-    println!("{}", args.model.display());
-    println!("  written by  {} (IR {}, opset {})", i.producer, i.ir_version, opsets.join(", "));
+    say!("{}", args.model.display());
+    say!("  written by  {} (IR {}, opset {})", line(&i.producer), i.ir_version, line(&opsets.join(", ")));
     for s in &i.inputs {
-        println!("  input       {:<14} {}", s.name, s.text);
+        say!("  input       {:<14} {}", line(&s.name), line(&s.text));
     }
     for s in &i.outputs {
-        println!("  output      {:<14} {}", s.name, s.text);
+        say!("  output      {:<14} {}", line(&s.name), line(&s.text));
     }
     let origin = if i.parameters_declared { " (the framework's list)" } else { "" };
     let elements = thousands(i.parameters.elements as u64);
-    println!("\nparameters: {} tensors, {elements} elements{origin}", i.parameters.count);
+    say!("\nparameters: {} tensors, {elements} elements{origin}", i.parameters.count);
     for (role, c) in &i.parameters_by_role {
-        println!("  {role:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
+        say!("  {role:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
     }
     if i.parameters_by_group.len() > 1 {
         for (group, c) in &i.parameters_by_group {
-            println!("  {group:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
+            say!("  {group:<14} {:>5}  {:>14}", c.count, thousands(c.elements as u64));
         }
     }
     for group in &i.tied {
-        println!("  tied: {}", group.join(" = "));
+        say!("  tied: {}", line(&group.join(" = ")));
     }
     for p in &i.parameter_list {
-        println!("    {:<14} {:<5} {:?}  {}", p.role, p.dtype, p.shape, p.name);
+        say!("    {:<14} {:<5} {:?}  {}", p.role, p.dtype, p.shape, line(&p.name));
     }
     if !i.buffers.is_empty() {
-        println!("buffers (not trained): {}", i.buffers.len());
+        say!("buffers (not trained): {}", i.buffers.len());
         let shown = if args.parameters { usize::MAX } else { 8 };
         for b in i.buffers.iter().take(shown) {
-            println!("    {:<5} {:?}  {}: {}", b.dtype, b.shape, b.name, b.role);
+            say!("    {:<5} {:?}  {}: {}", b.dtype, b.shape, line(&b.name), b.role);
         }
         if i.buffers.len() > shown {
-            println!("    ... (--parameters lists all)");
+            say!("    ... (--parameters lists all)");
         }
     }
     let operators: Vec<_> = i.operators.iter().map(|(o, n)| format!("{o} {n}")).collect();
-    println!("\noperators: {}", operators.join(", "));
+    say!("\noperators: {}", line(&operators.join(", ")));
     if !i.fused.is_empty() {
         let fused: Vec<_> = i.fused.iter().map(|(o, n)| format!("{o} {n}")).collect();
-        println!("fused: {}", fused.join(", "));
+        say!("fused: {}", fused.join(", "));
     }
     for m in &i.near_misses {
-        println!("  nearly {} at `{}`: {}", m.pattern, m.node, m.reason);
+        say!("  nearly {} at `{}`: {}", m.pattern, line(&m.node), m.reason);
     }
     if let (Some(batch), Some(macs), Some(bytes)) = (i.cost.batch, i.cost.macs, i.cost.activation_bytes) {
-        println!(
+        say!(
             "cost of {}: {} multiply-adds forward, {:.2} MiB of activations",
             if batch == 1 { "one image".to_owned() } else { format!("a batch of {batch}") },
             thousands(macs),
@@ -206,44 +207,46 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
         );
     }
     if let Some(q) = &i.quantised {
-        println!("warning: {q}");
+        say!("warning: {q}");
     }
     for u in &i.unguarded_divisions {
-        println!("warning: {u}");
+        say!("warning: {u}");
     }
     if !i.unsupported.is_empty() {
-        println!("\nnot supported: {} nodes", i.unsupported.len());
+        say!("\nnot supported: {} nodes", i.unsupported.len());
         for u in &i.unsupported {
-            println!("  {} (opset {}) `{}`: {}", u.operator, u.opset, u.node, u.reason);
+            say!("  {} (opset {}) `{}`: {}", line(&u.operator), u.opset, line(&u.node), line(&u.reason));
             if let Some(w) = &u.way_out {
-                println!("    help: {w}");
+                say!("    help: {w}");
             }
         }
     }
     match card {
         Ok(c) => {
-            println!("\nteacher card");
+            say!("\nteacher card");
             for (key, value, origin) in c.rows()? {
-                println!("  {key:<28} = {:<22} ({origin})", shortened(&value.to_string()));
+                say!("  {key:<28} = {:<22} ({origin})", shortened(&value.to_string()));
             }
         }
-        Err(e) => println!("\n{e}"),
+        Err(e) => say!("\n{e}"),
     }
     if card.is_err() {
-        println!("\nproposed card (--write-card saves it for you to check)");
+        say!("\nproposed card (--write-card saves it for you to check)");
         for f in proposal.findings.iter() {
             let value = f.value.as_ref().map_or("?".to_owned(), toml::Value::to_string);
-            println!("  {:<28} = {value:<22} ({}: {})", f.key, f.how, f.evidence);
+            say!("  {:<28} = {value:<22} ({}: {})", f.key, f.how, f.evidence);
         }
         let open = proposal.findings.open();
         if !open.is_empty() {
-            println!("  undecided: {}; give them with --card key=value", open.join(", "));
+            say!("  undecided: {}; give them with --card key=value", open.join(", "));
         }
     }
     if let Some(p) = &proposal.probe {
-        println!(
+        say!(
             "\nprobe: {} readings of the network on {} samples, {:.1} s; nats of error left on the table:",
-            p.tried, p.evaluations, p.seconds
+            p.tried,
+            p.evaluations,
+            p.seconds
         );
         for r in &p.readings {
             let sigma_data = r.sigma_data.map(|s| format!("sigma_data {s:.3}"));
@@ -251,7 +254,7 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
             let more = more.collect::<Vec<_>>().join(", ");
             let schedule = if more.is_empty() { r.schedule.to_owned() } else { format!("{} ({more})", r.schedule) };
             let (prediction, unit) = (word(&r.prediction), word(&r.time_unit));
-            println!("  {:>8.3}  {prediction:<9} {unit:<11} {schedule}", r.score);
+            say!("  {:>8.3}  {prediction:<9} {unit:<11} {schedule}", r.score);
         }
         if card.is_ok() && p.measured.is_empty() {
             println!("  the numbers neither confirm the card nor contradict it: no reading fits, or several do");
@@ -261,10 +264,10 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
         for key in &p.contradicted {
             let given = proposal.findings.iter().find(|f| f.key == *key && f.how == How::Given);
             let given = given.and_then(|f| f.value.as_ref()).map(toml::Value::to_string).unwrap_or_default();
-            println!("  warning: the card says {key} = {given}, the numbers say {}", p.measured[key]);
+            say!("  warning: the card says {key} = {given}, the numbers say {}", p.measured[key]);
         }
     } else if let Some(e) = &proposal.failed {
-        println!("\nprobe: {e}");
+        say!("\nprobe: {e}");
     }
     Ok(())
 }

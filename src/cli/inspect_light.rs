@@ -14,6 +14,7 @@ use crate::diffusion::CardSource;
 use crate::error::Result;
 use crate::graph::{Model, TrainableChoice, lower, roles};
 use crate::runtime::student::StudentInfo;
+use crate::shown::{line, say};
 
 /// Show inputs, outputs, operators, parameters by role, the cards of teachers and students.
 #[derive(Debug, Args)]
@@ -62,35 +63,35 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         println!("{out}");
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{}", args.model.display());
+    say!("{}", args.model.display());
     for (what, ports) in [("input", &inputs), ("output", &outputs)] {
         for (name, text) in ports {
-            println!("  {what:<10}  {name:<14} {text}");
+            say!("  {what:<10}  {:<14} {}", line(&name), line(&text));
         }
     }
-    println!("\nparameters: {} tensors", found.parameters.len());
+    say!("\nparameters: {} tensors", found.parameters.len());
     for (role, (tensors, elements)) in &by_role {
-        println!("  {role:<14} {tensors:>5}  {elements:>14}");
+        say!("  {role:<14} {tensors:>5}  {elements:>14}");
     }
     for group in &declared.tied {
-        println!("  tied: {}", group.join(" = "));
+        say!("  tied: {}", line(&group.join(" = ")));
     }
     let list: Vec<String> = operators.iter().map(|(o, n)| format!("{o} {n}")).collect();
-    println!("\noperators: {}", list.join(", "));
+    say!("\noperators: {}", line(&list.join(", ")));
     match (&student, &card) {
         (Some(s), _) => {
-            println!("\nstudent");
+            say!("\nstudent");
             for (key, value) in &s.metadata {
-                println!("  {key:<28} = {value}");
+                say!("  {key:<28} = {value}");
             }
         }
         (None, Some(Ok(c))) => {
-            println!("\nteacher card");
+            say!("\nteacher card");
             for (key, value, origin) in c.rows()? {
-                println!("  {key:<28} = {value:<22} ({origin})");
+                say!("  {key:<28} = {value:<22} ({origin})");
             }
         }
-        (None, Some(Err(e))) => println!("\n{e}"),
+        (None, Some(Err(e))) => say!("\n{e}"),
         (None, None) => {}
     }
     Ok(ExitCode::SUCCESS)

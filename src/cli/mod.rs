@@ -50,6 +50,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Error, Result};
+use crate::shown::tell;
 
 /// Distil any diffusion model that exports to ONNX into a one-step ONNX generator.
 #[derive(Debug, Parser)]
@@ -130,7 +131,7 @@ fn failed(e: &Error, json: bool) -> ExitCode {
     if json {
         println!("{}", serde_json::json!({ "ok": false, "error": e.to_string() }));
     }
-    eprintln!("error: {e}");
+    tell!("error: {e}");
     ExitCode::from(e.exit_code())
 }
 

@@ -14,6 +14,7 @@ use crate::graph::Model;
 use crate::io::npy;
 use crate::parity::{self, OutputError, Parity, Tolerance};
 use crate::run::teacher;
+use crate::shown::say;
 use crate::torch::{ImportOptions, Network};
 
 /// Run the same inputs through libtorch and ONNX Runtime; exit code 1 where they disagree. What a converter stored beside the
@@ -131,9 +132,9 @@ fn show(result: &Parity, source: &str) {
     for o in result.expected.iter().flatten() {
         table.add_row([&o.name, source, &format!("{:.2e}", o.max_abs), &format!("{:.2e}", o.max_rel), &verdict(o)]);
     }
-    println!("{table}");
+    say!("{table}");
     if let Some(d) = &result.devices {
-        println!(
+        say!(
             "\n{} against the CPU: outputs {:.2e} of their std, gradients {:.2e} (worst `{}` {:.2e}), {}",
             d.device,
             d.output_max_rel,
@@ -144,11 +145,11 @@ fn show(result: &Parity, source: &str) {
         );
     }
     for u in &result.unguarded_divisions {
-        println!("warning: {u}");
+        say!("warning: {u}");
     }
     if let Some(d) = &result.first_divergence {
-        println!("\nfirst value that differs: `{}`, made by {} (max abs {:.2e})", d.value, d.node, d.max_abs);
-        println!("  libtorch     mean {:>12.5}  std {:>12.5}", d.libtorch[0], d.libtorch[1]);
-        println!("  ONNX Runtime mean {:>12.5}  std {:>12.5}", d.onnxruntime[0], d.onnxruntime[1]);
+        say!("\nfirst value that differs: `{}`, made by {} (max abs {:.2e})", d.value, d.node, d.max_abs);
+        say!("  libtorch     mean {:>12.5}  std {:>12.5}", d.libtorch[0], d.libtorch[1]);
+        say!("  ONNX Runtime mean {:>12.5}  std {:>12.5}", d.onnxruntime[0], d.onnxruntime[1]);
     }
 }

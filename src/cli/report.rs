@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::Globals;
 use crate::error::Result;
+use crate::shown::say;
 
 /// Write report.html into a run directory: pictures beside the teacher's, distances, curves, cost, hashes, in one file
 /// that needs no network.
@@ -25,7 +26,7 @@ pub fn run(args: &ReportArgs, globals: Globals) -> Result<ExitCode> {
     if globals.json {
         println!("{}", serde_json::json!({ "ok": true, "report": path }));
     } else if !globals.quiet {
-        println!("{}", path.display());
+        say!("{}", path.display());
     }
     Ok(ExitCode::SUCCESS)
 }

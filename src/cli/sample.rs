@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::io::{ImageSet, Rounding, image_writer, npy, table, wav};
 use crate::report::view::{self, View};
 use crate::runtime::student::{SampleRequest, Student, StudentInfo};
+use crate::shown::{say, tell};
 use crate::tensor::HostTensor;
 
 /// Sample from a student: sample k of a seed is the same whatever the batch size, engine or machine.
@@ -241,7 +242,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     written?;
     let (seconds, broken) = (samples.seconds, samples.broken);
     if broken > 0 {
-        eprintln!("warning: {broken} values of the samples are NaN or infinite");
+        tell!("warning: {broken} values of the samples are NaN or infinite");
     }
     let ms = seconds * 1e3 / args.number as f64;
     if globals.json {
@@ -252,7 +253,7 @@ pub fn run(args: &SampleArgs, globals: Globals) -> Result<ExitCode> {
     } else if !globals.quiet {
         let what = if View::of_student(student.info()).is_image() { "image" } else { "sample" };
         let (number, engine) = (args.number, student.engine_name());
-        println!("{number} {what}s -> {} ({engine}, {ms:.2} ms each)", args.out.display());
+        say!("{number} {what}s -> {} ({engine}, {ms:.2} ms each)", args.out.display());
     }
     Ok(ExitCode::SUCCESS)
 }

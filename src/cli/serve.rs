@@ -14,6 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::memory;
 use crate::runtime::student::Student;
 use crate::serve::{Access, ServeOptions, serve};
+use crate::shown::say;
 
 /// Serve a student over HTTP: GET /sample?seed=1&n=4&classes=3 gives a PNG (format=npy: the array), /health, /metrics.
 #[derive(Debug, Args)]
@@ -131,7 +132,7 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
         if globals.json {
             println!("{}", json!({ "ok": true, "listening": address.to_string(), "engine": engine }));
         } else if !globals.quiet {
-            println!("{engine} on http://{address}/sample (Ctrl-C stops)");
+            say!("{engine} on http://{address}/sample (Ctrl-C stops)");
         }
     })?;
     Ok(ExitCode::SUCCESS)

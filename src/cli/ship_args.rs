@@ -7,6 +7,7 @@ use clap::Args;
 use crate::error::{Error, Result};
 use crate::export::{Precision, ShipOptions, ShipReport};
 use crate::passes::fuse::Fuse;
+use crate::shown::{say, tell};
 
 /// `--precision`, `--batch`, `--opset` and what is appended.
 #[derive(Debug, Clone, Args)]
@@ -140,7 +141,7 @@ fn by_reason<'a>(all: impl Iterator<Item = (String, &'a str)>) -> Vec<(String, V
 
 /// What was done, in lines.
 pub fn show(report: &ShipReport) {
-    println!(
+    say!(
         "  precision  {}, opset {}, {:.2} MiB of weights",
         report.precision.name(),
         report.opset,
@@ -148,7 +149,7 @@ pub fn show(report: &ShipReport) {
     );
     if let Some(s) = &report.simplified {
         let (before, after) = (s.nodes_before, s.nodes_after);
-        println!(
+        say!(
             "  graph      {before} nodes -> {after} ({} values folded, {} of them a row for all images; {} batch sizes left to \
              Reshape)",
             s.folded + s.rows,
@@ -158,20 +159,20 @@ pub fn show(report: &ShipReport) {
     }
     if let Some(r) = &report.fused {
         for (operator, n) in &r.operators {
-            println!("  fused     {n} {operator}");
+            say!("  fused     {n} {operator}");
         }
         for (reason, nodes) in by_reason(r.kept.iter().map(|c| (format!("{}: {}", c.operator, c.reason), &*c.node))) {
-            println!("    chain    {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
+            say!("    chain    {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
         }
     }
     for line in &report.portable {
-        println!("  portable   {line}");
+        say!("  portable   {line}");
     }
     for (node, what) in &report.not_portable {
-        println!("  not portable: {node}: {what}");
+        say!("  not portable: {node}: {what}");
     }
     if let Some(h) = &report.half {
-        println!(
+        say!(
             "  {} nodes in 16 bits, {} in f32; checked: {}, off by {:.1e}",
             h.nodes,
             h.kept.len(),
@@ -179,19 +180,19 @@ pub fn show(report: &ShipReport) {
             h.max_abs
         );
         for (reason, nodes) in by_reason(h.kept.iter().map(|k| (format!("{}: {}", k.operator, k.reason), &*k.node))) {
-            println!("    f32      {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
+            say!("    f32      {reason} ({} nodes, e.g. {})", nodes.len(), nodes[0]);
         }
     }
     if let Some(q) = &report.int8 {
-        println!("  {} weights in 8 bits, {} in f32, off by {:.1e}", q.tensors, q.kept.len(), q.max_abs);
+        say!("  {} weights in 8 bits, {} in f32, off by {:.1e}", q.tensors, q.kept.len(), q.max_abs);
         for (name, reason) in &q.kept {
-            println!("    f32      {name}: {reason}");
+            say!("    f32      {name}: {reason}");
         }
     }
     if let Some(d) = report.max_abs {
-        println!("  against the student as distilled, on other noise: {d:.1e}");
+        say!("  against the student as distilled, on other noise: {d:.1e}");
     }
     for w in &report.warnings {
-        eprintln!("warning: {w}");
+        tell!("warning: {w}");
     }
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::Globals;
 use super::card_args::CardArgs;
 use crate::error::{Error, Result};
+use crate::shown::say;
 use crate::verify::{self, Target, Verification, VerifyOptions, peers};
 
 /// Check a student: ONNX's checker, every engine found, the run's own weights; name what a target will not take.
@@ -110,7 +111,8 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
     }
     let params = teacher.network.params().alias();
     params.load(&weights)?;
-    let info = std::fs::read(&args.student).map_err(Error::from).and_then(|b| StudentInfo::from_model(&decode(&b)?));
+    let info =
+        crate::files::map(&args.student).map_err(Error::from).and_then(|b| StudentInfo::from_model(&decode(&b)?));
     let info = info.map_err(|e| e.context(args.student.display().to_string()))?;
     if info.metadata.get("student.teacher_hash").is_some_and(|h| *h != teacher.hash) {
         return Err(Error::usage(format!(
@@ -137,10 +139,13 @@ fn verified(args: &VerifyArgs, options: &VerifyOptions) -> Result<Verification> 
 fn show(found: &Verification) {
     let mark = |ok: bool| if ok { "ok" } else { "FAILED" };
     let note = found.checker.error.as_deref().unwrap_or_default();
-    println!("file       {}  ({}) {note}", mark(found.checker.ok), found.checker.by);
-    println!(
+    say!("file       {}  ({}) {note}", mark(found.checker.ok), found.checker.by);
+    say!(
         "reference  {}, {} images, precision {}; values may differ by {:.1e}",
-        found.reference, found.images, found.precision, found.tolerance
+        found.reference,
+        found.images,
+        found.precision,
+        found.tolerance
     );
     let mut table = super::table(["engine", "version", "max abs error", "8-bit values that differ", ""]);
     for e in &found.engines {
@@ -154,18 +159,18 @@ fn show(found: &Verification) {
         };
         table.add_row([&e.name, &e.version, &number, &differ, &verdict]);
     }
-    println!("{table}");
+    say!("{table}");
     for ((target, refused), (_, warned)) in found.targets.iter().zip(&found.target_warnings) {
         if refused.is_empty() {
-            println!("{target}: takes every node, by its table");
+            say!("{target}: takes every node, by its table");
         } else {
-            println!("{target}: {} nodes are not taken", refused.len());
+            say!("{target}: {} nodes are not taken", refused.len());
         }
         for r in refused {
-            println!("  {}: {}", r.node, r.reason);
+            say!("  {}: {}", r.node, r.reason);
         }
         for w in warned {
-            println!("  warning: {}: {}", w.node, w.reason);
+            say!("  warning: {}: {}", w.node, w.reason);
         }
     }
 }

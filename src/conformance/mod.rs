@@ -238,7 +238,7 @@ pub(crate) fn data_sets(dir: &Path, model: &Model, graph: &Graph) -> Result<Vec<
                 .enumerate()
                 .map(|(i, p)| {
                     let path = set.join(format!("{prefix}_{i}.pb"));
-                    let bytes = bytes::Bytes::from(std::fs::read(&path)?);
+                    let bytes = crate::files::map(&path)?;
                     read_value(bytes, declared(&p.name)).with_context(|| format!("{prefix} {i} `{}`", p.name))
                 })
                 .collect()

@@ -271,7 +271,7 @@ impl CardSource {
             }
         };
         let run = || -> Result<Leaves> {
-            let text = std::fs::read_to_string(path)?;
+            let text = crate::files::read_text(path, crate::files::SETTINGS)?;
             let table: toml::Table = text
                 .parse()
                 .map_err(|e: toml::de::Error| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))?;
@@ -289,6 +289,13 @@ impl CardSource {
             if FOREIGN.contains(&key.split('.').next().unwrap_or_default()) {
                 extra.insert(key.into(), value.clone());
                 continue;
+            }
+            if value.len() as u64 > crate::files::SETTINGS {
+                let most = crate::files::SETTINGS;
+                return Err(Error::invalid(format!(
+                    "metadata `{name}` has {} bytes, a key of a card has at most {most}",
+                    value.len()
+                )));
             }
             insert_text(key, value.trim(), &CardOrigin::Metadata, &mut leaves)
                 .with_context(|| format!("metadata `{name}`"))?;

@@ -178,3 +178,17 @@ fn a_mask_is_as_large_as_the_sample_whose_dimensions_it_has() {
     assert_eq!(found.card.conditions["mask"].row_shape(), [2, 6, 5]);
     assert_eq!(found.origins["conditions.mask.shape"], CardOrigin::Graph);
 }
+
+#[test]
+fn cards_larger_than_a_person_writes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("teacher.onnx");
+    let side = dir.path().join("teacher.card.toml");
+    // (Sparse: nothing of it is read.)
+    std::fs::File::create(&side).unwrap().set_len(100 << 20).unwrap();
+    let e = CardSource::new().model(&model).resolve().unwrap_err().to_string();
+    assert!(e.contains("teacher.card.toml") && e.contains("has 104857600 bytes"), "{e}");
+    let long = " ".repeat(5 << 20);
+    let e = CardSource::new().metadata([("disback.schedule.betas", long.as_str())]).resolve().unwrap_err().to_string();
+    assert!(e.contains("`disback.schedule.betas` has 5242880 bytes"), "{e}");
+}

@@ -11,7 +11,7 @@ use super::schedule::{Betas, abar_of};
 /// Card keys (dotted) and values of a scheduler configuration.
 pub(super) fn read(path: &Path) -> Result<Vec<(String, toml::Value)>> {
     let run = || -> Result<_> {
-        let text = std::fs::read_to_string(path)?;
+        let text = crate::files::read_text(path, crate::files::SETTINGS)?;
         parse(&serde_json::from_str(&text).map_err(|e| Error::usage(format!("not JSON: {e}")))?)
     };
     run().with_context(|| path.display().to_string())

@@ -57,9 +57,9 @@ pub struct TeacherOnEngine {
 
 /// Reads the card of a model file: its metadata, the files beside it and `--card key=value` entries.
 pub fn card_of(path: &Path, overrides: &[String]) -> Result<ResolvedCard> {
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-    let model = ModelProto::decode(bytes.as_slice())
-        .map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
+    let bytes = crate::files::map(path).with_context(|| path.display().to_string())?;
+    let model =
+        ModelProto::decode(bytes).map_err(|e| Error::invalid(format!("{}: not an ONNX model: {e}", path.display())))?;
     CardSource::new().model(path).proto(&model).overrides(overrides.iter().cloned()).resolve()
 }
 

@@ -92,9 +92,31 @@ impl State {
             hash => hex(blank.as_bytes()) == hash,
         };
         match whole {
-            true if is_tensor_file(&state.file) => Ok(state),
+            true if is_tensor_file(&state.file) => state.in_range().map(|()| state),
             true => Err(Error::io(format!("`{}` is not the name of a checkpoint's file", state.file))),
             false => Err(Error::io("the file was changed after it was written")),
+        }
+    }
+
+    /// Errors: a number that no run comes to.
+    fn in_range(&self) -> Result<()> {
+        // (Steps of a microsecond for twelve days; a trajectory has some ten nodes.)
+        const STEPS: u64 = 1 << 40;
+        const NODES: u64 = 1 << 16;
+        let before = self.iteration.min(STEPS);
+        let numbers = [
+            ("iteration", self.iteration, STEPS),
+            ("target", self.target as u64, NODES),
+            ("target_since", self.target_since, before),
+            ("stale", self.stale, before),
+            ("best_at", self.best_at, before),
+        ];
+        if let Some((name, value, most)) = numbers.into_iter().find(|(_, value, most)| value > most) {
+            return Err(Error::io(format!("`{name}` is {value}, a checkpoint of this iteration has at most {most}")));
+        }
+        match self.seconds >= 0.0 && self.seconds.is_finite() {
+            true => Ok(()),
+            false => Err(Error::io(format!("`seconds` is {}, expected 0 or more", self.seconds))),
         }
     }
 
@@ -264,7 +286,8 @@ fn states(dir: &Path) -> Result<(Vec<State>, Vec<Problem>)> {
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for name in names {
         let path = dir.join(&name);
-        let read = std::fs::read(&path).map_err(Error::from).and_then(|text| State::from_text(&text));
+        let read =
+            crate::files::read(&path, crate::files::JSON).map_err(Error::from).and_then(|text| State::from_text(&text));
         match read.with_context(|| path.display().to_string()) {
             Ok(state) => found.push(state),
             Err(e) => problems.push((place_of(&name, NUMBERS), e)),
@@ -324,6 +347,28 @@ mod tests {
         let e = Checkpoint::latest(dir.path(), "other").unwrap_err();
         assert!(e.exit_code() == 2 && e.to_string().contains("another teacher"), "{e}");
     }
+    #[test]
+    fn numbers_that_no_run_comes_to_are_refused() {
+        let whole = State { iteration: 9, ..State::new(StageKind::Backtrack, "h") };
+        let file = "backtrack-00000009.safetensors".to_owned();
+        let whole = serde_json::to_value(State { file, ..whole }).unwrap();
+        assert!(State::from_text(whole.to_string().as_bytes()).is_ok());
+        for (key, value) in [
+            ("iteration", serde_json::json!(1u64 << 63)),
+            ("iteration", u64::MAX.into()),
+            ("target", (1u64 << 63).into()),
+            ("target_since", 10.into()),
+            ("best_at", u64::MAX.into()),
+            ("stale", u64::MAX.into()),
+            ("seconds", (-1e300).into()),
+        ] {
+            let mut changed = whole.clone();
+            changed[key] = value;
+            let e = State::from_text(changed.to_string().as_bytes()).unwrap_err().to_string();
+            assert!(e.contains(&format!("`{key}` is")), "{e}");
+        }
+    }
+
     /// Any byte of any file of the newest checkpoint: found, said, and the one before is taken.
     #[test]
     fn what_was_changed_on_disk_falls_back_to_the_one_before() {

@@ -3,7 +3,7 @@
 //! The file is removed when the run ends; one that a killed process left is taken over.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -131,7 +131,7 @@ impl RunLock {
 
     /// Refuses a folder in which another process works now, without taking it.
     pub fn refuse_held(folder: &Path) -> Result<()> {
-        let Ok(mut file) = File::open(folder.join(FILE)) else { return Ok(()) };
+        let Ok(mut file) = crate::files::open_inside(folder, FILE) else { return Ok(()) };
         match (file.try_lock(), read(&mut file)) {
             (Err(TryLockError::WouldBlock), Some(holder)) if !holder.is_gone() => Err(refusal(folder, Some(&holder))),
             _ => Ok(()),
@@ -140,7 +140,7 @@ impl RunLock {
 
     /// Errors where the folder has been taken by another process since: this one must not write there any more.
     pub fn check(&self) -> Result<()> {
-        let found = File::open(&self.path).ok().and_then(|mut f| read(&mut f));
+        let found = crate::files::open(&self.path).ok().and_then(|mut f| read(&mut f));
         match found {
             Some(holder) if holder.token != self.holder.token => Err(Error::io(format!(
                 "{}: the run was taken over by {holder}, so this process writes nothing more",
@@ -166,7 +166,7 @@ impl Drop for RunLock {
 }
 
 fn try_once(path: &Path, steal: bool, shared: bool) -> std::io::Result<Tried> {
-    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let mut file = crate::files::open_to_change(path)?;
     let (held, known) = match file.try_lock() {
         Ok(()) => (false, true),
         Err(TryLockError::WouldBlock) => (true, true),
@@ -200,10 +200,8 @@ fn refusal(folder: &Path, holder: Option<&Holder>) -> Error {
 }
 
 fn read(file: &mut File) -> Option<Holder> {
-    let mut text = String::new();
     file.rewind().ok()?;
-    file.read_to_string(&mut text).ok()?;
-    serde_json::from_str(&text).ok()
+    serde_json::from_slice(&crate::files::read_to_end(file, crate::files::LINE).ok()?).ok()
 }
 
 fn seconds_since_beat(file: &File) -> u64 {

@@ -166,22 +166,12 @@ impl MetricsFile {
     /// Opens the file, first dropping rows that a resumed run will write again: those for which `keep` is false, and a
     /// last line cut short.
     pub fn open(path: &Path, keep: impl Fn(&MetricsRow) -> bool) -> Result<Self> {
-        if path.is_file() {
-            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-            let kept: String = text
-                .lines()
-                .filter(|line| serde_json::from_str::<MetricsRow>(line).is_ok_and(|row| keep(&row)))
-                .flat_map(|line| [line, "\n"])
-                .collect();
-            if kept != text {
-                crate::files::write_atomic(path, kept.as_bytes())?;
-            }
+        let shown = || path.display().to_string();
+        if path.exists() {
+            let keep = |line: &str| serde_json::from_str::<MetricsRow>(line).is_ok_and(|row| keep(&row));
+            crate::files::keep_lines(path, keep).with_context(shown)?;
         }
-        let file = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .with_context(|| path.display().to_string())?;
+        let file = crate::files::append(path).with_context(shown)?;
         Ok(Self { path: path.to_owned(), file })
     }
 
@@ -200,8 +190,7 @@ impl MetricsFile {
 
 /// Reads a `metrics.jsonl`; lines that are not rows are passed over.
 pub fn read(path: &Path) -> Result<Vec<MetricsRow>> {
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    crate::files::rows(path).with_context(|| path.display().to_string())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use crate::distill::metrics::MetricsRow;
 
 /// A line on standard error. A terminal that was closed takes none, which is no reason for a run to end.
 pub(crate) fn tell(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", crate::shown::lines(text));
 }
 
 /// Progress of one stage on standard error.
@@ -54,7 +54,7 @@ impl Progress {
         }
         let text = self.describe(row);
         match &self.bar {
-            Some(bar) => bar.set_message(text),
+            Some(bar) => bar.set_message(crate::shown::line(&text).into_owned()),
             None => {
                 if self.lines.is_multiple_of(ROWS_A_LINE) || row.iteration == self.total {
                     let left =
@@ -86,7 +86,7 @@ impl Progress {
     pub fn note(&self, text: &str) {
         match &self.bar {
             _ if self.silent => {}
-            Some(bar) => bar.println(text),
+            Some(bar) => bar.println(crate::shown::lines(text)),
             None => tell(text),
         }
     }

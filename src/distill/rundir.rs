@@ -155,7 +155,7 @@ impl RunDir {
             return Ok(());
         }
         let shown = || file.display().to_string();
-        let text = std::fs::read_to_string(&file).with_context(shown)?;
+        let text = crate::files::read_text(&file, crate::files::SETTINGS).with_context(shown)?;
         let saved: TeacherCard = toml::from_str(&text)
             .map_err(|e| Error::io(format!("not a teacher card: {}", e.to_string().trim_end())))
             .with_context(shown)?;

@@ -80,7 +80,7 @@ impl Trajectory {
     /// Opens a recorded trajectory of the teacher with this hash.
     pub fn open(dir: &Path, teacher_hash: &str) -> Result<Self> {
         let path = dir.join(INDEX);
-        let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        let text = crate::files::read(&path, crate::files::JSON).with_context(|| path.display().to_string())?;
         let index: Index = serde_json::from_slice(&text)
             .map_err(|e| Error::io(format!("not a trajectory index: {e}")))
             .with_context(|| path.display().to_string())?;
@@ -101,6 +101,9 @@ impl Trajectory {
         for (k, node) in index.nodes.iter().enumerate() {
             if node.index != k {
                 return bad(format!("node {k} is numbered {}", node.index));
+            }
+            if node.iteration > 1 << 40 {
+                return bad(format!("node {k}: `iteration` is {}, which no run comes to", node.iteration));
             }
             // Of ours, and never a path that leaves the folder: files of dropped nodes are removed.
             if !is_node_file(&node.file) {

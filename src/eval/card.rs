@@ -91,7 +91,7 @@ impl FeatureCard {
         }
         if let Some(path) = model.map(side_file).filter(|p| p.is_file()) {
             let read = || -> Result<toml::Table> {
-                let text = std::fs::read_to_string(&path)?;
+                let text = crate::files::read_text(&path, crate::files::SETTINGS)?;
                 toml::from_str(&text).map_err(|e| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))
             };
             let table = read().with_context(|| path.display().to_string())?;

@@ -61,7 +61,7 @@ impl FeatureNet {
     /// Opens a feature network.
     pub fn open(path: &Path, features: &FeatureOptions, options: &EngineOptions) -> Result<Self> {
         let run = || {
-            let bytes = std::fs::read(path)?;
+            let bytes = crate::files::map(path)?;
             let model = student::decode(&bytes)?;
             let hash = file_hash(&bytes, &model, path.parent())?;
             Self::from_engine(&model, hash, Some(path), features, open(path, options)?)
@@ -331,7 +331,7 @@ fn file_hash(bytes: &[u8], model: &ModelProto, folder: Option<&Path>) -> Result<
         // Only names beside the model: the loader refuses anything else.
         if let Some(folder) = folder.filter(|_| Path::new(name).components().count() == 1) {
             let path = folder.join(name);
-            let mut file = std::fs::File::open(&path).with_context(|| path.display().to_string())?;
+            let mut file = crate::files::open(&path).with_context(|| path.display().to_string())?;
             std::io::copy(&mut file, &mut hash)?;
         }
     }

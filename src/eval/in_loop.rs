@@ -107,8 +107,7 @@ pub struct InLoop {
 
 /// Reads a curve; lines that are no points are passed over.
 pub fn read(path: &Path) -> Vec<InLoopPoint> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+    crate::files::rows(path).unwrap_or_default()
 }
 
 impl InLoop {
@@ -255,7 +254,7 @@ impl InLoop {
         point.best = point.figure() < least;
         let text = line(&point)?;
         let append = || -> std::io::Result<()> {
-            let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&self.path)?;
+            let mut file = crate::files::append(&self.path)?;
             file.write_all(text.as_bytes())
         };
         append().with_context(|| self.path.display().to_string())?;

@@ -159,7 +159,7 @@ impl Source {
             "csv" => true,
             "npy" => npy::read(path).is_ok_and(|t| !images(&t)),
             "onnx" => {
-                let decoded = std::fs::read(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
+                let decoded = crate::files::map(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
                 let Ok(model) = decoded else { return false };
                 let metadata = student::metadata(&model);
                 if metadata.contains_key("student.method") {
@@ -174,7 +174,7 @@ impl Source {
     }
 
     fn model(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {
-        let decoded = std::fs::read(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
+        let decoded = crate::files::map(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
         let metadata = student::metadata(&decoded.with_context(|| path.display().to_string())?);
         if metadata.contains_key("student.method") {
             return Ok(Self::Student(Box::new(Student::open(path, options)?)));

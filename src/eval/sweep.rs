@@ -58,10 +58,11 @@ impl Book {
     /// The run's book; an empty one where there is none.
     pub fn read(run: &Path) -> Result<Self> {
         let path = run.join(FILE);
-        if !path.is_file() {
+        if !path.exists() {
             return Ok(Self::default());
         }
-        let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        let bytes =
+            crate::files::read_inside(run, FILE, crate::files::JSON).with_context(|| path.display().to_string())?;
         serde_json::from_slice(&bytes)
             .map_err(|e| Error::io(format!("not the results of an evaluation: {e}")).hint("remove it to start anew"))
             .with_context(|| path.display().to_string())
@@ -124,7 +125,7 @@ pub fn students(run: &Path) -> Result<Vec<PathBuf>> {
 /// SHA-256 of a file.
 pub fn hash_file(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
-    let mut file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+    let mut file = crate::files::open(path).with_context(|| path.display().to_string())?;
     std::io::copy(&mut file, &mut hash).with_context(|| path.display().to_string())?;
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }

@@ -2,7 +2,7 @@
 //! [`Attributes::finish`] refuses it.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use crate::error::{Error, Result};
@@ -52,7 +52,8 @@ impl Attribute {
 #[derive(Debug, Clone, Default)]
 pub struct Attributes {
     values: BTreeMap<String, Attribute>,
-    read: RefCell<HashSet<String>>,
+    /// Names that were asked for and are there.
+    read: RefCell<BTreeSet<String>>,
 }
 
 macro_rules! getter {
@@ -79,8 +80,11 @@ impl Attributes {
 
     /// The attribute of this name, if the node has it. It counts as read from now on: see [`Attributes::finish`].
     pub fn get(&self, name: &str) -> Option<&Attribute> {
-        self.read.borrow_mut().insert(name.to_owned());
-        self.values.get(name)
+        let found = self.values.get(name)?;
+        if !self.read.borrow().contains(name) {
+            self.read.borrow_mut().insert(name.to_owned());
+        }
+        Some(found)
     }
 
     /// Adds an attribute, or replaces the one of this name.

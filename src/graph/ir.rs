@@ -1,6 +1,7 @@
 //! The graph: values are numbered, nodes are in topological order, constants hold their data.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::error::{Error, Result};
 use crate::graph::attributes::Attributes;
@@ -126,6 +127,44 @@ impl Node {
     }
 }
 
+/// Stands for no node.
+const NOBODY: usize = usize::MAX;
+
+/// The nodes that make values, see [`Graph::producers`].
+#[derive(Debug, Clone)]
+pub struct Producers(Vec<usize>);
+
+impl Producers {
+    /// The node that makes this value; none makes inputs and constants.
+    pub fn get(&self, value: &ValueId) -> Option<&usize> {
+        self.0.get(*value).filter(|i| **i != NOBODY)
+    }
+    /// Whether a node makes this value.
+    pub fn contains_key(&self, value: &ValueId) -> bool {
+        self.get(value).is_some()
+    }
+}
+
+/// The readers of values, see [`Graph::consumers`].
+#[derive(Debug, Clone)]
+pub struct Consumers {
+    /// Where the readers of each value begin in `all`, and their end behind the last.
+    first: Vec<usize>,
+    all: Vec<(usize, usize)>,
+}
+
+impl Consumers {
+    /// The readers of this value, in the order of the nodes; `None` where nobody reads it.
+    pub fn get(&self, value: &ValueId) -> Option<&[(usize, usize)]> {
+        let (from, to) = (self.first.get(*value)?, self.first.get(value + 1)?);
+        Some(&self.all[*from..*to]).filter(|readers| !readers.is_empty())
+    }
+    /// Whether somebody reads this value.
+    pub fn contains_key(&self, value: &ValueId) -> bool {
+        self.get(value).is_some()
+    }
+}
+
 /// A graph (or subgraph) with numbered values.
 #[derive(Debug, Clone, Default)]
 pub struct Graph {
@@ -145,6 +184,32 @@ pub struct Graph {
     pub captures: Vec<(String, ValueId)>,
     /// Version of each operator set that the file imports, by domain; the domain of ONNX itself is the empty string.
     pub opsets: BTreeMap<String, i64>,
+    /// For [`Graph::add_value`], once it was called.
+    pub(crate) taken: Taken,
+}
+
+/// Hashes of the names that a graph has given away: two names of one hash count as one, which costs a suffix.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Taken {
+    hashes: HashSet<u64>,
+    /// Names that are among them.
+    known: usize,
+}
+
+impl Taken {
+    fn hash(name: &str) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        hasher.finish()
+    }
+    /// Takes in the names since the last time.
+    fn learn(&mut self, names: &[String]) {
+        self.hashes.extend(names.iter().skip(self.known).map(|n| Self::hash(n)));
+        self.known = names.len();
+    }
+    fn has(&self, name: &str) -> bool {
+        self.hashes.contains(&Self::hash(name))
+    }
 }
 
 impl Graph {
@@ -152,7 +217,8 @@ impl Graph {
     pub fn add_value(&mut self, name: &str) -> ValueId {
         let mut unique = name.to_owned();
         let mut n = 1;
-        while self.names.contains(&unique) {
+        self.taken.learn(&self.names);
+        while self.taken.has(&unique) {
             n += 1;
             unique = format!("{name}#{n}");
         }
@@ -161,27 +227,35 @@ impl Graph {
     }
 
     /// Which node makes each value.
-    pub fn producers(&self) -> HashMap<ValueId, usize> {
-        self.nodes.iter().enumerate().flat_map(|(i, n)| n.outputs.iter().flatten().map(move |&v| (v, i))).collect()
+    pub fn producers(&self) -> Producers {
+        let mut makers = vec![NOBODY; self.names.len()];
+        for (i, node) in self.nodes.iter().enumerate() {
+            node.outputs.iter().flatten().for_each(|&v| makers[v] = i);
+        }
+        Producers(makers)
     }
 
     /// Which `(node, slot)` reads each value; subgraph captures and graph outputs count as reads of slot `usize::MAX`.
-    pub fn consumers(&self) -> HashMap<ValueId, Vec<(usize, usize)>> {
-        let mut map: HashMap<ValueId, Vec<(usize, usize)>> = HashMap::new();
-        for (i, node) in self.nodes.iter().enumerate() {
-            for (slot, v) in node.inputs.iter().enumerate() {
-                if let Some(v) = v {
-                    map.entry(*v).or_default().push((i, slot));
-                }
-            }
-            for (_, v) in &node.captures {
-                map.entry(*v).or_default().push((i, usize::MAX));
-            }
+    pub fn consumers(&self) -> Consumers {
+        let reads = || {
+            let of_node = |(i, node): (usize, &'_ Node)| {
+                let slots = node.inputs.iter().enumerate().filter_map(move |(slot, v)| Some(((*v)?, (i, slot))));
+                let captured = node.captures.iter().map(move |(_, v)| (*v, (i, usize::MAX)));
+                slots.chain(captured).collect::<Vec<_>>()
+            };
+            let outputs = self.outputs.iter().map(|port| (port.value, (usize::MAX, usize::MAX)));
+            self.nodes.iter().enumerate().flat_map(of_node).chain(outputs)
+        };
+        // Each value's readers lie together, in the order of the nodes: first how many there are, then each in its place.
+        let mut first = vec![0; self.names.len() + 1];
+        reads().for_each(|(v, _)| first[v + 1] += 1);
+        (0..self.names.len()).for_each(|v| first[v + 1] += first[v]);
+        let (mut next, mut all) = (first.clone(), vec![(0, 0); first[self.names.len()]]);
+        for (v, reader) in reads() {
+            all[next[v]] = reader;
+            next[v] += 1;
         }
-        for port in &self.outputs {
-            map.entry(port.value).or_default().push((usize::MAX, usize::MAX));
-        }
-        map
+        Consumers { first, all }
     }
 
     /// The input of this name, or an error that lists what there is.
@@ -241,17 +315,57 @@ impl Graph {
 
     /// Drops nodes and constants that no output needs.
     pub fn remove_dead(&mut self) {
-        let mut live: std::collections::HashSet<ValueId> = self.outputs.iter().map(|p| p.value).collect();
+        let mut live = vec![false; self.names.len()];
+        self.outputs.iter().for_each(|p| live[p.value] = true);
         let mut keep = vec![false; self.nodes.len()];
         for (i, node) in self.nodes.iter().enumerate().rev() {
-            if node.outputs.iter().flatten().any(|v| live.contains(v)) {
+            if node.outputs.iter().flatten().any(|v| live[*v]) {
                 keep[i] = true;
-                live.extend(node.inputs.iter().flatten());
-                live.extend(node.captures.iter().map(|(_, v)| *v));
+                node.inputs.iter().flatten().for_each(|v| live[*v] = true);
+                node.captures.iter().for_each(|(_, v)| live[*v] = true);
             }
         }
         let mut keep = keep.into_iter();
         self.nodes.retain(|_| keep.next().unwrap_or(false));
-        self.constants.retain(|v, _| live.contains(v));
+        self.constants.retain(|v, _| live[*v]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn makers_and_readers_are_those_of_the_nodes() {
+        let mut graph = Graph::default();
+        let [x, a, b, c] = ["x", "a", "b", "c"].map(|name| graph.add_value(name));
+        let node = |inputs: &[ValueId], output, captures: &[ValueId]| Node {
+            op: "Add".into(),
+            domain: String::new(),
+            name: "n".into(),
+            opset: 17,
+            inputs: inputs.iter().map(|v| Some(*v)).collect(),
+            outputs: vec![None, Some(output)],
+            attributes: Attributes::default(),
+            captures: captures.iter().map(|v| ("outer".to_owned(), *v)).collect(),
+            origin: None,
+            module: None,
+        };
+        graph.nodes = vec![node(&[x, x], a, &[]), node(&[a], b, &[x])];
+        graph.outputs.push(Port { name: "b".into(), value: b, dtype: None, shape: None });
+        let (makers, readers) = (graph.producers(), graph.consumers());
+        assert_eq!([x, a, b, c, 99].map(|v| makers.get(&v).copied()), [None, Some(0), Some(1), None, None]);
+        const OUTSIDE: usize = usize::MAX;
+        assert_eq!(readers.get(&x), Some(&[(0, 0), (0, 1), (1, OUTSIDE)][..]));
+        assert_eq!(readers.get(&a), Some(&[(1, 0)][..]));
+        assert_eq!(readers.get(&b), Some(&[(OUTSIDE, OUTSIDE)][..]));
+        assert!(readers.get(&c).is_none() && readers.get(&99).is_none() && !readers.contains_key(&c));
+        // Names stay apart, those given behind the graph's back too.
+        graph.names.push("a#2".into());
+        let fresh = graph.add_value("a");
+        assert_eq!(graph.names[fresh], "a#3");
+        graph.outputs[0].value = a;
+        graph.remove_dead();
+        assert_eq!(graph.nodes.len(), 1);
     }
 }

@@ -1,12 +1,10 @@
 //! Reading an `.onnx` file: memory-mapped, decoded without copying the weights, external data resolved and guarded.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use memmap2::Mmap;
 use prost::Message;
 use sha2::{Digest, Sha256};
 
@@ -45,7 +43,7 @@ impl Model {
         if path.is_dir() {
             return Err(Error::io(format!("{shown} is a folder, expected an .onnx file")));
         }
-        let bytes = map_file(path).with_context(|| format!("cannot read {shown}"))?;
+        let bytes = crate::files::map(path).with_context(|| format!("cannot read {shown}"))?;
         let mut proto = decode(&bytes).with_context(|| shown.to_string())?;
         let calls = inline(&mut proto, definitions).with_context(|| shown.to_string())?;
         drop_weight_inputs(&mut proto);
@@ -129,17 +127,6 @@ fn drop_weight_inputs(proto: &mut ModelProto) {
     }
 }
 
-fn map_file(path: &Path) -> Result<Bytes> {
-    let file = File::open(path)?;
-    if file.metadata()?.len() == 0 {
-        return Ok(Bytes::new());
-    }
-    // SAFETY: the mapping is read-only and private to us; as with every memory-mapped reader, a file that another program
-    // shortens meanwhile would fault. Our own writers never do that: they rename whole files into place.
-    let map = unsafe { Mmap::map(&file) }?;
-    Ok(Bytes::from_owner(map))
-}
-
 fn decode(bytes: &Bytes) -> Result<ModelProto> {
     if bytes.is_empty() {
         return Err(Error::invalid("the file is empty, expected an ONNX model"));
@@ -182,7 +169,7 @@ impl ExternalFiles {
         if !real.starts_with(self.dir.canonicalize()?) {
             return Err(outside(location));
         }
-        let bytes = map_file(&real).with_context(|| format!("external data file `{location}`"))?;
+        let bytes = crate::files::map(&real).with_context(|| format!("external data file `{location}`"))?;
         self.open.insert(location.to_owned(), bytes.clone());
         Ok(bytes)
     }

@@ -23,7 +23,7 @@ pub mod widen;
 
 pub use attributes::{Attribute, Attributes};
 pub use definition::Definition;
-pub use ir::{Graph, Node, Port, ValueId};
+pub use ir::{Consumers, Graph, Node, Port, Producers, ValueId};
 pub use load::Model;
 pub use roles::{Role, TrainableChoice};
 pub use sizes::Sizes;

@@ -138,7 +138,7 @@ fn channels_at_convolution(graph: &Graph, from: ValueId, rank: usize) -> Option<
 
 /// diffusers' `sample_size` in the `config.json` beside the model: H and W.
 pub(super) fn sample_size(model: &Path) -> Option<[usize; 2]> {
-    let text = std::fs::read_to_string(model.parent()?.join("config.json")).ok()?;
+    let text = crate::files::read_text(&model.parent()?.join("config.json"), crate::files::SETTINGS).ok()?;
     let json: serde_json::Value = serde_json::from_str(&text).ok()?;
     let size = json.get("sample_size")?;
     let one = |v: &serde_json::Value| v.as_u64().map(|n| n as usize).filter(|n| (1..=65536).contains(n));

@@ -165,10 +165,10 @@ impl From<&NearMiss> for NearMissRow {
 ///
 /// Beside the description: the network, where it can be imported, and the graph before fusing.
 pub fn inspect(model: &Model, choice: &TrainableChoice, fuse: bool) -> Result<(Inspection, Option<Network>, Graph)> {
-    let graph = lower::lower(model)?;
-    let as_read = graph.clone();
+    let as_read = lower::lower(model)?;
+    let graph = &as_read;
     let mut network = None;
-    let unsupported = unsupported(&graph, model.proto.producer_name());
+    let unsupported = unsupported(graph, model.proto.producer_name());
     let declared = Declared::of(model)?;
     let choice = &TrainableChoice { declared: choice.declared.clone().or(declared.parameters), ..choice.clone() };
     let proto = &model.proto;
@@ -192,8 +192,8 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, fuse: bool) -> Result<(I
         fused: BTreeMap::new(),
         near_misses: Vec::new(),
         unsupported,
-        quantised: quantised::quantised(&as_read),
-        unguarded_divisions: unguarded_division::unguarded(&as_read),
+        quantised: quantised::quantised(graph),
+        unguarded_divisions: unguarded_division::unguarded(graph),
         cost: Cost::default(),
         parameter_list: Vec::new(),
     };
@@ -206,7 +206,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, fuse: bool) -> Result<(I
         out.rewrites(&shared.fused);
         network = Some(net);
     } else {
-        let mut graph = graph;
+        let mut graph = as_read.clone();
         let provenance = crate::graph::roles::untangle(&mut graph, choice.declared.as_deref());
         let roles = crate::graph::roles::classify(&graph, choice, &provenance)?;
         out.tensors(&roles.parameters, &roles.buffers);

@@ -11,7 +11,7 @@ use bytes::Bytes;
 pub use super::png::{encode_animation, encode_png};
 pub use super::rounding::{Rounding, quantise};
 use super::{labels, npy, picture, ranges};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::tensor::{DType, HostTensor};
 
 /// A set of images of one size, read as they are asked for.
@@ -80,7 +80,7 @@ impl ImageSet {
         let names: Vec<String> =
             files.iter().map(|f| f.strip_prefix(path).unwrap_or(f).to_string_lossy().replace('\\', "/")).collect();
         let list = path.join("dataset.json");
-        let list = if list.is_file() { Some(std::fs::read(list)?) } else { None };
+        let list = if list.is_file() { Some(crate::files::read(&list, labels::most(files.len()))?) } else { None };
         let len = files.len();
         let mut set = Self::new(Source::Files(files), shape, len);
         set.labels = labels::of_names(&names, list.as_deref())?.map(Arc::new);
@@ -89,7 +89,7 @@ impl ImageSet {
     }
 
     fn from_zip(path: &Path) -> Result<Self> {
-        let bytes = npy::map(&std::fs::File::open(path)?)?;
+        let bytes = crate::files::map(path)?;
         let mut zip = npy::archive(&bytes)?;
         let mut seen = picture::Seen::default();
         let mut names: Vec<String> = zip.file_names().filter(|n| seen.file(n)).map(str::to_string).collect();
@@ -98,9 +98,9 @@ impl ImageSet {
         let (shape, _) = picture::read_zipped(&mut zip, first)?;
         let list = match zip.by_name("dataset.json") {
             Ok(mut file) => {
-                let mut text = Vec::new();
-                std::io::Read::read_to_end(&mut file, &mut text)?;
-                Some(text)
+                // (By what the archive says of it, which it may have wrong, and by what it can be for.)
+                let most = file.size().min(labels::most(names.len()));
+                Some(crate::files::read_to_end(&mut file, most).context("dataset.json")?)
             }
             Err(_) => None,
         };
@@ -203,10 +203,11 @@ impl ImageSet {
     /// Images `start..start+count` as 8-bit values, [count,C,H,W].
     pub fn batch_u8(&self, start: usize, count: usize) -> Result<HostTensor> {
         let [c, h, w] = self.shape;
+        let room = self.room(count)?;
         if start.checked_add(count).is_none_or(|end| end > self.len) {
             return Err(Error::mismatch(format!("images {start}..{} of {}", start.saturating_add(count), self.len)));
         }
-        let mut out = Vec::with_capacity(count * c * h * w);
+        let mut out = Vec::with_capacity(room);
         match &self.source {
             Source::Files(files) => {
                 for file in &files[start..start + count] {
@@ -254,7 +255,7 @@ impl ImageSet {
         // The archive's table is read once a batch, not once an image.
         let mut zip = npy::archive(bytes)?;
         let [c, h, w] = self.shape;
-        let mut out = Vec::with_capacity(index.len() * c * h * w);
+        let mut out = Vec::with_capacity(self.room(index.len())?);
         for &k in index {
             let name = names.get(k).ok_or_else(|| Error::mismatch(format!("image {k} of {}", self.len)))?;
             let (shape, pixels) = picture::read_zipped(&mut zip, name)?;
@@ -262,6 +263,25 @@ impl ImageSet {
             push_channels_first(&mut out, &pixels, shape);
         }
         HostTensor::from_bytes(DType::U8, vec![index.len(), c, h, w], out.into())
+    }
+
+    /// Bytes of so many images. Errors: more than there is memory for.
+    fn room(&self, count: usize) -> Result<usize> {
+        /// Below this much nobody is asked.
+        const LARGE: usize = 256 << 20;
+        let [c, h, w] = self.shape;
+        let bytes = [c, h, w].into_iter().try_fold(count, usize::checked_mul).unwrap_or(usize::MAX);
+        match crate::memory::free().filter(|free| bytes > LARGE && bytes as u64 > free.bytes) {
+            None => Ok(bytes),
+            Some(free) => Err(Error::io(format!(
+                "{count} images of {} take {} together, {} are free {}",
+                describe(self.shape),
+                crate::memory::shown(bytes as u64),
+                crate::memory::shown(free.bytes),
+                free.place
+            ))
+            .hint("a smaller --batch, or smaller images")),
+        }
     }
 
     fn same(&self, name: &str, shape: [usize; 3]) -> Result<()> {
@@ -427,6 +447,67 @@ mod tests {
             let notes = set.notes().join("; ");
             assert!(notes.contains("1 broken link") && notes.contains("1 link to a folder above it"), "{notes}");
         }
+    }
+
+    /// An archive of one member of many zeros behind `head`, that says of itself that it unpacks to `says` bytes.
+    fn bomb(path: &Path, name: &str, head: &[u8], says: Option<u32>) {
+        use std::io::Write;
+        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        zip.start_file(name, zip::write::FileOptions::default()).unwrap();
+        zip.write_all(head).unwrap();
+        let zeros = vec![0; 1 << 20];
+        (0..80).for_each(|_| zip.write_all(&zeros).unwrap());
+        let mut bytes = zip.finish().unwrap().into_inner();
+        for (mark, at) in [(b"PK\x03\x04", 22), (b"PK\x01\x02", 24)] {
+            let start = bytes.windows(4).position(|w| w == mark).unwrap() + at;
+            if let Some(says) = says {
+                bytes[start..start + 4].copy_from_slice(&says.to_le_bytes());
+            }
+        }
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn archives_unpack_no_further_than_what_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("b.zip");
+        let error = |path: &Path| ImageSet::open(path, [-1.0, 1.0]).unwrap_err().to_string();
+        let png = encode_png(&[1; 64], [1, 8, 8]).unwrap();
+        bomb(&path, "a.png", &png, None);
+        let e = error(&path);
+        assert!(e.contains("by what the archive says; a PNG file of 8x8 has at most"), "{e}");
+        bomb(&path, "a.png", &png, Some(1 << 17));
+        let e = error(&path);
+        assert!(e.contains("a.png: more bytes than the 131072 that the archive says"), "{e}");
+        bomb(&path, "a.png", b"", None);
+        assert!(error(&path).contains("whose size does not stand at its beginning"));
+        // Header and archive must agree on an array's size.
+        let path = dir.path().join("b.npz");
+        let mut head = Vec::new();
+        npy::write_to(&mut head, &HostTensor::new(&[0, 1, 8, 8], &[0u8; 0]).unwrap()).unwrap();
+        let text = String::from_utf8_lossy(&head[10..])
+            .replace("(0, 1, 8, 8,)", "(1280000,1,8,8,)")
+            .replacen("   \n", "\n", 1);
+        head.truncate(10);
+        head.extend(text.as_bytes());
+        assert_eq!(head.len() % 64, 0);
+        bomb(&path, "images.npy", &head, Some(100));
+        let e = error(&path);
+        assert!(e.contains("bytes of data where the shape [1280000, 1, 8, 8] needs 81920000"), "{e}");
+        bomb(&path, "images.npy", &head, None);
+        assert_eq!(ImageSet::open(&path, [-1.0, 1.0]).unwrap().len(), 1_280_000);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn pipes_among_the_images_are_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = std::ffi::CString::new(dir.path().join("0.png").to_str().unwrap()).unwrap();
+        // SAFETY: a C string that lives as long as the call.
+        assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+        std::fs::write(dir.path().join("1.png"), encode_png(&[1; 4], [1, 2, 2]).unwrap()).unwrap();
+        let set = ImageSet::open(dir.path(), [-1.0, 1.0]).unwrap();
+        assert!(set.len() == 1 && set.notes()[0].contains("1 pipe, socket or device"), "{:?}", set.notes());
     }
 
     #[cfg(feature = "formats")]

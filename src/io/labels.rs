@@ -7,6 +7,11 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::tensor::HostTensor;
 
+/// Most bytes of the `dataset.json` of so many images: names of a usual length, and a list that was made for a larger set.
+pub fn most(images: usize) -> u64 {
+    crate::files::JSON.saturating_add(256 * images as u64)
+}
+
 /// Classes of files by name: from a `dataset.json` (EDM, StyleGAN: `{"labels": [[name, class], ...]}`), else one sub-folder a
 /// class, numbered in order of their names, where every file lies in one and there are at least two.
 pub fn of_names(names: &[String], list: Option<&[u8]>) -> Result<Option<Vec<usize>>> {

@@ -1,13 +1,13 @@
 //! NumPy's `.npy` and `.npz`. Headers are read by a parser of our own that neither recurses nor allocates by what a header
 //! claims; memory grows only with data that is really there.
 
-use std::fs::File;
 use std::io::{Cursor, Read, Write};
 use std::path::Path;
 
 use bytes::Bytes;
 
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::tensor::{DType, HostTensor, checked_len};
 
 /// NumPy itself refuses longer headers.
@@ -113,7 +113,7 @@ fn read_header(mut reader: impl Read) -> Result<(Header, usize)> {
 /// there: little-endian and row-major. `None` where it may not. A file that is cut short is an error.
 pub fn plain_layout(bytes: &[u8]) -> Result<Option<(DType, Vec<usize>, usize)>> {
     let (header, start) = read_header(bytes)?;
-    let expected = checked_len(&header.shape)? * header.dtype.size();
+    let expected = array_bytes(&header)?;
     if bytes.len() - start < expected {
         let found = bytes.len() - start;
         return Err(bad(format!("{found} bytes of data where the shape {:?} needs {expected}", header.shape)));
@@ -128,8 +128,18 @@ fn too_little(got: usize, shape: &[usize], expected: usize) -> Error {
 /// Reads one array.
 pub fn read_from(mut reader: impl Read) -> Result<HostTensor> {
     let (header, _) = read_header(&mut reader)?;
+    let expected = array_bytes(&header)?;
+    read_data(header, expected, reader)
+}
+
+/// Bytes of the array's data.
+fn array_bytes(header: &Header) -> Result<usize> {
+    let bytes = checked_len(&header.shape)?.checked_mul(header.dtype.size());
+    bytes.ok_or_else(|| bad(format!("an array of shape {:?} is larger than memory", header.shape)))
+}
+
+fn read_data(header: Header, expected: usize, reader: impl Read) -> Result<HostTensor> {
     let size = header.dtype.size();
-    let expected = checked_len(&header.shape)? * size;
     let mut data = Vec::new();
     reader.take(expected as u64).read_to_end(&mut data)?;
     if data.len() != expected {
@@ -150,24 +160,17 @@ fn view(bytes: &Bytes) -> Result<HostTensor> {
     if header.fortran || (header.big_endian && header.dtype.size() > 1) {
         return read_from(&bytes[..]);
     }
-    let expected = checked_len(&header.shape)? * header.dtype.size();
+    let expected = array_bytes(&header)?;
     let end = start.checked_add(expected).filter(|end| *end <= bytes.len());
     let end = end.ok_or_else(|| too_little(bytes.len() - start, &header.shape, expected))?;
     HostTensor::from_bytes(header.dtype, header.shape, bytes.slice(start..end))
 }
 
-/// A file as memory that the system fills as it is looked at.
-pub(crate) fn map(file: &File) -> Result<Bytes> {
-    if file.metadata()?.len() == 0 {
-        return Ok(Bytes::new());
-    }
-    // SAFETY: read-only and private; a file that another process cuts short meanwhile ends this one with a bus error.
-    let map = unsafe { memmap2::Mmap::map(file) }?;
-    Ok(Bytes::from_owner(map))
-}
-
 /// Column-major to row-major.
 fn from_fortran(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
+    if data.is_empty() {
+        return Vec::new();
+    }
     let mut strides = Vec::with_capacity(shape.len());
     let mut step = size;
     for &d in shape {
@@ -192,7 +195,7 @@ fn from_fortran(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
 
 /// Reads a `.npy` file: mapped, so that only what is looked at takes memory.
 pub fn read(path: &Path) -> Result<HostTensor> {
-    let open = || view(&map(&File::open(path)?)?);
+    let open = || view(&files::map(path)?);
     open().with_context(|| path.display().to_string())
 }
 
@@ -246,7 +249,7 @@ pub fn write(path: &Path, tensor: &HostTensor) -> Result<()> {
 /// Names of the arrays of a `.npz` file, in the file's order.
 pub fn npz_names(path: &Path) -> Result<Vec<String>> {
     let run = || -> Result<Vec<String>> {
-        let zip = archive(&map(&File::open(path)?)?)?;
+        let zip = archive(&files::map(path)?)?;
         Ok(zip.file_names().filter_map(npyz::npz::array_name_from_file_name).map(str::to_string).collect())
     };
     run().with_context(|| path.display().to_string())
@@ -259,9 +262,10 @@ pub(crate) fn archive(bytes: &Bytes) -> Result<zip::ZipArchive<Cursor<Bytes>>> {
 /// Reads every array of a `.npz` file, in the file's order. Arrays that are stored as they are (`np.savez`) are mapped;
 /// compressed ones beyond 64 MB are unpacked into a temporary file that is mapped: a set of any size takes little memory.
 pub fn read_npz(path: &Path) -> Result<Vec<(String, HostTensor)>> {
-    const LARGE: u64 = 64 << 20;
-    let run = || -> Result<Vec<(String, HostTensor)>> {
-        let bytes = map(&File::open(path)?)?;
+    // What the unpacked arrays take in memory, all together.
+    let mut held = 0;
+    let mut run = || -> Result<Vec<(String, HostTensor)>> {
+        let bytes = files::map(path)?;
         let mut zip = archive(&bytes).map_err(|e| bad(format!("not a .npz archive: {e}")))?;
         let mut arrays = Vec::new();
         for k in 0..zip.len() {
@@ -271,10 +275,9 @@ pub fn read_npz(path: &Path) -> Result<Vec<(String, HostTensor)>> {
                 let start = file.data_start() as usize;
                 let end = start.checked_add(file.compressed_size() as usize).filter(|e| *e <= bytes.len());
                 end.ok_or_else(|| bad("cut short")).and_then(|end| view(&bytes.slice(start..end)))
-            } else if file.size() > LARGE {
-                unpack(&mut file)
             } else {
-                read_from(file)
+                let size = file.size();
+                unpack(&mut file, size, &mut held)
             };
             arrays.push((name.clone(), array.context(format!("array `{name}`"))?));
         }
@@ -283,10 +286,19 @@ pub fn read_npz(path: &Path) -> Result<Vec<(String, HostTensor)>> {
     run().with_context(|| path.display().to_string())
 }
 
-/// Unpacks an array into a nameless temporary file and maps that.
-fn unpack(file: &mut impl Read) -> Result<HostTensor> {
-    let (header, _) = read_header(&mut *file)?;
-    let expected = checked_len(&header.shape)? * header.dtype.size();
+/// Unpacks an array of a member that has `size` bytes by what the archive says: into memory, or once more than 64 MB are `held` there
+/// into a nameless temporary file that is mapped. Nothing is unpacked beyond what header and archive agree on.
+fn unpack(file: &mut impl Read, size: u64, held: &mut u64) -> Result<HostTensor> {
+    const LARGE: u64 = 64 << 20;
+    let (header, start) = read_header(&mut *file)?;
+    let expected = array_bytes(&header)?;
+    if size.saturating_sub(start as u64) < expected as u64 {
+        return Err(too_little(size.saturating_sub(start as u64) as usize, &header.shape, expected));
+    }
+    if *held + expected as u64 <= LARGE {
+        *held += expected as u64;
+        return read_data(header, expected, file);
+    }
     let mut out = tempfile::tempfile()?;
     let mut head = Vec::new();
     // The header again, in our own words, so that the file is an array by itself.
@@ -296,7 +308,7 @@ fn unpack(file: &mut impl Read) -> Result<HostTensor> {
     if copied != expected as u64 {
         return Err(too_little(copied as usize, &header.shape, expected));
     }
-    view(&map(&out)?)
+    view(&files::map_file(&out)?)
 }
 
 /// Writes named arrays as a `.npz` file, whole or not at all.

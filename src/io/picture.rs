@@ -1,6 +1,7 @@
 //! Single image files in folders and archives: which files of a set are images, and their pixels.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -130,6 +131,7 @@ fn walk(root: &Path, folder: &Path, above: &mut Vec<PathBuf>, files: &mut Vec<Pa
                     above.pop();
                 }
             }
+            Ok(m) if !m.is_file() => seen.pass("pipe, socket or device"),
             Ok(_) => {
                 let within = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
                 if seen.file(&within) {
@@ -145,15 +147,43 @@ fn walk(root: &Path, folder: &Path, above: &mut Vec<PathBuf>, files: &mut Vec<Pa
 pub(super) type Pixels = ([usize; 3], Vec<u8>);
 
 pub(super) fn read_file(path: &Path) -> Result<Pixels> {
-    let run = || decode(std::io::BufReader::new(std::fs::File::open(path)?), &path.to_string_lossy());
+    let run = || decode(std::io::BufReader::new(crate::files::open(path)?), &path.to_string_lossy());
     run().with_context(|| path.display().to_string())
 }
 
 pub(super) fn read_zipped(zip: &mut zip::ZipArchive<std::io::Cursor<Bytes>>, name: &str) -> Result<Pixels> {
     let mut file = zip.by_name(name).map_err(|e| Error::io(format!("{name}: {e}")))?;
-    let mut bytes = Vec::new();
-    std::io::Read::read_to_end(&mut file, &mut bytes).with_context(|| name.to_string())?;
-    decode(std::io::Cursor::new(bytes), name).with_context(|| name.to_string())
+    let says = file.size();
+    let mut run = || -> Result<Pixels> {
+        let mut bytes = Vec::new();
+        (&mut file).take(HEAD).read_to_end(&mut bytes)?;
+        let (most, why) = most(&bytes, name);
+        if says > most {
+            return Err(Error::io(format!("{says} bytes by what the archive says; {why} has at most {most}")));
+        }
+        let rest = crate::files::read_to_end(&mut file, says.saturating_sub(bytes.len() as u64));
+        bytes.extend(rest.map_err(|_| Error::io(format!("more bytes than the {says} that the archive says")))?);
+        decode(std::io::Cursor::new(bytes), name)
+    };
+    run().with_context(|| name.to_string())
+}
+
+/// Bytes of a file from which its size is read.
+const HEAD: u64 = 64 << 10;
+
+/// Most bytes of a picture's file that begins like this, and what it is: twice its pixels at 16 bits a channel, and as much beside
+/// them as cameras and editors write.
+fn most(head: &[u8], name: &str) -> (u64, String) {
+    const BESIDE: u64 = 32 << 20;
+    let (format, word) = format(name).unwrap_or(FORMATS[0]);
+    let reader = ImageReader::with_format(std::io::Cursor::new(head), format).with_guessed_format();
+    match reader.ok().and_then(|r| r.into_dimensions().ok()) {
+        Some((w, h)) => {
+            let pixels = u64::from(w) * u64::from(h);
+            (pixels.saturating_mul(16).saturating_add(BESIDE), format!("a {word} file of {w}x{h}"))
+        }
+        None => (2 * BESIDE, format!("a {word} file whose size does not stand at its beginning")),
+    }
 }
 
 /// An image turned as its EXIF entry says. An opaque alpha channel is dropped, another refused. The content decides the format,

@@ -1,12 +1,11 @@
 //! Named arrays whose rows are read where they are needed: a safetensors file or a `.npz`, mapped into memory. Nothing but
 //! the rows that are asked for is copied, so a file may be larger than memory. (Members of a compressed `.npz` cannot be
-//! mapped and are unpacked when it is opened.)
+//! mapped and are unpacked when it is opened, large ones into a temporary file.)
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use memmap2::Mmap;
+use bytes::Bytes;
 
 use super::npy;
 use crate::error::{Context, Error, Result};
@@ -16,7 +15,7 @@ use crate::tensor::{DType, HostTensor, checked_len};
 #[derive(Debug, Clone)]
 pub struct RowFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    map: Bytes,
     arrays: Vec<Array>,
 }
 
@@ -43,16 +42,14 @@ impl RowFile {
             if path.is_dir() {
                 return Err(Error::usage("is a folder, expected a .safetensors, .npz or .npy file"));
             }
-            let file = std::fs::File::open(path)?;
-            // SAFETY: a file that is cut short while it is mapped ends the process (SIGBUS), as for any mapped model.
-            let map = unsafe { Mmap::map(&file)? };
+            let map = crate::files::map(path)?;
             let arrays = match extension.as_str() {
                 "safetensors" => safetensors(&map)?,
-                "npz" => npz(&file, &map)?,
+                "npz" => npy::read_npz(path)?.into_iter().map(|(name, tensor)| held(name, tensor)).collect(),
                 "npy" => vec![array(String::new(), &map, 0)?],
                 _ => return Err(Error::usage("expected a .safetensors, .npz or .npy file")),
             };
-            Ok(Self { path: path.to_owned(), map: Arc::new(map), arrays })
+            Ok(Self { path: path.to_owned(), map, arrays })
         };
         run().with_context(|| path.display().to_string())
     }
@@ -121,24 +118,6 @@ fn safetensors(map: &[u8]) -> Result<Vec<Array>> {
         arrays.push(Array { name, dtype, shape: info.shape.clone(), data: Data::Mapped(range) });
     }
     arrays.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(arrays)
-}
-
-fn npz(file: &std::fs::File, map: &[u8]) -> Result<Vec<Array>> {
-    let bad = |e: zip::result::ZipError| Error::io(format!("not a .npz archive: {e}"));
-    let mut archive = zip::ZipArchive::new(std::io::BufReader::new(file)).map_err(bad)?;
-    let mut arrays = Vec::new();
-    for k in 0..archive.len() {
-        let member = archive.by_index(k).map_err(bad)?;
-        let Some(name) = member.name().strip_suffix(".npy").map(str::to_owned) else { continue };
-        let stored = member.compression() == zip::CompressionMethod::Stored;
-        let (start, size) = (member.data_start() as usize, member.size() as usize);
-        let one = match map.get(start..start.saturating_add(size)) {
-            Some(bytes) if stored => array(name.clone(), bytes, start),
-            _ => npy::read_from(member).map(|t| held(name.clone(), t)),
-        };
-        arrays.push(one.with_context(|| format!("array `{name}`"))?);
-    }
     Ok(arrays)
 }
 

@@ -30,9 +30,10 @@ pub fn write(path: &Path, rows: ArrayView2<'_, f32>, classes: Option<&[usize]>) 
 /// out. Errors name the row and column of what is no number.
 pub fn read(path: &Path) -> Result<Array2<f32>> {
     let run = || -> Result<Array2<f32>> {
-        let mut reader = csv::ReaderBuilder::new().has_headers(false).trim(csv::Trim::All).from_path(path);
+        let mut reader =
+            csv::ReaderBuilder::new().has_headers(false).trim(csv::Trim::All).from_reader(crate::files::open(path)?);
         let (mut values, mut width, mut rows, mut left_out) = (Vec::new(), None, 0, None);
-        for (line, record) in reader.as_mut().map_err(|e| Error::io(e.to_string()))?.records().enumerate() {
+        for (line, record) in reader.records().enumerate() {
             let record = record.map_err(|e| Error::io(e.to_string()))?;
             if line == 0 && record.iter().any(|cell| cell.parse::<f32>().is_err()) {
                 left_out = record.iter().position(|cell| cell == CLASS);

@@ -10,6 +10,16 @@ const QUALITY: u8 = 86;
 /// Most bytes of an animation or of a piece of sound that goes in.
 const LARGEST: usize = 3 << 20;
 
+/// Most pixels of a sheet that is looked into.
+const PIXELS: u64 = 1 << 26;
+
+/// The picture in a PNG; none where it is none, or one of more pixels than a sheet has.
+fn sheet(png: &[u8]) -> Option<image::DynamicImage> {
+    let reader = || image::ImageReader::with_format(std::io::Cursor::new(png), image::ImageFormat::Png);
+    let (width, height) = reader().into_dimensions().ok()?;
+    (u64::from(width) * u64::from(height) <= PIXELS).then(|| reader().decode().ok()).flatten()
+}
+
 fn address(kind: &str, bytes: &[u8]) -> String {
     format!("data:{kind};base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
 }
@@ -25,7 +35,7 @@ pub fn data(png: &[u8], width: u32) -> Option<String> {
     if png.len() <= SMALL {
         return Some(address("image/png", png));
     }
-    let mut sheet = image::load_from_memory_with_format(png, image::ImageFormat::Png).ok()?;
+    let mut sheet = sheet(png)?;
     if sheet.width() > width {
         let height = (u64::from(sheet.height()) * u64::from(width) / u64::from(sheet.width())).max(1) as u32;
         sheet = sheet.resize_exact(width, height, FilterType::Triangle);
@@ -38,7 +48,7 @@ pub fn data(png: &[u8], width: u32) -> Option<String> {
 
 /// The first `rows` of a sheet that is about square, as PNG: enough to see what a distribution looks like.
 pub fn top(png: &[u8], share: f64) -> Option<Vec<u8>> {
-    let sheet = image::load_from_memory_with_format(png, image::ImageFormat::Png).ok()?;
+    let sheet = sheet(png)?;
     let height = ((f64::from(sheet.height()) * share).round() as u32).clamp(1, sheet.height());
     let mut out = std::io::Cursor::new(Vec::new());
     sheet.crop_imm(0, 0, sheet.width(), height).write_to(&mut out, image::ImageFormat::Png).ok()?;

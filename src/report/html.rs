@@ -6,7 +6,7 @@ use super::run::Run;
 use super::text::{esc, plain};
 use super::{curves, gallery, tables};
 use crate::error::Result;
-use crate::eval::in_loop::{self, InLoopPoint};
+use crate::eval::in_loop::InLoopPoint;
 
 /// Writes `report.html` into a run directory from what lies in it, finished or not, and returns its path.
 pub fn write(run_dir: &Path) -> Result<PathBuf> {
@@ -21,7 +21,7 @@ pub fn write_beside(run_dir: &Path, baselines: &[PathBuf]) -> Result<PathBuf> {
         let other = Run::read(folder)?;
         let nodes = other.nodes.len().saturating_sub(1);
         let kind = if nodes > 0 { format!("{nodes} nodes") } else { "without trajectory".to_string() };
-        others.push((format!("{}, {kind}", name_of(folder)), in_loop::read(&folder.join(in_loop::FILE))));
+        others.push((format!("{}, {kind}", name_of(folder)), other.points));
     }
     let path = run_dir.join("report.html");
     crate::files::write_atomic(&path, page(&run, &others).as_bytes())?;
@@ -203,6 +203,48 @@ mod tests {
                 && text.contains("<b>1</b><small>teacher 35</small>")
         );
         assert!(text.contains("disback distill TEACHER.onnx --config "));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_pipes_and_files_without_end_are_refused() {
+        use std::os::unix::fs::symlink;
+        let outside = tempfile::tempdir().unwrap();
+        let secret = outside.path().join("secret.png");
+        std::fs::write(&secret, encode_png(&[9; 64], [1, 8, 8]).unwrap()).unwrap();
+        for (name, target, says) in [
+            ("samples/student-node-002.png", secret.as_path(), "symbolic link"),
+            ("summary.json", secret.as_path(), "symbolic link"),
+            ("config.toml", Path::new("/dev/zero"), "symbolic link"),
+            ("levels.jsonl", Path::new("nowhere"), "symbolic link"),
+        ] {
+            let dir = run_dir();
+            let _ = std::fs::remove_file(dir.path().join(name));
+            symlink(target, dir.path().join(name)).unwrap();
+            let e = write(dir.path()).unwrap_err().to_string();
+            assert!(e.contains(says) && e.contains(name) && e.contains("the run's own folder"), "{e}");
+            assert!(!dir.path().join("report.html").exists());
+        }
+        let dir = run_dir();
+        std::fs::rename(dir.path().join("samples"), outside.path().join("samples")).unwrap();
+        symlink(outside.path().join("samples"), dir.path().join("samples")).unwrap();
+        assert!(write(dir.path()).unwrap_err().to_string().contains("samples: is a symbolic link"));
+        for (name, refused) in [("warnings.jsonl", true), ("samples/teacher.png", false), ("student.onnx", false)] {
+            let dir = run_dir();
+            let path = dir.path().join(name);
+            let _ = std::fs::remove_file(&path);
+            let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+            // SAFETY: a C string that lives as long as the call.
+            assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+            assert_eq!(write(dir.path()).is_err(), refused, "{}", path.display());
+        }
+        // Sparse: nothing of it is read.
+        for name in ["metrics.jsonl", "bench.json", "config.toml"] {
+            let dir = run_dir();
+            std::fs::File::create(dir.path().join(name)).unwrap().set_len(8 << 30).unwrap();
+            let e = write(dir.path()).unwrap_err().to_string();
+            assert!(e.contains("8589934592 bytes") && e.contains(name), "{e}");
+        }
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! What a run directory holds, read as it lies there: a run may be unfinished, killed, or of an older version.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::eval::in_loop::{self, InLoopPoint};
+use crate::files;
 
 /// One recorded node of the trajectory.
 pub struct Node {
@@ -38,13 +40,57 @@ pub struct Run {
     pub student_hash: Option<String>,
 }
 
-/// Lines that are JSON objects.
-fn objects(text: &str) -> Vec<Value> {
-    text.lines().filter_map(|l| serde_json::from_str(l).ok()).filter(Value::is_object).collect()
+/// A file of the run, where it is there.
+///
+/// Errors: it is a link or no regular file, or too large to be what a run writes: a report shows what lies in the run's own folder.
+fn part(folder: &Path, name: &str, most: u64) -> Result<Option<Vec<u8>>> {
+    match files::read_inside(folder, name, most) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(e) => Err(refused(e.to_string(), &folder.join(name))),
+    }
 }
 
-fn json(path: &Path) -> Option<Value> {
-    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+fn refused(why: String, path: &Path) -> Error {
+    Error::usage(why)
+        .context(path.display().to_string())
+        .hint("a report shows what lies in the run's own folder: put the file itself there, or take it away")
+}
+
+/// Lines that are JSON objects.
+fn objects(folder: &Path, name: &str) -> Result<Option<Vec<Value>>> {
+    // (Its size is looked at first; then no more than a line is held beside the rows.)
+    let shown = |e: std::io::Error| refused(e.to_string(), &folder.join(name));
+    let file = match files::open_inside(folder, name) {
+        Ok(file) => file,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(shown(e)),
+    };
+    let size = file.metadata().map_err(shown)?.len();
+    if size > files::LINES {
+        let most = files::LINES;
+        return Err(refused(format!("has {size} bytes; rows of at most {most} are shown"), &folder.join(name)));
+    }
+    let mut found = Vec::new();
+    files::for_lines(file, |l, _| found.extend(serde_json::from_str(l).ok().filter(Value::is_object)))
+        .map_err(shown)?;
+    Ok(Some(found))
+}
+
+fn json(folder: &Path, name: &str) -> Result<Option<Value>> {
+    Ok(part(folder, name, files::JSON)?.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+}
+
+/// Refuses pictures and sounds of `samples/` that are links: what they point to would end up in the page.
+fn refuse_linked_samples(folder: &Path) -> Result<()> {
+    let samples = folder.join("samples");
+    let linked = |path: &Path| path.symlink_metadata().is_ok_and(|m| m.is_symlink());
+    let inside = std::fs::read_dir(&samples).into_iter().flatten().flatten().map(|e| e.path());
+    let shown = inside.filter(|p| p.extension().is_some_and(|e| e == "png" || e == "wav"));
+    match std::iter::once(samples.clone()).chain(shown).find(|p| linked(p)) {
+        Some(path) => Err(refused("is a symbolic link".into(), &path)),
+        None => Ok(()),
+    }
 }
 
 impl Run {
@@ -52,15 +98,15 @@ impl Run {
         if !folder.is_dir() {
             return Err(Error::io("no such folder").context(folder.display().to_string()));
         }
-        let text = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
-        let (config, metrics) = (text("config.toml"), text("metrics.jsonl"));
+        refuse_linked_samples(folder)?;
+        let config = part(folder, "config.toml", files::SETTINGS)?.and_then(|bytes| String::from_utf8(bytes).ok());
+        let metrics = objects(folder, "metrics.jsonl")?;
         if config.is_none() && metrics.is_none() {
             return Err(Error::usage("not a run directory: it holds neither config.toml nor metrics.jsonl"))
                 .context(folder.display().to_string());
         }
-        let metrics = metrics.unwrap_or_default();
-        let rows = objects(&metrics);
-        let trajectory = json(&folder.join("trajectory/trajectory.json"));
+        let trajectory = json(folder, "trajectory/trajectory.json")?;
+        let points = objects(folder, in_loop::FILE)?.unwrap_or_default();
         let list = trajectory.as_ref().and_then(|t| t["nodes"].as_array()).cloned().unwrap_or_default();
         let nodes = list.iter().enumerate().map(|(k, n)| Node {
             index: n["index"].as_u64().map_or(k, |i| i as usize),
@@ -72,13 +118,13 @@ impl Run {
             nodes: nodes.collect(),
             teacher_hash: trajectory.as_ref().and_then(|t| t["teacher_hash"].as_str()).map(str::to_string),
             config,
-            metrics: rows,
-            summary: json(&folder.join("summary.json")),
-            evaluation: json(&folder.join(crate::eval::sweep::FILE)),
-            bench: json(&folder.join("bench.json")),
-            points: in_loop::read(&folder.join(in_loop::FILE)),
-            warnings: objects(&text("warnings.jsonl").unwrap_or_default()),
-            levels: objects(&text("levels.jsonl").unwrap_or_default()),
+            metrics: metrics.unwrap_or_default(),
+            summary: json(folder, "summary.json")?,
+            evaluation: json(folder, crate::eval::sweep::FILE)?,
+            bench: json(folder, "bench.json")?,
+            points: points.into_iter().filter_map(|row| serde_json::from_value(row).ok()).collect(),
+            warnings: objects(folder, "warnings.jsonl")?.unwrap_or_default(),
+            levels: objects(folder, "levels.jsonl")?.unwrap_or_default(),
             student_hash: crate::eval::sweep::hash_file(&folder.join("student.onnx")).ok(),
             folder: folder.to_path_buf(),
         })
@@ -110,9 +156,8 @@ impl Run {
 
     /// A PNG of `samples/`, where it is there.
     pub fn sample(&self, name: &str) -> Option<Vec<u8>> {
-        let path = self.folder.join("samples").join(name);
-        let bytes = std::fs::read(path).ok()?;
-        (bytes.starts_with(b"\x89PNG") && bytes.len() < 32 << 20).then_some(bytes)
+        let bytes = files::read_inside(&self.folder, &format!("samples/{name}"), files::PICTURE).ok()?;
+        bytes.starts_with(b"\x89PNG").then_some(bytes)
     }
 
     /// Whether samples are no images, so that students' pictures have the teacher's samples beneath them.
@@ -122,7 +167,7 @@ impl Run {
 
     /// A .wav of `samples/`, where it is there.
     pub fn sound(&self, name: &str) -> Option<Vec<u8>> {
-        let bytes = std::fs::read(self.folder.join("samples").join(name)).ok()?;
+        let bytes = files::read_inside(&self.folder, &format!("samples/{name}"), files::PICTURE).ok()?;
         bytes.starts_with(b"RIFF").then_some(bytes)
     }
 

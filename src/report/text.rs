@@ -4,7 +4,7 @@ use serde_json::Value;
 
 /// Text between tags or in an attribute.
 pub fn esc(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    crate::shown::lines(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// Four significant digits, whole numbers whole.

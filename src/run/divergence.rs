@@ -34,8 +34,7 @@ pub struct Warning {
 
 /// Reads the warnings of a run.
 pub fn read(run: &Path) -> Vec<Warning> {
-    let text = std::fs::read_to_string(run.join(FILE)).unwrap_or_default();
-    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+    crate::files::rows(&run.join(FILE)).unwrap_or_default()
 }
 
 /// One number over the rows of a stage.
@@ -201,8 +200,7 @@ impl Watch {
         use std::io::Write;
         let warning = Warning { stage: self.stage, iteration, text };
         let text = line(&warning)?;
-        let append =
-            || std::fs::OpenOptions::new().create(true).append(true).open(&self.path)?.write_all(text.as_bytes());
+        let append = || crate::files::append(&self.path)?.write_all(text.as_bytes());
         append().with_context(|| self.path.display().to_string())?;
         self.fresh.push(format!("{}, iteration {iteration}: {}", warning.stage.name(), warning.text));
         self.warnings.push(warning);

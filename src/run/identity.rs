@@ -102,7 +102,7 @@ impl Identity {
     /// That of a run that is there; `None`: an earlier version began it, or there is none.
     pub fn read(run: &RunDir) -> Result<Option<Self>> {
         let path = place(run);
-        let text = match std::fs::read(&path) {
+        let text = match crate::files::read(&path, crate::files::JSON) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.with_context(|| path.display().to_string())?,
         };
@@ -207,7 +207,7 @@ pub fn content(path: &Path) -> Result<String> {
         }
     } else if zip {
         let open = || -> std::io::Result<zip::ZipArchive<std::io::BufReader<std::fs::File>>> {
-            zip::ZipArchive::new(std::io::BufReader::new(std::fs::File::open(path)?)).map_err(std::io::Error::other)
+            zip::ZipArchive::new(std::io::BufReader::new(crate::files::open(path)?)).map_err(std::io::Error::other)
         };
         let mut archive = open().with_context(|| path.display().to_string())?;
         for k in 0..archive.len() {
@@ -233,7 +233,7 @@ fn list(root: &Path, folder: &Path, seen: &mut HashSet<PathBuf>, all: &mut Vec<(
         let found = std::fs::metadata(&path).with_context(|| path.display().to_string())?;
         if found.is_dir() {
             list(root, &path, seen, all)?;
-        } else {
+        } else if found.is_file() {
             all.push((path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned(), found.len()));
         }
     }
@@ -242,7 +242,7 @@ fn list(root: &Path, folder: &Path, seen: &mut HashSet<PathBuf>, all: &mut Vec<(
 
 fn add(sha: &mut Sha256, path: &Path) -> Result<()> {
     let mut read = || -> std::io::Result<()> {
-        let mut file = std::fs::File::open(path)?;
+        let mut file = crate::files::open(path)?;
         let mut part = vec![0; 1 << 20];
         loop {
             match file.read(&mut part)? {

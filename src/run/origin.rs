@@ -15,6 +15,7 @@ use crate::run::student_file::StudentFile;
 use crate::run::teacher::Teacher;
 use crate::runtime::student::{self as sampling, SampleRequest};
 use crate::runtime::{Dim, EngineKind, EngineOptions};
+use crate::shown::tell;
 use crate::torch::ParamSet;
 
 /// The teacher, and the student's own network where it has one.
@@ -131,7 +132,7 @@ impl StudentOrigin<'_> {
     fn shipped(&self, params: &ParamSet, config: &Config, shown: &Path) -> Result<ModelProto> {
         let made = self.model(params, config, &self.options(config))?;
         let (made, report) = export::ship(made, &ShipOptions::default())?;
-        report.warnings.iter().for_each(|w| eprintln!("warning: {}: {w}", shown.display()));
+        report.warnings.iter().for_each(|w| tell!("warning: {}: {w}", shown.display()));
         Ok(made)
     }
 

@@ -78,7 +78,7 @@ impl Sheets {
             guidance: config.target_guidance()?,
             batch: config.batch,
             events: EventWriter::append(run.path())?,
-            teacher_spread: std::fs::read_to_string(run.samples().join(SPREAD))
+            teacher_spread: crate::files::read_text(&run.samples().join(SPREAD), crate::files::LINE)
                 .ok()
                 .and_then(|t| t.trim().parse().ok()),
             iteration: 0,

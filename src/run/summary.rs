@@ -28,7 +28,9 @@ pub(super) fn write_summary(
 ) -> Result<u64> {
     let teacher = &request.teacher;
     let path = run.summary();
-    let old = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
+    let old = crate::files::read_inside(run.path(), "summary.json", crate::files::JSON)
+        .ok()
+        .and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     let mut summary = old.filter(Value::is_object).unwrap_or_else(|| json!({}));
     let rows = metrics::read(&run.metrics())?;
     let last = |stage: &str| rows.iter().rev().find(|r| r.stage.name() == stage);

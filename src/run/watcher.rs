@@ -234,7 +234,7 @@ impl<'a> Watcher<'a> {
 
     fn snapshot(&self, step: &Step, networks: &Running) -> Result<()> {
         let folder = self.run.snapshots();
-        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        crate::files::make_inside(self.run.path(), "snapshots").with_context(|| folder.display().to_string())?;
         let mut kept = vec![("average".to_string(), networks.average), ("student".to_string(), networks.student)];
         kept.extend(networks.others.iter().map(|(half_life, s)| (format!("average-{half_life}"), *s)));
         for (kind, student) in kept {
@@ -285,21 +285,20 @@ impl<'a> Watcher<'a> {
             }
         }
         let path = self.run.levels();
-        let append = || -> std::io::Result<()> {
-            writeln!(std::fs::OpenOptions::new().create(true).append(true).open(&path)?, "{row}")
-        };
+        let append = || -> std::io::Result<()> { writeln!(crate::files::append(&path)?, "{row}") };
         append().with_context(|| path.display().to_string())
     }
 
     /// Drops lines of levels.jsonl that the stage will write again.
     fn forget_levels(&self, begin: &Begin) -> Result<()> {
         let path = self.run.levels();
-        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+        if !path.exists() {
+            return Ok(());
+        }
         let old =
             |row: &Value| row["stage"] == json!(begin.stage) && row["iteration"].as_u64() <= Some(begin.iteration);
-        let keep = |line: &&str| serde_json::from_str(line).is_ok_and(|row: Value| old(&row));
-        let kept: String = text.lines().filter(keep).flat_map(|l| [l, "\n"]).collect();
-        if kept == text { Ok(()) } else { crate::files::write_atomic(&path, kept.as_bytes()) }
+        let keep = |line: &str| serde_json::from_str(line).is_ok_and(|row: Value| old(&row));
+        crate::files::keep_lines(&path, keep).with_context(|| path.display().to_string())
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod cast_transpose;
 pub mod decoder;
+mod external;
 pub mod foresight;
 #[cfg(feature = "ort")]
 pub mod ort;
@@ -140,7 +141,11 @@ pub fn open(model: &Path, options: &EngineOptions) -> Result<Box<dyn Engine>> {
     if !model.is_file() {
         return Err(Error::io(format!("{}: no such file", model.display())));
     }
-    open_source(Source::File(model), options).with_context(|| model.display().to_string())
+    let open = || {
+        external::refuse_pipes(model)?;
+        open_source(Source::File(model), options)
+    };
+    open().with_context(|| model.display().to_string())
 }
 
 /// Opens a serialised `ModelProto`. `folder` is where its external data lies, if it has any.

@@ -278,7 +278,7 @@ pub struct Student {
 impl Student {
     /// Opens a student file.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self> {
-        let read = || StudentInfo::from_model(&decode(&std::fs::read(path)?)?);
+        let read = || StudentInfo::from_model(&decode(&crate::files::map(path)?)?);
         let info = read().with_context(|| path.display().to_string())?;
         Ok(Self { engine: open(path, options)?, info, foresight: Foresight::default() })
     }

@@ -112,3 +112,36 @@ fn tracts_version_is_the_one_built_in() {
     let manifest = include_str!("../../Cargo.toml");
     assert!(manifest.contains(&format!("tract-onnx = {{ version = \"={}\"", tract::VERSION)));
 }
+
+#[cfg(unix)]
+#[test]
+fn pipes_in_place_of_files_are_refused_by_every_engine() {
+    use crate::onnx::{GraphProto, ModelProto, StringStringEntryProto, TensorProto};
+    use prost::Message;
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("weights");
+    let name = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
+    // SAFETY: a C string that lives as long as the call.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let location = StringStringEntryProto { key: Some("location".into()), value: Some("weights".into()) };
+    let tensor = TensorProto {
+        name: Some("w".into()),
+        dims: vec![1],
+        data_type: Some(1),
+        data_location: Some(1),
+        external_data: vec![location],
+        ..Default::default()
+    };
+    let model = ModelProto {
+        graph: Some(GraphProto { initializer: vec![tensor], ..Default::default() }),
+        ..Default::default()
+    };
+    let path = dir.path().join("m.onnx");
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    for kind in engines() {
+        for path in [&path, &fifo] {
+            let e = open(path, &options(kind)).map(|_| ()).unwrap_err().to_string();
+            assert!(e.contains("weights") && (e.contains("a pipe") || e.contains("no such file")), "{e}");
+        }
+    }
+}

@@ -44,8 +44,8 @@ impl TractEngine {
         let read;
         let (bytes, folder) = match source {
             Source::File(path) => {
-                read = std::fs::read(path)?;
-                (read.as_slice(), path.parent())
+                read = crate::files::map(path)?;
+                (&read[..], path.parent())
             }
             Source::Bytes { bytes, folder } => (bytes, folder),
         };

@@ -278,6 +278,26 @@ async fn answered(
     Ok(answer(StatusCode::OK, kind, held.keep(bytes)))
 }
 
+/// For the fuzz target of requests: what one of this query, Accept header and body asks for (images, bytes that it holds), or the status
+/// of the answer. `most`: bytes of a body, images of a request.
+#[cfg(fuzzing)]
+pub fn read_request(
+    info: &StudentInfo,
+    most: (usize, usize),
+    query: &str,
+    accept: &str,
+    body: &Bytes,
+) -> std::result::Result<(usize, u64), u16> {
+    let bad = StatusCode::BAD_REQUEST.as_u16();
+    let uri = format!("/sample?{query}").parse().map_err(|_| bad)?;
+    let Query(wanted) = Query::<Wanted>::try_from_uri(&uri).map_err(|_| bad)?;
+    let mut headers = HeaderMap::new();
+    headers.insert(header::ACCEPT, accept.parse().map_err(|_| bad)?);
+    let most = Most { images: most.1, body: most.0 };
+    let ask = ask::read(info, most, &headers, &wanted, body).map_err(|answer| answer.status().as_u16())?;
+    Ok((ask.count, ask.bytes(info)))
+}
+
 /// The body, where it is not too long, comes in time and has room, with the bytes that it holds.
 async fn received(s: &Service, headers: &HeaderMap, body: Body) -> std::result::Result<(Bytes, Held), Response> {
     let limit = s.options.body;

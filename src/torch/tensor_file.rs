@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 /// A file of tensors, of which one is read at a time.
 pub struct TensorFile {
     path: PathBuf,
-    map: memmap2::Mmap,
+    map: bytes::Bytes,
     tensors: HashMap<String, Entry>,
 }
 
@@ -33,12 +33,7 @@ impl std::fmt::Debug for TensorFile {
 impl TensorFile {
     /// Opens and checks the file's header.
     pub fn open(path: &Path) -> Result<Self> {
-        let open = || -> std::io::Result<memmap2::Mmap> {
-            let file = std::fs::File::open(path)?;
-            // SAFETY: files of a run are replaced as a whole (renamed), never changed in place.
-            unsafe { memmap2::Mmap::map(&file) }
-        };
-        let map = open().with_context(|| path.display().to_string())?;
+        let map = crate::files::map(path).with_context(|| path.display().to_string())?;
         let bad = |e: safetensors::SafeTensorError| {
             let hint = match path.extension().is_some_and(|e| e == "onnx") {
                 true => "weights are .safetensors files: a run's student.safetensors or a node of its trajectory",

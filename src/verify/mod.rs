@@ -121,7 +121,7 @@ pub fn verify(
     targets: &[Target],
     reference: Option<&Reproduce>,
 ) -> Result<Verification> {
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let bytes = crate::files::map(path).with_context(|| path.display().to_string())?;
     let model = decode(&bytes).with_context(|| path.display().to_string())?;
     let info = StudentInfo::from_model(&model).with_context(|| path.display().to_string())?;
     if options.images == 0 {

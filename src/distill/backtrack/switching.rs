@@ -29,7 +29,7 @@ pub(super) fn next_target(
             Ok((target != state.target).then_some(target))
         }
         Switch::Mismatch => {
-            let spent = update - state.target_since;
+            let spent = update.saturating_sub(state.target_since);
             if state.target == 0 || spent == 0 || !spent.is_multiple_of(settings.switch_every) {
                 return Ok(None);
             }

@@ -207,7 +207,7 @@ fn taken(dir: &Path) -> Result<RunDir> {
 }
 
 fn read<T: serde::de::DeserializeOwned>(file: &Path) -> Result<T> {
-    let bytes = std::fs::read(file).with_context(|| file.display().to_string())?;
+    let bytes = crate::files::read(file, crate::files::JSON).with_context(|| file.display().to_string())?;
     serde_json::from_slice(&bytes)
         .map_err(|e| Error::io(format!("not what a comparison writes: {e}")))
         .with_context(|| file.display().to_string())

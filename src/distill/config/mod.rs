@@ -171,7 +171,8 @@ impl Config {
         let mut table = match file {
             None => Table::new(),
             Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+                let text = crate::files::read_text(path, crate::files::SETTINGS)
+                    .with_context(|| path.display().to_string())?;
                 let table: Table = toml::from_str(&text)
                     .map_err(|e| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))
                     .with_context(|| path.display().to_string())?;

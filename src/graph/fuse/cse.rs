@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::graph::attributes::Attribute;
 use crate::graph::fuse::{Report, Rewrite};
@@ -23,18 +24,23 @@ pub(super) fn merge(graph: &mut Graph, trained: &HashSet<ValueId>, report: &mut 
             alias.insert(v, first);
         }
     }
-    let mut calls: HashMap<String, usize> = HashMap::new();
+    // By a hash of their keys, which of a large graph take more memory than the graph: keys are compared where hashes are equal.
+    let mut calls: HashMap<u64, usize> = HashMap::new();
     let mut gone: HashSet<usize> = HashSet::new();
     for i in 0..graph.nodes.len() {
         for v in graph.nodes[i].inputs.iter_mut().flatten() {
             *v = alias.get(v).copied().unwrap_or(*v);
         }
         let node = &graph.nodes[i];
-        let Some(key) = key(node) else { continue };
+        let Some(key_of) = key(node) else { continue };
         if node.outputs.iter().flatten().any(|v| outputs.contains(v)) {
             continue;
         }
-        match calls.get(&key) {
+        let mut hasher = DefaultHasher::new();
+        key_of.hash(&mut hasher);
+        let hash = hasher.finish();
+        match calls.get(&hash) {
+            Some(&first) if key(&graph.nodes[first]).as_ref() != Some(&key_of) => {}
             Some(&first) if graph.nodes[first].outputs.len() >= node.outputs.len() => {
                 let pairs: Vec<_> = node.outputs.iter().zip(&graph.nodes[first].outputs).collect();
                 // An output that only this call asks for keeps it.
@@ -46,7 +52,7 @@ pub(super) fn merge(graph: &mut Graph, trained: &HashSet<ValueId>, report: &mut 
                 gone.insert(i);
             }
             _ => {
-                calls.insert(key, i);
+                calls.insert(hash, i);
             }
         }
     }

@@ -104,6 +104,11 @@ fn leading_to_inverse(graph: &Graph, p: &[i64]) -> HashSet<ValueId> {
 /// Computes movable nodes on what stands before their transposed operands, and transposes the result.
 fn sink(graph: &mut Graph) {
     let perms: HashSet<Vec<i64>> = graph.nodes.iter().filter_map(perm).collect();
+    // Networks transpose in a handful of ways; the graph is gone through once for each.
+    const MOST_WAYS: usize = 64;
+    if perms.len() > MOST_WAYS {
+        return;
+    }
     let wanted: HashMap<Vec<i64>, HashSet<ValueId>> =
         perms.into_iter().map(|p| (p.clone(), leading_to_inverse(graph, &p))).collect();
     let numbers: HashSet<ValueId> =

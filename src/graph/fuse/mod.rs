@@ -21,7 +21,7 @@ mod rule;
 mod transposes;
 mod view;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::error::Result;
 use crate::graph::ir::{Graph, ValueId};
@@ -151,8 +151,16 @@ pub fn fuse(graph: &mut Graph, trained: &HashSet<ValueId>) -> Report {
         }
     }
     // A node may have become something else than what it nearly was.
-    let missed = |m: &NearMiss| graph.nodes.iter().any(|n| n.name == m.node && !m.pattern.contains(n.op.as_str()));
-    report.near_misses.retain(missed);
+    let mut now: HashMap<&str, Vec<&str>> = report.near_misses.iter().map(|m| (m.node.as_str(), Vec::new())).collect();
+    for n in &graph.nodes {
+        if let Some(ops) = now.get_mut(n.name.as_str()) {
+            ops.push(&n.op);
+        }
+    }
+    let missed = |m: &NearMiss| now[m.node.as_str()].iter().any(|op| !m.pattern.contains(op));
+    let still: Vec<bool> = report.near_misses.iter().map(missed).collect();
+    let mut still = still.into_iter();
+    report.near_misses.retain(|_| still.next().unwrap_or(false));
     report.near_misses.sort_by(|a, b| (&a.node, a.pattern).cmp(&(&b.node, b.pattern)));
     report.near_misses.dedup_by(|a, b| a.node == b.node && a.pattern == b.pattern);
     report

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use crate::graph::fuse::view::View;
-use crate::graph::ir::ValueId;
+use crate::graph::ir::{Node, ValueId};
 
 /// See the module's text.
 #[derive(Debug, Clone)]
@@ -36,6 +36,16 @@ pub(super) struct Call {
     name: Option<&'static str>,
     /// The first inputs; what follows (axes) is for the rule to look at.
     inputs: Vec<Pattern>,
+}
+
+impl Call {
+    /// Whether the node is a call of this operator.
+    fn is(&self, node: &Node) -> bool {
+        match self.op.strip_prefix("disback.") {
+            Some(op) => node.domain == "disback" && node.op == op,
+            None => node.is(self.op),
+        }
+    }
 }
 
 pub(super) fn value(name: &'static str) -> Pattern {
@@ -116,9 +126,20 @@ struct Matcher<'v, 'a> {
 
 /// Matches the call at node `root`.
 pub(super) fn find(view: &View, pattern: &Pattern, root: usize) -> Result<Captures, Furthest> {
-    let Some(out) = view.node(root).output(0) else { return Err(Furthest::default()) };
+    let Some(out) = view.node(root).output(0).filter(|_| begins(pattern, view.node(root))) else {
+        return Err(Furthest::default());
+    };
     let mut m = Matcher { view, furthest: Furthest::default() };
     m.solve(vec![(pattern, Some(out))], Captures::default()).ok_or(m.furthest)
+}
+
+/// Whether a match may end at this node, by its operator: most nodes of a graph are none of a pattern's.
+fn begins(pattern: &Pattern, node: &Node) -> bool {
+    match pattern {
+        Pattern::Call(call) => call.is(node),
+        Pattern::Either(choices) => choices.iter().any(|p| begins(p, node)),
+        _ => true,
+    }
 }
 
 fn commutes(op: &str) -> bool {
@@ -183,14 +204,7 @@ impl Matcher<'_, '_> {
 
     fn call<'p>(&mut self, call: &'p Call, v: ValueId, goals: Goals<'p>, mut found: Captures) -> Option<Captures> {
         let maker = self.view.maker(v).filter(|&i| self.view.node(i).output(0) == Some(v));
-        let fits = |i: usize| {
-            let node = self.view.node(i);
-            match call.op.strip_prefix("disback.") {
-                Some(op) => node.domain == "disback" && node.op == op,
-                None => node.is(call.op),
-            }
-        };
-        let Some(i) = maker.filter(|&i| fits(i)) else {
+        let Some(i) = maker.filter(|&i| call.is(self.view.node(i))) else {
             self.fail(&found, false, || match maker {
                 Some(i) => format!("{} does not fit", self.view.node(i).label()),
                 None => format!("value `{}` does not fit", self.view.name(v)),

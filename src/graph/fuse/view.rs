@@ -1,8 +1,8 @@
 //! A graph with its edges and what is known of its values before anything runs.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
-use crate::graph::ir::{Graph, Node, ValueId};
+use crate::graph::ir::{Consumers, Graph, Node, Producers, ValueId};
 use crate::tensor::{DType, HostTensor};
 
 /// A single number that the graph computes from constants, and how exactly its element type holds it.
@@ -16,30 +16,29 @@ pub(super) struct Number {
 /// Read-only access to a graph for matching. A view is made anew after every change.
 pub(super) struct View<'a> {
     pub graph: &'a Graph,
-    pub producers: HashMap<ValueId, usize>,
-    pub consumers: HashMap<ValueId, Vec<(usize, usize)>>,
-    /// Values that follow from shapes and from constants that never change: known on the host.
-    host: HashSet<ValueId>,
-    /// Values that follow from constants and trained tensors alone, without any input.
-    weights: HashSet<ValueId>,
+    pub producers: Producers,
+    pub consumers: Consumers,
+    /// Of each value, whether it follows from shapes and from constants that never change: known on the host.
+    host: Vec<bool>,
+    /// Of each value, whether it follows from constants and trained tensors alone, without any input.
+    weights: Vec<bool>,
     trained: &'a HashSet<ValueId>,
 }
 
 impl<'a> View<'a> {
     pub fn new(graph: &'a Graph, trained: &'a HashSet<ValueId>) -> Self {
-        let mut weights: HashSet<ValueId> = graph.constants.keys().copied().collect();
-        let mut host: HashSet<ValueId> = weights.difference(trained).copied().collect();
+        let mut weights = vec![false; graph.names.len()];
+        let mut host = vec![false; graph.names.len()];
+        for &v in graph.constants.keys() {
+            (weights[v], host[v]) = (true, !trained.contains(&v));
+        }
         for node in &graph.nodes {
-            let reads = |set: &HashSet<ValueId>| {
-                node.captures.is_empty() && node.inputs.iter().flatten().all(|v| set.contains(v))
-            };
+            let reads = |of: &[bool]| node.captures.is_empty() && node.inputs.iter().flatten().all(|v| of[*v]);
             let shape = node.is("Shape") || node.is("Size");
             let (known, weight) = (shape || reads(&host), reads(&weights));
-            if known {
-                host.extend(node.outputs.iter().flatten());
-            }
-            if weight {
-                weights.extend(node.outputs.iter().flatten());
+            for &v in node.outputs.iter().flatten() {
+                host[v] |= known;
+                weights[v] |= weight;
             }
         }
         Self { graph, producers: graph.producers(), consumers: graph.consumers(), host, weights, trained }
@@ -60,12 +59,12 @@ impl<'a> View<'a> {
 
     /// Whether the elements of `v` are known on the host when a plan is specialised.
     pub fn is_host(&self, v: ValueId) -> bool {
-        self.host.contains(&v)
+        self.host.get(v).is_some_and(|known| *known)
     }
 
     /// Whether `v` depends on no graph input: a weight, or a constant, perhaps reshaped.
     pub fn is_weight(&self, v: ValueId) -> bool {
-        self.weights.contains(&v)
+        self.weights.get(v).is_some_and(|known| *known)
     }
 
     /// A constant that no training changes.

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::Role;
 use super::layers::{Flow, leads_to, makes_waves, reads};
 use super::tables;
-use crate::graph::ir::{Graph, Node, Origin, ValueId};
+use crate::graph::ir::{Consumers, Graph, Node, Origin, Producers, ValueId};
 use crate::graph::op_schema::{self, Weight};
 use crate::graph::subgraphs::EITHER;
 use crate::tensor::HostTensor;
@@ -44,8 +44,8 @@ const FUNCTIONS: &[&str] = &[
 /// Goes through the nodes once and gives each constant the role of the slot that reads it.
 pub(super) struct Classifier<'a> {
     graph: &'a Graph,
-    producers: HashMap<ValueId, usize>,
-    consumers: HashMap<ValueId, Vec<(usize, usize)>>,
+    producers: Producers,
+    consumers: Consumers,
     flow: Flow,
     roles: HashMap<ValueId, (Role, &'static str)>,
     /// Values that were given a role already: a second time changes nothing, and chains that fork and join again would be

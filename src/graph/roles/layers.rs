@@ -1,8 +1,8 @@
 //! How the data goes through a graph: what depends on the inputs' elements, and what depends on a layer.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
-use crate::graph::ir::{Graph, Node, ValueId};
+use crate::graph::ir::{Consumers, Graph, Node, Producers, ValueId};
 use crate::graph::op_schema::{self, OpSchema};
 use crate::tensor::HostTensor;
 
@@ -58,12 +58,7 @@ pub fn reads(node: &Node) -> impl Iterator<Item = ValueId> {
 
 /// The outer product of a number with a row of frequencies, on its way to Sin or Cos: written as a product of matrices, but
 /// no layer.
-pub fn makes_waves(
-    graph: &Graph,
-    producers: &HashMap<ValueId, usize>,
-    consumers: &HashMap<ValueId, Vec<(usize, usize)>>,
-    node: &Node,
-) -> bool {
+pub fn makes_waves(graph: &Graph, producers: &Producers, consumers: &Consumers, node: &Node) -> bool {
     let row = |v: ValueId| {
         behind_moves(graph, producers, v)
             .is_some_and(|t| t.len() > 1 && t.shape().iter().max().is_some_and(|&m| m == t.len()))
@@ -73,11 +68,7 @@ pub fn makes_waves(
 }
 
 /// The constant that a value is a rearrangement of.
-pub fn behind_moves<'a>(
-    graph: &'a Graph,
-    producers: &HashMap<ValueId, usize>,
-    mut value: ValueId,
-) -> Option<&'a HostTensor> {
+pub fn behind_moves<'a>(graph: &'a Graph, producers: &Producers, mut value: ValueId) -> Option<&'a HostTensor> {
     for _ in 0..8 {
         if let Some(c) = graph.constants.get(&value) {
             return Some(&c.tensor);
@@ -95,7 +86,7 @@ pub fn behind_moves<'a>(
 /// through those of `through`.
 pub fn leads_to(
     graph: &Graph,
-    consumers: &HashMap<ValueId, Vec<(usize, usize)>>,
+    consumers: &Consumers,
     node: &Node,
     targets: &[&str],
     through: &[&str],

@@ -57,12 +57,15 @@ fn part_merged(graph: &mut Graph, declared: &HashSet<&str>) -> HashMap<ValueId, 
         })
         .map(|(v, c)| (*v, c.clone()))
         .collect();
+    if shared.is_empty() {
+        return rewired;
+    }
     let mut taken: HashSet<String> = graph.names.iter().cloned().collect();
     for (value, constant) in shared {
         let mut copies = 1;
         // Which copy a layer reads, and which one feeds a layer called twice. The first reader keeps the original.
         let mut of_layer: HashMap<String, ValueId> = HashMap::new();
-        for (k, &(node, slot)) in consumers[&value].iter().enumerate() {
+        for (k, &(node, slot)) in consumers.get(&value).unwrap_or_default().iter().enumerate() {
             if node == usize::MAX || slot == usize::MAX {
                 continue;
             }

@@ -35,9 +35,10 @@ impl EventWriter {
         // Names carry the time in seconds; two writers within one second must not share a file.
         let path = (0..)
             .map(|k| folder.join(format!("events.out.tfevents.{seconds:010}.disback.{k}")))
-            .find(|p| !p.exists())
+            .find(|p| p.symlink_metadata().is_err())
             .unwrap_or_else(|| folder.join("events.out.tfevents.disback"));
-        let file = File::create(&path).with_context(|| path.display().to_string())?;
+        // (Never through a link that somebody put there.)
+        let file = File::create_new(&path).with_context(|| path.display().to_string())?;
         let mut writer = Self { out: BufWriter::new(file), path };
         writer.record(&Event { wall_time: now(), file_version: Some("brain.Event:2".into()), ..Event::default() })?;
         writer.flush()?;
@@ -54,13 +55,13 @@ impl EventWriter {
             .collect();
         files.sort();
         let Some(path) = files.pop() else { return Self::create(folder) };
-        let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        let bytes = crate::files::map(&path).with_context(|| path.display().to_string())?;
         let whole = records(&bytes).last().map_or(0, |(end, _)| *end);
         if whole == 0 {
             return Self::create(folder);
         }
         let open = || -> std::io::Result<File> {
-            let file = std::fs::OpenOptions::new().append(true).open(&path)?;
+            let file = crate::files::append(&path)?;
             file.set_len(whole as u64)?;
             Ok(file)
         };
@@ -200,6 +201,27 @@ fn records(bytes: &[u8]) -> Vec<(usize, &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn nothing_is_written_through_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        std::fs::create_dir(&run).unwrap();
+        let victim = dir.path().join("victim");
+        // Names of this second and the next ones, so that one of them would be taken.
+        let seconds = now() as u64;
+        for s in seconds..seconds + 4 {
+            let name = format!("events.out.tfevents.{s:010}.disback.0");
+            std::os::unix::fs::symlink(&victim, run.join(name)).unwrap();
+        }
+        let writer = EventWriter::create(&run).unwrap();
+        assert!(writer.path().to_string_lossy().ends_with(".disback.1") && !victim.exists());
+        std::fs::rename(writer.path(), &victim).unwrap();
+        let before = std::fs::read(&victim).unwrap();
+        assert!(EventWriter::append(&run).is_err());
+        assert_eq!(std::fs::read(&victim).unwrap(), before);
+    }
 
     /// The same events as they were written before the messages were generated: the format must not drift.
     #[test]

@@ -354,13 +354,8 @@ fn fusion_fails(source: Source<'_>, cpu: bool) -> Result<bool> {
     match source {
         Source::Bytes { bytes, .. } => Ok(cast_transpose::in_file(bytes, cpu)),
         Source::File(path) => {
-            let file = std::fs::File::open(path)?;
-            if file.metadata()?.len() == 0 {
-                return Ok(false);
-            }
-            // SAFETY: as for every mapped file, nobody may cut it while it is read here.
-            let map = unsafe { memmap2::Mmap::map(&file) }?;
-            Ok(cast_transpose::in_file(&map, cpu))
+            let map = crate::files::map(path)?;
+            Ok(!map.is_empty() && cast_transpose::in_file(&map, cpu))
         }
     }
 }
@@ -369,8 +364,8 @@ fn declared(source: Source<'_>, library: &Library, options: &EngineOptions) -> R
     let read;
     let bytes = match source {
         Source::File(path) => {
-            read = std::fs::read(path)?;
-            read.as_slice()
+            read = crate::files::map(path)?;
+            &read[..]
         }
         Source::Bytes { bytes, .. } => bytes,
     };

@@ -142,7 +142,7 @@ pub fn check_cache(dir: &Path, stamp: &Stamp) -> Result<()> {
     }
     let shown = dir.display();
     let away = || format!("remove {shown} to build new engines, or give another --cache");
-    let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
+    let text = crate::files::read(&file, crate::files::JSON).with_context(|| file.display().to_string())?;
     let manifest: Manifest = serde_json::from_slice(&text)
         .map_err(|e| Error::io(format!("{}: not a cache list: {e}", file.display())).hint(away()))?;
     if let Some(old) = &manifest.stamp {
@@ -164,7 +164,7 @@ pub fn check_cache(dir: &Path, stamp: &Stamp) -> Result<()> {
     }
     for (name, want) in &manifest.files {
         let path = dir.join(Path::new(name).file_name().unwrap_or_default());
-        let bytes = std::fs::read(&path)
+        let bytes = crate::files::map(&path)
             .map_err(|e| Error::io(format!("the engine cache {shown} lacks {name}: {e}")).hint(away()))?;
         if hash(&bytes) != *want {
             return Err(
@@ -182,7 +182,7 @@ pub fn seal_cache(dir: &Path, stamp: &Stamp) -> Result<()> {
         let name = entry.file_name().to_string_lossy().into_owned();
         // Timing caches change with each build and are checked by TensorRT itself.
         if name.ends_with(".engine") {
-            manifest.files.insert(name, hash(&std::fs::read(entry.path())?));
+            manifest.files.insert(name, hash(&crate::files::map(&entry.path())?));
         }
     }
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::io(e.to_string()))?;

@@ -1,10 +1,8 @@
 //! Fresh weights for an imported network, layer by layer.
 
-use std::collections::HashMap;
-
 use crate::error::Result;
 use crate::graph::Graph;
-use crate::graph::ir::{Node, ValueId};
+use crate::graph::ir::{Consumers, Node};
 use crate::graph::roles::{Parameter, Role};
 use crate::torch::params::ParamSet;
 use crate::torch::shim;
@@ -44,7 +42,7 @@ fn ints(node: &Node, name: &str) -> Vec<i64> {
 }
 
 /// How many inputs one output of the layer that reads this weight sums over.
-fn fan_in(graph: &Graph, consumers: &HashMap<ValueId, Vec<(usize, usize)>>, parameter: &Parameter) -> usize {
+fn fan_in(graph: &Graph, consumers: &Consumers, parameter: &Parameter) -> usize {
     let mut value = parameter.value;
     // The weight's dimensions in the order in which the layer sees them.
     let mut dims = parameter.shape.clone();
