@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What a steady training step asks of a CUDA device, beside the same step in PyTorch eager: counts, never speed.
 
-    python benches/counts.py [--networks digits,cifar,dit] [--exporters legacy,dynamo] [--batch N] [--disback target/release/disback]
+    python benches/counts.py [--networks digits,cifar,dit] [--exporters legacy,dynamo] [--steps stage1,stage2] [--precisions f32,bf16,recorded]
+                             [--batch N] [--disback target/release/disback]
 
 Ours: `disback` on the stand-in device (tests/stand_in_cuda; `cargo test --test stand_in` builds it), the difference of two runs
 that differ in the number of steps alone. PyTorch: the loops of benches/peer.py on the CPU, operators counted where they are dispatched.
@@ -32,6 +33,18 @@ from peer import Peer  # noqa: E402
 NO_SHEETS = "--threads 1 --quiet --set log.samples=0 --set log.every=1000000 --set backtrack.ratio=1".split()
 PHASES = {"stage1": ["--nodes", "1", "--updates", "1"], "stage2": ["--nodes", "0", "--degrade-steps", "0"]}
 STEPS = {"stage1": "--degrade-steps", "stage2": "--updates"}
+PRECISIONS = {
+    "f32": ("f32", []),
+    "bf16": ("bf16", ["--set", "precision=bf16"]),
+    "recorded": ("f32, recorded", ["--set", "cuda_graphs=true"]),
+}
+
+
+def safe_softmax(x, dim, dtype=None):
+    """aten::_safe_softmax by its parts: rows of minus infinity give zeros."""
+    out = torch.softmax(x, dim, dtype)
+    rows = x.isneginf().all(dim, keepdim=True)
+    return torch.where(rows, torch.scalar_tensor(0.0, dtype=out.dtype), out)
 
 
 class Count(TorchDispatchMode):
@@ -44,14 +57,18 @@ class Count(TorchDispatchMode):
         self.launches = self.bytes = self.waits = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
         name = function.name()
+        if name == "aten::_safe_softmax":
+            # Attention is decomposed on both sides; this is what it launches.
+            with self:
+                return safe_softmax(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
         info = function._schema.returns[0].alias_info if function._schema.returns else None
         view = info is not None and not info.is_write
         if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() in self.hosts:
             return out
         self.waits += name == "aten::_local_scalar_dense"
-        if view or name.startswith(("aten::empty", "aten::detach", "aten::_local_scalar", "profiler::")):
+        if view or name.startswith(("aten::empty", "aten::detach", "aten::_unsafe_view", "aten::_local_scalar", "profiler::")):
             return out
         self.launches += 1
         fresh = tree_leaves(out) if info is None else []
@@ -112,6 +129,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="digits,cifar,dit")
     parser.add_argument("--exporters", default="legacy,dynamo")
+    parser.add_argument("--steps", default=",".join(PHASES), help="of which stages")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--batch", type=int, help="images a step; a network's own where absent")
     parser.add_argument("--disback", default=str(ROOT / "target/release/disback"))
     parser.add_argument("--models", default=str(ROOT / "target/bench"), help="where benches/networks.py writes")
@@ -131,8 +150,8 @@ def main():
             from networks import NETWORKS
 
             batch = options.batch or NETWORKS[network].batch
-            for phase in PHASES:
-                for precision, more in [("f32", []), ("bf16", ["--set", "precision=bf16"]), ("f32, recorded", ["--set", "cuda_graphs=true"])]:
+            for phase in options.steps.split(","):
+                for precision, more in (PRECISIONS[p] for p in options.precisions.split(",")):
                     launches, size, waits = eager(network, phase, precision.split(",")[0], batch)
                     for exporter in options.exporters.split(","):
                         model = Path(options.models) / f"{network}-{exporter}.onnx"

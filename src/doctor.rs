@@ -90,8 +90,8 @@ fn libtorch(checks: &mut Vec<Check>) {
         }
     });
     let devices = tch::Cuda::device_count();
-    let (names, driver) = device_names();
-    let driver = driver.map_or(String::new(), |version| format!(", driver {version}"));
+    let crate::nvidia::Driver { names, version } = crate::nvidia::driver();
+    let driver = version.map_or(String::new(), |version| format!(", driver {version}"));
     // A name that nobody says is left out.
     let list = if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) };
     checks.push(if devices > 0 {
@@ -118,81 +118,6 @@ fn torch_version(root: &std::path::Path) -> Option<String> {
         return line.split(['\'', '"']).nth(1).map(str::to_string);
     }
     std::fs::read_to_string(root.join("build-version")).ok().map(|t| t.trim().to_string())
-}
-
-/// Models of the NVIDIA devices that the driver shows: its library, or its files. The library alone is there where the kernel
-/// driver is another system's, as in WSL2.
-#[cfg(feature = "train")]
-fn device_names() -> (Vec<String>, Option<String>) {
-    if let Some((names, version)) = nvml::ask() {
-        return (names, Some(version));
-    }
-    let gpus = std::fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
-    let names = gpus.filter_map(|e| {
-        let text = std::fs::read_to_string(e.path().join("information")).ok()?;
-        Some(text.lines().find_map(|l| l.strip_prefix("Model:"))?.trim().to_string())
-    });
-    (names.collect(), None)
-}
-
-/// NVIDIA's management library, which comes with the driver and makes no context on a device.
-#[cfg(feature = "train")]
-mod nvml {
-    use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-
-    use libloading::Library;
-
-    #[cfg(windows)]
-    const NAME: &str = "nvml.dll";
-    #[cfg(not(windows))]
-    const NAME: &str = "libnvidia-ml.so.1";
-    /// Longer than any name.
-    const LENGTH: c_uint = 96;
-
-    /// What `fill` wrote.
-    fn text(fill: impl FnOnce(*mut c_char) -> c_int) -> Option<String> {
-        let mut buffer = [0 as c_char; LENGTH as usize + 1];
-        if fill(buffer.as_mut_ptr()) != 0 {
-            return None;
-        }
-        // SAFETY: the buffer ends with a zero that `fill` was not told of.
-        Some(unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_string_lossy().trim().to_owned())
-    }
-
-    /// Names of all devices and the driver's version; `None` without a driver that answers.
-    pub fn ask() -> Option<(Vec<String>, String)> {
-        type Text = unsafe extern "C" fn(*mut c_char, c_uint) -> c_int;
-        type Named = unsafe extern "C" fn(*mut c_void, *mut c_char, c_uint) -> c_int;
-        // SAFETY: the driver's own library, and its functions with the types of nvml.h.
-        unsafe {
-            let library = Library::new(NAME).ok()?;
-            let init = library.get::<unsafe extern "C" fn() -> c_int>(b"nvmlInit_v2\0").ok()?;
-            let shutdown = library.get::<unsafe extern "C" fn() -> c_int>(b"nvmlShutdown\0").ok()?;
-            let count = library.get::<unsafe extern "C" fn(*mut c_uint) -> c_int>(b"nvmlDeviceGetCount_v2\0").ok()?;
-            let handle = library
-                .get::<unsafe extern "C" fn(c_uint, *mut *mut c_void) -> c_int>(b"nvmlDeviceGetHandleByIndex_v2\0")
-                .ok()?;
-            let name = library.get::<Named>(b"nvmlDeviceGetName\0").ok()?;
-            let version = library.get::<Text>(b"nvmlSystemGetDriverVersion\0").ok()?;
-            if init() != 0 {
-                return None;
-            }
-            let ask = || {
-                let mut devices: c_uint = 0;
-                if count(&mut devices) != 0 {
-                    return None;
-                }
-                let names = (0..devices).filter_map(|k| {
-                    let mut device = std::ptr::null_mut();
-                    (handle(k, &mut device) == 0).then(|| text(|buffer| name(device, buffer, LENGTH)))?
-                });
-                Some((names.collect(), text(|buffer| version(buffer, LENGTH))?))
-            };
-            let found = ask();
-            shutdown();
-            found
-        }
-    }
 }
 
 /// Paths of the shared libraries in this process (Linux; empty elsewhere).

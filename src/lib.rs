@@ -52,6 +52,8 @@ pub mod inspect;
 pub mod io;
 pub mod memory;
 pub mod noise;
+#[cfg(any(feature = "train", feature = "ort"))]
+pub mod nvidia;
 #[cfg(feature = "train")]
 pub mod parity;
 pub mod passes;

@@ -2,6 +2,10 @@
 //! error, and what it asked of the device is counted. It shows nothing of numbers, speed or races on a real device.
 #![cfg(all(feature = "train", feature = "ort", target_os = "linux", target_arch = "x86_64"))]
 
+#[path = "stand_in/providers.rs"]
+mod providers;
+#[path = "support/recorded_ort.rs"]
+mod recorded_ort;
 #[path = "support/stand_in.rs"]
 mod stand_in;
 mod support;

@@ -257,9 +257,9 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
             say!("  {:>8.3}  {prediction:<9} {unit:<11} {schedule}", r.score);
         }
         if card.is_ok() && p.measured.is_empty() {
-            println!("  the numbers neither confirm the card nor contradict it: no reading fits, or several do");
+            say!("  the numbers neither confirm the card nor contradict it: no reading fits, or several do");
         } else if card.is_ok() && p.contradicted.is_empty() {
-            println!("  the numbers agree with the card");
+            say!("  the numbers agree with the card");
         }
         for key in &p.contradicted {
             let given = proposal.findings.iter().find(|f| f.key == *key && f.how == How::Given);

@@ -1,4 +1,4 @@
-// What `disback doctor` asks of the driver's library: one device, as $STAND_IN_CUDA_DEVICES says how many.
+// What is asked of the driver's library: one device, or as many as $STAND_IN_CUDA_DEVICES says; the driver is $STAND_IN_CUDA_DRIVER.
 #include <cstdio>
 #include <cstdlib>
 extern "C" {
@@ -14,5 +14,8 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned i, void** device) {
   return 0;
 }
 int nvmlDeviceGetName(void*, char* name, unsigned length) { return std::snprintf(name, length, "Stand-in device") < 0; }
-int nvmlSystemGetDriverVersion(char* version, unsigned length) { return std::snprintf(version, length, "600.00") < 0; }
+int nvmlSystemGetDriverVersion(char* version, unsigned length) {
+  const char* t = std::getenv("STAND_IN_CUDA_DRIVER");
+  return std::snprintf(version, length, "%s", t ? t : "600.00") < 0;
+}
 }

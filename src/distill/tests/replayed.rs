@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::distill::objective::ObjectiveKind;
+use crate::torch::exec::segments::tests::RUN_AGAIN;
 use crate::torch::train::cuda_graph::rehearse;
 
 /// A rehearsed run leaves the bytes of a plain one: nodes, checkpoints, the student.
@@ -48,11 +49,16 @@ fn an_imported_network_is_rehearsed_too() {
         c.student.sigma_init = 0.0;
         (c.degrade.lr, c.backtrack.lr_generator, c.backtrack.lr_fake) = (1e-4, 1e-4, 1e-4);
     });
-    same_bytes("digits with recomputation", &teacher, |c| {
-        (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (3, 6, 1, 7);
-        c.student.sigma_init = 0.0;
-        c.memory.activations_mib = 1;
-    });
+    // Of three images everything is within a mebibyte, and nothing is computed again.
+    for (batch, recomputes) in [(3, false), (12, true)] {
+        let before = RUN_AGAIN.get();
+        same_bytes("digits with recomputation", &teacher, |c| {
+            (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (batch, 6, 1, 7);
+            c.student.sigma_init = 0.0;
+            c.memory.activations_mib = 1;
+        });
+        assert_eq!(RUN_AGAIN.get() > before, recomputes, "{batch} images");
+    }
 }
 
 #[test]

@@ -53,6 +53,10 @@ pub fn register(
             preload_cuda(&library.path);
             preload_tensorrt(&library.path);
             let pairs = tensorrt::options(&options.accelerator, inputs)?;
+            // The provider writes there after minutes of building, and makes no folder for a file.
+            if let Some(folder) = options.accelerator.ep_context.as_deref().and_then(Path::parent) {
+                std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            }
             let provider = pairs
                 .into_iter()
                 .fold(ep::TensorRT::default().with_device_id(device), |p, (k, v)| p.with_arbitrary_config(k, v));

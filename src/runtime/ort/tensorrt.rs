@@ -1,7 +1,7 @@
 //! TensorRT through ONNX Runtime: its options from ours, and the folder of built engines with what it was built for.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -12,7 +12,7 @@ use crate::runtime::{Accelerator, Dim, ValueInfo};
 /// Options of the TensorRT provider for a student with these inputs.
 ///
 /// Errors, of kind [`crate::Kind::Usage`]: profiles that do not rise from smallest to largest; a profile for a network
-/// without a free batch.
+/// without a free batch; a cache outside of the folder of a context model.
 pub fn options(a: &Accelerator, inputs: &[ValueInfo]) -> Result<Vec<(String, String)>> {
     let mut pairs = BTreeMap::new();
     let mut set = |key: &str, value: String| {
@@ -27,11 +27,12 @@ pub fn options(a: &Accelerator, inputs: &[ValueInfo]) -> Result<Vec<(String, Str
         set("bf16_enable", "1".into());
     }
     if let Some(dir) = &a.cache {
-        let dir = dir.display().to_string();
+        // With a context model TensorRT's provider takes this path from that model's folder.
+        let engines = a.ep_context.as_deref().map_or_else(|| Ok(dir.clone()), |file| beside(dir, file))?;
         set("engine_cache_enable", "1".into());
-        set("engine_cache_path", dir.clone());
+        set("engine_cache_path", engines.display().to_string());
         set("timing_cache_enable", "1".into());
-        set("timing_cache_path", dir);
+        set("timing_cache_path", dir.display().to_string());
     }
     if a.cuda_graph {
         set("cuda_graph_enable", "1".into());
@@ -65,6 +66,26 @@ pub fn options(a: &Accelerator, inputs: &[ValueInfo]) -> Result<Vec<(String, Str
     Ok(pairs.into_iter().collect())
 }
 
+/// The path of the cache from the folder of a context model.
+///
+/// Errors: a cache that is not within that folder, which the provider does not take.
+fn beside(dir: &Path, file: &Path) -> Result<PathBuf> {
+    let [cache, model] = [dir, file].map(std::path::absolute);
+    let (cache, model) = (cache?, model?);
+    // (`..` in either is left as it is, and then matches nothing.)
+    let within = model.parent().and_then(|folder| cache.strip_prefix(folder).ok());
+    match within.filter(|p| !p.components().any(|c| c == Component::ParentDir)) {
+        Some(p) if p.as_os_str().is_empty() => Ok(".".into()),
+        Some(p) => Ok(p.into()),
+        None => Err(Error::usage(format!(
+            "--cache {} is not within the folder of --ep-context {}, where TensorRT keeps the engines of such a model",
+            dir.display(),
+            file.display()
+        ))
+        .hint("give a --cache in that folder, or write the context model without --cache")),
+    }
+}
+
 /// `noise:4x3x32x32,labels:4`.
 fn shapes(inputs: &[ValueInfo], batch: usize) -> Result<String> {
     let one = |i: &ValueInfo| -> Result<String> {
@@ -84,7 +105,7 @@ fn shapes(inputs: &[ValueInfo], batch: usize) -> Result<String> {
 /// What a folder of engines was built for. An engine runs on the device and with the libraries that built it, nowhere else.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
-    /// Model name of the device, as the driver gives it.
+    /// Model name of the device, as the driver gives it ([`crate::nvidia::Driver::device`]).
     pub device: String,
     /// Version of the NVIDIA kernel driver; `none` where it cannot be read.
     pub driver: String,
@@ -104,22 +125,13 @@ struct Manifest {
 const MANIFEST: &str = "disback-cache.json";
 
 impl Stamp {
-    /// The stamp of this machine.
+    /// The stamp of this machine. The driver's library is asked, else its files: WSL2 has no such files.
     pub fn here(model: &[u8], onnxruntime: &str, device: u32) -> Self {
-        let root = Path::new("/proc/driver/nvidia");
-        let mut gpus: Vec<PathBuf> =
-            std::fs::read_dir(root.join("gpus")).into_iter().flatten().flatten().map(|e| e.path()).collect();
-        gpus.sort();
-        let information = gpus.get(device as usize).and_then(|g| std::fs::read_to_string(g.join("information")).ok());
-        let name = information.as_deref().and_then(|t| t.lines().find_map(|l| l.strip_prefix("Model:")));
-        let driver = std::fs::read_to_string(root.join("version")).unwrap_or_default();
+        let driver = crate::nvidia::driver();
+        let [visible, order] = ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"].map(|v| std::env::var(v).ok());
         Self {
-            device: name.map_or("none", str::trim).to_owned(),
-            driver: driver
-                .split_whitespace()
-                .find(|w| w.starts_with(|c: char| c.is_ascii_digit()))
-                .unwrap_or("none")
-                .into(),
+            device: driver.device(device, visible.as_deref(), order.as_deref()),
+            driver: driver.version.unwrap_or_else(|| "none".into()),
             onnxruntime: onnxruntime.to_owned(),
             model: hash(model),
         }
@@ -231,6 +243,18 @@ mod tests {
                 .unwrap()
                 .contains(&("trt_profile_max_shapes".into(), "noise:8x3x32x32,labels:8".into()))
         );
+    }
+
+    #[test]
+    fn the_cache_of_a_context_model_is_beside_it() {
+        let path = |cache: &str, file: &str| beside(Path::new(cache), Path::new(file));
+        assert_eq!(path("out/engines", "out/x.onnx").unwrap(), Path::new("engines"));
+        assert_eq!(path("out", "out/x.onnx").unwrap(), Path::new("."));
+        assert_eq!(path("engines", "x.onnx").unwrap(), Path::new("engines"));
+        for (cache, file) in [("engines", "out/x.onnx"), ("out/../engines", "out/x.onnx"), ("../engines", "x.onnx")] {
+            let e = path(cache, file).unwrap_err();
+            assert!(e.exit_code() == 2 && e.to_string().contains("--ep-context"), "{cache} {file}: {e}");
+        }
     }
 
     #[test]

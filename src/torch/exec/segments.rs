@@ -141,6 +141,8 @@ pub fn run(
     let (steps, mine, size) = (steps.clone(), order.clone(), values.len());
     let inner = segment.clone();
     let piece = move |inputs: &[Tensor]| -> Result<Vec<Tensor>> {
+        #[cfg(test)]
+        tests::RUN_AGAIN.set(tests::RUN_AGAIN.get() + 1);
         // The backward pass runs outside the forward's guard.
         let _bf16 = Autocast::new(device, bf16);
         let mut values: Vec<Option<Value>> = vec![None; size];
@@ -160,6 +162,8 @@ pub fn run(
         inner.makes.iter().map(|&v| Ok(values[v].take().ok_or_else(missing)?.tensor(device)?.shallow_clone())).collect()
     };
     let made = recompute(&tensors, segment.makes.len(), Box::new(piece))?;
+    #[cfg(test)]
+    tests::RUN_AGAIN.set(tests::RUN_AGAIN.get() - 1);
     for (&v, t) in segment.makes.iter().zip(made) {
         values[v] = Some(Value::device(t));
     }
@@ -172,8 +176,15 @@ pub fn run(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// How often this thread's backward passes ran a segment again.
+        pub(crate) static RUN_AGAIN: Cell<i64> = const { Cell::new(0) };
+    }
 
     #[test]
     fn a_chain_is_cut_at_about_the_root_of_its_length() {
