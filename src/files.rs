@@ -78,7 +78,6 @@ pub fn write_atomic_with(
 
 /// Writes a file of lines anew without those for which `keep` is false, a last one cut short among them, where there are such: line by
 /// line, so that a long file takes no memory.
-#[cfg(feature = "train")]
 pub(crate) fn keep_lines(path: &Path, keep: impl Fn(&str) -> bool) -> Result<()> {
     let (dir, name) = (path.parent().unwrap_or(Path::new(".")), path.file_name().unwrap_or_default().to_string_lossy());
     let mut all = true;

@@ -162,10 +162,10 @@ impl InLoop {
     /// Forgets what was measured after generator update `upto`: a run that goes on from there measures it again.
     pub fn forget_after(&mut self, upto: u64) -> Result<()> {
         self.points.retain(|p| p.at.update <= upto);
-        let lines = self.points.iter().map(line).collect::<Result<String>>()?;
-        // (A line that was cut when the process was killed goes too: the next one would be written to its end.)
-        if std::fs::read(&self.path).unwrap_or_default() != lines.as_bytes() {
-            crate::files::write_atomic(&self.path, lines.as_bytes())?;
+        // Lines stay as they were written. One that was cut when the process was killed goes too: the next would be written to its end.
+        if self.path.is_file() {
+            let known = |l: &str| serde_json::from_str::<InLoopPoint>(l).is_ok_and(|p| p.at.update <= upto);
+            crate::files::keep_lines(&self.path, known)?;
         }
         Ok(())
     }
