@@ -79,7 +79,7 @@ impl Foresight {
                     shown(free.bytes),
                     free.place
                 ))
-                .hint(format!("about {fit} rows a call fit: --batch {fit}")));
+                .hint(format!("give fewer at a time (--batch; --images of verify), at most about {fit}")));
             }
         }
         self.fits = rows;
