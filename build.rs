@@ -50,11 +50,12 @@ fn bake_onnxruntime_hint() {
 mod train {
     use std::path::{Path, PathBuf};
 
-    const SOURCES: [&str; 11] = [
+    const SOURCES: [&str; 12] = [
         "src/torch/shim.cpp",
         "src/torch/training.cpp",
         "src/torch/cpu/activation.cpp",
         "src/torch/profile.cpp",
+        "src/torch/dist/dist.cpp",
         "src/torch/train/cuda_graph.cpp",
         "src/torch/cpu/winograd.cpp",
         "src/torch/cpu/gemm.cpp",
@@ -109,6 +110,11 @@ mod train {
         if root.join("lib/libtorch_cuda.so").exists()
             && let Some(folders) = cuda_headers(root)
         {
+            // NCCL's header and what it includes: without them CUDA devices of several processes are refused.
+            let has = |file: &str| folders.iter().any(|d| d.join(file).is_file());
+            if has("nccl.h") && has("nv/target") {
+                build.define("USE_C10D_NCCL", None).define("DISBACK_NCCL", None);
+            }
             build.define("DISBACK_CUDA", None).includes(folders);
             // The shim refers to these by symbol: whatever is linked with this crate needs them, not its own binaries alone.
             println!("cargo:rustc-link-lib=dylib=torch_cuda");
@@ -120,6 +126,9 @@ mod train {
             .files(SOURCES)
             .include(&include)
             .include(include.join("torch/csrc/api/include"))
+            // The wheel has gloo inside libtorch_cpu and not its headers: the few names that c10d's header mentions are ours.
+            .include("src/torch/dist/gloo_names")
+            .define("USE_C10D_GLOO", None)
             .flag_if_supported("-Wno-unused-parameter")
             .warnings(false)
             .opt_level(3)
@@ -133,7 +142,10 @@ mod train {
         let toolkit = std::env::var_os("CUDA_HOME").map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
         let packages = root.canonicalize().ok().and_then(|r| Some(r.parent()?.to_path_buf()));
         let beside = packages.into_iter().flat_map(|p| {
-            ["nvidia/cu13/include", "nvidia/cuda_runtime/include", "triton/backends/nvidia/include"].map(|d| p.join(d))
+            ["cu13/include", "cuda_runtime/include", "nccl/include", "cuda_cccl/include"]
+                .map(|d| p.join("nvidia").join(d))
+                .into_iter()
+                .chain([p.join("triton/backends/nvidia/include")])
         });
         let all: Vec<PathBuf> = std::iter::once(toolkit.join("include")).chain(beside).filter(|d| d.is_dir()).collect();
         let has = |file: &str| all.iter().any(|d| d.join(file).is_file());

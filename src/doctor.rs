@@ -42,6 +42,8 @@ impl Check {
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![Check::new("disback", State::Ok, format!("{} ({})", env!("CARGO_PKG_VERSION"), features()))];
     libtorch(&mut checks);
+    #[cfg(feature = "train")]
+    processes(&mut checks);
     onnxruntime(&mut checks);
     checks.push(tract());
     checks
@@ -108,6 +110,34 @@ fn libtorch(checks: &mut Vec<Check>) {
         )
         .advice("the driver may be too old for this libtorch's CUDA, or CUDA_VISIBLE_DEVICES hides the devices")
     });
+}
+
+/// What brings several processes together, and who has started this one beside others.
+#[cfg(feature = "train")]
+fn processes(checks: &mut Vec<Check>) {
+    use crate::torch::dist::{has_nccl, launcher::Place};
+    let collectives = Check::new("collectives", State::Ok, if has_nccl() { "gloo, NCCL" } else { "gloo" });
+    checks.push(match has_nccl() {
+        true => collectives,
+        false => {
+            collectives.advice("several processes share a run on CPUs; for CUDA devices build where NCCL's headers are")
+        }
+    });
+    let found = match Place::from_env() {
+        Ok(None) => return,
+        Ok(Some(p)) => {
+            let Place { launcher, rank, world, local, address, port, .. } = p;
+            let device = if tch::Cuda::is_available() { format!("cuda:{local}") } else { "cpu".into() };
+            let text = format!("{launcher}: rank {rank} of {world}, {device}, meeting at {address}:{port}");
+            Check::new("launcher", State::Ok, text)
+        }
+        Err(e) => {
+            let advice = e.hint_text().unwrap_or_default().to_owned();
+            let text = e.to_string();
+            Check::new("launcher", State::Broken, text.lines().next().unwrap_or_default()).advice(advice)
+        }
+    };
+    checks.push(found);
 }
 
 /// `version.py` of the wheel or `build-version` of the plain libtorch archive.

@@ -2,6 +2,8 @@
 //! is resumed ends with the bytes of a run that nothing happened to.
 #![cfg(all(feature = "train", unix))]
 
+#[path = "running/processes.rs"]
+mod processes;
 mod support;
 
 use std::path::{Path, PathBuf};
@@ -21,7 +23,7 @@ fn distill(dir: &Path, run: &str, more: &str) -> Command {
     let small = words(SMALL);
     let kept = small.chunks(2).filter(|pair| pair[0] == "--set" || !more.split_whitespace().any(|w| w == pair[0]));
     command.args(["distill", TEACHER, "-o", run]).args(kept.flatten()).args(more.split_whitespace());
-    command.current_dir(dir).env_remove("SLURM_JOB_END_TIME");
+    command.current_dir(dir).env_remove("SLURM_JOB_END_TIME").env_remove("WORLD_SIZE");
     command
 }
 

@@ -10,6 +10,7 @@ use disback::distill::inputs::denoising_loss;
 use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
 use disback::run::StudentFile;
 use disback::run::Teacher;
+use disback::torch::dist::World;
 use disback::torch::shim;
 use disback::torch::training::{Compute, count_memory, counted_memory};
 use tch::{Device, Kind, Tensor};
@@ -141,7 +142,15 @@ fn memory_and_precision_of_training() {
         for stages in [Stages::Degrade, Stages::Backtrack] {
             counted_memory(true);
             let (stop, student) = (AtomicBool::new(false), student.as_ref());
-            let job = Job { config: &config, student, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+            let job = Job {
+                config: &config,
+                student,
+                run: &run,
+                observer: &mut Unobserved,
+                stop: &stop,
+                silent: true,
+                world: World::alone(),
+            };
             distill(job, &teacher, stages).unwrap();
             measured.push(counted_memory(false).peak - start);
         }

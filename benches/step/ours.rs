@@ -17,6 +17,7 @@ use disback::runtime::student::SampleRequest;
 use disback::runtime::{EngineKind, EngineOptions, Student};
 use disback::tensor::HostTensor;
 use disback::torch::Forward;
+use disback::torch::dist::World;
 use disback::torch::profile::OperatorTimes;
 use disback::torch::training::{count_memory, counted_memory};
 use prost::Message;
@@ -104,7 +105,15 @@ pub fn serve(task: &Task) -> Result<()> {
     let run = RunDir::create(&folder.path().join("run"), &config)?;
     let stop = AtomicBool::new(false);
     let mut clock = Clock::new(ratio as u64);
-    let job = Job { config: &config, student: None, run: &run, observer: &mut clock, stop: &stop, silent: true };
+    let job = Job {
+        config: &config,
+        student: None,
+        run: &run,
+        observer: &mut clock,
+        stop: &stop,
+        silent: true,
+        world: World::alone(),
+    };
     match distill(job, &denoiser, stages) {
         Err(_) if clock.ended => Ok(()),
         other => other.map(drop),

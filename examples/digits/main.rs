@@ -119,7 +119,9 @@ fn distil(teacher: &Path, config: &Path, out: &Path, sets: &[&str]) -> Result<()
             None => Ok(()),
             Some((path, why)) => Err(Error::mismatch(format!("{}: {why}", path.display()))),
         },
-        Finished::Recorded(_) | Finished::Stopped(_) => Err(Error::mismatch("the run ended without a student")),
+        Finished::Recorded(_) | Finished::Stopped(_) | Finished::Followed => {
+            Err(Error::mismatch("the run ended without a student"))
+        }
     }
 }
 

@@ -24,6 +24,7 @@ use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::shown::{say, tell};
 use crate::tensor::HostTensor;
+use crate::torch::dist::launcher::Place;
 use crate::torch::{convert, device};
 
 /// Run a recipe with and without the trajectory, several seeds each, and say whether it pays: distances over generator
@@ -221,6 +222,13 @@ impl CompareArgs {
 }
 
 pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
+    if let Some(place) = Place::from_env()? {
+        return Err(Error::usage(format!(
+            "`compare` is for one process, {} has started {}",
+            place.launcher, place.world
+        ))
+        .hint("start it without a launcher, or its arms one by one as runs of `distill`"));
+    }
     let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &args.sets)?);
     if config.degrade.nodes == 0 {
         return Err(Error::usage("degrade.nodes is 0: there is no trajectory to compare with"));

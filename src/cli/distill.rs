@@ -16,6 +16,8 @@ use crate::distill::Stages;
 use crate::error::{Context, Result};
 use crate::run::{Console, Finished, Forms, PreparedRun, Request, Resume, TimeLimit};
 use crate::shown::tell;
+use crate::torch::dist::World;
+use crate::torch::dist::launcher::Place;
 
 /// `--resume`, and `--resume=auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -39,6 +41,9 @@ pub struct RunArgs {
     /// Stops with a checkpoint before this time is over, as in 23h45m (exit code 75); in a Slurm job also before that ends.
     #[arg(long, value_name = "TIME")]
     pub time_limit: Option<String>,
+    /// With several processes (torchrun, srun, mpirun): how long one waits for another, as in 30m.
+    #[arg(long, value_name = "TIME", default_value = "30m")]
+    pub rank_timeout: String,
     /// Takes the folder over from a process of another machine that is gone, but seems to work in it (run.lock).
     #[arg(long)]
     pub steal_lock: bool,
@@ -176,6 +181,13 @@ impl RunArgs {
         })
     }
 
+    /// The processes that share the run, as the launcher has started them.
+    fn world(&self) -> Result<World> {
+        let Some(place) = Place::from_env()? else { return Ok(World::alone()) };
+        let timeout = TimeLimit::parse(&self.rank_timeout).context("--rank-timeout")?;
+        World::form(&place, timeout)
+    }
+
     fn sets(&self) -> Vec<String> {
         let pairs = [
             pair("device", self.device.clone()),
@@ -222,15 +234,19 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
     }
     signals::watch()?;
     request.time_limit = args.time_limit()?;
-    let shared = args.tui.then(|| Shared::new(request.stop.clone()));
-    request.progress = !(globals.quiet || globals.json || args.tui);
+    request.world = args.world()?;
+    let leads = request.world.leads();
+    let globals = Globals { quiet: globals.quiet || !leads, ..globals };
+    let shared = (args.tui && leads).then(|| Shared::new(request.stop.clone()));
+    request.progress = leads && !(globals.quiet || globals.json || args.tui);
     request.monitor = match &shared {
         Some(shared) => shared.clone(),
         None => Arc::new(Console { quiet: globals.quiet }),
     };
+    let alone = request.world.is_alone();
     let prepared = PreparedRun::new(request)?;
     if args.dry_run {
-        super::dry_run::check(args.resume.is_some())?;
+        super::dry_run::check(args.resume.is_some(), alone)?;
         let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
         prepared.rehearse(folder.path())?;
         return super::dry_run::run(&prepared, globals);
@@ -248,6 +264,7 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
             format!("stopped in stage `{}`; the same command with --resume goes on", stage.name()),
             json!({ "ok": false, "outcome": "stopped", "stage": stage.name() }),
         ),
+        Finished::Followed => return Ok(ExitCode::SUCCESS),
         Finished::Recorded(trajectory) => (
             ExitCode::SUCCESS,
             format!("{} nodes in {}", trajectory.last(), trajectory.dir().display()),
@@ -279,6 +296,9 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
             )
         }
     };
+    if !leads {
+        return Ok(code);
+    }
     if globals.json {
         result["run"] = json!(folder);
     }

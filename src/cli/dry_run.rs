@@ -17,6 +17,7 @@ use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
 use crate::run::origin::describe;
 use crate::shown::say;
+use crate::torch::dist::World;
 use crate::torch::{Forward, device, shim};
 
 /// Steps of each stage that are really made; of stage 2 one more where not every iteration updates the generator.
@@ -91,7 +92,15 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let run = RunDir::create(&folder.path().join("run"), &short)?;
     let mut clock = Clock::default();
     let stop = AtomicBool::new(false);
-    let job = Job { config: &short, student, run: &run, observer: &mut clock, stop: &stop, silent: true };
+    let job = Job {
+        config: &short,
+        student,
+        run: &run,
+        observer: &mut clock,
+        stop: &stop,
+        silent: true,
+        world: World::alone(),
+    };
     distill(job, teacher, Stages::Both)?;
 
     let parameters = teacher.params().elements() as u64;
@@ -202,7 +211,10 @@ fn human(time: Duration) -> String {
 }
 
 /// `--dry-run` writes nothing into the folder of a run, so it has no use for one that is there.
-pub fn check(resume: bool) -> Result<()> {
+pub fn check(resume: bool, alone: bool) -> Result<()> {
+    if !alone {
+        return Err(Error::usage("--dry-run is for one process: start it without a launcher"));
+    }
     match resume {
         true => Err(Error::usage("--dry-run and --resume: a run that goes on has been planned already")),
         false => Ok(()),

@@ -8,13 +8,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::distill::metrics::Meter;
 pub use crate::distill::stage_kind::StageKind;
 use crate::distill::trajectory::short;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
+use crate::torch::dist::World;
 use crate::torch::params::{TensorFile, save_tensors};
 
 /// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
@@ -246,6 +247,40 @@ impl Checkpoint {
                 "no checkpoint of this run can be read; `disback backtrack --trajectory` takes stage 1 of it into a new run",
             )),
         }
+    }
+
+    /// What `read` gives on rank 0 of `world`, on every process.
+    pub(crate) fn shared(world: &World, read: impl FnOnce() -> Result<Option<Self>>) -> Result<Option<Self>> {
+        if world.is_alone() {
+            return read();
+        }
+        let mut mine = None;
+        type Head = (State, Vec<(String, Vec<i64>)>);
+        let head: Option<Head> = world.from_leader(|| {
+            mine = read()?;
+            let Some(found) = &mine else { return Ok(None) };
+            let mut tensors: Vec<_> = found.tensors.iter().map(|(name, t)| (name.clone(), t.size())).collect();
+            tensors.sort();
+            match found.tensors.iter().find(|(_, t)| t.kind() != Kind::Float) {
+                Some((name, t)) => {
+                    Err(Error::mismatch(format!("the checkpoint's tensor `{name}` is {:?}, expected f32", t.kind())))
+                }
+                None => Ok(Some((found.state.clone(), tensors))),
+            }
+        })?;
+        let Some((state, sizes)) = head else { return Ok(None) };
+        let mut tensors = HashMap::new();
+        for (name, size) in sizes {
+            let there = mine.as_ref().and_then(|found| found.tensors.get(&name));
+            let tensor = match there {
+                Some(t) => t.f_contiguous()?,
+                None => Tensor::f_empty(&size[..], (Kind::Float, Device::Cpu))?,
+            };
+            world.broadcast(std::slice::from_ref(&tensor))?;
+            tensors.insert(name, tensor);
+        }
+        let passed_over = mine.map_or_else(Vec::new, |found| found.passed_over);
+        Ok(Some(Self { state, passed_over, tensors }))
     }
 
     /// Takes a tensor out.

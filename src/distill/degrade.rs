@@ -12,7 +12,7 @@ use crate::distill::inputs::{Inputs, denoising_loss};
 use crate::distill::job::{Job, recorder};
 use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::{self, Candidate, Finding};
-use crate::distill::stage::{self, Ended, Stage};
+use crate::distill::stage::{self, Ended, Measured, Stage, lasting};
 use crate::distill::student::Student;
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
@@ -29,10 +29,13 @@ pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) ->
     let config = job.config;
     if config.degrade.nodes == 0 {
         let hash = job.student_hash(teacher)?;
-        let mut trajectory =
-            Trajectory::create(&job.run.trajectory(), teacher.params(), hash, None, config.memory.nodes)?;
-        trajectory.complete(&[0])?;
-        return Ok(Some(trajectory));
+        let made = Trajectory::shared_one(&job.world, || {
+            let dir = job.run.trajectory();
+            let mut trajectory = Trajectory::create(&dir, teacher.params(), hash, None, config.memory.nodes)?;
+            trajectory.complete(&[0])?;
+            Ok(trajectory)
+        });
+        return made.map(Some);
     }
     let (mut stage, state) = Degrade::new(job, teacher, resume)?;
     match stage::run(&mut stage, job, state)? {
@@ -70,6 +73,7 @@ impl<'a> Degrade<'a> {
         let copy = teacher.copy()?;
         copy.params().set_requires_grad(true)?;
         let mut adam = AdamW::new(copy.params(), config.adamw(config.degrade_lr(), &config.degrade.betas))?;
+        adam.share(&job.world, config.sums_apart(batches.device))?;
         let probe = Probe::new(&batches, teacher, &initial)?;
         let (recorder, form) = recorder(config, batches.device)?;
         let (state, trajectory) = match resume {
@@ -78,13 +82,18 @@ impl<'a> Degrade<'a> {
                 adam.restore("adam/", &mut |name| checkpoint.take(name))?;
                 let state = checkpoint.state.clone();
                 checkpoint.finish()?;
-                let mut trajectory = Trajectory::open(&dir, &state.teacher_hash)?;
-                trajectory.truncate(state.iteration)?;
+                let trajectory = Trajectory::shared_one(&job.world, || {
+                    let mut trajectory = Trajectory::open(&dir, &state.teacher_hash)?;
+                    trajectory.truncate(state.iteration)?;
+                    Ok(trajectory)
+                })?;
                 (state, trajectory)
             }
             None => {
                 let (loss, hash) = (probe.loss(teacher)?, job.student_hash(teacher)?);
-                let trajectory = Trajectory::create(&dir, teacher.params(), hash, Some(loss), config.memory.nodes)?;
+                let trajectory = Trajectory::shared_one(&job.world, || {
+                    Trajectory::create(&dir, teacher.params(), hash, Some(loss), config.memory.nodes)
+                })?;
                 job.observer.node_recorded(0, teacher)?;
                 (State::new(StageKind::Degrade, trajectory.teacher_hash()), trajectory)
             }
@@ -104,7 +113,7 @@ impl<'a> Degrade<'a> {
             false => (0..=self.trajectory.last()).collect(),
         };
         self.trajectory.complete(&which)?;
-        if chosen_later {
+        if chosen_later && !self.trajectory.is_elsewhere() {
             for node in 1..=self.trajectory.last() {
                 self.trajectory.load(node, self.copy.params())?;
                 job.observer.node_recorded(node, &self.copy)?;
@@ -114,12 +123,12 @@ impl<'a> Degrade<'a> {
     }
 
     /// Whether the loss has not fallen for `degrade.patience` steps.
-    fn out_of_patience(&self, state: &mut State, log: &Log) -> Result<bool> {
+    fn out_of_patience(&self, job: &Job, state: &mut State, log: &Log) -> Result<bool> {
         let (done, patience) = (state.iteration, self.config.degrade.patience);
         if patience == 0 || !done.is_multiple_of((patience / 4).max(1)) {
             return Ok(false);
         }
-        let loss = self.probe.loss(&self.copy)?;
+        let loss = job.world.decide(self.probe.loss(&self.copy)?)?;
         if state.best_loss.is_none_or(|best| loss < best * LOWER) {
             (state.best_loss, state.best_at) = (Some(loss), done);
             return Ok(false);
@@ -149,8 +158,8 @@ impl Stage for Degrade<'_> {
     }
 
     /// Denoising score matching of the copy on the initial student's samples.
-    fn micro_batch(&mut self, _job: &mut Job, state: &State, micro: usize, log: &mut Log) -> Result<()> {
-        let Self { config, teacher, batches, initial, copy, recorder, form, .. } = self;
+    fn micro_batch(&mut self, _job: &mut Job, state: &State, micro: usize, rows: usize) -> Result<Measured> {
+        let Self { config, teacher, batches, initial, copy, recorder, form, adam, .. } = self;
         let (initial, copy) = (&*initial, &*copy);
         let draws = batches.draws(Phase::Degrade, state.iteration, micro);
         let conditions = batches.conditions(&draws, teacher)?;
@@ -165,7 +174,12 @@ impl Stage for Degrade<'_> {
             loss.f_div_scalar(config.accumulate as f64)?.f_backward()?;
             Ok(vec![loss.detach()])
         })?;
-        log.meters.add("loss_fake", &made[0])
+        adam.round(rows)?;
+        Ok(vec![("loss_fake", lasting(&made[0], recorder.records())?)])
+    }
+
+    fn idle(&mut self, rows: usize) -> Result<()> {
+        self.adam.round(rows)
     }
 
     fn update(&mut self, _state: &State, log: &mut Log) -> Result<()> {
@@ -179,7 +193,7 @@ impl Stage for Degrade<'_> {
 
     /// Records a node where the plan has one, and at the end.
     fn after_update(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<bool> {
-        let ended = self.out_of_patience(state, log)? || state.iteration == self.total();
+        let ended = self.out_of_patience(job, state, log)? || state.iteration == self.total();
         if ended || self.record_at.contains(&state.iteration) {
             let loss = self.probe.loss(&self.copy)?;
             let node = self.trajectory.record(self.copy.params(), state.iteration, Some(loss))?;

@@ -225,12 +225,11 @@ fn measure_student(copy: &Student, teacher: &Denoiser, config: &Config) -> Resul
 fn counted(params: &ParamSet, config: &Config, loss: &dyn Fn() -> Result<Tensor>) -> Result<Measured> {
     // The first run of a batch size works out the plan.
     loss()?.f_backward()?;
-    let gradients = if config.accumulate > 1 {
-        params.elements() * 4
-    } else {
+    let gradients = if config.accumulate > 1 { params.elements() * 4 } else { 0 };
+    // Where the sum is kept apart, this micro-batch has gradients of its own.
+    if config.accumulate == 1 || config.sums_apart(Device::Cpu) {
         shim::drop_grads(params.tensors())?;
-        0
-    };
+    }
     let start = counted_memory(true).current;
     let value = loss()?;
     let kept = counted_memory(false).current.saturating_sub(start);

@@ -12,6 +12,7 @@ use crate::distill::rundir::RunDir;
 use crate::distill::student::Student;
 use crate::error::Result;
 use crate::torch::ParamSet;
+use crate::torch::dist::World;
 use crate::torch::train::cuda_graph::Recorder;
 
 /// What a run needs beside the teacher.
@@ -28,6 +29,8 @@ pub struct Job<'a> {
     pub stop: &'a AtomicBool,
     /// Whether no progress bar is shown.
     pub silent: bool,
+    /// The processes that share the run; one that does not lead writes nothing.
+    pub world: World,
 }
 
 impl Job<'_> {

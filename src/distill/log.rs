@@ -11,6 +11,7 @@ use crate::distill::nonfinite::Finding;
 use crate::distill::observer::Observer;
 use crate::distill::progress::Progress;
 use crate::error::{Error, Result};
+use crate::torch::dist::World;
 use crate::torch::train::optim::AdamW;
 
 /// Metrics, progress and time of one stage.
@@ -20,12 +21,16 @@ pub(crate) struct Log {
     pub meters: Meters,
     /// Of the iterations since the row before.
     since_row: Meters,
-    file: MetricsFile,
+    /// Rank 0's alone.
+    file: Option<MetricsFile>,
     pub progress: Progress,
     started: Instant,
     seconds_before: f64,
     row_at: Instant,
     row_images: u64,
+    /// Seconds waited for other processes until the row before.
+    row_waited: f64,
+    world: World,
     /// Steps in a row that may be skipped: of the generator, and of the others.
     max_skips: [u64; 2],
 }
@@ -45,12 +50,14 @@ impl Log {
             stage: state.stage,
             meters: Meters::default(),
             since_row: Meters::restore(&state.meters, device)?,
-            file: MetricsFile::open(&job.run.metrics(), keep)?,
-            progress: Progress::new(state.stage, total, state.iteration, last, job.silent),
+            file: job.world.leads().then(|| MetricsFile::open(&job.run.metrics(), keep)).transpose()?,
+            progress: Progress::new(state.stage, total, state.iteration, last, job.silent || !job.world.leads()),
             started: Instant::now(),
             seconds_before: state.seconds,
             row_at: Instant::now(),
             row_images: images,
+            row_waited: job.world.waited(),
+            world: job.world.clone(),
             max_skips: [most(total / job.config.backtrack.ratio), most(total)],
         })
     }
@@ -95,10 +102,12 @@ impl Log {
             images_per_s: (at.images - self.row_images) as f64 / seconds,
             seconds: self.seconds(),
             skipped: skips(&["skipped_fake", "skipped_generator", "skipped_head"]),
+            waited: (!self.world.is_alone()).then(|| self.world.waited() - self.row_waited),
         };
+        self.row_waited = self.world.waited();
         self.row_at = Instant::now();
         self.row_images = at.images;
-        self.file.append(&row)?;
+        self.file.as_mut().map_or(Ok(()), |file| file.append(&row))?;
         self.progress.row(&row);
         observer.metrics(&row)?;
         Ok(means)
@@ -136,10 +145,11 @@ impl Log {
         Ok(())
     }
 
-    /// Writes a checkpoint.
+    /// Writes a checkpoint; rank 0 does.
     pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[(String, Tensor)]) -> Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
         job.run.check_taken()?;
-        self.file.sync()?;
+        file.sync()?;
         state.meters = self.since_row.save()?;
         state.seconds = self.seconds();
         checkpoint::save(&job.run.checkpoints(), state, tensors, job.config.log.keep)

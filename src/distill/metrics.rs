@@ -153,6 +153,10 @@ pub struct MetricsRow {
     pub seconds: f64,
     /// Optimiser steps skipped for a gradient that was not finite.
     pub skipped: u64,
+    /// Seconds since the row before that this process (rank 0) has spent on sending to the others, receiving and waiting; absent in a run of
+    /// one process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waited: Option<f64>,
 }
 
 /// `metrics.jsonl`, appended row by row.
@@ -215,6 +219,7 @@ mod tests {
             images_per_s: 3.0,
             seconds: 1.0,
             skipped: 0,
+            waited: None,
         }
     }
 

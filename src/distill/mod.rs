@@ -69,7 +69,8 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     teacher.network().configure(job.config.compute());
     job::lay_out(job.config, teacher.params())?;
     job.student.map_or(Ok(()), |s| job::lay_out(job.config, s.params()))?;
-    let mut checkpoint = Checkpoint::latest(&job.run.checkpoints(), &hash)?;
+    let world = job.world.clone();
+    let mut checkpoint = Checkpoint::shared(&world, || Checkpoint::latest(&job.run.checkpoints(), &hash))?;
     if let Some(found) = &checkpoint {
         for problem in &found.passed_over {
             let (stage, iteration) = (found.state.stage.name(), found.state.iteration);
@@ -78,7 +79,8 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
         }
     }
     let dir = job.run.trajectory();
-    let recorded = if dir.join(trajectory::INDEX).is_file() { Some(Trajectory::open(&dir, &hash)?) } else { None };
+    let open = || dir.join(trajectory::INDEX).is_file().then(|| Trajectory::open(&dir, &hash)).transpose();
+    let recorded = Trajectory::shared(&world, open)?;
     if let Some(recorded) = &recorded {
         recorded.check_student(job.student_hash(teacher)?.as_deref())?;
     }
@@ -102,7 +104,9 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     let from = checkpoint.filter(|c| c.state.stage == StageKind::Backtrack);
     match backtrack::backtrack(&mut job, teacher, &trajectory, from)? {
         Some(student) => {
-            student.weights()?.save(&job.run.student_weights())?;
+            if world.leads() {
+                student.weights()?.save(&job.run.student_weights())?;
+            }
             Ok(Outcome::Finished(student))
         }
         None => Ok(Outcome::Stopped(StageKind::Backtrack)),

@@ -11,6 +11,7 @@ use crate::distill::trajectory::Trajectory;
 use crate::error::{Error, Result};
 use crate::torch::ParamSet;
 use crate::torch::device::send;
+use crate::torch::dist::World;
 use crate::torch::shim::pin;
 
 /// Hands the nodes to one slot, from the last to the first.
@@ -20,21 +21,26 @@ pub struct Nodes<'a> {
     /// Whether the node before the present one is read ahead.
     ahead: bool,
     next: Option<Reading>,
+    world: World,
 }
 
 impl<'a> Nodes<'a> {
     /// Reads ahead where the slot is on another device: on the CPU the memory and the time of a second node would be taken
     /// from the training itself.
-    pub fn new(trajectory: &'a Trajectory, device: Device) -> Self {
-        Self { trajectory, ahead: device != Device::Cpu, next: None }
+    /// Rank 0 of `world` reads, the others get what it has read.
+    pub fn new(trajectory: &'a Trajectory, device: Device, world: &World) -> Self {
+        let ahead = device != Device::Cpu && world.leads();
+        Self { trajectory, ahead, next: None, world: world.clone() }
     }
 
     /// Copies node `index` into `slot` as [`Trajectory::load`] does.
     pub fn load(&mut self, index: usize, slot: &ParamSet) -> Result<()> {
         match self.next.take().filter(|next| next.index == index) {
             Some(next) => next.finish(slot)?,
-            None => self.trajectory.load(index, slot)?,
+            None if self.world.leads() => self.trajectory.load(index, slot)?,
+            None => {}
         }
+        self.world.broadcast(slot.tensors())?;
         if self.ahead && index > 0 {
             self.next = Some(Reading::start(self.trajectory.clone(), index - 1, slot.alias())?);
         }
@@ -116,7 +122,7 @@ mod tests {
     }
 
     fn ahead(trajectory: &Trajectory) -> Nodes<'_> {
-        Nodes { trajectory, ahead: true, next: None }
+        Nodes { trajectory, ahead: true, next: None, world: World::alone() }
     }
 
     #[test]
@@ -160,9 +166,9 @@ mod tests {
     fn the_cpu_reads_nothing_ahead() {
         let dir = tempfile::tempdir().unwrap();
         let t = recorded(dir.path(), Precision::F32);
-        let mut nodes = Nodes::new(&t, Device::Cpu);
+        let mut nodes = Nodes::new(&t, Device::Cpu, &World::alone());
         nodes.load(3, &set(0.0)).unwrap();
         assert!(nodes.next.is_none());
-        assert!(Nodes::new(&t, Device::Cuda(0)).ahead);
+        assert!(Nodes::new(&t, Device::Cuda(0), &World::alone()).ahead);
     }
 }

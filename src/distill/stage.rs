@@ -1,9 +1,9 @@
 //! The loop that both stages run in. A stage says what happens in each place; the order of the places, metrics, checkpoints and
 //! stopping are here, once.
 //!
-//! Several processes would enter in three places: the gradients are complete between [`Stage::micro_batch`] and
-//! [`Stage::update`] (one reduction), [`Stage::begin`] and [`Stage::after_update`] decide by numbers that must be the same
-//! everywhere (one decider), and what [`run`] and the observer write is written by one of them.
+//! Several processes share the micro-batches of an iteration: process r of W takes r, r + W, r + 2 W. Their gradients are summed in the
+//! order of the micro-batches on the way to [`Stage::update`], what they measured is gathered, rank 0 decides what is not in the draws
+//! (an observer's wishes, the end of a stage), and rank 0 alone writes.
 
 use tch::Tensor;
 
@@ -13,6 +13,10 @@ use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::Finding;
 use crate::distill::observer::{Begin, Running, Step};
 use crate::error::{Kind, Result};
+use crate::torch::dist::World;
+
+/// What a micro-batch measures: scalars (rank 0), the same names in the same order in every micro-batch of an iteration.
+pub(crate) type Measured = Vec<(&'static str, Tensor)>;
 
 /// One stage of a run.
 pub(crate) trait Stage {
@@ -27,8 +31,17 @@ pub(crate) trait Stage {
     /// Before the micro-batches of an iteration: what depends on where the run stands, such as the target.
     fn begin(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()>;
 
-    /// Losses and gradients of one micro-batch, on top of those of the micro-batches before.
-    fn micro_batch(&mut self, job: &mut Job, state: &State, micro: usize, log: &mut Log) -> Result<()>;
+    /// Losses and gradients of one micro-batch, on top of those of the micro-batches before. The round that it belongs to has `rows` of
+    /// them, one of each of the first processes.
+    fn micro_batch(&mut self, job: &mut Job, state: &State, micro: usize, rows: usize) -> Result<Measured>;
+
+    /// A round in which this process has no micro-batch: it takes part in the sums all the same.
+    fn idle(&mut self, rows: usize) -> Result<()>;
+
+    /// What the micro-batches of all processes have measured, in their order.
+    fn measured(&mut self, _all: &[Measured]) -> Result<()> {
+        Ok(())
+    }
 
     /// The optimisers' step with the gradients of all micro-batches.
     fn update(&mut self, state: &State, log: &mut Log) -> Result<()>;
@@ -84,12 +97,54 @@ pub(crate) enum Ended {
 /// Everything of an iteration that comes before its update.
 fn gradients(stage: &mut dyn Stage, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()> {
     stage.begin(job, state, log)?;
-    (0..job.config.accumulate).try_for_each(|micro| stage.micro_batch(job, state, micro, log))
+    let (world, total) = (job.world.clone(), job.config.accumulate);
+    let mut mine = Vec::new();
+    for first in (0..total).step_by(world.size()) {
+        let rows = world.size().min(total - first);
+        match world.rank() < rows {
+            true => mine.push(stage.micro_batch(job, state, first + world.rank(), rows)?),
+            false => stage.idle(rows)?,
+        }
+    }
+    let all = everyones(&world, mine, total)?;
+    stage.measured(&all)?;
+    all.iter().flatten().try_for_each(|(name, value)| log.meters.add(*name, value))
+}
+
+/// A measured scalar that stays as it is: what a recorded step makes lies where the next one makes its own.
+pub(crate) fn lasting(value: &Tensor, recorded: bool) -> Result<Tensor> {
+    Ok(if recorded { value.f_detach()?.f_to_dtype(value.kind(), false, true)? } else { value.f_detach()? })
+}
+
+/// What the micro-batches of all processes have measured, in their order, from what those of this one have.
+fn everyones(world: &World, mine: Vec<Measured>, total: usize) -> Result<Vec<Measured>> {
+    let Some(names) = mine.first().filter(|_| !world.is_alone()) else { return Ok(mine) };
+    let names: Vec<&'static str> = names.iter().map(|(name, _)| *name).collect();
+    let rounds = total.div_ceil(world.size());
+    let values: Vec<&Tensor> = mine.iter().flatten().map(|(_, value)| value).collect();
+    let mut row = Tensor::f_stack(&values, 0)?.f_to_kind(tch::Kind::Float)?;
+    // (A process that was idle in the last round has less to say.)
+    let missing = (rounds * names.len() - values.len()) as i64;
+    row = row.f_constant_pad_nd([0, missing])?;
+    let all = world.gather(&row)?;
+    let value = |micro: usize, k: usize| {
+        let (rank, at) = (micro % world.size(), micro / world.size() * names.len() + k);
+        all.f_get(rank as i64)?.f_get(at as i64)
+    };
+    let of = |micro: usize| -> Result<Measured> {
+        names.iter().enumerate().map(|(k, name)| Ok((*name, value(micro, k)?))).collect()
+    };
+    (0..total).map(of).collect()
 }
 
 /// Something has failed: the last good state becomes a checkpoint. Where that cannot be written either, what failed first is told.
+/// (Where another process is gone nothing is: what this one has may be half of an update.)
 fn keep(stage: &dyn Stage, job: &Job, log: &Log, mut state: State) {
-    if state.iteration > 0 && !checkpoint::is_there(&job.run.checkpoints(), &state) {
+    if job.world.leads()
+        && !job.world.is_broken()
+        && state.iteration > 0
+        && !checkpoint::is_there(&job.run.checkpoints(), &state)
+    {
         let _ = log.checkpoint(job, &mut state, &stage.tensors());
     }
 }
@@ -100,7 +155,8 @@ pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Res
     let (kind, total, last) = (stage.kind(), stage.total(), stage.last_node());
     let mut log = Log::new(job, &state, total, last, stage.device())?;
     let (iteration, updates) = (state.iteration, stage.at(&state).updates);
-    let mut ended = job.observer.stage_begins(&Begin { stage: kind, iteration, total, updates, last })?;
+    let ended = job.observer.stage_begins(&Begin { stage: kind, iteration, total, updates, last })?;
+    let [mut ended] = job.world.any([ended])?;
     while state.iteration < total && !ended {
         let before = state.clone();
         stage.mark();
@@ -136,8 +192,9 @@ pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Res
                 return Err(e);
             }
         };
-        ended |= wish.end && stage.ends_with_a_checkpoint();
-        let stop = (job.stopped() || wish.stop) && !ended;
+        let [end, stop] = job.world.any([wish.end, wish.stop || job.stopped()])?;
+        ended |= end && stage.ends_with_a_checkpoint();
+        let stop = stop && !ended;
         let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
         if if ended { stage.ends_with_a_checkpoint() } else { stop || due || wish.checkpoint } {
             log.checkpoint(job, &mut state, &stage.tensors())?;

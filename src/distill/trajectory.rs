@@ -12,6 +12,7 @@ use tch::Kind;
 use crate::distill::config::Precision;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
+use crate::torch::dist::World;
 use crate::torch::params::{TensorFile, save_tensors};
 
 /// One recorded set of weights.
@@ -49,6 +50,8 @@ struct Index {
 pub struct Trajectory {
     dir: PathBuf,
     index: Index,
+    /// Another process of the run has the files.
+    elsewhere: bool,
 }
 
 pub(crate) const INDEX: &str = "trajectory.json";
@@ -72,7 +75,7 @@ impl Trajectory {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let index =
             Index { teacher_hash: teacher.hash()?, student_hash, precision, complete: false, nodes: Vec::new() };
-        let mut trajectory = Self { dir: dir.to_owned(), index };
+        let mut trajectory = Self { dir: dir.to_owned(), index, elsewhere: false };
         trajectory.record(teacher, 0, loss)?;
         Ok(trajectory)
     }
@@ -113,7 +116,35 @@ impl Trajectory {
                 return bad(format!("node {k}: {} is missing", node.file));
             }
         }
-        Ok(Self { dir: dir.to_owned(), index })
+        Ok(Self { dir: dir.to_owned(), index, elsewhere: false })
+    }
+
+    /// The trajectory that rank 0 of `world` makes or finds. The others know its nodes and have no files.
+    pub(crate) fn shared(world: &World, make: impl FnOnce() -> Result<Option<Self>>) -> Result<Option<Self>> {
+        let mut mine = None;
+        let index: Option<Index> = world.from_leader(|| {
+            mine = make()?;
+            Ok(mine.as_ref().map(|t| t.index.clone()))
+        })?;
+        Ok(if world.leads() { mine } else { index.map(|index| Self { dir: PathBuf::new(), index, elsewhere: true }) })
+    }
+
+    /// [`Trajectory::shared`] where there is one.
+    pub(crate) fn shared_one(world: &World, make: impl FnOnce() -> Result<Self>) -> Result<Self> {
+        Self::shared(world, || make().map(Some))?.ok_or_else(|| Error::mismatch("a run without a trajectory"))
+    }
+
+    /// Whether another process of the run has the files.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.elsewhere
+    }
+
+    /// [`Trajectory::load`] on rank 0, whose values every process gets.
+    pub(crate) fn load_shared(&self, world: &World, index: usize, slot: &ParamSet) -> Result<()> {
+        if !self.elsewhere {
+            self.load(index, slot)?;
+        }
+        world.broadcast(slot.tensors())
     }
 
     /// Folder that the trajectory lies in.
@@ -159,6 +190,7 @@ impl Trajectory {
         let file = format!("node-{index:03}.safetensors");
         let path = self.dir.join(&file);
         let hash = match self.teacher_file(index)? {
+            _ if self.elsewhere => String::new(),
             None => {
                 params.save(&path)?;
                 params.hash()?
@@ -182,7 +214,7 @@ impl Trajectory {
 
     /// The teacher's file, where node `index` is kept as its difference from it.
     fn teacher_file(&self, index: usize) -> Result<Option<TensorFile>> {
-        if index == 0 || self.index.precision == Precision::F32 {
+        if index == 0 || self.index.precision == Precision::F32 || self.elsewhere {
             return Ok(None);
         }
         TensorFile::open(&self.dir.join(&self.index.nodes[0].file)).map(Some)
@@ -238,7 +270,7 @@ impl Trajectory {
             let from = self.dir.join(&node.file);
             std::fs::copy(&from, dir.join(&node.file)).with_context(|| from.display().to_string())?;
         }
-        Self { dir: dir.to_owned(), index: self.index.clone() }.save()
+        Self { dir: dir.to_owned(), index: self.index.clone(), elsewhere: false }.save()
     }
 
     /// Forgets nodes recorded after `iteration` steps: a resumed stage 1 records them again.
@@ -261,7 +293,7 @@ impl Trajectory {
         }
         self.index.nodes = nodes;
         self.save()?;
-        for path in dropped {
+        for path in dropped.iter().filter(|_| !self.elsewhere) {
             let _ = std::fs::remove_file(path);
         }
         Ok(())
@@ -273,7 +305,8 @@ impl Trajectory {
         self.keep(which)?;
         for k in 0..self.index.nodes.len() {
             let (from, to) = (self.index.nodes[k].file.clone(), format!("node-{k:03}.safetensors"));
-            if from == to {
+            if from == to || self.elsewhere {
+                self.index.nodes[k].file = to;
                 continue;
             }
             // Numbers only fall and are saved one by one, so `to` is no node's file any more. A copy before the index,
@@ -291,6 +324,9 @@ impl Trajectory {
     }
 
     fn save(&self) -> Result<()> {
+        if self.elsewhere {
+            return Ok(());
+        }
         let text = serde_json::to_vec_pretty(&self.index).map_err(|e| Error::io(e.to_string()))?;
         crate::files::write_atomic(&self.dir.join(INDEX), &text)
     }

@@ -69,7 +69,12 @@ pub fn foresee(
 ) -> Result<(Config, Option<String>)> {
     let (teacher, denoiser, student) = networks;
     let nothing = |config: &Config| Ok((config.clone(), None));
-    let Some(free) = free(device) else { return nothing(config) };
+    let Some(mut free) = free(device) else { return nothing(config) };
+    let sharing = request.world.on_this_machine() as u64;
+    if device == Device::Cpu && sharing > 1 {
+        free.bytes /= sharing;
+        free.place = format!("{} for each of {sharing} processes", free.place);
+    }
     let held = 4 * (teacher.network.params().elements() as u64);
     if device == Device::Cpu {
         let subject = Subject { config, teacher, student, denoiser, held };

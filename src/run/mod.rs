@@ -7,6 +7,7 @@
 //! match Session::open(request)?.distill()? {
 //!     Finished::Distilled(made) => println!("{}", made.student().display()),
 //!     Finished::Recorded(trajectory) => println!("{} nodes", trajectory.last()),
+//!     Finished::Followed => {}
 //!     Finished::Stopped(stage) => println!("stopped in stage {}", stage.name()),
 //! }
 //! # Ok::<(), disback::Error>(())
@@ -19,6 +20,7 @@ pub mod identity;
 pub mod memory;
 pub mod monitor;
 pub mod origin;
+mod ranks;
 mod request;
 pub mod session;
 pub mod sheets;

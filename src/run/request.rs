@@ -7,13 +7,15 @@ use std::sync::atomic::AtomicBool;
 use crate::distill::checkpoint::StageKind;
 use crate::distill::objective::Objective;
 use crate::distill::{Config, RunDir, Stages};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::TrainableChoice;
 use crate::run::monitor::{Console, Monitor};
 use crate::run::origin::Forms;
 use crate::run::teacher::TeacherOptions;
 use crate::run::time_limit::TimeLimit;
 use crate::torch::Operators;
+use crate::torch::device;
+use crate::torch::dist::{self, World};
 
 /// Makes the paths of a configuration absolute: a run goes on from any folder.
 pub fn from_anywhere(config: &mut Config) {
@@ -86,6 +88,8 @@ pub struct Request {
     pub time_limit: Option<TimeLimit>,
     /// Whether a progress bar is shown on standard error.
     pub progress: bool,
+    /// The processes that share the run. Each of them has this request, and rank 0 alone writes.
+    pub world: World,
     /// Command line that `summary.json` names as the run's.
     pub command: String,
 }
@@ -113,6 +117,7 @@ impl Request {
             stop: Arc::new(AtomicBool::new(false)),
             time_limit: None,
             progress: false,
+            world: World::alone(),
             command: "library call".into(),
         }
     }
@@ -176,6 +181,21 @@ impl Request {
         config.card.extend(self.card.iter().cloned());
         from_anywhere(&mut config);
         Ok(config)
+    }
+
+    /// The device of this process: with several of them `auto` and `cuda` are the CUDA device of its number on the machine.
+    pub(crate) fn device(&self, config: &Config) -> Result<tch::Device> {
+        if self.world.is_alone() {
+            return device::parse(&config.device);
+        }
+        let device = device::parse_for(&config.device, self.world.number_here())?;
+        if device.is_cuda() && !dist::has_nccl() {
+            return Err(Error::unsupported(
+                "this build has no NCCL, by which the CUDA devices of several processes work together",
+            )
+            .hint("build it where the headers of NCCL and CUDA are; --device cpu shares the run among CPUs"));
+        }
+        Ok(device)
     }
 
     /// How the teacher is read under this configuration.

@@ -8,13 +8,14 @@ use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
-use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
+use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, Unobserved, distill, trajectory};
 use crate::error::{Context, Error, Result};
 use crate::run::checks;
 use crate::run::data_check::DataCheck;
 use crate::run::identity::Identity;
 use crate::run::memory;
 use crate::run::origin::{self, StudentOrigin, Written};
+use crate::run::ranks::{self, Settled};
 use crate::run::request::{self, Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
@@ -50,27 +51,51 @@ impl PreparedRun {
     /// Loads the teacher and the student, compares the import with ONNX Runtime, and checks what can be checked.
     ///
     /// Errors: whatever would make the run fail later, as far as it is known.
-    pub fn new(mut request: Request) -> Result<Self> {
+    pub fn new(request: Request) -> Result<Self> {
+        let world = request.world.clone();
+        world.agree(Self::build(request))
+    }
+
+    /// What is decided before the teacher is loaded, by rank 0.
+    fn settle(request: &mut Request) -> Result<(Settled, Config)> {
         request.settle()?;
         if !request.steal_lock {
             RunLock::refuse_held(&request.out)?;
         }
-        // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
         let saved = request.out.join("config.toml");
         let file = request.config.clone().or_else(|| Some(saved).filter(|p| request.goes_on() && p.is_file()));
-        let mut config = request.resolve(file.as_deref())?;
+        let config = request.resolve(file.as_deref())?;
         let batch_given = request.batch_auto || Config::gives(file.as_deref(), &request.sets, "batch")?;
         watcher::check(&config)?;
-        let device = device::parse(&config.device)?;
-        cuda_graph::check_device(config.cuda_graphs, device)?;
         let begun = request.remember()?;
+        Ok((Settled::new(&config, batch_given, request, begun)?, config))
+    }
+
+    fn build(mut request: Request) -> Result<Self> {
+        let world = request.world.clone();
+        ranks::compare_requests(&request)?;
+        let mut mine = None;
+        let settled = world.from_leader(|| {
+            let (settled, config) = Self::settle(&mut request)?;
+            mine = Some(config);
+            Ok(settled)
+        })?;
+        let told = settled.apply(&mut request)?;
+        let (mut config, batch_given, begun) = (mine.unwrap_or(told), settled.batch_given, settled.begun);
+        ranks::check_split(&world, &config)?;
+        // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
+        let device = request.device(&config)?;
+        cuda_graph::check_device(config.cuda_graphs, device)?;
         // As many as the run began with, where the library chose: its bytes depend on it.
         let chosen = begun.as_ref().filter(|_| request.goes_on()).map_or(0, |b| b.threads);
         let threads = device::set_threads(if config.threads > 0 { config.threads } else { chosen });
         shim::set_tf32(config.tf32)?;
         let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;
         let identity = Identity::of(&request, &config, &teacher, device, threads)?;
-        request.check_begun(begun.as_ref(), &identity)?;
+        if world.leads() {
+            request.check_begun(begun.as_ref(), &identity)?;
+        }
+        ranks::compare_identities(&world, &identity)?;
         let denoiser = denoiser(&teacher, &config)?;
         if let Some(rows) = denoiser.fixed_batch().filter(|rows| !batch_given && *rows != config.batch) {
             config.batch = rows;
@@ -79,11 +104,14 @@ impl PreparedRun {
         let file = origin::load(&config, &teacher, device)?;
         let own = file.as_ref().map(|f| f.student(&config.student)).transpose()?;
         let networks = (&teacher, &denoiser, own.as_ref());
-        let (config, found) =
-            memory::foresee(&config, &request, networks, device, request.batch_auto && !request.goes_on())?;
-        if let Some(found) = found {
-            request.monitor.remark(&found);
-        }
+        let config = ranks::shared(&request, || {
+            let auto = request.batch_auto && !request.goes_on();
+            let (config, found) = memory::foresee(&config, &request, networks, device, auto)?;
+            if let Some(found) = found {
+                request.monitor.remark(&found);
+            }
+            Ok(config)
+        })?;
         for warning in teacher.warnings() {
             request.monitor.remark(&format!("warning: {warning}"));
         }
@@ -92,9 +120,11 @@ impl PreparedRun {
                 .monitor
                 .remark("note: the network computes in f64; it is trained in f32, and its student computes in f32");
         }
-        checks::check_mixing(&teacher, &config)?;
-        checks::check_rows(&teacher, &config)?;
-        checks::check_parity(&teacher, &*request.monitor)?;
+        if world.leads() {
+            checks::check_mixing(&teacher, &config)?;
+            checks::check_rows(&teacher, &config)?;
+            checks::check_parity(&teacher, &*request.monitor)?;
+        }
         if request.forms.same_graph {
             StudentOrigin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
         }
@@ -205,6 +235,23 @@ impl PreparedRun {
 
     /// Opens the run directory and tries the export of an untrained student. What turns out to be unfit leaves no half of a run.
     pub fn open(self) -> Result<Session> {
+        let world = self.request.world.clone();
+        if !world.leads() {
+            // Rank 0 writes; the others learn what it has settled.
+            let config = ranks::shared(&self.request, || Ok(self.config.clone()))?;
+            return Ok(Session { run: RunDir::at(&self.request.out), config, prepared: self });
+        }
+        let request = self.request.clone();
+        let mut opened = None;
+        ranks::shared(&request, || {
+            let session = opened.insert(self.open_here()?);
+            Ok(session.config.clone())
+        })?;
+        opened.ok_or_else(|| Error::mismatch("a run that was not opened"))
+    }
+
+    /// [`PreparedRun::open`] of one process.
+    fn open_here(self) -> Result<Session> {
         let (run, config) = self.open_run()?;
         let fresh = !self.request.goes_on();
         let session = Session { run, config, prepared: self };
@@ -234,6 +281,8 @@ pub enum Finished {
     Recorded(Trajectory),
     /// The student is trained and written.
     Distilled(Distilled),
+    /// This process has done its share of a run that another one leads.
+    Followed,
 }
 
 /// The student's files.
@@ -302,26 +351,50 @@ impl Session {
     ///
     /// Errors: what stops a run, with a checkpoint to go on from where one was due; a student that cannot be written as ONNX (its
     /// weights are saved). A student that fails its check is written and told in [`Distilled::failed`].
-    pub fn distill(mut self) -> Result<Finished> {
+    pub fn distill(self) -> Result<Finished> {
+        if self.prepared.request.world.leads() { self.lead() } else { self.follow() }
+    }
+
+    /// A process that computes its share and writes nothing.
+    fn follow(self) -> Result<Finished> {
+        let Self { prepared, run, config } = &self;
+        let PreparedRun { request, denoiser, student, .. } = prepared;
+        request.world.agree(Ok(()))?;
+        let (stop, world): (&std::sync::atomic::AtomicBool, _) = (&request.stop, request.world.clone());
+        let observer = &mut Unobserved;
+        let job = Job { config, student: student.as_ref(), run, observer, stop, silent: true, world };
+        match distill(job, denoiser, self.stages())? {
+            Outcome::Stopped(stage) => Ok(Finished::Stopped(stage)),
+            Outcome::Recorded(_) | Outcome::Finished(_) => Ok(Finished::Followed),
+        }
+    }
+
+    /// The stages that are to be run. (Without a trajectory stage 1 has nothing to do.)
+    fn stages(&self) -> Stages {
+        let request = &self.prepared.request;
+        let none = self.config.degrade.nodes == 0 && request.trajectory.is_none();
+        if none && request.stages == Stages::Backtrack { Stages::Both } else { request.stages }
+    }
+
+    fn lead(mut self) -> Result<Finished> {
         let fresh = !self.prepared.request.goes_on();
         let decoder = self.prepared.decoder.take();
         let Self { prepared, run, config } = &self;
         let PreparedRun { request, device, teacher, denoiser, file, student, .. } = prepared;
         let (origin, student) = (StudentOrigin { teacher, file: file.as_ref() }, student.as_ref());
-        let sheets = Sheets::new(run, config, &teacher.card.card, student, decoder).map_err(|e| self.undo(fresh, e))?;
-        let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)
-            .map_err(|e| self.undo(fresh, e))?;
-        watcher.time_limit = request.time_limit;
-        if request.stages != Stages::Degrade {
-            watcher.data = DataCheck::begin(config, &teacher.card.card, fresh, &*request.monitor)
-                .map_err(|e| self.undo(fresh, e))?;
-        }
-        let stop: &std::sync::atomic::AtomicBool = &request.stop;
-        let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress };
-        // Without a trajectory stage 1 has nothing to do.
-        let none = config.degrade.nodes == 0 && request.trajectory.is_none();
-        let stages = if none && request.stages == Stages::Backtrack { Stages::Both } else { request.stages };
-        let outcome = distill(job, denoiser, stages).with_context(|| request.out.display().to_string());
+        let watched = || -> Result<Watcher> {
+            let sheets = Sheets::new(run, config, &teacher.card.card, student, decoder)?;
+            let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)?;
+            watcher.time_limit = request.time_limit;
+            if request.stages != Stages::Degrade {
+                watcher.data = DataCheck::begin(config, &teacher.card.card, fresh, &*request.monitor)?;
+            }
+            Ok(watcher)
+        };
+        let mut watcher = request.world.agree(watched()).map_err(|e| self.undo(fresh, e))?;
+        let (stop, world): (&std::sync::atomic::AtomicBool, _) = (&request.stop, request.world.clone());
+        let job = Job { config, student, run, observer: &mut watcher, stop, silent: !request.progress, world };
+        let outcome = distill(job, denoiser, self.stages()).with_context(|| request.out.display().to_string());
         let outcome = outcome.map_err(|e| self.what_is_kept(e))?;
         let finished = match outcome {
             Outcome::Stopped(stage) => Finished::Stopped(stage),

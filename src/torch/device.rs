@@ -15,6 +15,18 @@ pub fn parse(text: &str) -> Result<Device> {
     }
 }
 
+/// [`parse`] for process `local` of several on this machine: `auto` and `cuda` are the CUDA device of that number. Errors: one device
+/// for all of them.
+pub fn parse_for(text: &str, local: usize) -> Result<Device> {
+    match text {
+        "auto" if Cuda::is_available() => cuda(local),
+        "cuda" => cuda(local),
+        text if text.starts_with("cuda:") => Err(Error::usage(format!("device {text} for several processes"))
+            .hint("--device cuda gives each process the device of its own number (LOCAL_RANK)")),
+        _ => parse(text),
+    }
+}
+
 fn cuda(index: usize) -> Result<Device> {
     if !Cuda::is_available() {
         return Err(Error::usage("this libtorch sees no CUDA device").hint(

@@ -1,8 +1,9 @@
-//! ONNX operators on libtorch: a shared immutable plan, parameter sets, networks, the optimiser and devices.
+//! ONNX operators on libtorch: a shared immutable plan, parameter sets, networks, the optimiser, devices, and several processes.
 
 pub mod convert;
 pub mod cpu;
 pub mod device;
+pub mod dist;
 pub mod exec;
 pub mod file_layout;
 pub mod network;

@@ -55,6 +55,19 @@ pub(super) fn check(message: *mut c_char) -> Result<()> {
     Err(Error::of_libtorch(&text))
 }
 
+/// Bytes that C++ has allocated for us.
+///
+/// # Safety
+/// `bytes` is from malloc, holds `count` of them, and is ours to free.
+pub(super) unsafe fn take_bytes(bytes: *mut u8, count: usize) -> Vec<u8> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let taken = std::slice::from_raw_parts(bytes, count).to_vec();
+        disback_free(bytes.cast());
+        taken
+    }
+}
+
 fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
     tensors.iter().map(Tensor::as_ptr).collect()
 }

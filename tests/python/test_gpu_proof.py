@@ -6,6 +6,7 @@ import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -83,3 +84,14 @@ def test_a_student_is_called_in_every_way(proof, tmp_path):
     if not proof.has_device():
         # A provider that is not there is an error with its reason, never a time of the CPU.
         assert all("cuda" in found[name] or "tensorrt" in found[name] for name in proof.CALLS), found
+
+
+def test_several_processes_are_compared_with_one(proof, tmp_path):
+    if not DISBACK.is_file():
+        pytest.skip("the binary is not built")
+    args = SimpleNamespace(device="cpu", batch=2, steps=20)
+    proof.process_rows(str(DISBACK), proof.environment(), tmp_path, args, 2)
+    assert len(proof.rows) == 3, proof.rows
+    part, what, apart, ok = proof.rows[0]
+    # (On the CPU several processes end with the bytes of one.)
+    assert part == "processes" and float(apart) == 0.0 and ok, proof.rows

@@ -31,7 +31,7 @@ fn distil(out: &Path) -> disback::Result<PathBuf> {
         .set("backtrack.updates=600");
     match Session::open(Request { progress: true, ..request })?.distill()? {
         Finished::Distilled(made) => Ok(made.student().to_owned()),
-        Finished::Recorded(_) | Finished::Stopped(_) => {
+        Finished::Recorded(_) | Finished::Stopped(_) | Finished::Followed => {
             Err(disback::Error::mismatch("the run ended without a student"))
         }
     }

@@ -23,7 +23,7 @@ use crate::distill::nonfinite::Finding;
 use crate::distill::objective::Objective;
 use crate::distill::observer::Running;
 use crate::distill::prefetch::Nodes;
-use crate::distill::stage::{self, Ended, Stage};
+use crate::distill::stage::{self, Ended, Measured, Stage, lasting};
 use crate::distill::student::Student;
 use crate::distill::trajectory::Trajectory;
 use crate::error::{Error, Result};
@@ -94,6 +94,7 @@ impl<'a> Backtrack<'a> {
         let batches = Batches::new(config, teacher)?;
         let objective = config.built_objective()?;
         let mut networks = Networks::new(config, teacher, job.initial(teacher)?, &batches, &*objective)?;
+        networks.share(&job.world, config.sums_apart(batches.device))?;
         networks.target.network().configure(config.target_compute());
         let mut mismatch_sum = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
         let last = trajectory.last();
@@ -108,14 +109,14 @@ impl<'a> Backtrack<'a> {
             None => {
                 // The fake score starts from the degraded end, which fits the student's first samples.
                 if let Some(fake) = &networks.fake {
-                    trajectory.load(last, fake.network.params())?;
+                    trajectory.load_shared(&job.world, last, fake.network.params())?;
                 }
                 let target = last.saturating_sub(1);
                 State { target, ..State::new(StageKind::Backtrack, trajectory.teacher_hash()) }
             }
         };
         let (recorder, form) = recorder(config, batches.device)?;
-        let mut nodes = Nodes::new(trajectory, batches.device);
+        let mut nodes = Nodes::new(trajectory, batches.device, &job.world);
         nodes.load(state.target, networks.target.params())?;
         job.observer.target_entered(state.target, &networks.target)?;
         let (target, step) = (state.target, Iteration::default());
@@ -142,7 +143,7 @@ impl<'a> Backtrack<'a> {
     fn finish(self, job: &Job) -> Result<Student> {
         let mut averages = self.networks.averages.into_iter();
         let first = averages.next().map(|a| a.student);
-        for average in averages {
+        for average in averages.filter(|_| job.world.leads()) {
             average.student.weights()?.save(&job.run.average_weights(average.half_life))?;
         }
         first.ok_or_else(|| Error::mismatch("a run without an average of the student"))
@@ -160,11 +161,11 @@ impl<'a> Backtrack<'a> {
         since: u64,
         micro: usize,
         (draws, conditions): (&Draws, &Conditions),
-        log: &mut Log,
+        measured: &mut Measured,
     ) -> Result<Tensor> {
         let share = self.share();
         let update = self.step.update;
-        let Self { config, batches, networks, objective, recorder, mismatch_sum, target, .. } = self;
+        let Self { config, batches, networks, objective, recorder, target, .. } = self;
         let (networks, batches) = (&*networks, &*batches);
         let (inputs, sigmas) = generator::inputs(networks, batches, draws, conditions, self.guidance, self.form)?;
         let first = update == since && micro == 0;
@@ -194,9 +195,8 @@ impl<'a> Backtrack<'a> {
             false => recorder.run("generator", inputs, Some(networks.student.params()), &mut piece)?,
         };
         for (name, value) in ["mismatch", "loss_generator", "loss_gan"].into_iter().zip(&results[1..]) {
-            log.meters.add(name, value)?;
+            measured.push((name, lasting(value, recorder.records())?));
         }
-        *mismatch_sum = tch::no_grad(|| mismatch_sum.f_add(&results[1].f_mul_scalar(share)?))?;
         if let Some(((x_t, target_x0, fake), gradient)) = seen {
             let shown = DebugBatch { sigmas, x_t, target: target_x0, fake, gradient };
             job.observer.debug_batch(*target, update, &shown)?;
@@ -215,7 +215,13 @@ impl<'a> Backtrack<'a> {
     }
 
     /// Gradients of the fake score and of the discriminator on these images.
-    fn fake_pass(&mut self, x0: &Tensor, draws: &Draws, conditions: &Conditions, log: &mut Log) -> Result<()> {
+    fn fake_pass(
+        &mut self,
+        x0: &Tensor,
+        draws: &Draws,
+        conditions: &Conditions,
+        measured: &mut Measured,
+    ) -> Result<()> {
         let share = self.share();
         let Self { batches, networks, recorder, form, .. } = self;
         let Some(fake) = &networks.fake else { return Ok(()) };
@@ -227,11 +233,11 @@ impl<'a> Backtrack<'a> {
             loss.f_mul_scalar(share)?.f_backward()?;
             Ok(vec![loss.detach()])
         })?;
-        log.meters.add("loss_fake", &made[0])?;
+        measured.push(("loss_fake", lasting(&made[0], recorder.records())?));
         if let Some(gan) = &networks.gan {
             let loss = gan.discriminator_loss(&fake.network, batches, draws, x0, conditions)?;
-            log.meters.add("loss_discriminator", &loss)?;
             loss.f_mul_scalar(share)?.f_backward()?;
+            measured.push(("loss_discriminator", loss.detach()));
         }
         Ok(())
     }
@@ -271,14 +277,33 @@ impl Stage for Backtrack<'_> {
         Ok(())
     }
 
-    fn micro_batch(&mut self, job: &mut Job, state: &State, micro: usize, log: &mut Log) -> Result<()> {
+    fn micro_batch(&mut self, job: &mut Job, state: &State, micro: usize, rows: usize) -> Result<Measured> {
         let draws = self.batches.draws(Phase::Backtrack, state.iteration, micro);
         let conditions = self.batches.conditions(&draws, self.teacher)?;
+        let mut measured = Measured::new();
         let x0 = match self.step.updates_generator {
-            true => self.generator_pass(job, state.target_since, micro, (&draws, &conditions), log)?,
+            true => self.generator_pass(job, state.target_since, micro, (&draws, &conditions), &mut measured)?,
             false => self.images(&draws, &conditions)?,
         };
-        self.fake_pass(&x0, &draws, &conditions, log)
+        // (The generator's gradients are on their way to the others while the fake score computes.)
+        self.networks.round_generator(self.step.updates_generator, rows)?;
+        self.fake_pass(&x0, &draws, &conditions, &mut measured)?;
+        self.networks.round_fake(rows)?;
+        Ok(measured)
+    }
+
+    fn idle(&mut self, rows: usize) -> Result<()> {
+        self.networks.round_generator(self.step.updates_generator, rows)?;
+        self.networks.round_fake(rows)
+    }
+
+    fn measured(&mut self, all: &[Measured]) -> Result<()> {
+        let share = self.share();
+        for (_, mismatch) in all.iter().flatten().filter(|(name, _)| *name == "mismatch") {
+            // (Not in place: the loop may hold on to the sum of before.)
+            self.mismatch_sum = tch::no_grad(|| self.mismatch_sum.f_add(&mismatch.f_mul_scalar(share)?))?;
+        }
+        Ok(())
     }
 
     fn update(&mut self, _state: &State, log: &mut Log) -> Result<()> {

@@ -13,6 +13,7 @@ use crate::distill::nonfinite::{self, Candidate, Finding, Probe};
 use crate::distill::objective::Objective;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
+use crate::torch::dist::World;
 use crate::torch::train::ema;
 use crate::torch::train::optim::AdamW;
 
@@ -81,6 +82,28 @@ impl Networks {
             fake,
             gan,
         })
+    }
+
+    /// Takes the gradients of all processes of `world` from now on, see [`AdamW::share`].
+    pub fn share(&mut self, world: &World, apart: bool) -> Result<()> {
+        self.adam.share(world, apart)?;
+        if let Some(fake) = &mut self.fake {
+            fake.adam.share(world, apart)?;
+        }
+        self.gan.as_mut().map_or(Ok(()), |gan| gan.adam.share(world, apart))
+    }
+
+    /// A round of micro-batches of the generator is done, where the iteration updates it.
+    pub fn round_generator(&mut self, updates: bool, rows: usize) -> Result<()> {
+        if updates { self.adam.round(rows) } else { Ok(()) }
+    }
+
+    /// A round of micro-batches of the fake score and of the discriminator is done.
+    pub fn round_fake(&mut self, rows: usize) -> Result<()> {
+        if let Some(fake) = &mut self.fake {
+            fake.adam.round(rows)?;
+        }
+        self.gan.as_mut().map_or(Ok(()), |gan| gan.adam.round(rows))
     }
 
     /// The student with the weights that the run ends with.

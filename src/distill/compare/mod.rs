@@ -15,6 +15,7 @@ use crate::distill::config::{BacktrackConfig, Config, DegradeConfig};
 use crate::distill::observer::{Begin, Step, Wish};
 use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
 use crate::error::{Context, Error, Result};
+use crate::torch::dist::World;
 
 pub use figure::{Axis, Group, svg};
 pub use statistics::{Comparison, Interval, Reached, compare};
@@ -187,7 +188,7 @@ pub fn run_arm(
     }
     let (passes, ratio) = (passes(config), config.backtrack.ratio);
     let mut looker = Looker { judge, every, passes, ratio, file: looks_file.clone(), looks, note };
-    let job = Job { config, student, run: &run, observer: &mut looker, stop, silent: true };
+    let job = Job { config, student, run: &run, observer: &mut looker, stop, silent: true, world: World::alone() };
     let outcome = distill(job, teacher, Stages::Both).with_context(|| dir.display().to_string())?;
     if matches!(outcome, Outcome::Stopped(_)) {
         looker.save()?;

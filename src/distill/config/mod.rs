@@ -167,6 +167,16 @@ impl Config {
         Ok(Self::table(file, sets)?.contains_key(key))
     }
 
+    /// A resolved configuration from [`Config::to_toml`]'s text, with the caller's own objective where there is one.
+    pub fn from_toml(text: &str, objective: Option<Arc<dyn Objective>>) -> Result<Self> {
+        let mut config: Self = toml::from_str(text)
+            .map_err(|e| Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end()))))?;
+        if let Some(own) = objective {
+            config.objective = Choice::Given(own);
+        }
+        Ok(config)
+    }
+
     fn table(file: Option<&Path>, sets: &[String]) -> Result<Table> {
         let mut table = match file {
             None => Table::new(),
@@ -282,6 +292,13 @@ impl Config {
                 b.switch_every
             )
         })
+    }
+
+    /// Whether a micro-batch's gradients are completed before they are added to those before it: on the CPU, where a micro-batch may
+    /// have several backward passes through one network (the discriminator's, recomputed segments).
+    pub fn sums_apart(&self, device: tch::Device) -> bool {
+        let several = !self.gan.data.is_empty() || self.memory.activations_mib > 0;
+        device == tch::Device::Cpu && self.accumulate > 1 && several
     }
 
     /// Learning rate of stage 1.

@@ -5,6 +5,7 @@ mod conditions;
 mod generators;
 mod memory_format;
 mod objectives;
+mod processes;
 mod ranks;
 mod replayed;
 mod steps;
@@ -23,6 +24,7 @@ use crate::distill::observer::Observer;
 use crate::distill::*;
 use crate::error::Result;
 use crate::tensor::DType;
+use crate::torch::dist::World;
 use crate::torch::network::NamedTensors;
 use crate::torch::{Forward, ParamSet};
 
@@ -179,7 +181,7 @@ fn run<'a>(
     teacher: &Denoiser,
     stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
-    run_as(path, config, teacher, None, stop)
+    run_in(World::alone(), path, config, teacher, None, stop)
 }
 
 /// [`run`], with another student than the teacher's copy.
@@ -190,14 +192,27 @@ fn run_as<'a>(
     student: Option<&Student>,
     stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
 ) -> Result<(Outcome, Witness<'a>)> {
-    let run = match RunDir::create(path, config) {
-        Ok(run) => run,
-        Err(_) => RunDir::open(path)?.0,
+    run_in(World::alone(), path, config, teacher, student, stop)
+}
+
+/// [`run_as`], as one process of several.
+fn run_in<'a>(
+    world: World,
+    path: &std::path::Path,
+    config: &Config,
+    teacher: &Denoiser,
+    student: Option<&Student>,
+    stop: Option<(&'a AtomicBool, checkpoint::StageKind, u64)>,
+) -> Result<(Outcome, Witness<'a>)> {
+    let run = match world.leads().then(|| RunDir::create(path, config)) {
+        None => RunDir::at(path),
+        Some(Ok(run)) => run,
+        Some(Err(_)) => RunDir::open(path)?.0,
     };
     let mut witness = Witness { stop, ..Witness::default() };
     let flag = AtomicBool::new(false);
     let stop = stop.map_or(&flag, |s| s.0);
-    let job = Job { config, student, run: &run, observer: &mut witness, stop, silent: true };
+    let job = Job { config, student, run: &run, observer: &mut witness, stop, silent: true, world };
     let outcome = distill(job, teacher, Stages::Both)?;
     Ok((outcome, witness))
 }
@@ -226,7 +241,15 @@ fn stage_one_ends_at_the_exact_denoiser_of_the_initial_student() {
     c.degrade.spacing = Spacing::LogIteration;
     let run = RunDir::create(&dir.path().join("run"), &c).unwrap();
     let stop = AtomicBool::new(false);
-    let job = Job { config: &c, student: None, run: &run, observer: &mut Unobserved, stop: &stop, silent: true };
+    let job = Job {
+        config: &c,
+        student: None,
+        run: &run,
+        observer: &mut Unobserved,
+        stop: &stop,
+        silent: true,
+        world: World::alone(),
+    };
     let Outcome::Recorded(trajectory) = distill(job, &teacher, Stages::Degrade).unwrap() else { panic!() };
     let last = teacher.copy().unwrap();
     trajectory.load(trajectory.last(), last.params()).unwrap();

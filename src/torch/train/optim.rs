@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::torch::dist::{Reducer, World};
 use crate::torch::params::ParamSet;
 use crate::torch::shim;
 
@@ -45,6 +46,8 @@ pub struct AdamW {
     /// Calls of [`AdamW::step`], for the warm-up: known on the host without asking the device.
     calls: u64,
     norm: Tensor,
+    /// Sums the gradients of micro-batches, where autograd does not do so by itself.
+    reducer: Option<Reducer>,
 }
 
 impl AdamW {
@@ -64,7 +67,23 @@ impl AdamW {
             skipped_in_a_row: scalar()?,
             calls: 0,
             norm: scalar()?,
+            reducer: None,
         })
+    }
+
+    /// Takes the gradients of all processes of `world` from now on. `apart`: a micro-batch's gradients are completed before they are
+    /// added to those before it, also in a world of one process: where a micro-batch has several backward passes, the sum would
+    /// otherwise have other bits than that of several processes. Costs the memory of the gradients once more.
+    pub fn share(&mut self, world: &World, apart: bool) -> Result<()> {
+        if !world.is_alone() || apart {
+            self.reducer = Some(Reducer::new(world, &self.params)?);
+        }
+        Ok(())
+    }
+
+    /// A round of micro-batches is done, one of each of the first `rows` processes.
+    pub fn round(&mut self, rows: usize) -> Result<()> {
+        self.reducer.as_mut().map_or(Ok(()), |reducer| reducer.round(rows))
     }
 
     /// The learning rate that the next step uses under `scale`.
@@ -78,6 +97,7 @@ impl AdamW {
     /// Updates the parameters from their gradients with `lr_scale` times the learning rate, then lets the gradients go.
     /// Parameters that no gradient has reached stay as they are.
     pub fn step(&mut self, lr_scale: f64) -> Result<()> {
+        self.reducer.as_mut().map_or(Ok(()), Reducer::finish)?;
         let grads = shim::grads(&self.params)?;
         let reached: Vec<usize> = (0..grads.len()).filter(|&i| grads[i].is_some()).collect();
         let grads: Vec<Tensor> = grads.into_iter().flatten().collect();
