@@ -31,7 +31,6 @@ fn generate_event_types() {
 /// Where `make setup` put libonnxruntime: the last place `runtime::ort` looks, after `ORT_DYLIB_PATH` and the folder of
 /// the executable.
 fn bake_onnxruntime_hint() {
-    println!("cargo:rerun-if-env-changed=ORT_DYLIB_PATH");
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let libs = root.join(".venv/lib");
     let python = std::fs::read_dir(&libs)
@@ -40,7 +39,17 @@ fn bake_onnxruntime_hint() {
         .flatten()
         .map(|e| e.path().join("site-packages/onnxruntime/capi"))
         .find(|p| p.is_dir());
-    println!("cargo:rerun-if-changed={}", if libs.is_dir() { libs.as_path() } else { Path::new("build.rs") }.display());
+    // (Of a folder cargo looks at every file below it, and each Python that runs there writes some: all would be built again.)
+    let watched = match &python {
+        Some(dir) => std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path())
+            .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("libonnxruntime.so"))),
+        None => libs.is_dir().then_some(libs),
+    };
+    println!("cargo:rerun-if-changed={}", watched.as_deref().unwrap_or(Path::new("build.rs")).display());
     if let Some(dir) = python {
         println!("cargo:rustc-env=DISBACK_ORT_DIR={}", dir.display());
     }
