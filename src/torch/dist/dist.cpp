@@ -6,7 +6,9 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <c10/util/Logging.h>
 #ifdef DISBACK_NCCL
+#include <dlfcn.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
@@ -30,6 +32,45 @@ struct Group {
 };
 
 Group& of(void* g) { return *static_cast<Group*>(g); }
+
+#ifdef DISBACK_NCCL
+// The two functions of c10d's NCCL that are called here, by their names in libtorch_cuda.so, which a program may be without. Sizes and
+// types are the header's.
+using Nccl = c10d::ProcessGroupNCCL;
+struct NcclFunctions {
+  void (*options)(void*, bool);
+  void (*group)(void*, c10::intrusive_ptr<c10d::Store>, int, int, c10::intrusive_ptr<Nccl::Options>);
+};
+
+const NcclFunctions& nccl_functions() {
+  static const NcclFunctions found{
+      reinterpret_cast<decltype(NcclFunctions::options)>(dlsym(RTLD_DEFAULT, "_ZN4c10d16ProcessGroupNCCL7OptionsC1Eb")),
+      reinterpret_cast<decltype(NcclFunctions::group)>(
+          dlsym(RTLD_DEFAULT,
+                "_ZN4c10d16ProcessGroupNCCLC1EN3c1013intrusive_ptrINS_5StoreENS1_6detail34intrusive_target_default_null_typeIS3_"
+                "EEEEiiNS2_INS0_7OptionsENS5_IS8_EEEE"))};
+  return found;
+}
+
+bool has_nccl() { return nccl_functions().options != nullptr && nccl_functions().group != nullptr; }
+
+c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, milliseconds timeout) {
+  void* place = ::operator new(sizeof(Nccl::Options));
+  nccl_functions().options(place, false);
+  auto options = c10::intrusive_ptr<Nccl::Options>::unsafe_steal_from_new(static_cast<Nccl::Options*>(place));
+  options->timeout = timeout;
+  place = ::operator new(sizeof(Nccl));
+  try {
+    nccl_functions().group(place, store, rank, world, options);
+  } catch (...) {
+    ::operator delete(place);
+    throw;
+  }
+  return c10::intrusive_ptr<c10d::Backend>::unsafe_steal_from_new(static_cast<Nccl*>(place));
+}
+#else
+bool has_nccl() { return false; }
+#endif
 
 // Gradients that are summed together: a run of parameters, flat in the order of their own memory, padded to a part for each process.
 struct Bucket {
@@ -127,20 +168,17 @@ void hand_out(Reducer& r, Bucket& b, const at::Tensor& flat) {
 
 extern "C" {
 
-// Whether NCCL was compiled in.
-bool disback_dist_has_nccl() {
-#ifdef DISBACK_NCCL
-  return true;
-#else
-  return false;
-#endif
-}
+// Whether NCCL was compiled in, and libtorch's CUDA half, which has it, is loaded.
+bool disback_dist_has_nccl() { return has_nccl(); }
 
 // Forms a group. serves: this process holds the store (rank 0, where no launcher's agent does). prefix: of this attempt, the same for
 // all. nccl: of CUDA tensors; those of the CPU always go by gloo, which needs GLOO_SOCKET_IFNAME where a host has several networks.
 char* disback_dist_form(const char* address, int port, bool serves, int rank, int world, int64_t timeout_ms, const char* prefix,
                         bool nccl, void** out) {
   return guarded([&] {
+    // What goes wrong becomes an error of ours; its warnings of sockets beside it help nobody.
+    setenv("TORCH_CPP_LOG_LEVEL", "ERROR", 0);
+    c10::initLogging();
     const milliseconds timeout(timeout_ms);
     c10d::TCPStoreOptions o;
     o.port = static_cast<uint16_t>(port);
@@ -165,11 +203,8 @@ char* disback_dist_form(const char* address, int port, bool serves, int rank, in
     made->processes->setBackend(at::kCPU, Kind::GLOO, gloo);
     if (nccl) {
 #ifdef DISBACK_NCCL
-      auto n = c10d::ProcessGroupNCCL::Options::create();
-      n->timeout = timeout;
-      auto devices = c10::make_intrusive<c10d::ProcessGroupNCCL>(
-          c10::make_intrusive<c10d::PrefixStore>("cuda", made->store), rank, world, n);
-      made->processes->setBackend(at::kCUDA, Kind::NCCL, devices);
+      const auto store = c10::make_intrusive<c10d::PrefixStore>("cuda", made->store);
+      made->processes->setBackend(at::kCUDA, Kind::NCCL, make_nccl(store, rank, world, timeout));
 #else
       TORCH_CHECK(false, "this build has no NCCL");
 #endif

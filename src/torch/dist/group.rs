@@ -36,7 +36,8 @@ unsafe extern "C" {
     fn disback_dist_gather(group: *mut c_void, mine: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
-/// Whether this build has NCCL, without which CUDA devices of several processes cannot be used together.
+/// Whether NCCL is there (compiled in, and libtorch's CUDA half loaded), without which CUDA devices of several processes cannot be used
+/// together.
 pub fn has_nccl() -> bool {
     // SAFETY: reads a constant.
     unsafe { disback_dist_has_nccl() }
