@@ -11,7 +11,7 @@ use crate::graph::{Sizes, sizes};
 use crate::tensor::DType;
 
 use super::condition::Condition;
-use super::schedule::{Schedule, ScheduleSpec};
+use super::schedule::{DEVIATIONS, Schedule, ScheduleSpec};
 
 /// What the network's output is. `x_t = a x0 + b e`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -238,13 +238,17 @@ impl TeacherCard {
         }
         self.validate_axes()?;
         if let Some([low, high]) = self.range
-            && !(low < high && low.is_finite() && high.is_finite())
+            && !(low < high && low.abs().max(high.abs()) <= *DEVIATIONS.end())
         {
-            return bad(format!("`range` is [{low}, {high}], expected a low and a higher value"));
+            let most = *DEVIATIONS.end();
+            return bad(format!(
+                "`range` is [{low:?}, {high:?}], expected a low and a higher value of at most {most:?} in size"
+            ));
         }
         for (key, value) in [("sigma_data", self.sigma_data), ("latent_scale", self.latent_scale)] {
-            if !(value > 0.0 && value.is_finite()) {
-                return bad(format!("`{key}` is {value}, expected a number above 0"));
+            if !DEVIATIONS.contains(&value) {
+                let (low, high) = DEVIATIONS.into_inner();
+                return bad(format!("`{key}` is {value:?}, expected a number from {low:?} to {high:?}"));
             }
         }
         let mut used = vec![("sample", &self.sample)];
