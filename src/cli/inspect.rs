@@ -84,7 +84,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         Err(_) => Default::default(),
     };
     if card.is_err() {
-        inspect::join_parts(&mut model, &mut known)?;
+        inspect::join_parts(&mut model, &mut known, !args.no_probe)?;
     }
     let choice =
         TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
@@ -211,6 +211,20 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
     }
     for u in &i.unguarded_divisions {
         say!("warning: {u}");
+    }
+    if !i.batch_statistics.is_empty() {
+        const SHOWN: usize = 8;
+        let names: Vec<&str> = i.batch_statistics.iter().take(SHOWN).map(String::as_str).collect();
+        let more = match i.batch_statistics.len().saturating_sub(SHOWN) {
+            0 => String::new(),
+            n => format!(" and {n} more"),
+        };
+        let listed = format!("{}{more}", line(&names.join(", ")));
+        say!(
+            "warning: BatchNormalization in training mode takes the statistics of the batch, so that a sample depends on its \
+             neighbours: {listed}; `disback distill` will refuse the network. Export it for inference (in PyTorch: model.eval() and \
+             TrainingMode.EVAL); --allow-batch-mixing takes it as it is"
+        );
     }
     if !i.unsupported.is_empty() {
         say!("\nnot supported: {} nodes", i.unsupported.len());
