@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::cli::Globals;
 use crate::cli::card_args::CardArgs;
 use crate::diffusion::ResolvedCard;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::files;
 use crate::graph::{Model, TrainableChoice};
 use crate::inspect::hypothesis::word;
@@ -133,7 +133,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
             (Ok(card), _) => (card.written().to_toml()?, Vec::new()),
             (Err(_), Ok(_)) => (proposal.findings.to_toml(), Vec::new()),
             (Err(e), Err(_)) if proposal.findings.open().is_empty() => {
-                return Err(Error::usage(e.to_string())).context("no card to write");
+                return Err(Error::of_text(Kind::Usage, &e.to_string())).context("no card to write");
             }
             (Err(_), Err(_)) => (proposal.findings.to_toml(), proposal.findings.open()),
         };

@@ -8,6 +8,7 @@ use crate::axes::written;
 pub use crate::axes::{Layout, Modality};
 use crate::error::{Context, Error, Result};
 use crate::graph::{Sizes, sizes};
+use crate::shown::line;
 use crate::tensor::DType;
 
 use super::condition::Condition;
@@ -201,7 +202,7 @@ impl From<&crate::runtime::ValueInfo> for InputSpec {
 impl std::fmt::Display for InputSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let dims: Vec<_> = self.shape.iter().map(|d| d.map_or("?".into(), |d| d.to_string())).collect();
-        write!(f, "{} {}[{}]", self.name, self.dtype, dims.join(", "))
+        write!(f, "{} {}[{}]", line(&self.name), self.dtype, dims.join(", "))
     }
 }
 
@@ -432,9 +433,8 @@ impl Ports<'_> {
     fn unlike(&self, what: String) -> Error {
         let list = |values: &[InputSpec]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>().join("; ");
         let (inputs, outputs) = (list(self.inputs), list(self.outputs));
-        Error::usage(format!(
-            "the card contradicts the graph: {what}\n  graph inputs: {inputs}\n  graph outputs: {outputs}"
-        ))
+        Error::usage(format!("the card contradicts the graph: {what}"))
+            .lines([format!("graph inputs: {inputs}"), format!("graph outputs: {outputs}")])
     }
 
     fn contradicted(&self, what: String) -> Error {
@@ -443,11 +443,9 @@ impl Ports<'_> {
 
     /// Of an input without the batch the value is the same in every call.
     fn without_batch(&self, what: String, input: &InputSpec) -> Error {
-        self.unlike(what).hint(format!(
-            "an input without the batch has the same value in every call: numpy.save it beside the model and write into \
-             <model>.card.toml\n{}",
-            fixed::card_text(input)
-        ))
+        let hint = "an input without the batch has the same value in every call: numpy.save it beside the model and write into \
+                    <model>.card.toml";
+        self.unlike(what).hint(hint).hint_lines(fixed::card_text(input))
     }
 }
 

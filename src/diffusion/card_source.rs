@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::graph::sizes;
 use crate::onnx::ModelProto;
 
@@ -274,7 +274,7 @@ impl CardSource {
             let text = crate::files::read_text(path, crate::files::SETTINGS)?;
             let table: toml::Table = text
                 .parse()
-                .map_err(|e: toml::de::Error| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))?;
+                .map_err(|e: toml::de::Error| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))?;
             let mut leaves = Leaves::new();
             insert(vec![], toml::Value::Table(table), None, &CardOrigin::SideFile(path.clone()), &mut leaves)?;
             Ok(leaves)

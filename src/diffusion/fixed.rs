@@ -72,7 +72,7 @@ impl FixedInput {
 }
 
 /// The lines of a card for an input that has the same value in every call, to be written as they stand.
-pub(crate) fn card_text(input: &InputSpec) -> String {
+pub(crate) fn card_text(input: &InputSpec) -> Vec<String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     let key = match !input.name.is_empty() && input.name.chars().all(plain) {
         true => input.name.clone(),
@@ -80,8 +80,9 @@ pub(crate) fn card_text(input: &InputSpec) -> String {
     };
     let file: String = input.name.chars().map(|c| if plain(c) { c } else { '_' }).collect();
     let sizes: Option<Vec<usize>> = input.shape.iter().copied().collect();
-    let shape = sizes.map_or_else(String::new, |sizes| format!("\n    shape = {sizes:?}"));
-    format!("    [conditions.{key}]\n    kind = \"constant\"\n    file = \"{file}.npy\"{shape}")
+    let mut lines = vec![format!("[conditions.{key}]"), "kind = \"constant\"".into(), format!("file = \"{file}.npy\"")];
+    lines.extend(sizes.map(|sizes| format!("shape = {sizes:?}")));
+    lines
 }
 
 /// Puts the values into the file: the inputs become initializers. One whose first dimension is the batch is expanded to the rows of
