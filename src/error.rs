@@ -52,7 +52,7 @@ impl Error {
     /// [`Error::new`] of a text that has several lines, such as another program's: the first is the message.
     pub fn of_text(kind: Kind, text: &str) -> Self {
         let mut lines = text.trim_end().lines();
-        Self::new(kind, lines.next().unwrap_or_default()).lines(lines.map(|l| l.strip_prefix("  ").unwrap_or(l)))
+        Self::new(kind, lines.next().unwrap_or_default()).lines(lines)
     }
     /// An error of kind [`Kind::Usage`]: the caller's options, configuration or card make no sense.
     pub fn usage(message: impl Into<String>) -> Self {
