@@ -59,7 +59,8 @@ mod tests {
         );
         // Its lines are ours alone.
         assert_eq!(e.lines().count(), 2, "{e}");
-        let told = crate::Error::of_text(crate::Kind::Usage, "not TOML: a\n  |\n1 | b\n").hint("c").hint_lines(["d\ne"]);
+        let told =
+            crate::Error::of_text(crate::Kind::Usage, "not TOML: a\n  |\n1 | b\n").hint("c").hint_lines(["d\ne"]);
         assert_eq!(told.to_string(), "not TOML: a\n    |\n  1 | b\n  help: c\n    d\\ne");
     }
 }

@@ -219,7 +219,8 @@ fn what_a_terminal_would_obey_is_escaped() {
         assert!(!text.contains(['\x1b', '\x07', '\r', '\u{9b}']), "{command}: {text:?}");
         assert!(!text.contains("\nparameters: none"), "{command}: {text}");
         // A name looks like no line of ours.
-        let forged = |l: &str| l.trim_start().starts_with("error: forged") || l.trim_start().starts_with("help: forged");
+        let forged =
+            |l: &str| l.trim_start().starts_with("error: forged") || l.trim_start().starts_with("help: forged");
         assert!(!text.lines().any(forged), "{command}: {text}");
     }
 }

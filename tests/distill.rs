@@ -385,7 +385,11 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         ),
         (with(&gan, &["--set", "gan.data=unit.npz", "--set", "gan.range=[1, 0]"]), 2, "expected [low, high]"),
         (with(&gan, &["--set", "gan.data=far.npz", "--set", "gan.range=[0, 1]"]), 2, "gan.range says 0 to 1"),
-        (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]), 2, "did you mean `conv2d_5"),
+        (
+            with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]),
+            2,
+            "did you mean `conv2d_5",
+        ),
         (
             with(&gan[..2], &["--set", "gan.data=good.npz"]),
             2,

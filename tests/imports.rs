@@ -187,11 +187,13 @@ fn masks_and_positions(dir: &Path) {
     // What the file shows of it.
     std::fs::create_dir_all(dir.join("bare")).unwrap();
     std::fs::copy(dir.join("ids/teacher.onnx"), dir.join("bare/teacher.onnx")).unwrap();
-    let shown: serde_json::Value = serde_json::from_str(&ok(dir, "inspect bare/teacher.onnx --no-probe --json")).unwrap();
+    let shown: serde_json::Value =
+        serde_json::from_str(&ok(dir, "inspect bare/teacher.onnx --no-probe --json")).unwrap();
     let (found, open) = (&shown["proposed_card"]["conditions"]["ids"], &shown["proposal"]["undecided"]);
     assert!(found["kind"] == "constant" && found["shape"] == serde_json::json!([64, 3]), "{found}");
     assert!(open.as_array().unwrap().iter().any(|k| k == "conditions.ids.file"), "{open}");
-    let nothing = "--card prediction=epsilon --card time_unit=step --card schedule.kind=vp --card schedule.betas=linear";
+    let nothing =
+        "--card prediction=epsilon --card time_unit=step --card schedule.kind=vp --card schedule.betas=linear";
     let names = "--card sample=x --card time=t --card output=out --card shape=[1,8,8]";
     support::refused(dir, &format!("distill bare/teacher.onnx -o bare/x {FEW} {nothing} {names}"), text);
     // One number for all elements is said; as rows of a batch it is refused, with the way out.

@@ -38,7 +38,9 @@ struct Seen {
 }
 
 fn number(name: &str, usual: f64) -> f64 {
-    std::env::var(name).ok().map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: expected a number")))
+    std::env::var(name)
+        .ok()
+        .map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: expected a number")))
 }
 
 fn run(command: &mut Command) {
@@ -180,7 +182,9 @@ fn main() {
     let busy = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!("{}, {cores} cores, load {}; peer: {}", student.display(), busy.trim(), PINS.join(" "));
     servers.iter().for_each(|server| drop(load(&server.address, 4, 0.5)));
-    println!("| clients | ours: requests a second, p50, p99 ms | FastAPI: requests a second, p50, p99 ms | requests, times | p99, share |");
+    println!(
+        "| clients | ours: requests a second, p50, p99 ms | FastAPI: requests a second, p50, p99 ms | requests, times | p99, share |"
+    );
     println!("|---|---|---|---|---|");
     for clients in CLIENTS {
         let mut seen = [Seen::default(), Seen::default()];

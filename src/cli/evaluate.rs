@@ -171,7 +171,14 @@ impl EvaluateArgs {
 }
 
 /// Says what a set takes in memory, before it is gathered. Errors: more than there is.
-fn foresee(args: &EvaluateArgs, globals: Globals, name: &str, source: &Source, count: usize, values: bool) -> Result<()> {
+fn foresee(
+    args: &EvaluateArgs,
+    globals: Globals,
+    name: &str,
+    source: &Source,
+    count: usize,
+    values: bool,
+) -> Result<()> {
     let told = room::foresee(source, count, values, args.batch).map_err(|e| e.context(name))?;
     if let Some(text) = told.filter(|_| !globals.quiet && !globals.json) {
         tell!("{name}: {text}");

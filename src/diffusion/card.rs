@@ -284,8 +284,8 @@ impl TeacherCard {
         let sample = graph.input("sample", &self.sample)?;
         let time = graph.input("time", &self.time)?;
         let output = outputs.iter().find(|v| v.name == self.output);
-        let output = output
-            .ok_or_else(|| fail(format!("`output` names `{}`, which is no output of the graph", self.output)))?;
+        let output =
+            output.ok_or_else(|| fail(format!("`output` names `{}`, which is no output of the graph", self.output)))?;
         let row = self.graph_shape();
         if !sample.dtype.is_float() {
             return Err(fail(format!("sample `{sample}` is of type {}, which is not a float", sample.dtype)));
@@ -346,7 +346,9 @@ impl TeacherCard {
             };
             if input.dtype == DType::Bool && matches!(condition, Condition::ClassIndex { .. }) {
                 let rows = "the rows of a mask are an `embedding`";
-                return Err(graph.contradicted(format!("condition `{input}` holds booleans, which no class index is; {rows}")));
+                return Err(
+                    graph.contradicted(format!("condition `{input}` holds booleans, which no class index is; {rows}"))
+                );
             }
             // Of an array without a batch dimension the first is no row.
             let lead = input.shape.first().copied().flatten();
@@ -376,7 +378,9 @@ impl TeacherCard {
         match (open.is_empty(), open.iter().find(without)) {
             (true, _) => Ok(()),
             (_, None) => Err(graph.contradicted(what)),
-            (_, Some(input)) => Err(graph.without_batch(format!("{what}, and `{input}` does not begin with the batch"), input)),
+            (_, Some(input)) => {
+                Err(graph.without_batch(format!("{what}, and `{input}` does not begin with the batch"), input))
+            }
         }
     }
 

@@ -272,9 +272,8 @@ impl CardSource {
         };
         let run = || -> Result<Leaves> {
             let text = crate::files::read_text(path, crate::files::SETTINGS)?;
-            let table: toml::Table = text
-                .parse()
-                .map_err(|e: toml::de::Error| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))?;
+            let table: toml::Table =
+                text.parse().map_err(|e: toml::de::Error| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))?;
             let mut leaves = Leaves::new();
             insert(vec![], toml::Value::Table(table), None, &CardOrigin::SideFile(path.clone()), &mut leaves)?;
             Ok(leaves)

@@ -236,7 +236,10 @@ impl Schedule {
         // (Between two equal ones there is no time.)
         if let Some(i) = (1..ln_sigma.len()).find(|&i| ln_sigma[i] <= ln_sigma[i - 1]) {
             let (a, b) = (abar[i - 1], abar[i]);
-            return bad(format!("abar of steps {} and {i} are {a:?} and {b:?}, too near to be two noise levels", i - 1));
+            return bad(format!(
+                "abar of steps {} and {i} are {a:?} and {b:?}, too near to be two noise levels",
+                i - 1
+            ));
         }
         Ok(Self::Vp { ln_sigma })
     }

@@ -74,10 +74,7 @@ fn opening_checks_teacher_numbers_and_files() {
     cut["nodes"].as_array_mut().unwrap().remove(0);
     std::fs::write(&index, cut.to_string()).unwrap();
     assert!(
-        Trajectory::open(dir.path(), t.teacher_hash())
-            .unwrap_err()
-            .to_string()
-            .contains("node 0 is not the teacher")
+        Trajectory::open(dir.path(), t.teacher_hash()).unwrap_err().to_string().contains("node 0 is not the teacher")
     );
 }
 

@@ -79,7 +79,12 @@ fn propose(graph: &Graph, model: &Model, known: &Known, may_run: bool) -> Option
         _ => {
             // (A size that is free on both sides, such as the height, says nothing of the channels.)
             let undeclared = output.shape.len() != sample.shape.len()
-                || sample.shape.iter().zip(&output.shape).skip(1).any(|(given, made)| given.is_some() && made.is_none());
+                || sample
+                    .shape
+                    .iter()
+                    .zip(&output.shape)
+                    .skip(1)
+                    .any(|(given, made)| given.is_some() && made.is_none());
             if undeclared && may_run && sample.shape.len() > 2 {
                 output = measured(graph, model, &findings, &output)?;
             }

@@ -149,7 +149,13 @@ fn condition(graph: &Graph, p: &Port, out: &mut Findings) {
     };
     if without_batch(graph, p, out) {
         let npy = format!("{}.npy", p.name);
-        set(out, "kind", Some("constant".into()), How::Read, format!("does not begin with the batch ({})", p.describe()));
+        set(
+            out,
+            "kind",
+            Some("constant".into()),
+            How::Read,
+            format!("does not begin with the batch ({})", p.describe()),
+        );
         let why = format!("a file with the value that it has in every call, such as {npy:?} by numpy.save");
         set(out, "file", None, How::Undecided, why);
         if let Some(shape) = dims.iter().map(|d| d.map(|n| n as i64)).collect::<Option<Vec<_>>>() {

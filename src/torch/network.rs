@@ -367,7 +367,8 @@ impl Forward for Network {
         let mut names = Vec::new();
         for node in &graph.nodes {
             // Of a shape nothing is left but numbers.
-            if !matches!(node.op.as_str(), "Shape" | "Size") && node.inputs.iter().flatten().any(|v| varies.contains(v)) {
+            if !matches!(node.op.as_str(), "Shape" | "Size") && node.inputs.iter().flatten().any(|v| varies.contains(v))
+            {
                 varies.extend(node.outputs.iter().flatten());
                 names.extend(node.outputs.iter().flatten().map(|v| graph.names[*v].clone()));
             }

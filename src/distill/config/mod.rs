@@ -188,8 +188,9 @@ impl Config {
 
     fn read(file: Option<&Path>, sets: &[String]) -> Result<Self> {
         let table = Self::table(file, sets)?;
-        let refused =
-            |e: toml::de::Error| Error::of_text(Kind::Usage, &format!("configuration: {}", in_words(e.to_string().trim_end())));
+        let refused = |e: toml::de::Error| {
+            Error::of_text(Kind::Usage, &format!("configuration: {}", in_words(e.to_string().trim_end())))
+        };
         // (A flattened part's errors do not say which key is wrong; read by itself, they do.)
         let _: Settings = Value::Table(table.clone()).try_into().map_err(refused)?;
         Value::Table(table).try_into().map_err(refused)

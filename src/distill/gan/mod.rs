@@ -66,8 +66,7 @@ impl Gan {
         let features = tapped(&config.gan.taps).map_err(|e| e.also(possible()))?;
         let shapes: Vec<(String, Vec<i64>)> =
             config.gan.taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
-        let head =
-            Head::new(&shapes, &Axes::of(card), config.seed, batches.device).map_err(|e| e.also(possible()))?;
+        let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device).map_err(|e| e.also(possible()))?;
         head.params().set_requires_grad(true)?;
         let schedule = card.schedule()?;
         let table = schedule.training_sigmas(config.noise.levels);
@@ -178,5 +177,10 @@ fn tappable(teacher: &Denoiser, rows: i64, tapped: impl Fn(&[String]) -> Result<
     };
     let step = shown.len().div_ceil(SHOWN).max(1);
     let shown: Vec<String> = shown.into_iter().step_by(step).collect();
-    format!("what can be tapped, from input to output: {} ({} of {} tensors)", shown.join(", "), shown.len(), names.len())
+    format!(
+        "what can be tapped, from input to output: {} ({} of {} tensors)",
+        shown.join(", "),
+        shown.len(),
+        names.len()
+    )
 }

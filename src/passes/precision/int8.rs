@@ -55,7 +55,8 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
     let (mut candidates, mut kept) = candidates(model);
     candidates.sort_by(|a, b| a.error.total_cmp(&b.error));
     let make = |n: usize| with_int8(model, &candidates[..n]);
-    let most = most_within(limit, candidates.len(), &reference, calibration, make)?.map_err(|e| none_within(limit, e))?;
+    let most =
+        most_within(limit, candidates.len(), &reference, calibration, make)?.map_err(|e| none_within(limit, e))?;
     for c in &candidates[most.count..] {
         kept.push((c.name.clone(), format!("with it in 8 bits the sample would be off by more than {limit}")));
     }
