@@ -60,7 +60,8 @@ pub struct ServeArgs {
     /// Origin whose web pages may ask, such as https://example.org. Without it, pages of other sites are refused.
     #[arg(long, value_name = "ORIGIN")]
     cors: Option<String>,
-    /// Regular file, of at most 64 KiB, with the token that callers must send as `Authorization: Bearer TOKEN` for everything but health.
+    /// File with the token that callers must send as `Authorization: Bearer TOKEN` for everything but health: a regular one of at
+    /// most 64 KiB.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
     /// Write a line a request to standard error: time, caller, method, page, status, milliseconds.

@@ -33,8 +33,8 @@ pub(super) struct Pages {
     pub crowded: Router,
 }
 
-/// Takes connections until `stop` ends, each with the time `head` for a request's head, then lets those that are there finish within `grace`; `hurry` ends that wait. Gives
-/// whether all of them finished.
+/// Takes connections until `stop` ends, then lets those that are there finish within `grace`; `hurry` ends that wait. `head`: time
+/// for a request's head. Gives whether all of them finished.
 pub(super) async fn run(
     listener: TcpListener,
     pages: Pages,
