@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::diffusion::{Condition, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::inspect::findings::{Findings, How};
 use crate::inspect::hypothesis::{self, Family, Hypothesis, Settled, word};
 use crate::inspect::score::{Effort, FEW_LEVELS, LEVELS, Score, denoise, score};
