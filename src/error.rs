@@ -31,17 +31,28 @@ pub struct Error(Box<Inner>);
 struct Inner {
     kind: Kind,
     message: String,
+    /// Lines below the message.
+    lines: Vec<String>,
     context: Vec<String>,
     hint: Option<String>,
+    /// Lines below the hint.
+    hint_lines: Vec<String>,
 }
 
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error of the given kind. The message says what was found and what was expected.
+    /// An error of the given kind. The message says what was found and what was expected, in one line: line feeds in it, which
+    /// names from files may hold, are shown as `\n`.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, message: message.into(), context: Vec::new(), hint: None }))
+        let (lines, context, hint, hint_lines) = (Vec::new(), Vec::new(), None, Vec::new());
+        Self(Box::new(Inner { kind, message: message.into(), lines, context, hint, hint_lines }))
+    }
+    /// [`Error::new`] of a text that has several lines, such as another program's: the first is the message.
+    pub fn of_text(kind: Kind, text: &str) -> Self {
+        let mut lines = text.trim_end().lines();
+        Self::new(kind, lines.next().unwrap_or_default()).lines(lines)
     }
     /// An error of kind [`Kind::Usage`]: the caller's options, configuration or card make no sense.
     pub fn usage(message: impl Into<String>) -> Self {
@@ -83,6 +94,20 @@ impl Error {
         self
     }
 
+    /// Adds lines below the message, each one line whatever it holds.
+    #[must_use]
+    pub fn lines<S: Into<String>>(mut self, lines: impl IntoIterator<Item = S>) -> Self {
+        self.0.lines.extend(lines.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds lines below the hint, such as an entry of a file to be copied.
+    #[must_use]
+    pub fn hint_lines<S: Into<String>>(mut self, lines: impl IntoIterator<Item = S>) -> Self {
+        self.0.hint_lines.extend(lines.into_iter().map(Into::into));
+        self
+    }
+
     /// Adds what the user can do about it, shown on a line of its own. A hint that is there already stays: the
     /// innermost is the most specific.
     #[must_use]
@@ -113,17 +138,18 @@ impl Error {
     }
 }
 
-/// Control characters, which names from files may hold, are escaped.
+/// Control characters, which names from files may hold, are escaped; line feeds too, so that no name looks like a line of ours.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for context in self.0.context.iter().rev() {
             write!(f, "{}: ", shown::line(context))?;
         }
-        f.write_str(&shown::lines(&self.0.message))?;
-        match &self.0.hint {
-            Some(hint) => write!(f, "\n  help: {}", shown::lines(hint)),
-            None => Ok(()),
+        f.write_str(&shown::line(&self.0.message))?;
+        self.0.lines.iter().try_for_each(|line| write!(f, "\n  {}", shown::line(line)))?;
+        if let Some(hint) = &self.0.hint {
+            write!(f, "\n  help: {}", shown::line(hint))?;
         }
+        self.0.hint_lines.iter().try_for_each(|line| write!(f, "\n    {}", shown::line(line)))
     }
 }
 

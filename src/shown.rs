@@ -57,5 +57,10 @@ mod tests {
             !e.contains(['\x1b', '\r', '\x07', '\u{9b}', '\u{202e}']) && e.starts_with("x\\nerror: y: node"),
             "{e}"
         );
+        // Its lines are ours alone.
+        assert_eq!(e.lines().count(), 2, "{e}");
+        let told =
+            crate::Error::of_text(crate::Kind::Usage, "not TOML: a\n  |\n1 | b\n").hint("c").hint_lines(["d\ne"]);
+        assert_eq!(told.to_string(), "not TOML: a\n    |\n  1 | b\n  help: c\n    d\\ne");
     }
 }

@@ -208,7 +208,7 @@ fn what_a_terminal_would_obey_is_escaped() {
     let path = edited(dir.path(), "m.onnx", |m| {
         m.producer_name = Some("\x1b]0;owned\x07\nparameters: none".into());
         let graph = m.graph.as_mut().unwrap();
-        graph.node[0].name = Some("a\x1b[2J\r\u{9b}31m".into());
+        graph.node[0].name = Some("a\x1b[2J\r\u{9b}31m\n  help: forged`\nerror: forged".into());
         graph.node[0].op_type = Some("Evil\x1b[8m".into());
     });
     for command in ["inspect", "parity"] {
@@ -218,6 +218,10 @@ fn what_a_terminal_would_obey_is_escaped() {
         assert!(text.contains("Evil\\u{1b}[8m"), "{command}: {text}");
         assert!(!text.contains(['\x1b', '\x07', '\r', '\u{9b}']), "{command}: {text:?}");
         assert!(!text.contains("\nparameters: none"), "{command}: {text}");
+        // A name looks like no line of ours.
+        let forged =
+            |l: &str| l.trim_start().starts_with("error: forged") || l.trim_start().starts_with("help: forged");
+        assert!(!text.lines().any(forged), "{command}: {text}");
     }
 }
 

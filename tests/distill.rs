@@ -385,7 +385,16 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         ),
         (with(&gan, &["--set", "gan.data=unit.npz", "--set", "gan.range=[1, 0]"]), 2, "expected [low, high]"),
         (with(&gan, &["--set", "gan.data=far.npz", "--set", "gan.range=[0, 1]"]), 2, "gan.range says 0 to 1"),
-        (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]), 2, "did you mean"),
+        (
+            with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"conv2d_55\"]"]),
+            2,
+            "did you mean `conv2d_5",
+        ),
+        (
+            with(&gan[..2], &["--set", "gan.data=good.npz"]),
+            2,
+            "gan.taps is empty ... what can be tapped, from input to output: ... `linear_5` [B, ... (16 of ",
+        ),
         (vec!["--set", "evaluate.reference=shapes.npz"], 1, "the reference holds images of 16x16, colour"),
         (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),
         (vec!["--set", "conditions.weights=[1, 2]"], 2, "`labels` has 10 classes"),

@@ -131,6 +131,10 @@ fn rows_that_mix(dir: &Path) {
         assert!(errors.contains("rows of a batch are not independent") && errors.contains(why), "{errors}");
         assert!(errors.contains("--allow-batch-mixing") && !dir.join(name).join("run").exists(), "{errors}");
     }
+    let said = ok(dir, "inspect bn/teacher.onnx");
+    let warned = "warning: BatchNormalization in training mode takes the statistics of the batch";
+    assert!(said.contains(warned) && said.contains("BatchNormalization node `/norm/"), "{said}");
+    assert!(!ok(dir, "inspect means/teacher.onnx").contains(warned));
     ok(dir, &format!("distill means/teacher.onnx -o means/run {FEW} --allow-batch-mixing"));
     let config = std::fs::read_to_string(dir.join("means/run/config.toml")).unwrap();
     assert!(config.contains("allow_batch_mixing = true"));
@@ -179,10 +183,23 @@ fn masks_and_positions(dir: &Path) {
     let inputs: Vec<&str> = student.proto.graph.as_ref().unwrap().input.iter().map(|i| i.name()).collect();
     assert_eq!(inputs, ["noise"]);
     verified(dir, "ids/run/student.onnx");
+    let text = "[conditions.ids]\n    kind = \"constant\"\n    file = \"ids.npy\"\n    shape = [64, 3]";
+    // What the file shows of it.
+    std::fs::create_dir_all(dir.join("bare")).unwrap();
+    std::fs::copy(dir.join("ids/teacher.onnx"), dir.join("bare/teacher.onnx")).unwrap();
+    let shown: serde_json::Value =
+        serde_json::from_str(&ok(dir, "inspect bare/teacher.onnx --no-probe --json")).unwrap();
+    let (found, open) = (&shown["proposed_card"]["conditions"]["ids"], &shown["proposal"]["undecided"]);
+    assert!(found["kind"] == "constant" && found["shape"] == serde_json::json!([64, 3]), "{found}");
+    assert!(open.as_array().unwrap().iter().any(|k| k == "conditions.ids.file"), "{open}");
+    let nothing =
+        "--card prediction=epsilon --card time_unit=step --card schedule.kind=vp --card schedule.betas=linear";
+    let names = "--card sample=x --card time=t --card output=out --card shape=[1,8,8]";
+    support::refused(dir, &format!("distill bare/teacher.onnx -o bare/x {FEW} {nothing} {names}"), text);
     // One number for all elements is said; as rows of a batch it is refused, with the way out.
     let number = format!("distill ids/teacher.onnx -o ids/x {FEW} --dry-run --card conditions.ids.kind=embedding");
-    support::refused(dir, &format!("{number} --card conditions.ids.shape=[3]"), "conditions.ids.kind=constant");
-    support::refused(dir, &format!("{number} --card conditions.ids.shape=[64,3]"), "conditions.ids.kind=constant");
+    support::refused(dir, &format!("{number} --card conditions.ids.shape=[3]"), text);
+    support::refused(dir, &format!("{number} --card conditions.ids.shape=[64,3]"), text);
     std::fs::create_dir_all(dir.join("filled")).unwrap();
     std::fs::copy(dir.join("ids/teacher.onnx"), dir.join("filled/teacher.onnx")).unwrap();
     let card = std::fs::read_to_string(dir.join("inputs/teacher.card.toml")).unwrap();

@@ -39,6 +39,7 @@ CASES = {
     "UNet2DConditionModel": (small.conditional, "unet", diffusers.DDIMScheduler(**SD), ["--tokens", "5"]),
     "SDXL": (lambda: small.conditional(xl=True), "unet", diffusers.EulerDiscreteScheduler(**SD), ["--tokens", "5"]),
     "inpainting": (lambda: small.conditional(channels=9), "unet", diffusers.DDIMScheduler(**SD), ["--tokens", "5"]),
+    "InstructPix2Pix": (lambda: small.conditional(channels=8), "unet", diffusers.DDIMScheduler(**SD), ["--tokens", "5"]),
     "DiTTransformer2DModel": (small.dit, "transformer", diffusers.DDIMScheduler(), []),
     "PixArtTransformer2DModel": (small.pixart, "transformer", diffusers.DPMSolverMultistepScheduler(), ["--tokens", "6"]),
     "SD3Transformer2DModel": (small.sd3, "transformer", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), ["--tokens", "6"]),
@@ -55,6 +56,7 @@ WANT = {
     "SDXL": {"conditions.text_embeds.shape": "[32]", "conditions.time_ids.shape": "[6]"},
     "inpainting": {"shape": "[4, 8, 8]", "concat": '["sample", "mask", "masked_image_latents"]'}
     | {"conditions.mask.shape": "[1, 8, 8]", "conditions.masked_image_latents.shape": "[4, 8, 8]"},
+    "InstructPix2Pix": {"shape": "[4, 8, 8]", "concat": '["sample", "image_latents"]', "conditions.image_latents.shape": "[4, 8, 8]"},
     "DiTTransformer2DModel": {"shape": "[4, 8, 8]", "conditions.class_labels.null": "10", "conditions.class_labels.classes": "10"},
     "PixArtTransformer2DModel": {"conditions.encoder_attention_mask.shape": "[6]"},
     "SD3Transformer2DModel": {"prediction": "flow", "time_unit": "thousand", "schedule.shift": "3.0"},
@@ -99,6 +101,12 @@ def test_an_inpainting_network_becomes_a_student_with_its_parts_as_inputs(tmp_pa
     proposed = disback("inspect", tmp_path / "bare.onnx", "--no-probe")["proposed_card"]
     assert proposed["concat"] == ["sample", "mask", "masked_image_latents"]
     assert proposed["shape"] == [4, 8, 8] and proposed["conditions"]["mask"]["shape"] == [1, 8, 8]
+    # Where the file does not declare the output's channels, a run of the network shows them.
+    bare.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(bare, tmp_path / "undeclared.onnx")
+    assert "concat" not in disback("inspect", tmp_path / "undeclared.onnx", "--no-probe")["proposed_card"]
+    seen = disback("inspect", tmp_path / "undeclared.onnx", "--probe-seconds", 0)["proposed_card"]
+    assert seen["concat"] == proposed["concat"] and seen["conditions"] == proposed["conditions"]
     random = np.random.default_rng(0)
     rows = {"encoder_hidden_states": (5, 32), "mask": (1, 8, 8), "masked_image_latents": (4, 8, 8)}
     rows = {name: random.standard_normal((6, *shape)).astype(np.float32) for name, shape in rows.items()}
@@ -122,6 +130,20 @@ def test_an_inpainting_network_becomes_a_student_with_its_parts_as_inputs(tmp_pa
         noise = net(joined.float(), torch.full((6,), step), torch.from_numpy(rows["encoder_hidden_states"])).sample.numpy()
     np.testing.assert_allclose(ours, (np.hypot(1, sigma) * z - sigma * noise).clip(-1, 1), atol=1e-4)
     assert (np.abs(ours) < 1).mean() > 0.5
+
+
+def test_an_image_to_edit_is_a_condition_of_the_run(tmp_path):
+    """InstructPix2Pix's eight channels: the card as it was converted is taken, with the image as rows of a condition."""
+    small.write(tmp_path / "p", small.conditional(channels=8), "unet", "Pipeline", diffusers.DDIMScheduler(**SD))
+    teacher = tmp_path / "teacher.onnx"
+    assert convert(tmp_path / "p", teacher, "--tokens", 5) == 0
+    found = disback("inspect", teacher)["card"]
+    assert "error" not in found and found["conditions"]["image_latents"]["shape"] == [4, 8, 8]
+    rows = {"encoder_hidden_states": (5, 32), "image_latents": (4, 8, 8)}
+    np.savez(tmp_path / "rows.npz", **{name: np.ones((4, *shape), np.float32) for name, shape in rows.items()})
+    sets = ("--set", f"conditions.file={tmp_path / 'rows.npz'}", "--set", "student.sigma_init=0.5", "--batch", 2)
+    assert disback("distill", teacher, "-o", tmp_path / "run", "--dry-run", *sets)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pipeline_saved_part_by_part_needs_no_index(tmp_path, capsys):

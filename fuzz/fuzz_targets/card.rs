@@ -40,7 +40,8 @@ fn read(text: &str) {
     let card = found.card;
     // What is valid can be computed with and written, and reads back as it was.
     if let Ok(schedule) = card.schedule() {
-        assert!(schedule.training_sigmas(64).iter().all(|s| s.is_finite()), "{schedule:?}");
+        assert!(schedule.training_sigmas(64).iter().all(|s| s.is_finite() && *s > 0.0), "{schedule:?}");
+        assert!(schedule.sampling_sigmas(64).windows(2).all(|w| w[0] >= w[1]), "{schedule:?}");
     }
     card.to_toml().expect("a card that was read can be written");
     let written = card.to_metadata().expect("a card that was read can be written");

@@ -38,7 +38,8 @@ pub struct RunArgs {
     /// Goes on with the run in the directory, from its last checkpoint; `--resume=auto`: where there is one, else starts it.
     #[arg(long, value_enum, value_name = "auto", num_args = 0..=1, require_equals = true, default_missing_value = "yes")]
     pub resume: Option<When>,
-    /// Stops with a checkpoint before this time is over, as in 23h45m (exit code 75); in a Slurm job also before that ends.
+    /// Stops with a checkpoint before this time is over (exit code 75), in a Slurm job also before that ends: 23h45m, 90m, 1d12h,
+    /// 45s (d, h, m and s in any order), or a number of minutes.
     #[arg(long, value_name = "TIME")]
     pub time_limit: Option<String>,
     /// With several processes (torchrun, srun, mpirun): how long one waits for another, as in 30m.

@@ -20,11 +20,12 @@ use crate::eval::sliced::Patches;
 use crate::eval::source::Draw;
 use crate::eval::sweep::{self, Book, Entry, Neighbours};
 use crate::eval::values::Reference;
-use crate::eval::{FeatureNet, Source, neighbours};
+use crate::eval::{FeatureNet, Source, neighbours, room};
 use crate::io::ImageSet;
 use crate::io::images::Rounding;
 use crate::report::grid;
 use crate::runtime::student::SampleRequest;
+use crate::shown::tell;
 use crate::tensor::HostTensor;
 
 /// Compare generated images with a reference: Frechet and kernel distance, precision, recall, density, coverage, Inception
@@ -169,6 +170,22 @@ impl EvaluateArgs {
     }
 }
 
+/// Says what a set takes in memory, before it is gathered. Errors: more than there is.
+fn foresee(
+    args: &EvaluateArgs,
+    globals: Globals,
+    name: &str,
+    source: &Source,
+    count: usize,
+    values: bool,
+) -> Result<()> {
+    let told = room::foresee(source, count, values, args.batch).map_err(|e| e.context(name))?;
+    if let Some(text) = told.filter(|_| !globals.quiet && !globals.json) {
+        tell!("{name}: {text}");
+    }
+    Ok(())
+}
+
 impl Judge<'_> {
     fn open(&self, path: &Path) -> Result<Source> {
         let options = self.args.engine.options(&[self.args.batch])?;
@@ -205,6 +222,7 @@ impl Judge<'_> {
         let draw = Draw { steps, ..self.draw.clone() };
         let (blocks, kernel) = (self.args.repeats.max(1), self.args.kernel);
         let plan = Plan { images: self.images(source), blocks, wanted: self.wanted, kernel };
+        foresee(self.args, self.globals, name, source, plan.images, self.values.is_some())?;
         let bar = super::progress(self.globals, (plan.images * plan.blocks) as u64, name);
         let seen = |n: usize| bar.inc(n as u64);
         let out = match &self.values {
@@ -307,6 +325,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         return Err(Error::usage("--by-class needs --features and reference images with classes"));
     }
     let count = source.len().or(args.number).unwrap_or(5000);
+    foresee(args, globals, &reference_path.display().to_string(), &source, count, values)?;
     let bar = super::progress(globals, count as u64, if values { "reference samples" } else { "reference images" });
     let seen = |n: usize| bar.inc(n as u64);
     let context = |e: Error| e.context(reference_path.display().to_string());

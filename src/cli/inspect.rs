@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::cli::Globals;
 use crate::cli::card_args::CardArgs;
 use crate::diffusion::ResolvedCard;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::files;
 use crate::graph::{Model, TrainableChoice};
 use crate::inspect::hypothesis::word;
@@ -84,7 +84,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         Err(_) => Default::default(),
     };
     if card.is_err() {
-        inspect::join_parts(&mut model, &mut known)?;
+        inspect::join_parts(&mut model, &mut known, !args.no_probe)?;
     }
     let choice =
         TrainableChoice { freeze: args.freeze.clone(), train: args.train.clone(), ..TrainableChoice::default() };
@@ -133,7 +133,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
             (Ok(card), _) => (card.written().to_toml()?, Vec::new()),
             (Err(_), Ok(_)) => (proposal.findings.to_toml(), Vec::new()),
             (Err(e), Err(_)) if proposal.findings.open().is_empty() => {
-                return Err(Error::usage(e.to_string())).context("no card to write");
+                return Err(Error::of_text(Kind::Usage, &e.to_string())).context("no card to write");
             }
             (Err(_), Err(_)) => (proposal.findings.to_toml(), proposal.findings.open()),
         };
@@ -211,6 +211,20 @@ fn show(args: &InspectArgs, i: &Inspection, card: &Result<ResolvedCard>, proposa
     }
     for u in &i.unguarded_divisions {
         say!("warning: {u}");
+    }
+    if !i.batch_statistics.is_empty() {
+        const SHOWN: usize = 8;
+        let names: Vec<&str> = i.batch_statistics.iter().take(SHOWN).map(String::as_str).collect();
+        let more = match i.batch_statistics.len().saturating_sub(SHOWN) {
+            0 => String::new(),
+            n => format!(" and {n} more"),
+        };
+        let listed = format!("{}{more}", line(&names.join(", ")));
+        say!(
+            "warning: BatchNormalization in training mode takes the statistics of the batch, so that a sample depends on its \
+             neighbours: {listed}; `disback distill` will refuse the network. Export it for inference (in PyTorch: model.eval() and \
+             TrainingMode.EVAL); --allow-batch-mixing takes it as it is"
+        );
     }
     if !i.unsupported.is_empty() {
         say!("\nnot supported: {} nodes", i.unsupported.len());

@@ -40,7 +40,7 @@ pub struct ServeArgs {
     /// Connections at a time; beyond it only health is answered. Without it, as many as open files allow, at most 1024.
     #[arg(long)]
     max_connections: Option<usize>,
-    /// Seconds from a request's head to its answer, at most.
+    /// Seconds from a request's head to its answer, at most; the head itself must come within 10 s, or this where it is less.
     #[arg(long, default_value_t = 60.0)]
     timeout: f64,
     /// Largest body of a request, KiB.
@@ -60,7 +60,8 @@ pub struct ServeArgs {
     /// Origin whose web pages may ask, such as https://example.org. Without it, pages of other sites are refused.
     #[arg(long, value_name = "ORIGIN")]
     cors: Option<String>,
-    /// File with the token that callers must send as `Authorization: Bearer TOKEN` for everything but health.
+    /// File with the token that callers must send as `Authorization: Bearer TOKEN` for everything but health: a regular one of at
+    /// most 64 KiB.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
     /// Write a line a request to standard error: time, caller, method, page, status, milliseconds.
@@ -70,9 +71,12 @@ pub struct ServeArgs {
     engine: EngineArgs,
 }
 
+/// Most bytes of the file with the token.
+const TOKEN: u64 = 64 << 10;
+
 /// The token in a file: its first line.
 fn token(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let text = crate::files::read_text(path, TOKEN).with_context(|| path.display().to_string())?;
     let token = text.lines().next().unwrap_or("").trim();
     if token.is_empty() {
         return Err(Error::usage(format!(
@@ -118,7 +122,9 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
         memory: args.max_memory.map_or_else(free_quarter, |mib| mib.saturating_mul(1 << 20)),
         connections: args.max_connections.unwrap_or_else(connections),
         timeout: Duration::try_from_secs_f64(args.timeout)
-            .map_err(|_| Error::usage(format!("--timeout {}: expected seconds above 0", args.timeout)))?,
+            .ok()
+            .filter(|time| !time.is_zero())
+            .ok_or_else(|| Error::usage(format!("--timeout {}: expected seconds above 0", args.timeout)))?,
         drain: Duration::from_secs(args.drain),
         grace: Duration::from_secs(args.grace),
         access: Access {

@@ -8,10 +8,12 @@ use crate::axes::written;
 pub use crate::axes::{Layout, Modality};
 use crate::error::{Context, Error, Result};
 use crate::graph::{Sizes, sizes};
+use crate::shown::line;
 use crate::tensor::DType;
 
 use super::condition::Condition;
-use super::schedule::{Schedule, ScheduleSpec};
+use super::fixed;
+use super::schedule::{DEVIATIONS, Schedule, ScheduleSpec};
 
 /// What the network's output is. `x_t = a x0 + b e`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,7 +202,7 @@ impl From<&crate::runtime::ValueInfo> for InputSpec {
 impl std::fmt::Display for InputSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let dims: Vec<_> = self.shape.iter().map(|d| d.map_or("?".into(), |d| d.to_string())).collect();
-        write!(f, "{} {}[{}]", self.name, self.dtype, dims.join(", "))
+        write!(f, "{} {}[{}]", line(&self.name), self.dtype, dims.join(", "))
     }
 }
 
@@ -238,13 +240,17 @@ impl TeacherCard {
         }
         self.validate_axes()?;
         if let Some([low, high]) = self.range
-            && !(low < high && low.is_finite() && high.is_finite())
+            && !(low < high && low.abs().max(high.abs()) <= *DEVIATIONS.end())
         {
-            return bad(format!("`range` is [{low}, {high}], expected a low and a higher value"));
+            let most = *DEVIATIONS.end();
+            return bad(format!(
+                "`range` is [{low:?}, {high:?}], expected a low and a higher value of at most {most:?} in size"
+            ));
         }
         for (key, value) in [("sigma_data", self.sigma_data), ("latent_scale", self.latent_scale)] {
-            if !(value > 0.0 && value.is_finite()) {
-                return bad(format!("`{key}` is {value}, expected a number above 0"));
+            if !DEVIATIONS.contains(&value) {
+                let (low, high) = DEVIATIONS.into_inner();
+                return bad(format!("`{key}` is {value:?}, expected a number from {low:?} to {high:?}"));
             }
         }
         let mut used = vec![("sample", &self.sample)];
@@ -273,30 +279,18 @@ impl TeacherCard {
     /// Checks that the graph has what the card names and that every graph input is covered. `inputs` without
     /// initializers.
     pub fn check_against(&self, inputs: &[InputSpec], outputs: &[InputSpec]) -> Result<()> {
-        let list = |values: &[InputSpec]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>().join("; ");
-        let fail = |what: String| {
-            Error::usage(format!(
-                "the card contradicts the graph: {what}\n  graph inputs: {}\n  graph outputs: {}",
-                list(inputs),
-                list(outputs)
-            ))
-            .hint("correct the card: --card key=value, <model>.card.toml, or the model's metadata_props")
-        };
-        let find = |key: &str, name: &str, values: &[InputSpec], what: &str| {
-            values
-                .iter()
-                .find(|v| v.name == name)
-                .cloned()
-                .ok_or_else(|| fail(format!("`{key}` names `{name}`, which is no {what} of the graph")))
-        };
-        let sample = find("sample", &self.sample, inputs, "input")?;
-        let time = find("time", &self.time, inputs, "input")?;
-        let output = find("output", &self.output, outputs, "output")?;
+        let graph = Ports { inputs, outputs };
+        let fail = |what: String| graph.contradicted(what);
+        let sample = graph.input("sample", &self.sample)?;
+        let time = graph.input("time", &self.time)?;
+        let output = outputs.iter().find(|v| v.name == self.output);
+        let output =
+            output.ok_or_else(|| fail(format!("`output` names `{}`, which is no output of the graph", self.output)))?;
         let row = self.graph_shape();
         if !sample.dtype.is_float() {
             return Err(fail(format!("sample `{sample}` is of type {}, which is not a float", sample.dtype)));
         }
-        if let Some((given, made)) = joined(&sample, &output) {
+        if let Some((given, made)) = joined(sample, output) {
             return Err(Error::unsupported(format!(
                 "the network takes {given} channels as `{}` and gives {made} as `{}`: the others are conditions that its caller joins \
                  to the sample (inpainting, an image to edit or to enlarge)",
@@ -309,7 +303,7 @@ impl TeacherCard {
             )));
         }
         if !fits(&sample.shape, &row) {
-            return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(&sample, self))));
+            return Err(fail(format!("sample `{sample}` does not fit {}{}", written(&row), says(sample, self))));
         }
         // Exporters may leave an output's shape out; it reads like a scalar then.
         let both = self.graph_shape_with_variance();
@@ -339,15 +333,22 @@ impl TeacherCard {
                 time.dtype
             )));
         }
+        self.check_rest(&graph, batch)
+    }
+
+    /// The conditions and constants, and that no input is left over.
+    fn check_rest(&self, graph: &Ports, batch: Option<usize>) -> Result<()> {
         for (name, condition) in &self.conditions {
-            let input = find("conditions", name, inputs, "input")?;
+            let input = graph.input("conditions", name)?;
             let fitting = match condition {
                 Condition::ClassIndex { .. } => input.shape.len() <= 1 || fits(&input.shape, &[1]),
                 _ => fits(&input.shape, &condition.row_shape()),
             };
             if input.dtype == DType::Bool && matches!(condition, Condition::ClassIndex { .. }) {
                 let rows = "the rows of a mask are an `embedding`";
-                return Err(fail(format!("condition `{input}` holds booleans, which no class index is; {rows}")));
+                return Err(
+                    graph.contradicted(format!("condition `{input}` holds booleans, which no class index is; {rows}"))
+                );
             }
             // Of an array without a batch dimension the first is no row.
             let lead = input.shape.first().copied().flatten();
@@ -355,17 +356,14 @@ impl TeacherCard {
                 && !input.shape.is_empty()
                 && input.shape.iter().zip(condition.row_shape()).all(|(d, n)| d.is_none_or(|d| d == n));
             if (!fitting && without) || (fitting && lead.is_some_and(|n| n != 1 && batch != lead)) {
-                return Err(fail(format!(
-                    "condition `{input}` does not begin with the batch; the value of such an input comes from a file: \
-                     conditions.{name}.kind=constant and conditions.{name}.file=FILE.npy"
-                )));
+                return Err(graph.without_batch(format!("condition `{input}` does not begin with the batch"), input));
             }
             if !fitting {
-                return Err(fail(format!("condition `{input}` does not fit {condition:?}")));
+                return Err(graph.contradicted(format!("condition `{input}` does not fit {condition:?}")));
             }
         }
         for name in self.constants.keys() {
-            find("constants", name, inputs, "input")?;
+            graph.input("constants", name)?;
         }
         let covered = |name: &str| {
             name == self.sample
@@ -373,14 +371,17 @@ impl TeacherCard {
                 || self.conditions.contains_key(name)
                 || self.constants.contains_key(name)
         };
-        let open: Vec<_> = inputs.iter().filter(|i| !covered(&i.name)).map(|i| format!("`{}`", i.name)).collect();
-        if !open.is_empty() {
-            return Err(fail(format!(
-                "input {} is neither sample, time, a condition nor a constant of the card",
-                open.join(", ")
-            )));
+        let open: Vec<_> = graph.inputs.iter().filter(|i| !covered(&i.name)).collect();
+        let names = open.iter().map(|i| format!("`{}`", i.name)).collect::<Vec<_>>().join(", ");
+        let what = format!("input {names} is neither sample, time, a condition nor a constant of the card");
+        let without = |i: &&&InputSpec| i.shape.first().copied().flatten().is_some_and(|n| n != 1 && batch != Some(n));
+        match (open.is_empty(), open.iter().find(without)) {
+            (true, _) => Ok(()),
+            (_, None) => Err(graph.contradicted(what)),
+            (_, Some(input)) => {
+                Err(graph.without_batch(format!("{what}, and `{input}` does not begin with the batch"), input))
+            }
         }
-        Ok(())
     }
 
     /// One `(dotted key, TOML value)` a leaf, for files and tables.
@@ -418,6 +419,37 @@ impl TeacherCard {
     /// The side file's text.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| Error::usage(format!("card: {e}")))
+    }
+}
+
+/// A graph's inputs and outputs, for what a card says of them.
+struct Ports<'a> {
+    inputs: &'a [InputSpec],
+    outputs: &'a [InputSpec],
+}
+
+impl Ports<'_> {
+    fn input(&self, key: &str, name: &str) -> Result<&InputSpec> {
+        let found = self.inputs.iter().find(|v| v.name == name);
+        found.ok_or_else(|| self.contradicted(format!("`{key}` names `{name}`, which is no input of the graph")))
+    }
+
+    fn unlike(&self, what: String) -> Error {
+        let list = |values: &[InputSpec]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>().join("; ");
+        let (inputs, outputs) = (list(self.inputs), list(self.outputs));
+        Error::usage(format!("the card contradicts the graph: {what}"))
+            .lines([format!("graph inputs: {inputs}"), format!("graph outputs: {outputs}")])
+    }
+
+    fn contradicted(&self, what: String) -> Error {
+        self.unlike(what).hint("correct the card: --card key=value, <model>.card.toml, or the model's metadata_props")
+    }
+
+    /// Of an input without the batch the value is the same in every call.
+    fn without_batch(&self, what: String, input: &InputSpec) -> Error {
+        let hint = "an input without the batch has the same value in every call: numpy.save it beside the model and write into \
+                    <model>.card.toml";
+        self.unlike(what).hint(hint).hint_lines(fixed::card_text(input))
     }
 }
 

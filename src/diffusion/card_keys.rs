@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::card::TeacherCard;
 use super::schedule::{KINDS, KindKeys};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// Where a value was given.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,7 +226,7 @@ pub(super) fn build(leaves: &Leaves) -> Result<TeacherCard> {
     if let Some(table) = root.get("schedule") {
         check_fields("schedule", table)?;
     }
-    root.try_into().map_err(|e: toml::de::Error| Error::usage(format!("card: {}", e.to_string().trim_end())))
+    root.try_into().map_err(|e: toml::de::Error| Error::of_text(Kind::Usage, &format!("card: {e}")))
 }
 
 /// Whether the value has the type of its key.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::graph::sizes;
 use crate::onnx::ModelProto;
 
@@ -272,9 +272,8 @@ impl CardSource {
         };
         let run = || -> Result<Leaves> {
             let text = crate::files::read_text(path, crate::files::SETTINGS)?;
-            let table: toml::Table = text
-                .parse()
-                .map_err(|e: toml::de::Error| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))?;
+            let table: toml::Table =
+                text.parse().map_err(|e: toml::de::Error| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))?;
             let mut leaves = Leaves::new();
             insert(vec![], toml::Value::Table(table), None, &CardOrigin::SideFile(path.clone()), &mut leaves)?;
             Ok(leaves)

@@ -70,8 +70,8 @@ impl GeneratorPorts {
     ) -> Result<Self> {
         let list = |values: &[InputSpec]| values.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
         let fail = |what: String, hint: String| {
-            let ports = format!("\n  graph inputs: {}\n  graph outputs: {}", list(inputs), list(outputs));
-            Error::usage(format!("the student: {what}{ports}")).hint(hint)
+            let ports = [format!("graph inputs: {}", list(inputs)), format!("graph outputs: {}", list(outputs))];
+            Error::usage(format!("the student: {what}")).lines(ports).hint(hint)
         };
         let mut free: Vec<&InputSpec> = inputs.iter().collect();
         let take = |free: &mut Vec<&InputSpec>, name: &str| {

@@ -1,6 +1,8 @@
 //! Noise schedules `x_t = a_t x0 + b_t e`, all in f64. Natural time `t` of a schedule: EDM sigma itself, VP the table
 //! index 0..N-1 (fractions between entries), flow t in [0, 1], TrigFlow t in [0, pi/2].
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -157,20 +159,34 @@ pub enum Schedule {
     },
 }
 
+/// Noise levels and their spacing beyond which f64's powers, logarithms and tangents lose what they are computed for; those of known
+/// networks lie far within.
+const SIGMAS: RangeInclusive<f64> = 1e-9..=1e9;
+const RHOS: RangeInclusive<f64> = 0.1..=1e3;
+/// Shifts of a flow: at a hundred, the second of a thousand times of a sampler is where its first one starts ([`FLOW_T_MAX`]).
+const SHIFTS: RangeInclusive<f64> = 1e-2..=1e2;
+/// Standard deviations of data.
+pub(super) const DEVIATIONS: RangeInclusive<f64> = 1e-6..=1e6;
+/// Variances that a step of a VP schedule adds.
+const BETAS: RangeInclusive<f64> = 1e-12..=0.9999;
+/// The least share of the signal at the end of a VP table: sigma 1e15, whose square f32 still holds.
+const ABAR_MIN: f64 = 1e-30;
+
 /// Two noise levels, the first above 0 and below the second.
 fn limits(sigma_min: f64, sigma_max: f64) -> Result<(f64, f64)> {
-    let (lo, hi) = (positive("sigma_min", sigma_min)?, positive("sigma_max", sigma_max)?);
+    let (lo, hi) = (within("sigma_min", sigma_min, SIGMAS)?, within("sigma_max", sigma_max, SIGMAS)?);
     if lo >= hi {
         return Err(Error::usage(format!("card: schedule.sigma_min {lo} is not below sigma_max {hi}")));
     }
     Ok((lo, hi))
 }
 
-fn positive(name: &str, value: f64) -> Result<f64> {
-    if value.is_finite() && value > 0.0 {
+fn within(name: &str, value: f64, possible: RangeInclusive<f64>) -> Result<f64> {
+    if possible.contains(&value) {
         return Ok(value);
     }
-    Err(Error::usage(format!("card key `schedule.{name}` is {value}, expected a number above 0")))
+    let (low, high) = possible.into_inner();
+    Err(Error::usage(format!("card key `schedule.{name}` is {value:?}, expected a number from {low:?} to {high:?}")))
 }
 
 impl Schedule {
@@ -179,13 +195,13 @@ impl Schedule {
         match spec {
             ScheduleSpec::Edm { sigma_min, sigma_max, rho } => {
                 let (sigma_min, sigma_max) = limits(*sigma_min, *sigma_max)?;
-                Ok(Self::Edm { sigma_min, sigma_max, rho: positive("rho", *rho)? })
+                Ok(Self::Edm { sigma_min, sigma_max, rho: within("rho", *rho, RHOS)? })
             }
             ScheduleSpec::TrigFlow { sigma_min, sigma_max, scale } => {
                 let (sigma_min, sigma_max) = limits(*sigma_min, *sigma_max)?;
-                Ok(Self::TrigFlow { sigma_min, sigma_max, scale: positive("scale", *scale)? })
+                Ok(Self::TrigFlow { sigma_min, sigma_max, scale: within("scale", *scale, DEVIATIONS)? })
             }
-            ScheduleSpec::Flow { shift, .. } => Ok(Self::Flow { shift: positive("shift", *shift)? }),
+            ScheduleSpec::Flow { shift, .. } => Ok(Self::Flow { shift: within("shift", *shift, SHIFTS)? }),
             ScheduleSpec::Vp { betas, beta_start, beta_end, steps, table } => {
                 let abar = match betas {
                     Betas::Table => table.clone(),
@@ -204,19 +220,28 @@ impl Schedule {
         }
     }
 
-    /// A VP schedule from `abar` of every step: at least two entries within (0, 1), strictly falling.
+    /// A VP schedule from `abar` of every step: at least two entries from 1e-30 to below 1, strictly falling.
     pub fn from_abar(abar: &[f64]) -> Result<Self> {
         let bad = |what: String| Err(Error::usage(format!("card: VP schedule: {what}")));
         if abar.len() < 2 {
             return bad(format!("{} steps, expected 2 or more", abar.len()));
         }
-        if let Some((i, v)) = abar.iter().enumerate().find(|(_, v)| !(**v > 0.0 && **v < 1.0)) {
-            return bad(format!("abar of step {i} is {v}, expected a value between 0 and 1"));
+        if let Some((i, v)) = abar.iter().enumerate().find(|(_, v)| !(ABAR_MIN..1.0).contains(*v)) {
+            return bad(format!("abar of step {i} is {v:?}, expected a value from {ABAR_MIN:?} to below 1"));
         }
         if let Some(i) = (1..abar.len()).find(|&i| abar[i] >= abar[i - 1]) {
             return bad(format!("abar rises from step {} to {i}, expected falling values", i - 1));
         }
-        Ok(Self::Vp { ln_sigma: abar.iter().map(|v| 0.5 * ((1.0 - v) / v).ln()).collect() })
+        let ln_sigma: Vec<f64> = abar.iter().map(|v| 0.5 * ((1.0 - v) / v).ln()).collect();
+        // (Between two equal ones there is no time.)
+        if let Some(i) = (1..ln_sigma.len()).find(|&i| ln_sigma[i] <= ln_sigma[i - 1]) {
+            let (a, b) = (abar[i - 1], abar[i]);
+            return bad(format!(
+                "abar of steps {} and {i} are {a:?} and {b:?}, too near to be two noise levels",
+                i - 1
+            ));
+        }
+        Ok(Self::Vp { ln_sigma })
     }
 
     /// Number of table entries of a VP schedule.
@@ -380,11 +405,8 @@ fn betas_of(betas: Betas, start: Option<f64>, end: Option<f64>, n: usize) -> Res
         return Err(Error::usage(format!("card key `schedule.steps` is {n}, expected 2 to 1000000")));
     }
     let (default_start, default_end) = if betas == Betas::ScaledLinear { (0.00085, 0.012) } else { (1e-4, 0.02) };
-    let start = positive("beta_start", start.unwrap_or(default_start))?;
-    let end = positive("beta_end", end.unwrap_or(default_end))?;
-    if start >= 1.0 || end >= 1.0 {
-        return Err(Error::usage(format!("card: betas from {start} to {end}, expected values below 1")));
-    }
+    let start = within("beta_start", start.unwrap_or(default_start), BETAS)?;
+    let end = within("beta_end", end.unwrap_or(default_end), BETAS)?;
     let ramp = |from: f64, to: f64, i: usize| from + (to - from) * i as f64 / (n - 1) as f64;
     Ok((0..n)
         .map(|i| match betas {

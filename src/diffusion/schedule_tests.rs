@@ -123,3 +123,70 @@ fn impossible_schedules_are_refused() {
     assert!(Schedule::from_abar(&[0.9, 0.0]).is_err());
     assert!(Schedule::from_abar(&[0.9, 0.5, 0.1]).is_ok());
 }
+
+/// What is accepted can be computed with at the ends of what is possible; beyond them the error says which key, what and what is possible.
+#[test]
+fn parameters_whose_noise_levels_are_no_numbers_are_refused() {
+    let flow = |shift| ScheduleSpec::Flow { shift, direction: Direction::DataToNoise };
+    let edm = |sigma_min, sigma_max, rho| ScheduleSpec::Edm { sigma_min, sigma_max, rho };
+    let trig = |sigma_min, sigma_max, scale| ScheduleSpec::TrigFlow { sigma_min, sigma_max, scale };
+    let betas = |kind, start, end, steps| ScheduleSpec::Vp {
+        betas: kind,
+        beta_start: Some(start),
+        beta_end: Some(end),
+        steps: Some(steps),
+        table: Vec::new(),
+    };
+    let table = |table: &[f64]| ScheduleSpec::Vp {
+        betas: Betas::Table,
+        beta_start: None,
+        beta_end: None,
+        steps: None,
+        table: table.to_vec(),
+    };
+    for spec in [
+        flow(1e-2),
+        flow(1e2),
+        edm(1e-9, 1e9, 0.1),
+        edm(1e-9, 1e9, 1e3),
+        trig(1e-9, 1e9, 1e-6),
+        trig(1e-9, 1e9, 1e6),
+        betas(Betas::Linear, 1e-4, 0.02, 4000),
+        betas(Betas::ScaledLinear, 1e-12, 0.5, 30),
+        betas(Betas::Cosine, 0.1, 0.2, 1000),
+        table(&[1.0 - 1e-15, 1e-30]),
+    ] {
+        let schedule = Schedule::new(&spec).unwrap_or_else(|e| panic!("{spec:?}: {e}"));
+        for n in [2, 64, 1000] {
+            let training = schedule.training_sigmas(n);
+            assert!(training.iter().all(|s| s.is_finite() && *s > 0.0), "{spec:?}");
+            assert!(training.windows(2).all(|w| w[0] < w[1]), "{spec:?}");
+            let sampling = schedule.sampling_sigmas(n);
+            assert!(sampling.iter().all(|s| s.is_finite()) && sampling.windows(2).all(|w| w[0] > w[1]), "{spec:?}");
+            for s in &training {
+                let numbers = [schedule.t(*s), schedule.a(*s), schedule.b(*s), schedule.sigma(schedule.t(*s))];
+                assert!(numbers.iter().all(|v| v.is_finite()), "{spec:?} at {s}: {numbers:?}");
+            }
+        }
+    }
+    for (spec, says) in [
+        // (What the fuzz target of cards found.)
+        (flow(9223372036854775807.0), "`schedule.shift` is 9.223372036854776e18, expected a number from 0.01 to 100.0"),
+        (flow(1e-3), "`schedule.shift` is 0.001"),
+        (flow(f64::NAN), "`schedule.shift` is NaN"),
+        (edm(1e-300, 1.0, 7.0), "`schedule.sigma_min` is 1e-300, expected a number from 1e-9 to 1000000000.0"),
+        (edm(1.0, 1e300, 7.0), "`schedule.sigma_max` is 1e300"),
+        (edm(0.1, 1.0, 1e-9), "`schedule.rho` is 1e-9, expected a number from 0.1 to 1000.0"),
+        (edm(0.1, 1.0, 1e300), "`schedule.rho` is 1e300"),
+        (trig(0.1, 1.0, 1e-300), "`schedule.scale` is 1e-300"),
+        (trig(0.1, f64::INFINITY, 1.0), "`schedule.sigma_max` is inf"),
+        (betas(Betas::Linear, 1e-300, 0.02, 1000), "`schedule.beta_start` is 1e-300"),
+        (betas(Betas::Linear, 1e-4, 1.0, 1000), "`schedule.beta_end` is 1.0"),
+        (betas(Betas::Linear, 0.5, 0.6, 1000), "expected a value from 1e-30 to below 1"),
+        (table(&[0.5, 1e-320]), "abar of step 1 is 1e-320, expected a value from 1e-30"),
+        (table(&[1e-20, 1e-20 * (1.0 - 1e-15)]), "too near to be two noise levels"),
+    ] {
+        let e = Schedule::new(&spec).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains(says), "{spec:?}: {e}");
+    }
+}

@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::distill::metrics::Meter;
+use crate::distill::sealed;
 pub use crate::distill::stage_kind::StageKind;
 use crate::distill::trajectory::short;
 use crate::error::{Context, Error, Result};
@@ -79,18 +79,16 @@ impl State {
     fn to_text(&self) -> Result<String> {
         let blank = Self { hash: String::new(), ..self.clone() };
         let text = serde_json::to_string_pretty(&blank).map_err(|e| Error::io(e.to_string()))?;
-        let hash = hex(text.as_bytes());
-        Ok(text.replace(&of_hash(""), &of_hash(&hash)))
+        Ok(sealed::seal(&text, "hash"))
     }
 
     /// Errors: what is no checkpoint's, or has changed since it was written.
     fn from_text(text: &[u8]) -> Result<Self> {
         let state: Self = serde_json::from_slice(text).map_err(|e| Error::io(format!("not a checkpoint: {e}")))?;
-        let blank = String::from_utf8_lossy(text).replace(&of_hash(&state.hash), &of_hash(""));
         let whole = match state.hash.as_str() {
             // (What names the tensors' hash has its own.)
             "" => state.sha256.is_empty(),
-            hash => hex(blank.as_bytes()) == hash,
+            hash => sealed::is_whole(text, "hash", hash),
         };
         match whole {
             true if is_tensor_file(&state.file) => state.in_range().map(|()| state),
@@ -124,14 +122,6 @@ impl State {
     fn place(&self) -> (StageKind, u64) {
         (self.stage, self.iteration)
     }
-}
-
-fn of_hash(hash: &str) -> String {
-    format!("\"hash\": \"{hash}\"")
-}
-
-fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 const LATEST: &str = "latest.json";

@@ -21,6 +21,7 @@ pub mod observer;
 mod prefetch;
 pub mod progress;
 pub mod rundir;
+mod sealed;
 mod stage;
 pub mod stage_kind;
 pub mod student;

@@ -9,7 +9,7 @@ use crate::distill::checkpoint::{Checkpoint, StageKind};
 use crate::distill::config::Config;
 use crate::distill::lock::{self, RunLock};
 use crate::distill::{checkpoint, trajectory};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// How folders of a rehearsed export begin.
 pub(crate) const REHEARSAL: &str = ".disback-export-";
@@ -157,7 +157,7 @@ impl RunDir {
         let shown = || file.display().to_string();
         let text = crate::files::read_text(&file, crate::files::SETTINGS).with_context(shown)?;
         let saved: TeacherCard = toml::from_str(&text)
-            .map_err(|e| Error::io(format!("not a teacher card: {}", e.to_string().trim_end())))
+            .map_err(|e| Error::of_text(Kind::Io, &format!("not a teacher card: {e}")))
             .with_context(shown)?;
         let Some((key, before, after)) = saved.differences(now)?.into_iter().next() else { return Ok(()) };
         let origin = origins.get(&key).map_or(String::new(), |o| format!(" ({o})"));

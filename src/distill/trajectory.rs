@@ -1,4 +1,4 @@
-//! The degradation trajectory on disk: one safetensors file a node and `trajectory.json`. Node 0 is the teacher, bit for
+//! The degradation trajectory on disk: one safetensors file a node and `trajectory.json`, which holds its own hash. Node 0 is the teacher, bit for
 //! bit; loads are strict and checked against the recorded hash. The other nodes are f32 weights, or their differences from the
 //! teacher in bf16 (`memory.nodes`): half the size, and since a node differs little from the teacher, its rounding error is
 //! 1/256 of the difference at most, where that of the weights themselves would hide the early nodes.
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::Kind;
 
 use crate::distill::config::Precision;
+use crate::distill::sealed;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
 use crate::torch::dist::World;
@@ -17,6 +18,7 @@ use crate::torch::params::{TensorFile, save_tensors};
 
 /// One recorded set of weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Node {
     /// Place in the trajectory; 0 is the teacher.
     pub index: usize,
@@ -31,7 +33,9 @@ pub struct Node {
     pub hash: String,
 }
 
+/// (No other keys: one whose name changed on the disk would pass for one that earlier versions do not have.)
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Index {
     teacher_hash: String,
     /// [`ParamSet::hash`] of the initial student, where it is not a copy of the teacher.
@@ -43,6 +47,30 @@ struct Index {
     /// Whether stage 1 has ended: nodes 0..N are final.
     complete: bool,
     nodes: Vec<Node>,
+    /// SHA-256 of this JSON text with nothing in this place; absent in trajectories of earlier versions.
+    #[serde(default)]
+    sha256: String,
+}
+
+impl Index {
+    /// As JSON text that holds its own hash.
+    fn to_text(&self) -> Result<String> {
+        let blank = Self { sha256: String::new(), ..self.clone() };
+        let text = serde_json::to_string_pretty(&blank).map_err(|e| Error::io(e.to_string()))?;
+        Ok(sealed::seal(&text, "sha256"))
+    }
+
+    /// Errors: what is no trajectory's, or has changed since it was written.
+    fn from_text(text: &[u8]) -> Result<Self> {
+        let way_out = "put the file back from a copy of the run, or run stage 1 again in a new folder";
+        let index: Self = serde_json::from_slice(text)
+            .map_err(|e| Error::io(format!("not a trajectory index: {e}")).hint(way_out))?;
+        match index.sha256.as_str() {
+            "" => Ok(index),
+            hash if sealed::is_whole(text, "sha256", hash) => Ok(index),
+            _ => Err(Error::io("the file was changed after it was written").hint(way_out)),
+        }
+    }
 }
 
 /// Nodes 0 (the teacher) to N (fits the initial student).
@@ -73,8 +101,8 @@ impl Trajectory {
         precision: Precision,
     ) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-        let index =
-            Index { teacher_hash: teacher.hash()?, student_hash, precision, complete: false, nodes: Vec::new() };
+        let (teacher_hash, nodes, sha256) = (teacher.hash()?, Vec::new(), String::new());
+        let index = Index { teacher_hash, student_hash, precision, complete: false, nodes, sha256 };
         let mut trajectory = Self { dir: dir.to_owned(), index, elsewhere: false };
         trajectory.record(teacher, 0, loss)?;
         Ok(trajectory)
@@ -84,9 +112,7 @@ impl Trajectory {
     pub fn open(dir: &Path, teacher_hash: &str) -> Result<Self> {
         let path = dir.join(INDEX);
         let text = crate::files::read(&path, crate::files::JSON).with_context(|| path.display().to_string())?;
-        let index: Index = serde_json::from_slice(&text)
-            .map_err(|e| Error::io(format!("not a trajectory index: {e}")))
-            .with_context(|| path.display().to_string())?;
+        let index = Index::from_text(&text).with_context(|| path.display().to_string())?;
         let bad = |what: String| Err(Error::mismatch(what).context(path.display().to_string()));
         if index.teacher_hash != teacher_hash {
             return Err(Error::usage(format!(
@@ -327,8 +353,7 @@ impl Trajectory {
         if self.elsewhere {
             return Ok(());
         }
-        let text = serde_json::to_vec_pretty(&self.index).map_err(|e| Error::io(e.to_string()))?;
-        crate::files::write_atomic(&self.dir.join(INDEX), &text)
+        crate::files::write_atomic(&self.dir.join(INDEX), self.index.to_text()?.as_bytes())
     }
 }
 
@@ -345,182 +370,5 @@ pub fn target_by_count(updates: u64, every: u64, last: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use tch::Tensor;
-
-    fn set(v: f32) -> ParamSet {
-        ParamSet::new(vec!["a".into(), "b".into()], vec![Tensor::from(v), Tensor::from_slice(&[v, -v])]).unwrap()
-    }
-
-    fn recorded(dir: &Path) -> Trajectory {
-        let mut t = Trajectory::create(dir, &set(1.0), None, Some(9.0), Precision::F32).unwrap();
-        t.record(&set(2.0), 10, Some(4.0)).unwrap();
-        t.record(&set(3.0), 20, Some(1.0)).unwrap();
-        t.complete(&[0, 1, 2]).unwrap();
-        t
-    }
-
-    #[test]
-    fn targets_go_back_one_by_one_and_stay_with_the_teacher() {
-        let path: Vec<usize> = (0..12).map(|j| target_by_count(j, 2, 4)).collect();
-        assert_eq!(path, [3, 3, 2, 2, 1, 1, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(target_by_count(u64::MAX, 1, 7), 0, "the index does not run past the end");
-        assert!((0..50).all(|j| target_by_count(j, 3, 0) == 0), "no trajectory: the teacher from the start");
-    }
-
-    #[test]
-    fn node_zero_is_the_teacher_and_nodes_do_not_alias_the_live_weights() {
-        let dir = tempfile::tempdir().unwrap();
-        let live = set(1.0);
-        let mut t = Trajectory::create(dir.path(), &live, None, None, Precision::F32).unwrap();
-        let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(5.0));
-        t.record(&live, 3, None).unwrap();
-        let _ = tch::no_grad(|| live.tensors()[0].shallow_clone().fill_(7.0));
-        let slot = set(0.0);
-        t.load(0, &slot).unwrap();
-        assert_eq!(slot.hash().unwrap(), set(1.0).hash().unwrap());
-        assert_eq!(slot.hash().unwrap(), t.teacher_hash());
-        t.load(1, &slot).unwrap();
-        assert_eq!(slot.tensors()[0].double_value(&[]), 5.0);
-        assert!(t.load(2, &slot).unwrap_err().to_string().contains("ends with node 1"));
-    }
-
-    #[test]
-    fn opening_checks_teacher_numbers_and_files() {
-        let dir = tempfile::tempdir().unwrap();
-        let t = recorded(dir.path());
-        let again = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
-        assert_eq!(again.nodes(), t.nodes());
-        assert!(again.is_complete() && again.last() == 2);
-        let e = Trajectory::open(dir.path(), &set(8.0).hash().unwrap()).unwrap_err();
-        assert!(e.to_string().contains("another teacher") && e.exit_code() == 2, "{e}");
-
-        let index = dir.path().join(INDEX);
-        let text = std::fs::read_to_string(&index).unwrap();
-        for (from, to, says) in [
-            ("\"index\": 1", "\"index\": 4", "numbered 4"),
-            ("node-002.safetensors", "../node-002.safetensors", "not the name of a node's file"),
-            ("node-002.safetensors", "node-009.safetensors", "missing"),
-            ("\"nodes\"", "\"knots\"", "not a trajectory index"),
-        ] {
-            std::fs::write(&index, text.replacen(from, to, 1)).unwrap();
-            let e = Trajectory::open(dir.path(), t.teacher_hash()).unwrap_err();
-            assert!(e.to_string().contains(says), "{e}");
-        }
-        // The teacher missing from the path.
-        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        let mut cut = json.clone();
-        cut["nodes"].as_array_mut().unwrap().remove(0);
-        std::fs::write(&index, cut.to_string()).unwrap();
-        assert!(
-            Trajectory::open(dir.path(), t.teacher_hash())
-                .unwrap_err()
-                .to_string()
-                .contains("node 0 is not the teacher")
-        );
-    }
-
-    #[test]
-    fn a_node_with_other_keys_or_other_weights_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let t = recorded(dir.path());
-        let slot = set(0.0);
-        let replace = |names: &[&str]| {
-            let tensors = names.iter().map(|_| Tensor::from(1f32)).collect();
-            ParamSet::new(names.iter().map(|n| (*n).to_owned()).collect(), tensors)
-                .unwrap()
-                .save(&dir.path().join("node-001.safetensors"))
-                .unwrap();
-        };
-        replace(&["a"]);
-        assert!(t.load(1, &slot).unwrap_err().to_string().contains("missing `b`"));
-        replace(&["a", "b", "c"]);
-        assert!(t.load(1, &slot).unwrap_err().to_string().contains("surplus `c`"));
-        replace(&["module.a", "module.b"]);
-        assert!(t.load(1, &slot).is_err());
-        set(2.5).save(&dir.path().join("node-001.safetensors")).unwrap();
-        assert!(t.load(1, &slot).unwrap_err().to_string().contains("not the recorded"));
-        let bytes = std::fs::read(dir.path().join("node-002.safetensors")).unwrap();
-        std::fs::write(dir.path().join("node-002.safetensors"), &bytes[..bytes.len() - 3]).unwrap();
-        assert!(t.load(2, &slot).unwrap_err().to_string().contains("not a safetensors file"));
-    }
-
-    #[test]
-    fn truncating_and_choosing_renumber_and_leave_no_stray_files() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut t = Trajectory::create(dir.path(), &set(1.0), None, None, Precision::F32).unwrap();
-        for k in 1..6 {
-            t.record(&set(1.0 + k as f32), 10 * k, None).unwrap();
-        }
-        t.truncate(44).unwrap();
-        assert_eq!(t.last(), 4);
-        t.complete(&[0, 2, 4]).unwrap();
-        let t = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
-        let mut files: Vec<_> =
-            std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
-        files.sort();
-        assert_eq!(files, ["node-000.safetensors", "node-001.safetensors", "node-002.safetensors", "trajectory.json"]);
-        let slot = set(0.0);
-        for (k, v) in [(0, 1.0), (1, 3.0), (2, 5.0)] {
-            t.load(k, &slot).unwrap();
-            assert_eq!(slot.tensors()[0].double_value(&[]), v);
-        }
-        assert_eq!(t.nodes().iter().map(|n| n.iteration).collect::<Vec<_>>(), [0, 20, 40]);
-    }
-
-    /// A teacher of some size, and a node that has moved away from it by about `step` of each weight.
-    fn wide(step: f64) -> (ParamSet, ParamSet) {
-        let draw = |seed| crate::torch::shim::randn(seed, &[40, 50], tch::Device::Cpu).unwrap();
-        let teacher = draw(1) * 0.05;
-        let node = &teacher + draw(2) * &teacher * step;
-        let [teacher, node] = [teacher, node].map(|t| ParamSet::new(vec!["w".into()], vec![t]).unwrap());
-        (teacher, node)
-    }
-
-    #[test]
-    fn nodes_in_bf16_keep_their_difference_from_the_teacher() {
-        // A node early on the path: bf16 weights could not tell it from the teacher.
-        let (teacher, node) = wide(1e-3);
-        let dir = tempfile::tempdir().unwrap();
-        let mut t = Trajectory::create(dir.path(), &teacher, None, None, Precision::Bf16).unwrap();
-        t.record(&node, 3, Some(1.0)).unwrap();
-        t.record(&wide(0.5).1, 9, None).unwrap();
-        t.complete(&[0, 1, 2]).unwrap();
-        let bytes = |k: usize| std::fs::metadata(dir.path().join(format!("node-{k:03}.safetensors"))).unwrap().len();
-        assert!((bytes(0) - bytes(1)).abs_diff(2 * 2000) < 16, "half the size: {} and {}", bytes(0), bytes(1));
-        let t = Trajectory::open(dir.path(), t.teacher_hash()).unwrap();
-        let slot = teacher.deep_copy(tch::Device::Cpu).unwrap();
-        let largest = |t: &tch::Tensor| t.abs().max().double_value(&[]);
-        for (k, exact) in [(1, &node), (2, &wide(0.5).1)] {
-            t.load(k, &slot).unwrap();
-            let (got, base, exact) = (&slot.tensors()[0], &teacher.tensors()[0], &exact.tensors()[0]);
-            let moved = exact - base;
-            let error = (got - exact).abs();
-            // Half a unit in the last of bf16's eight places, and f32's own rounding of the sum.
-            let bound = moved.abs() / 256.0 + exact.abs() * 1.2e-7;
-            assert!(bool::try_from(error.le_tensor(&(bound * 1.01)).all()).unwrap(), "node {k}");
-            let direct = exact.to_kind(Kind::BFloat16).to_kind(Kind::Float) - exact;
-            println!(
-                "node {k}: error {:.1e}, of bf16 weights {:.1e}, moved {:.1e}",
-                largest(&error),
-                largest(&direct),
-                largest(&moved)
-            );
-            assert!(k == 2 || largest(&error) < 0.02 * largest(&direct));
-        }
-        t.load(0, &slot).unwrap();
-        assert_eq!(slot.hash().unwrap(), teacher.hash().unwrap(), "the teacher, bit for bit");
-        // A slot whose weights are bf16 gets the nearest.
-        let narrow = ParamSet::new(vec!["w".into()], vec![teacher.tensors()[0].to_kind(Kind::BFloat16)]).unwrap();
-        t.load(2, &slot).unwrap();
-        t.load(2, &narrow).unwrap();
-        assert_eq!(narrow.tensors()[0], slot.tensors()[0].to_kind(Kind::BFloat16));
-
-        let other = dir.path().join("copied");
-        t.copy_to(&other).unwrap();
-        Trajectory::open(&other, t.teacher_hash()).unwrap().load(1, &slot).unwrap();
-        std::fs::copy(dir.path().join("node-001.safetensors"), dir.path().join("node-002.safetensors")).unwrap();
-        assert!(t.load(2, &slot).unwrap_err().to_string().contains("not the recorded"));
-    }
-}
+#[path = "trajectory_tests.rs"]
+mod tests;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use toml::Value;
 
 use super::resize::Filter;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::runtime::student::parse_value;
 
 /// Keys of the card.
@@ -92,7 +92,7 @@ impl FeatureCard {
         if let Some(path) = model.map(side_file).filter(|p| p.is_file()) {
             let read = || -> Result<toml::Table> {
                 let text = crate::files::read_text(&path, crate::files::SETTINGS)?;
-                toml::from_str(&text).map_err(|e| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))
+                toml::from_str(&text).map_err(|e| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))
             };
             let table = read().with_context(|| path.display().to_string())?;
             for (key, value) in table.iter().filter(|(k, _)| !SILENT.contains(&k.as_str())) {

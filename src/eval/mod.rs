@@ -18,6 +18,7 @@ pub mod moments;
 pub mod neighbours;
 mod reference;
 pub mod resize;
+pub mod room;
 pub mod row;
 pub mod sliced;
 pub mod source;

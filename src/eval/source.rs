@@ -182,7 +182,7 @@ impl Source {
         let teacher = TeacherOnEngine::open(path, card, options).map_err(|e| {
             let hint = "students come from `disback distill` or `disback export`; a teacher needs its card \
                         (`disback inspect` shows it, --card KEY=VALUE says it)";
-            Error::new(e.kind(), format!("neither a student nor a teacher with a card: {e}")).hint(hint)
+            e.context("neither a student nor a teacher with a card").also(hint)
         })?;
         Ok(Self::Teacher(Box::new(teacher)))
     }

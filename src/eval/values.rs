@@ -64,7 +64,9 @@ fn collect(
     mut seen: impl FnMut(usize),
 ) -> Result<Set> {
     let batch = draw.request.batch.max(1);
-    let (mut values, mut features, mut nfe, mut seconds) = (Vec::new(), Vec::new(), None, 0.0);
+    // (In one piece, so that they are in memory once.)
+    let mut values = Vec::new();
+    let (mut width, mut features, mut nfe, mut seconds) = (0, Vec::new(), None, 0.0);
     for first in (0..count).step_by(batch) {
         let n = batch.min(count - first);
         let began = Instant::now();
@@ -79,7 +81,11 @@ fn collect(
         if let Some(net) = net.as_deref_mut() {
             features.push(net.see_values(&samples, batch)?);
         }
-        values.push(Array2::from_shape_vec((n, row), part).map_err(|e| Error::mismatch(e.to_string()))?);
+        if values.is_empty() {
+            width = row;
+            values.reserve_exact(row.saturating_mul(count));
+        }
+        values.extend(part);
         seen(n);
     }
     let join = |parts: &[Array2<f32>]| {
@@ -87,7 +93,10 @@ fn collect(
         ndarray::concatenate(Axis(0), &parts).map_err(|_| Error::usage("no samples to look at"))
     };
     Ok(Set {
-        values: join(&values)?,
+        values: match count {
+            0 => return Err(Error::usage("no samples to look at")),
+            _ => Array2::from_shape_vec((count, width), values).map_err(|e| Error::mismatch(e.to_string()))?,
+        },
         features: net.map(|_| join(&features)).transpose()?,
         nfe,
         ms_per_sample: nfe.map(|_| seconds * 1e3 / count.max(1) as f64),

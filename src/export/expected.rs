@@ -98,7 +98,11 @@ impl Expected {
             } else {
                 String::new()
             };
-            warnings.push(format!("{what}; --keep-f32 GLOB keeps nodes in f32{why}"));
+            let way_out = match options.precision {
+                Precision::Int8 | Precision::Int8Dynamic => "a smaller --int8-limit keeps more of it in f32",
+                _ => "--keep-f32 GLOB keeps nodes in f32",
+            };
+            warnings.push(format!("{what}; {way_out}{why}"));
         }
         Ok(max_abs)
     }

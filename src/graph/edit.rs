@@ -8,6 +8,7 @@ use crate::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
     type_proto,
 };
+use crate::shown::line;
 use crate::tensor::DType;
 
 /// A node of the default domain with one output.
@@ -242,10 +243,11 @@ pub fn sort(graph: &mut GraphProto) {
 
 /// How errors and tables call a node: ``Conv node `/down.0/Conv` ``.
 pub fn label(node: &NodeProto) -> String {
-    match node.name() {
+    let shown = match node.name() {
         "" => format!("{} node of `{}`", node.op_type(), node.output.first().map_or("", String::as_str)),
         name => format!("{} node `{name}`", node.op_type()),
-    }
+    };
+    line(&shown).into_owned()
 }
 
 /// Whether a node is of ONNX's own operators, and of this name.

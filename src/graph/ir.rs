@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::error::{Error, Result};
 use crate::graph::attributes::Attributes;
+use crate::shown::line;
 use crate::tensor::{DType, HostTensor};
 
 /// Index of a value in its graph.
@@ -35,7 +36,7 @@ impl Port {
                     .map(|d| match d {
                         Ok(n) => n.to_string(),
                         Err(s) if s.is_empty() => "?".to_owned(),
-                        Err(s) => s.clone(),
+                        Err(s) => line(s).into_owned(),
                     })
                     .collect();
                 format!("{dtype}[{}]", dims.join(", "))
@@ -106,11 +107,8 @@ pub struct Node {
 impl Node {
     /// ``Conv node `/down.0/conv/Conv` ``: how errors and tables call it.
     pub fn label(&self) -> String {
-        if self.domain.is_empty() {
-            format!("{} node `{}`", self.op, self.name)
-        } else {
-            format!("{}.{} node `{}`", self.domain, self.op, self.name)
-        }
+        let (domain, dot) = (&self.domain, if self.domain.is_empty() { "" } else { "." });
+        line(&format!("{domain}{dot}{} node `{}`", self.op, self.name)).into_owned()
     }
 
     /// The i-th input, where present.

@@ -39,7 +39,7 @@ fn declared(port: &Port, row: &[Option<usize>], out: &mut Findings) {
 fn images(graph: &Graph, port: &Port, dims: &[Option<usize>], model: &Path, out: &mut Findings) {
     let channels = |d: Option<usize>| d.is_some_and(|n| n <= 32);
     let (first, last) = (dims[1], dims[3]);
-    match channels_at_convolution(graph, port.value, 4) {
+    match first_layer(graph, port.value, 4, &[Layer::Convolution]).map(|(axis, _)| axis) {
         Some(3) => out.value(&["layout"], "nhwc", How::Read, "transposed to N, C, H, W before the first convolution"),
         Some(_) => out.value(&["layout"], "nchw", How::Read, "reaches the first convolution as it is"),
         None if channels(first) && (!channels(last) || dims[2] == last) => {
@@ -80,12 +80,14 @@ fn other_layout(graph: &Graph, port: &Port, dims: &[Option<usize>], out: &mut Fi
         axis if axis + 1 == rank => Some("channels-last"),
         _ => None,
     };
-    if let Some(axis) = channels_at_convolution(graph, port.value, rank)
+    if let Some((axis, what)) = first_layer(graph, port.value, rank, &[Layer::Convolution, Layer::Product])
         && let Some(layout) = name(axis)
     {
-        let why = match axis {
-            1 => "reaches the first convolution as it is".to_owned(),
-            _ => format!("dimension {axis} is the channels of the first convolution"),
+        let why = match (axis, what) {
+            (1, Layer::Convolution) => "reaches the first convolution as it is".to_owned(),
+            (_, Layer::Convolution) => format!("dimension {axis} is the channels of the first convolution"),
+            // Tokens [B, T, C] and their like: a matrix is applied to each.
+            (_, Layer::Product) => format!("dimension {axis} is what the first matrix of weights is applied to"),
         };
         return out.value(&["layout"], layout, How::Read, why);
     }
@@ -101,9 +103,20 @@ fn other_layout(graph: &Graph, port: &Port, dims: &[Option<usize>], out: &mut Fi
     out.value(&["layout"], name(axis).unwrap_or("channels-first"), How::Assumed, why);
 }
 
-/// Which dimension of a sample of `rank` dimensions (the batch is one) is the channels of the first convolution; `None` where no
-/// convolution is met.
-fn channels_at_convolution(graph: &Graph, from: ValueId, rank: usize) -> Option<usize> {
+/// What shows which dimension the channels are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layer {
+    Convolution,
+    /// A product with a matrix of weights from the right.
+    Product,
+}
+
+/// Which dimension of a sample of `rank` dimensions (the batch is one) is the channels of the first layer of these kinds, and its
+/// kind; `None` where none is met.
+fn first_layer(graph: &Graph, from: ValueId, rank: usize, kinds: &[Layer]) -> Option<(usize, Layer)> {
+    let weights = |v: Option<ValueId>| {
+        v.and_then(|v| graph.constants.get(&v)).is_some_and(|constant| constant.tensor.rank() == 2)
+    };
     let consumers = graph.consumers();
     // With each value, which of the sample's dimensions its own are.
     let mut queue = VecDeque::from([(from, (0..rank).collect::<Vec<usize>>())]);
@@ -112,7 +125,10 @@ fn channels_at_convolution(graph: &Graph, from: ValueId, rank: usize) -> Option<
         for &(index, slot) in consumers.get(&value).into_iter().flatten() {
             let Some(node) = graph.nodes.get(index) else { continue };
             let order = match node.op.as_str() {
-                "Conv" | "ConvTranspose" if slot == 0 => return Some(order[1]),
+                "Conv" | "ConvTranspose" if slot == 0 => return Some((order[1], Layer::Convolution)),
+                "MatMul" if slot == 0 && kinds.contains(&Layer::Product) && weights(node.input(1)) => {
+                    return Some((order[rank - 1], Layer::Product));
+                }
                 "Transpose" => match node.attributes.ints("perm").ok().flatten() {
                     Some(perm) if perm.len() == rank => {
                         let turned: Option<Vec<usize>> =

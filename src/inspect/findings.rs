@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::diffusion::{CardOrigin, Condition, Conversion, Layout, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::graph::Port;
 
 /// What the sources of a card (metadata, side file, command line) already say, by path.
@@ -139,7 +139,7 @@ impl Findings {
         let card: TeacherCard = self
             .table()
             .try_into()
-            .map_err(|e: toml::de::Error| Error::usage(format!("proposed card: {}", e.to_string().trim_end())))?;
+            .map_err(|e: toml::de::Error| Error::of_text(Kind::Usage, &format!("proposed card: {e}")))?;
         card.validate()?;
         Conversion::new(&card)?;
         Ok(card)

@@ -1,5 +1,7 @@
 //! Networks that take more channels than they give: which parts their sample input has, by the usual counts.
 
+use tch::Device;
+
 use crate::diffusion::card::joined;
 use crate::diffusion::{CardOrigin, InputSpec};
 use crate::error::Result;
@@ -7,7 +9,11 @@ use crate::graph::lower::lower;
 use crate::graph::{Graph, Model};
 use crate::inspect::axes::sample_size;
 use crate::inspect::findings::{Findings, Known};
+use crate::inspect::proposal::base;
 use crate::inspect::structure;
+use crate::inspect::subject::Subject;
+use crate::runtime::{self, EngineOptions};
+use crate::torch::{ImportOptions, Network};
 
 /// Names and channels of the conditions that are joined behind a sample of so many channels.
 fn usual_parts(given: usize, made: usize) -> Vec<(&'static str, usize)> {
@@ -22,14 +28,15 @@ fn usual_parts(given: usize, made: usize) -> Vec<(&'static str, usize)> {
 
 /// Where a file's sample input takes more channels than its output has, and no source of the card says what they are: completes
 /// `known` with the parts by the usual counts and names. Then gives the file the parts as inputs of their own, so that what follows
-/// sees the network as training would.
+/// sees the network as training would. `may_run`: where the file does not declare the channels of its output, the network is run once
+/// to learn them.
 ///
 /// Errors: parts that `known` says and that do not fit the graph.
-pub fn join_parts(model: &mut Model, known: &mut Known) -> Result<()> {
+pub fn join_parts(model: &mut Model, known: &mut Known, may_run: bool) -> Result<()> {
     let concat = vec!["concat".to_owned()];
     let graph = lower(model)?;
     if !known.contains_key(&concat) {
-        let Some(found) = propose(&graph, model, known) else { return Ok(()) };
+        let Some(found) = propose(&graph, model, known, may_run) else { return Ok(()) };
         for (path, value) in found {
             known.entry(path).or_insert((value, CardOrigin::Graph));
         }
@@ -38,13 +45,30 @@ pub fn join_parts(model: &mut Model, known: &mut Known) -> Result<()> {
     card.put_parts_into(std::sync::Arc::make_mut(&mut model.proto))
 }
 
-fn propose(graph: &Graph, model: &Model, known: &Known) -> Option<Vec<(Vec<String>, toml::Value)>> {
+/// The output as a run of the network makes it; `None` where it does not run.
+fn measured(graph: &Graph, model: &Model, findings: &Findings, output: &InputSpec) -> Option<InputSpec> {
+    let (card, _) = base(graph, findings).ok()?;
+    let inputs: Vec<InputSpec> = graph.inputs.iter().map(InputSpec::from).collect();
+    let network = Network::import(model.clone(), &ImportOptions::default(), Device::Cpu);
+    let shape = match network {
+        Ok(mut network) => Subject::new(&mut network, &card, &inputs).and_then(|mut s| s.output_shape()),
+        // A network that cannot be imported may still run.
+        Err(_) => {
+            let mut engine = runtime::open(&model.path, &EngineOptions::default()).ok()?;
+            Subject::new(&mut engine, &card, &inputs).and_then(|mut s| s.output_shape())
+        }
+    };
+    let shape = shape.inspect_err(|e| tracing::info!("the network was not run for its output's channels: {e}")).ok()?;
+    Some(InputSpec { shape: shape.into_iter().map(Some).collect(), ..output.clone() })
+}
+
+fn propose(graph: &Graph, model: &Model, known: &Known, may_run: bool) -> Option<Vec<(Vec<String>, toml::Value)>> {
     let findings: Findings = structure::read(graph, known, &model.path);
     let port = |key: &str, among: &[crate::graph::Port]| {
         let name = findings.text(&[key])?;
         among.iter().find(|p| p.name == name).map(InputSpec::from)
     };
-    let (sample, output) = (port("sample", &graph.inputs)?, port("output", &graph.outputs)?);
+    let (sample, mut output) = (port("sample", &graph.inputs)?, port("output", &graph.outputs)?);
     let sizes = |name: &str| graph.inputs.iter().find(|p| p.name == name).and_then(|p| findings.dims_of(p));
     let mut row: Vec<Option<usize>> = sizes(&sample.name)?.into_iter().skip(1).collect();
     // Where the card says the sample's shape, it says how many of the channels are the sample's.
@@ -52,7 +76,20 @@ fn propose(graph: &Graph, model: &Model, known: &Known) -> Option<Vec<(Vec<Strin
     let shape = shape.filter(|s| s.len() == row.len() && findings.text(&["layout"]).as_deref() != Some("nhwc"));
     let (given, made) = match (&shape, row.first()) {
         (Some(shape), Some(Some(given))) if *given > shape[0] => (*given, shape[0]),
-        _ => joined(&sample, &output)?,
+        _ => {
+            // (A size that is free on both sides, such as the height, says nothing of the channels.)
+            let undeclared = output.shape.len() != sample.shape.len()
+                || sample
+                    .shape
+                    .iter()
+                    .zip(&output.shape)
+                    .skip(1)
+                    .any(|(given, made)| given.is_some() && made.is_none());
+            if undeclared && may_run && sample.shape.len() > 2 {
+                output = measured(graph, model, &findings, &output)?;
+            }
+            joined(&sample, &output)?
+        }
     };
     let axis = match &shape {
         Some(shape) if row[0] == Some(given) && shape[0] == made => {

@@ -135,6 +135,9 @@ pub struct Inspection {
     /// Divisions whose divisor can become 0.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unguarded_divisions: Vec<Unguarded>,
+    /// Nodes of BatchNormalization in training mode, which mix the rows of a batch.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub batch_statistics: Vec<String>,
     /// Cost of one forward pass; its values are null where the sizes of the inputs are not known.
     #[serde(flatten)]
     pub cost: Cost,
@@ -194,6 +197,7 @@ pub fn inspect(model: &Model, choice: &TrainableChoice, fuse: bool) -> Result<(I
         unsupported,
         quantised: quantised::quantised(graph),
         unguarded_divisions: unguarded_division::unguarded(graph),
+        batch_statistics: crate::parity::batch_statistics(graph),
         cost: Cost::default(),
         parameter_list: Vec::new(),
     };

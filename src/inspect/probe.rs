@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::diffusion::{Condition, Prediction, ScheduleSpec, TeacherCard, TimeUnit};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::inspect::findings::{Findings, How};
 use crate::inspect::hypothesis::{self, Family, Hypothesis, Settled, word};
 use crate::inspect::score::{Effort, FEW_LEVELS, LEVELS, Score, denoise, score};
@@ -96,7 +96,7 @@ pub fn probe(
     let trial: Vec<f32> = batch_noise(1, 0, 1, len);
     let time = readings.first().map_or(1.0, |h| h.conversion.time(1.0));
     net.forward(&trial, time, &[Feed::Class(0)])
-        .map_err(|e| Error::unsupported(format!("the network does not run on inputs of its own signature: {e}")))?;
+        .map_err(|e| e.context("the network does not run on inputs of its own signature"))?;
     let linear = is_affine(net, &readings, len)?;
     let effort = effort(len, readings.len(), options.macs);
     let feeds: Vec<Feed> = (0..effort.rows).map(|i| Feed::Class(i % classes)).collect();

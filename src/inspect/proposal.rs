@@ -79,7 +79,7 @@ fn numbers(graph: &Graph, findings: &mut Findings, run: &mut dyn Run, options: O
 }
 
 /// A card to run the network with, and the entries of its table of times.
-fn base(graph: &Graph, findings: &Findings) -> Result<(TeacherCard, Option<usize>)> {
+pub(super) fn base(graph: &Graph, findings: &Findings) -> Result<(TeacherCard, Option<usize>)> {
     let time = findings.text(&["time"]).and_then(|n| graph.inputs.iter().find(|p| p.name == n));
     let integer = time.is_some_and(|p| p.dtype.is_some_and(|d| !d.is_float()));
     let steps = time.filter(|_| integer).and_then(|p| structure::rows_looked_up(graph, p.value)).map(|(n, _)| n);

@@ -147,6 +147,22 @@ fn condition(graph: &Graph, p: &Port, out: &mut Findings) {
         let path = path(field);
         out.set(&[&path[0], &path[1], &path[2]], value, how, why);
     };
+    if without_batch(graph, p, out) {
+        let npy = format!("{}.npy", p.name);
+        set(
+            out,
+            "kind",
+            Some("constant".into()),
+            How::Read,
+            format!("does not begin with the batch ({})", p.describe()),
+        );
+        let why = format!("a file with the value that it has in every call, such as {npy:?} by numpy.save");
+        set(out, "file", None, How::Undecided, why);
+        if let Some(shape) = dims.iter().map(|d| d.map(|n| n as i64)).collect::<Option<Vec<_>>>() {
+            set(out, "shape", Some(shape.into()), How::Read, format!("declared: {}", p.describe()));
+        }
+        return;
+    }
     let is_float = p.dtype.is_none_or(|d| d.is_float());
     let rows = rows_looked_up(graph, p.value);
     if !is_float && one_number_a_row(p) {
@@ -177,6 +193,22 @@ fn condition(graph: &Graph, p: &Port, out: &mut Findings) {
         return;
     }
     set(out, "kind", None, How::Undecided, format!("{}: a one-hot class or an embedding", p.describe()));
+}
+
+/// Whether an input's first dimension is not the sample's batch, as far as the file says it: positions, rotary tables, masks.
+fn without_batch(graph: &Graph, p: &Port, out: &Findings) -> bool {
+    let first = |p: &Port| p.shape.as_ref().and_then(|dims| dims.first().cloned());
+    let sample = out.text(&["sample"]).and_then(|n| graph.inputs.iter().find(|p| p.name == n));
+    match (first(p), sample.and_then(first)) {
+        (Some(Ok(n)), Some(Ok(batch))) => n != 1 && n != batch,
+        (Some(Ok(n)), Some(Err(_))) => n != 1,
+        // (A name that the exporter made says nothing.)
+        (Some(Err(own)), Some(Err(batch))) => {
+            let is_batch = |name: &str| name.to_lowercase().contains("batch");
+            is_batch(&batch) && !is_batch(&own) && !own.is_empty() && !own.contains("dynamic_axes")
+        }
+        _ => false,
+    }
 }
 
 /// Rows of the table that this integer value picks from, or the depth of its one-hot.

@@ -139,7 +139,14 @@ impl<'a> Subject<'a> {
         Ok(out)
     }
 
-    fn call(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
+    /// The shape of the output for one batch of zeros, as the graph gives it.
+    pub fn output_shape(&mut self) -> Result<Vec<usize>> {
+        let rows = if self.fixed { self.rows } else { 1 };
+        let x = vec![0.0; rows * self.elements()];
+        Ok(self.output(&x, 1.0, &vec![Feed::Class(0); rows])?.shape().to_vec())
+    }
+
+    fn output(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<HostTensor> {
         let rows = feeds.len();
         let (layout, shape) = (self.card.layout, self.card.shape.as_slice());
         let size: Vec<usize> = std::iter::once(rows).chain(self.card.graph_shape()).collect();
@@ -177,6 +184,13 @@ impl<'a> Subject<'a> {
         let y = self.run.run(&inputs, &self.card.output)?;
         self.seconds += started.elapsed().as_secs_f64();
         self.evaluated += rows;
+        Ok(y)
+    }
+
+    fn call(&mut self, x: &[f32], time: f64, feeds: &[Feed]) -> Result<Vec<f32>> {
+        let rows = feeds.len();
+        let y = self.output(x, time, feeds)?;
+        let (layout, shape) = (self.card.layout, self.card.shape.as_slice());
         let y32 = self.card.prediction_of(y.to_f32(), rows).ok_or_else(|| {
             Error::mismatch(format!(
                 "output `{}` is {y:?} for {rows} samples of {shape:?}: not one value a value of the sample",

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::memory;
 use crate::tensor::{DType, HostTensor, checked_len};
 
 /// NumPy itself refuses longer headers.
@@ -138,8 +139,25 @@ fn array_bytes(header: &Header) -> Result<usize> {
     bytes.ok_or_else(|| bad(format!("an array of shape {:?} is larger than memory", header.shape)))
 }
 
+/// Refuses an array that has to be held in memory as a whole, where there is no room for it.
+fn room(bytes: usize, shape: &[usize]) -> Result<()> {
+    /// Below this much nobody is asked.
+    const LARGE: usize = 256 << 20;
+    match memory::free().filter(|free| bytes > LARGE && bytes as u64 > free.bytes) {
+        None => Ok(()),
+        Some(free) => Err(bad(format!(
+            "an array of shape {shape:?} takes {} to put its values in order, {} are free {}",
+            memory::shown(bytes as u64),
+            memory::shown(free.bytes),
+            free.place
+        ))
+        .hint("numpy.save(FILE, numpy.ascontiguousarray(A)) in the machine's own byte order: such an array is read where it lies")),
+    }
+}
+
 fn read_data(header: Header, expected: usize, reader: impl Read) -> Result<HostTensor> {
     let size = header.dtype.size();
+    room(expected.saturating_mul(if header.fortran { 2 } else { 1 }), &header.shape)?;
     let mut data = Vec::new();
     reader.take(expected as u64).read_to_end(&mut data)?;
     if data.len() != expected {

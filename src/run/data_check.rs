@@ -54,6 +54,7 @@ impl DataCheck {
         }
         let (data, skip) = (PathBuf::from(&config.gan.data), config.data.skip_broken);
         let images = RealImages::open(&data, card, config.gan.said_range()?, skip)?;
+        monitor.remark(&format!("gan.data: {}", images.size()));
         if now && images.seconds_to_check() < WAITED {
             let broken = images.check(&|| true);
             if let Some(warning) = verdict(&data, &broken, images.len(), skip)? {

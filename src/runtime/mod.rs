@@ -17,6 +17,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
+use crate::shown::line;
 use crate::tensor::{DType, HostTensor};
 
 /// One dimension of a graph input or output.
@@ -52,7 +53,7 @@ pub struct ValueInfo {
 impl fmt::Display for ValueInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let dims: Vec<String> = self.shape.iter().map(Dim::to_string).collect();
-        write!(f, "{} {}[{}]", self.name, self.dtype, dims.join(", "))
+        write!(f, "{} {}[{}]", line(&self.name), self.dtype, line(&dims.join(", ")))
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::metrics::Metrics;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::runtime::run_batched;
 use crate::runtime::student::Student;
 use crate::tensor::{DType, HostTensor};
@@ -171,7 +171,7 @@ fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &
                 tracing::error!("the network failed: {e}");
                 let text = e.to_string();
                 for job in batch {
-                    let _ = job.reply.send(Err(Error::backend(text.clone())));
+                    let _ = job.reply.send(Err(Error::of_text(Kind::Backend, &text)));
                 }
             }
         }

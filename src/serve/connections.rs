@@ -16,7 +16,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio_io_timeout::TimeoutStream;
 use tower_service::Service as _;
 
-/// Time for a request's head, and between two requests of a connection.
+/// Time for a request's head, and between two requests of a connection, where the whole request has no less.
 pub(super) const HEAD: Duration = Duration::from_secs(10);
 /// Time in which a caller must take some of an answer.
 const WRITE: Duration = Duration::from_secs(30);
@@ -33,12 +33,13 @@ pub(super) struct Pages {
     pub crowded: Router,
 }
 
-/// Takes connections until `stop` ends, then lets those that are there finish within `grace`; `hurry` ends that wait. Gives
-/// whether all of them finished.
+/// Takes connections until `stop` ends, then lets those that are there finish within `grace`; `hurry` ends that wait. `head`: time
+/// for a request's head. Gives whether all of them finished.
 pub(super) async fn run(
     listener: TcpListener,
     pages: Pages,
     limit: usize,
+    head: Duration,
     stop: impl Future<Output = ()>,
     grace: Duration,
     hurry: impl Future<Output = ()>,
@@ -65,7 +66,7 @@ pub(super) async fn run(
         };
         match room.clone().try_acquire_owned() {
             Ok(permit) => {
-                tasks.spawn(serve(stream, peer, pages.all.clone(), Some(permit), told.clone()));
+                tasks.spawn(serve(stream, peer, pages.all.clone(), Some(permit), head, told.clone()));
             }
             Err(_) => {
                 // Whoever sends half a head and waits gives way to who asks now.
@@ -75,7 +76,7 @@ pub(super) async fn run(
                 {
                     oldest.abort();
                 }
-                crowd.push_back(tasks.spawn(serve(stream, peer, pages.crowded.clone(), None, told.clone())));
+                crowd.push_back(tasks.spawn(serve(stream, peer, pages.crowded.clone(), None, head / 5, told.clone())));
             }
         }
     }
@@ -96,6 +97,7 @@ async fn serve(
     peer: SocketAddr,
     pages: Router,
     room: Option<OwnedSemaphorePermit>,
+    head: Duration,
     mut told: watch::Receiver<bool>,
 ) {
     let keep = room.is_some();
@@ -107,7 +109,7 @@ async fn serve(
         pages.clone().call(request)
     });
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(if keep { HEAD } else { HEAD / 5 }).keep_alive(keep);
+    builder.timer(TokioTimer::new()).header_read_timeout(head).keep_alive(keep);
     builder.max_buf_size(HEAD_BYTES);
     let connection = builder.serve_connection(TokioIo::new(Box::pin(stream)), answer);
     tokio::pin!(connection);

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::body::Body;
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderValue, Method, Request, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
@@ -34,13 +35,13 @@ pub(super) fn is_health(path: &str) -> bool {
 pub(super) async fn guard(
     State(s): State<Arc<Service>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    request: Request,
+    request: Request<Body>,
     next: Next,
 ) -> Response {
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let access = &s.options.access;
-    let mut response = match refuse(access, s.options.address, &path, request.headers()) {
+    let mut response = match refuse(access, s.options.address, &request) {
         Some(refused) => refused,
         None if method == Method::OPTIONS && access.cors.is_some() => StatusCode::NO_CONTENT.into_response(),
         None => next.run(request).await,
@@ -72,11 +73,21 @@ fn now() -> String {
     text
 }
 
-fn refuse(access: &Access, address: SocketAddr, path: &str, headers: &HeaderMap) -> Option<Response> {
+fn refuse<B>(access: &Access, address: SocketAddr, request: &Request<B>) -> Option<Response> {
+    let (path, headers) = (request.uri().path(), request.headers());
     let text = |name: header::HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
-    // (HTTP/1.1 wants one Host; two are an attempt to have them read differently.)
-    let hosts = headers.get_all(header::HOST).iter().count();
-    if hosts > 1 || text(header::HOST).is_some_and(|host| !host_fits(access, address, host)) {
+    // RFC 9112, 3.2: one Host, which HTTP/1.1 must have; a whole address in the request's first line goes before it.
+    let whole = request.uri().authority().map(|a| a.as_str());
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = match (hosts.next(), hosts.next()) {
+        (_, Some(_)) => return Some(failure(StatusCode::BAD_REQUEST, "the request has more than one Host")),
+        (None, None) if whole.is_none() && request.version() >= Version::HTTP_11 => {
+            return Some(failure(StatusCode::BAD_REQUEST, "the request has no Host, which HTTP/1.1 wants"));
+        }
+        // (What is no text is nobody's name.)
+        (given, None) => whole.or(given.map(|v| v.to_str().unwrap_or_default())),
+    };
+    if host.is_some_and(|host| !host_fits(access, address, host)) {
         let text = "the request's Host is not this server's: --host-name NAME lets a name through";
         return Some(failure(StatusCode::MISDIRECTED_REQUEST, text));
     }
@@ -118,8 +129,9 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    fn headers(list: &[(&'static str, &str)]) -> HeaderMap {
-        list.iter().map(|(k, v)| (header::HeaderName::from_static(k), HeaderValue::from_str(v).unwrap())).collect()
+    fn asked(target: &str, version: Version, list: &[(&str, &str)]) -> Request<()> {
+        let begun = Request::builder().uri(target).version(version);
+        list.iter().fold(begun, |r, (k, v)| r.header(*k, *v)).body(()).unwrap()
     }
 
     #[test]
@@ -129,8 +141,26 @@ mod tests {
         let open = Access::default();
         let named = Access { hosts: vec!["box.example".into()], ..Access::default() };
         let code = |a: &Access, at, list: &[(&'static str, &str)]| {
-            refuse(a, at, "/sample", &headers(list)).map_or(200, |r| r.status().as_u16())
+            // (HTTP/1.0 needs no Host: what is tried is the rest.)
+            refuse(a, at, &asked("/sample", Version::HTTP_10, list)).map_or(200, |r| r.status().as_u16())
         };
+        let target = |target: &str, version, list: &[(&str, &str)]| {
+            refuse(&open, here, &asked(target, version, list)).map_or(200, |r| r.status().as_u16())
+        };
+        for (to, list, want) in [
+            ("/sample", &[] as &[(&str, &str)], 400),
+            ("/sample", &[("host", "localhost")], 200),
+            ("/sample", &[("host", "localhost"), ("host", "localhost")], 400),
+            // As a proxy is asked: the address in the first line is the one that counts.
+            ("http://localhost:8080/sample", &[], 200),
+            ("http://localhost:8080/sample", &[("host", "evil.example")], 200),
+            ("http://evil.example/sample", &[("host", "localhost")], 421),
+            ("http://localhost@evil.example/sample", &[("host", "localhost")], 421),
+            ("*", &[("host", "localhost")], 200),
+        ] {
+            assert_eq!(target(to, Version::HTTP_11, list), want, "{to} {list:?}");
+        }
+        assert_eq!(target("/sample", Version::HTTP_10, &[]), 200);
         for (access, at, host, want) in [
             (&open, here, "127.0.0.1:8080", 200),
             (&open, here, "localhost", 200),
@@ -154,6 +184,6 @@ mod tests {
         for (given, want) in [("Bearer s3cret", 200), ("Bearer s3creT", 401), ("s3cret", 401), ("", 401)] {
             assert_eq!(code(&secret, here, &[("authorization", given)]), want, "{given}");
         }
-        assert!(refuse(&secret, here, "/health", &HeaderMap::new()).is_none());
+        assert!(refuse(&secret, here, &asked("/health", Version::HTTP_10, &[])).is_none());
     }
 }

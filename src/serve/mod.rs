@@ -61,7 +61,7 @@ pub struct ServeOptions {
     pub memory: u64,
     /// Connections at a time; beyond it only health is answered.
     pub connections: usize,
-    /// Time from a request's head to its answer, at most.
+    /// Time from a request's head to its answer, at most; for the head itself too, where this is less than 10 s.
     pub timeout: Duration,
     /// How long requests are still taken after the signal to stop; `/health` reports the stop meanwhile.
     pub drain: Duration,
@@ -101,6 +101,7 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let ended = runtime.block_on(async move {
         let (address, limit) = (options.address, options.connections);
+        let head = connections::HEAD.min(options.timeout);
         let (drain, grace) = (options.drain, options.grace);
         let listener = TcpListener::bind(address).await.map_err(|e| {
             Error::io(format!("cannot listen on {address}: {e}")).hint("choose another with --host and --port")
@@ -137,7 +138,7 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
                 _ = heard.wait_for(|n| *n >= 2) => {}
             }
         };
-        Ok::<_, Error>(connections::run(listener, pages, limit, stop, grace, hurry).await)
+        Ok::<_, Error>(connections::run(listener, pages, limit, head, stop, grace, hurry).await)
     })?;
     runtime.shutdown_background();
     if !ended {

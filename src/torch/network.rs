@@ -1,6 +1,7 @@
 //! A network: an imported ONNX graph (shared) and one set of parameters (its own).
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::graph::fuse::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
-use crate::graph::{Graph, Model, Port, TrainableChoice, calls, lower, narrow, widen};
+use crate::graph::{Graph, Model, Port, TrainableChoice, ValueId, calls, lower, narrow, widen};
 use crate::onnx::ModelProto;
 use crate::tensor::{DType, HostTensor};
 use crate::torch::convert;
@@ -41,7 +42,7 @@ pub trait Forward {
             Some(tap) => Err(no_such_tap(tap, &[])),
         }
     }
-    /// Names of the tensors inside the network, in the order in which they are made.
+    /// Names of the tensors inside the network that depend on its inputs, in the order in which they are made.
     fn tap_names(&self) -> Vec<String> {
         Vec::new()
     }
@@ -362,7 +363,17 @@ impl Forward for Network {
 
     fn tap_names(&self) -> Vec<String> {
         let graph = &self.shared.graph;
-        graph.nodes.iter().flat_map(|n| n.outputs.iter().flatten()).map(|v| graph.names[*v].clone()).collect()
+        let mut varies: HashSet<ValueId> = graph.inputs.iter().map(|p| p.value).collect();
+        let mut names = Vec::new();
+        for node in &graph.nodes {
+            // Of a shape nothing is left but numbers.
+            if !matches!(node.op.as_str(), "Shape" | "Size") && node.inputs.iter().flatten().any(|v| varies.contains(v))
+            {
+                varies.extend(node.outputs.iter().flatten());
+                names.extend(node.outputs.iter().flatten().map(|v| graph.names[*v].clone()));
+            }
+        }
+        names
     }
 
     fn params(&self) -> &ParamSet {

@@ -15,7 +15,7 @@ const KINDS: [(&str, &str, &[usize]); 8] = [
     ("points", "objective=diff-instruct student.sigmas=[2.0] student.stochastic=true", &[24, 3]),
     ("volume", "objective=dmd lora.rank=2", &[1, 4, 8, 8]),
     ("video", "objective=dmd2 gan.taps=[\"TAP\"] precision=bf16", &[4, 3, 8, 8]),
-    ("tokens", "objective=sds", &[12, 8]),
+    ("tokens", "objective=sds", &[6, 8]),
 ];
 
 /// The output of the network's first convolution.

@@ -1,7 +1,7 @@
 """Small networks whose samples are no images, one folder each with a card: python ranks.py FOLDER
 
 table [B, 9], with a learned variance; wave [B, 64]; policy [B, 16, 7], turned round for its convolutions, with an observation;
-mel [B, 8, free]; points [B, 24, 3]; volume [B, 1, 4, 8, 8]; video [B, 4, 3, 8, 8], frames first; tokens [B, 12, 8], a transformer.
+mel [B, 8, free]; points [B, 24, 3]; volume [B, 1, 4, 8, 8]; video [B, 4, 3, 8, 8], frames first; tokens [B, 6, 8], a transformer.
 """
 
 import sys
@@ -95,7 +95,7 @@ save("points", Network(nn.Linear(3, 16), nn.Linear(16, 3), 16), (24, 3),
 save("volume", Network(conv3(1, 8), conv3(8, 1), 8), (1, 4, 8, 8), "shape = [1, 4, 8, 8]")
 save("video", Network(conv3(3, 8), conv3(8, 3), 8, [0, 2, 1, 3, 4]), (4, 3, 8, 8),
      'shape = [4, 3, 8, 8]\nlayout = "frames-first"')
-save("tokens", Transformer(), (12, 8), 'shape = [12, 8]\nlayout = "channels-last"')
+save("tokens", Transformer(), (6, 8), 'shape = [6, 8]\nlayout = "channels-last"')
 
 
 def generator(name, network, noise):

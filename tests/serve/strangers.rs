@@ -162,3 +162,46 @@ fn what_may_not_be_asked_is_refused_at_once() {
     }
     assert_eq!(server.stop(), Some(0));
 }
+
+/// RFC 9112: an address in the first line goes before the Host, which HTTP/1.1 must have; and a head that does not end is not waited
+/// for longer than a whole request.
+#[test]
+fn first_lines_of_every_form_and_short_time_outs() {
+    let server = Server::start(&["--timeout", "1"]);
+    let host = server.address.as_str();
+    let raw = |first: &str, more: &str| {
+        let mut stream = TcpStream::connect(host).unwrap();
+        send(&mut stream, format!("{first}\r\n{more}Connection: close\r\n\r\n").as_bytes());
+        rest(&stream)
+    };
+    let own = format!("Host: {host}\r\n");
+    for (first, more, status, words) in [
+        (format!("GET http://{host}/sample?format=npy HTTP/1.1"), String::new(), 200, "NUMPY"),
+        (format!("GET http://{host}/health HTTP/1.1"), "Host: evil.example\r\n".into(), 200, "\"ok\""),
+        ("GET http://evil.example/sample HTTP/1.1".into(), own.clone(), 421, "--host-name"),
+        (format!("GET http://{host} HTTP/1.1"), own.clone(), 404, "no such page"),
+        ("GET /sample HTTP/1.1".into(), String::new(), 400, "no Host"),
+        ("GET /sample HTTP/1.1".into(), own.repeat(2), 400, "more than one Host"),
+        ("GET /health HTTP/1.0".into(), String::new(), 200, "\"ok\""),
+        ("OPTIONS * HTTP/1.1".into(), own.clone(), 404, "no such page"),
+        (format!("CONNECT {host} HTTP/1.1"), own.clone(), 404, "no such page"),
+    ] {
+        let got = raw(&first, &more);
+        let code = got.split(' ').nth(1).unwrap_or_default().to_owned();
+        assert!(code == status.to_string() && got.contains(words), "{first} {more}: {got}");
+    }
+    let began = std::time::Instant::now();
+    let slow = connected(&server, "GET /sample HT");
+    assert!(rest(&slow).is_empty() || began.elapsed() >= Duration::from_secs(1));
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    // The token's file is a regular one, and short.
+    let long = server.dir.path().join("long");
+    std::fs::write(&long, "t".repeat((64 << 10) + 1)).unwrap();
+    for (file, says) in [("/dev/zero", "expected a regular file"), ("long", "at most 65536 bytes")] {
+        let mut asked = super::command(server.dir.path());
+        let out = asked.args(["serve", "student.onnx", "--port", "0", "--token-file", file]).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && text.contains(says) && text.contains(file), "{text}");
+    }
+    assert_eq!(server.stop(), Some(0));
+}

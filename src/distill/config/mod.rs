@@ -14,7 +14,7 @@ use toml::{Table, Value};
 
 use crate::diffusion::Guidance;
 use crate::distill::objective::{Choice, Objective, ObjectiveKind, Settings};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::torch::Compute;
 use crate::torch::train::lora::LoraOptions;
 use crate::torch::train::optim::AdamWConfig;
@@ -184,7 +184,7 @@ impl Config {
                 let text = crate::files::read_text(path, crate::files::SETTINGS)
                     .with_context(|| path.display().to_string())?;
                 let table: Table = toml::from_str(&text)
-                    .map_err(|e| Error::usage(format!("not TOML: {}", e.to_string().trim_end())))
+                    .map_err(|e| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))
                     .with_context(|| path.display().to_string())?;
                 keys::check(&table).with_context(|| path.display().to_string())?;
                 table
@@ -198,8 +198,9 @@ impl Config {
 
     fn read(file: Option<&Path>, sets: &[String]) -> Result<Self> {
         let table = Self::table(file, sets)?;
-        let refused =
-            |e: toml::de::Error| Error::usage(format!("configuration: {}", in_words(e.to_string().trim_end())));
+        let refused = |e: toml::de::Error| {
+            Error::of_text(Kind::Usage, &format!("configuration: {}", in_words(e.to_string().trim_end())))
+        };
         // (A flattened part's errors do not say which key is wrong; read by itself, they do.)
         let _: Settings = Value::Table(table.clone()).try_into().map_err(refused)?;
         Value::Table(table).try_into().map_err(refused)

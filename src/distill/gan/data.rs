@@ -7,10 +7,13 @@ use std::sync::{Mutex, MutexGuard};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
+use crate::axes::written;
 use crate::diffusion::{Condition, HostConditions, TeacherCard};
 use crate::error::{Error, Result};
+use crate::io::images::describe;
 use crate::io::ranges::{doubt, some_of};
 use crate::io::{ImageSet, RowFile};
+use crate::memory;
 use crate::tensor::{DType, HostTensor};
 
 /// Clean samples in the teacher's own scale, with the conditions that belong to them.
@@ -170,6 +173,24 @@ impl RealImages {
         match &self.source {
             Source::Images(set, _) => set.notes(),
             Source::Rows(..) => &[],
+        }
+    }
+
+    /// What they take, for people: all together.
+    pub fn size(&self) -> String {
+        match &self.source {
+            Source::Images(set, _) => {
+                let bytes = set.shape().iter().fold(self.len as u64, |n, d| n.saturating_mul(*d as u64));
+                let (what, bytes) = (describe(set.shape()), memory::shown(bytes));
+                format!("{} images of {what}: {bytes} as 8 bits, of which a batch at a time is read", self.len)
+            }
+            Source::Rows(file, name, _) => {
+                let found = file.arrays().find(|(n, ..)| n == name);
+                let (dtype, row) = found.map_or((DType::F32, &[][..]), |(_, dtype, shape)| (dtype, &shape[1..]));
+                let bytes = row.iter().fold((self.len * dtype.size()) as u64, |n, d| n.saturating_mul(*d as u64));
+                let (row, bytes) = (written(row), memory::shown(bytes));
+                format!("{} samples of {row}: {bytes} as {dtype}, of which a batch at a time is taken", self.len)
+            }
         }
     }
 

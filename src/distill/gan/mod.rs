@@ -8,6 +8,7 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
+use crate::axes::written;
 use crate::diffusion::{Conditions, Denoiser};
 use crate::distill::batches::Batches;
 use crate::distill::config::{Config, Distribution};
@@ -49,20 +50,23 @@ impl Gan {
         let card = teacher.card();
         let data =
             RealImages::open(Path::new(&config.gan.data), card, config.gan.said_range()?, config.data.skip_broken)?;
-        if config.gan.taps.is_empty() {
-            return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
-                .hint(suggestion(teacher)));
-        }
         // One forward pass tells the features' shapes.
         let draws = Draws::new(config.seed, crate::distill::draws::Phase::Probe, 0, 0);
         let conditions = batches.conditions(&draws, teacher)?;
         let x = batches.noise(&draws, Purpose::Latent)?;
         let sigmas = vec![batches.generator_levels.spread(1)[0]; batches.batch];
-        let (_, features) = tch::no_grad(|| teacher.denoise_tapped(&x, &sigmas, &conditions, &config.gan.taps))
-            .map_err(|e| e.hint(suggestion(teacher)))?;
+        let tapped = |taps: &[String]| -> Result<Vec<Tensor>> {
+            Ok(tch::no_grad(|| teacher.denoise_tapped(&x, &sigmas, &conditions, taps))?.1)
+        };
+        let possible = || tappable(teacher, batches.batch as i64, &tapped);
+        if config.gan.taps.is_empty() {
+            return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
+                .hint(possible()));
+        }
+        let features = tapped(&config.gan.taps).map_err(|e| e.also(possible()))?;
         let shapes: Vec<(String, Vec<i64>)> =
             config.gan.taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
-        let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device)?;
+        let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device).map_err(|e| e.also(possible()))?;
         head.params().set_requires_grad(true)?;
         let schedule = card.schedule()?;
         let table = schedule.training_sigmas(config.noise.levels);
@@ -151,12 +155,32 @@ fn softplus(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_softplus()?.f_mean(Kind::Float)?)
 }
 
-/// Names that a tap could have.
-fn suggestion(teacher: &Denoiser) -> String {
+/// Tensors that a head can read, from input to output, with their shapes: some of them, where there are many. `tapped` gives the
+/// values of tensors by their names.
+fn tappable(teacher: &Denoiser, rows: i64, tapped: impl Fn(&[String]) -> Result<Vec<Tensor>>) -> String {
+    const SHOWN: usize = 16;
     let names = teacher.network().tap_names();
-    if names.is_empty() {
-        return "this network has no named tensors inside".into();
-    }
-    let shown: Vec<String> = (1..=8).map(|k| names[(names.len() - 1) * k / 9].clone()).collect();
-    format!("names inside the graph are, from input to output: {}, ...; `disback inspect` shows all", shown.join(", "))
+    let Some(last) = names.len().checked_sub(1) else { return "this network has no named tensors inside".into() };
+    // (Twice as many as are shown: half of them may be of another kind.)
+    let count = names.len().min(2 * SHOWN);
+    let some: Vec<String> = (0..count).map(|k| names[last * k / (count - 1).max(1)].clone()).collect();
+    let float = |t: &Tensor| matches!(t.kind(), Kind::Float | Kind::BFloat16 | Kind::Half);
+    let fits = |t: &Tensor| (2..=5).contains(&t.dim()) && t.size()[0] == rows && float(t);
+    let shown: Vec<String> = match tapped(&some) {
+        Ok(values) => {
+            let fitting = some.iter().zip(&values).filter(|(_, t)| fits(t));
+            let rows = |t: &Tensor| t.size()[1..].iter().map(|n| *n as usize).collect::<Vec<_>>();
+            fitting.map(|(name, t)| format!("`{name}` {}", written(&rows(t)))).collect()
+        }
+        // What cannot be shown with its shape has a name.
+        Err(_) => some.iter().map(|name| format!("`{name}`")).collect(),
+    };
+    let step = shown.len().div_ceil(SHOWN).max(1);
+    let shown: Vec<String> = shown.into_iter().step_by(step).collect();
+    format!(
+        "what can be tapped, from input to output: {} ({} of {} tensors)",
+        shown.join(", "),
+        shown.len(),
+        names.len()
+    )
 }

@@ -54,11 +54,9 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
     let reference = evaluate::samples(model, calibration)?;
     let (mut candidates, mut kept) = candidates(model);
     candidates.sort_by(|a, b| a.error.total_cmp(&b.error));
-    let Some(most) =
-        most_within(limit, candidates.len(), &reference, calibration, |n| with_int8(model, &candidates[..n]))?
-    else {
-        return Err(none_within(limit, candidates.is_empty()));
-    };
+    let make = |n: usize| with_int8(model, &candidates[..n]);
+    let most =
+        most_within(limit, candidates.len(), &reference, calibration, make)?.map_err(|e| none_within(limit, e))?;
     for c in &candidates[most.count..] {
         kept.push((c.name.clone(), format!("with it in 8 bits the sample would be off by more than {limit}")));
     }
@@ -73,36 +71,51 @@ pub(super) struct Most {
     pub max_abs: f64,
 }
 
-/// Tries all of `candidates`, then an eighth fewer each time: each try is a run of the network. `None` where even the last
-/// few move the sample by more than `limit`.
+/// Tries all of `candidates`, then an eighth fewer each time: each try is a run of the network. Where even the last few move the
+/// sample by more than `limit`: by how much the best try does; `None` where there are no candidates.
 pub(super) fn most_within(
     limit: f64,
     candidates: usize,
     reference: &[HostTensor],
     calibration: &[Inputs],
     make: impl Fn(usize) -> Result<ModelProto>,
-) -> Result<Option<Most>> {
-    let mut count = candidates;
+) -> Result<std::result::Result<Most, Option<f64>>> {
+    let (mut count, mut least) = (candidates, None::<f64>);
     while count > 0 {
         let model = make(count)?;
         let found = evaluate::samples(&model, calibration)?;
         let max_abs = found.iter().zip(reference).map(|(a, b)| evaluate::max_abs(a, b)).fold(0.0, f64::max);
         if max_abs <= limit {
-            return Ok(Some(Most { count, model, max_abs }));
+            return Ok(Ok(Most { count, model, max_abs }));
         }
+        least = Some(least.map_or(max_abs, |l| l.min(max_abs)));
         count = count.saturating_sub(candidates.div_ceil(8));
     }
-    Ok(None)
+    Ok(Err(least))
 }
 
-/// Why nothing was quantised.
-pub(super) fn none_within(limit: f64, empty: bool) -> Error {
-    let what = if empty {
-        format!("the network has no weights of {SMALLEST} elements or more that could be stored in 8 bits")
-    } else {
-        format!("8 bits move the sample by more than {limit}, however little of the network is quantised")
-    };
-    Error::usage(what).hint("use --precision fp16, or allow more with --int8-limit")
+/// Why nothing was quantised: `least` is how far the best try moved the sample.
+pub(super) fn none_within(limit: f64, least: Option<f64>) -> Error {
+    const OTHERWISE: &str = "use --precision fp16, which takes weights of every size";
+    match least {
+        None => Error::usage(format!(
+            "the network has no weights of {SMALLEST} elements or more that could be stored in 8 bits"
+        ))
+        .hint(OTHERWISE),
+        Some(least) => {
+            let what = format!(
+                "8 bits move a value of the sample by {least:.2e}, however little of the network is quantised; --int8-limit allows \
+                 {limit}"
+            );
+            // (Rounded up, so that what is said is enough.)
+            let enough = (least * 1e3).ceil() / 1e3;
+            match enough.is_finite() {
+                true => Error::usage(what)
+                    .hint(format!("--int8-limit {enough} allows that much; --precision fp16 stays nearer")),
+                false => Error::usage(what).hint(OTHERWISE),
+            }
+        }
+    }
 }
 
 /// Weights of Conv, ConvTranspose, Gemm, MatMul and embedding tables, with the axis of the scales.

@@ -43,9 +43,8 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
     measure(model, &mut candidates, calibration)?;
     candidates.sort_by(|a, b| a.error.total_cmp(&b.error));
     let make = |n: usize| rewrite(model, &names(&candidates[..n]), Form::Replaced);
-    let Some(most) = most_within(limit, candidates.len(), &reference, calibration, make)? else {
-        return Err(none_within(limit, candidates.is_empty()));
-    };
+    let most =
+        most_within(limit, candidates.len(), &reference, calibration, make)?.map_err(|e| none_within(limit, e))?;
     kept.extend(candidates[most.count..].iter().map(|c| {
         let percent = 100.0 * c.error;
         let reason = format!(

@@ -87,9 +87,10 @@ fn refuse(failures: &[String]) -> Result<()> {
         [one] => Err(Error::unsupported(one).hint(HINT)),
         many => {
             let unique: HashSet<&String> = many.iter().collect();
-            let mut lines: Vec<String> = unique.into_iter().map(|f| format!("\n  {f}")).collect();
+            let mut lines: Vec<&String> = unique.into_iter().collect();
             lines.sort();
-            Err(Error::unsupported(format!("{} nodes cannot be imported:{}", lines.len(), lines.concat())).hint(HINT))
+            let what = format!("{} nodes cannot be imported:", lines.len());
+            Err(Error::unsupported(what).lines(lines).hint(HINT))
         }
     }
 }

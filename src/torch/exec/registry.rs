@@ -141,12 +141,12 @@ impl Registry {
             1 => Err(failures.remove(0)),
             n => {
                 const SHOWN: usize = 40;
-                let mut lines: Vec<_> = failures.iter().take(SHOWN).map(|e| format!("\n  {}", first_line(e))).collect();
+                let mut lines: Vec<_> = failures.iter().take(SHOWN).map(|e| first_line(e)).collect();
                 if n > SHOWN {
-                    lines.push(format!("\n  ... and {} more", n - SHOWN));
+                    lines.push(format!("... and {} more", n - SHOWN));
                 }
                 let hint = failures.iter().find_map(|e| e.hint_text().map(str::to_owned));
-                let e = Error::new(failures[0].kind(), format!("{n} nodes cannot be imported:{}", lines.concat()));
+                let e = Error::new(failures[0].kind(), format!("{n} nodes cannot be imported:")).lines(lines);
                 Err(match hint {
                     Some(h) => e.hint(h),
                     None => e,

@@ -54,7 +54,7 @@ impl Adapter {
                 return Err(Error::usage(format!(
                     "lora.include: `{glob}` matches no weight of a Conv, Gemm or MatMul in this network"
                 ))
-                .hint(format!("such weights are {}, ...; `disback inspect` shows all", some.join(", "))));
+                .hint(format!("such weights are {}, ...; `disback inspect --parameters` shows all", some.join(", "))));
             }
             globs.add(matcher);
         }
