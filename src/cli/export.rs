@@ -54,9 +54,20 @@ pub struct ExportArgs {
     pub ship: ShipArgs,
 }
 
+/// Forms that are asked for and not written.
+const OTHERS: [&str; 13] = [
+    "engine", "plan", "trt", "ort", "tflite", "mlmodel", "mlpackage", "xml", "bin", "pt", "pth", "safetensors", "gguf",
+];
+
 /// Runs the command.
 pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     let options = args.ship.options()?;
+    let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    if OTHERS.contains(&extension.as_str()) {
+        return Err(Error::usage(format!("{}: only ONNX is written, as in -o student.onnx", args.out.display())).hint(
+            "`disback package --trtexec` writes the command that builds a TensorRT engine of it; run/student.safetensors has the weights",
+        ));
+    }
     let model = Model::load(&args.model)?;
     let is_student = model.metadata().iter().any(|(k, _)| k == "disback.student.method");
     #[cfg(feature = "train")]

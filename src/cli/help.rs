@@ -7,13 +7,13 @@ use clap::Command;
 /// The commands as a user meets them.
 const GROUPS: [(&str, &[&str]); 4] = [
     ("The teacher", &["inspect", "parity", "estimate"]),
-    ("Distillation", &["distill", "degrade", "backtrack", "compare", "report"]),
-    ("The student", &["export", "verify", "sample", "evaluate", "bench", "serve"]),
+    ("Distillation", &["distill", "degrade", "backtrack", "compare", "sweep", "report"]),
+    ("The student", &["export", "verify", "sample", "evaluate", "bench", "serve", "package"]),
     ("This machine", &["doctor", "help"]),
 ];
 
 /// Command lines without `disback`, by command.
-const EXAMPLES: [(&str, &[&str]); 15] = [
+const EXAMPLES: [(&str, &[&str]); 17] = [
     ("inspect", &["teacher.onnx", "teacher.onnx --card prediction=v --write-card", "teacher.onnx --parameters --json"]),
     ("parity", &["teacher.onnx", "teacher.onnx --dim height=64 --dim width=64"]),
     ("estimate", &["teacher.onnx --batch 64", "teacher.onnx --set precision=bf16 --tflops 400"]),
@@ -24,6 +24,13 @@ const EXAMPLES: [(&str, &[&str]); 15] = [
     ("degrade", &["teacher.onnx -o run/ --nodes 5"]),
     ("backtrack", &["teacher.onnx -o run/", "teacher.onnx -o other/ --trajectory run/ --objective sid"]),
     ("compare", &["teacher.onnx -o study/ --reference images.npz --features features.onnx --seeds 0,1,2"]),
+    (
+        "sweep",
+        &[
+            "teacher.onnx -o sweep/ --set objective=sid,dmd --set backtrack.lr_generator=1e-5,5e-5",
+            "teacher.onnx -o sweep/ -c recipe.toml --set seed=0,1,2 --set evaluate.reference=images.npz --set evaluate.features=features.onnx",
+        ],
+    ),
     ("report", &["run/", "run/ --baseline base/"]),
     (
         "export",
@@ -55,6 +62,14 @@ const EXAMPLES: [(&str, &[&str]); 15] = [
         &[
             "run/student.onnx --port 8080     # then: curl 'http://127.0.0.1:8080/sample?seed=1&n=4' > images.png",
             "run/student.onnx --host 0.0.0.0 --max-batch 128 --drain 10",
+        ],
+    ),
+    (
+        "package",
+        &[
+            "run/student.onnx -o served/ --triton --trtexec",
+            "run/student.onnx -o served/ --name digits --docker --kserve --systemd",
+            "run/student.onnx -o card/ --model-card --license apache-2.0 --run run/",
         ],
     ),
     ("doctor", &["", "--json"]),
