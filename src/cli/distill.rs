@@ -142,7 +142,7 @@ impl RunArgs {
     /// Errors: a configuration file after the first that cannot be read.
     pub fn request(&self, mut sets: Vec<String>, stages: Stages, forms: Forms) -> Result<Request> {
         let later = self.config.iter().skip(1).map(|file| Config::sets_of(file)).collect::<Result<Vec<_>>>()?;
-        sets.splice(0..0, later.into_iter().flatten());
+        drop(sets.splice(0..0, later.into_iter().flatten()));
         sets.extend(self.sets());
         sets.extend(self.sets.iter().cloned());
         let reading = &self.teacher.reading;

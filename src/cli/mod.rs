@@ -6,6 +6,7 @@ pub mod bench;
 mod card_args;
 #[cfg(feature = "train")]
 mod compare;
+mod completions;
 #[cfg(feature = "train")]
 mod degrade;
 #[cfg(feature = "train")]
@@ -106,6 +107,9 @@ enum Command {
     #[cfg(feature = "serve")]
     Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+    #[command(hide = true)]
+    Man(completions::ManArgs),
 }
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage (nothing was changed); of a run that was stopped with a checkpoint 75, or
@@ -172,6 +176,8 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(&args, globals),
         Command::Doctor(args) => doctor::run(&args, globals),
+        Command::Completions(args) => completions::run(&args, help::with_help(Cli::command())),
+        Command::Man(args) => completions::man(&args, help::with_help(Cli::command())),
     }
 }
 

@@ -127,11 +127,11 @@ async fn inferred(s: Arc<Service>, headers: HeaderMap, body: Body) -> Answer {
     let ended = |_| failure(StatusCode::SERVICE_UNAVAILABLE, "the server ends");
     let permit = s.readers.acquire().await.map_err(|_| busy("the server ends"))?;
     let service = s.clone();
-    let read = move || {
+    let read = move || -> Result<(Ask, Option<String>, bool)> {
         let wanted = Wanted::read(&body, length)?;
         Ok((asked(&service.info, service.options.batch, &wanted)?, wanted.id, wanted.binary))
     };
-    let read: Result<_> = tokio::task::spawn_blocking(read).await.map_err(ended)?;
+    let read = tokio::task::spawn_blocking(read).await.map_err(ended)?;
     let (ask, id, binary) = read.map_err(|e| match e.kind() {
         Kind::Usage | Kind::Mismatch => bad(&e.to_string()),
         _ => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
@@ -203,7 +203,7 @@ fn asked(info: &StudentInfo, most: usize, wanted: &Wanted) -> Result<Ask> {
 /// A tensor that fits its input, in the input's element type.
 fn checked(input: &ValueInfo, kind: Option<&ConditionKind>, t: &HostTensor, count: usize) -> Result<HostTensor> {
     let fits = t.rank() == input.shape.len()
-        && t.shape()[0] == count
+        && t.shape().first() == Some(&count)
         && input.shape.iter().zip(t.shape()).skip(1).all(|(d, n)| match d {
             Dim::Fixed(m) => m == n,
             Dim::Symbol(_) => *n > 0,

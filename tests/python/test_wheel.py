@@ -87,6 +87,9 @@ def test_it_runs_where_torch_lies_elsewhere(place, tmp_path):
         assert re.fullmatch(r"disback \d+\.\d+\.\d+\n", out(scripts / "disback", "--version"))
         found = checks(out(scripts / "disback", "doctor", "--json"))
         assert str(SITE / "torch") in found["libtorch"]["detail"] and str(SITE) in found["ONNX Runtime"]["detail"], found
+        share = place.parents[2] / "share"
+        assert ".TH disback-distill 1" in (share / "man/man1/disback-distill.1").read_text()
+        assert "--model-card" in (share / "bash-completion/completions/disback").read_text()
         assert "--card-file" in out(scripts / "disback-convert", "torch", "--help")
         assert out(scripts / "python", "-c", "import disback; print(disback.__version__, disback.binary())").endswith("_bin/disback\n")
     finally:
