@@ -291,9 +291,8 @@ fn a_sweep_runs_every_combination_and_goes_on() {
     let dir = dir.path();
     std::fs::write(dir.join("first.toml"), "batch = 9\nthreads = 1\n[degrade]\nnodes = 1\nsteps = 2\n").unwrap();
     std::fs::write(dir.join("second.toml"), "batch = 3\ndevice = \"cpu\"\n[log]\nsamples = 0\n").unwrap();
-    let line = |more: &str| {
-        format!("sweep {TEACHER} -o sweep -c first.toml -c second.toml --set backtrack.updates=2 {more}")
-    };
+    let line =
+        |more: &str| format!("sweep {TEACHER} -o sweep -c first.toml -c second.toml --set backtrack.updates=2 {more}");
     // What cannot be is said before the first run.
     let code = support::refused(dir, &line("--set objective=sid,nonsense"), "nonsense");
     assert!(code == 2 && !dir.join("sweep").exists());
@@ -304,7 +303,8 @@ fn a_sweep_runs_every_combination_and_goes_on() {
     // One of two cannot start: the other is made, and the code says so.
     let (code, _, text) = support::run(dir, &line("--set seed=1,2 --set student.file=\"\",\"none.onnx\""));
     assert_eq!(code, Some(1), "{text}");
-    let rows: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(dir.join("sweep/sweep.json")).unwrap()).unwrap();
+    let rows: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(dir.join("sweep/sweep.json")).unwrap()).unwrap();
     let outcomes: Vec<&str> = rows.iter().map(|r| r["outcome"].as_str().unwrap()).collect();
     assert_eq!(outcomes, ["finished", "failed", "finished", "failed"], "{text}");
     assert!(rows[1]["error"].as_str().unwrap().contains("none.onnx") && rows[0]["seconds"].as_f64().unwrap() > 0.0);

@@ -46,7 +46,13 @@ pub fn man(args: &ManArgs, mut command: Command) -> Result<ExitCode> {
     let shown = command.get_subcommands().filter(|c| !c.is_hide_set());
     all.extend(shown.map(|c| {
         let name = format!("disback-{}", c.get_name());
-        (name.clone(), c.clone().name(name).version(env!("CARGO_PKG_VERSION")))
+        (
+            name.clone(),
+            c.clone()
+                .display_name(name)
+                .bin_name(format!("disback {}", c.get_name()))
+                .version(env!("CARGO_PKG_VERSION")),
+        )
     }));
     for (name, command) in all {
         let mut page = Vec::new();

@@ -67,7 +67,8 @@ pub fn run(args: &PackageArgs, globals: Globals) -> Result<ExitCode> {
     ];
     let forms: Vec<Form> = asked.into_iter().filter(|(on, _)| *on).map(|(_, form)| form).collect();
     if forms.is_empty() {
-        return Err(Error::usage("nothing to write").hint("name what: --triton, --trtexec, --docker, --systemd, --kserve, --model-card"));
+        return Err(Error::usage("nothing to write")
+            .hint("name what: --triton, --trtexec, --docker, --systemd, --kserve, --model-card"));
     }
     if !args.model_card && (args.license.is_some() || args.run.is_some()) {
         return Err(Error::usage("--license and --run go with --model-card"));

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Packed, PackageOptions};
+use super::{PackageOptions, Packed};
 use crate::error::{Context, Error, Result};
 use crate::eval::row::EvaluationRow;
 use crate::eval::sweep::Book;
@@ -40,7 +40,9 @@ pub(super) fn write(p: &Packed, options: &PackageOptions) -> Result<String> {
     );
     text.push_str("| | |\n|---|---|\n");
     let objective = get("student.objective");
-    let mut row = |name: &str, value: &str| drop(writeln!(text, "| {name} | {} |", value.replace('|', "\\|")));
+    let mut row = |name: &str, value: &str| {
+        let _ = writeln!(text, "| {name} | {} |", value.replace('|', "\\|"));
+    };
     row("file", &format!("`{}.onnx`, {} bytes, SHA-256 `{}`", p.name, p.bytes, p.sha256));
     row("teacher", &format!("SHA-256 `{}` of its graph and weights", get("student.teacher_hash")));
     row("method", &format!("{}, objective {objective}", get("student.method")));
@@ -121,7 +123,11 @@ fn figures(row: &EvaluationRow, command: &str) -> String {
     }
     let [made, real] = row.images;
     let _ = write!(text, "\n{made} samples against {real} of the reference");
-    let _ = write!(text, "{}, by\n\n```console\n$ {command}\n```\n", if row.blocks > 1 { format!(", {} blocks of seeds", row.blocks) } else { String::new() });
+    let _ = write!(
+        text,
+        "{}, by\n\n```console\n$ {command}\n```\n",
+        if row.blocks > 1 { format!(", {} blocks of seeds", row.blocks) } else { String::new() }
+    );
     text
 }
 
@@ -135,7 +141,9 @@ struct Training {
 
 impl Training {
     fn read(run: &Path, p: &Packed) -> Result<Self> {
-        let read = |name: &str, most| files::read_text_inside(run, name, most).with_context(|| run.join(name).display().to_string());
+        let read = |name: &str, most| {
+            files::read_text_inside(run, name, most).with_context(|| run.join(name).display().to_string())
+        };
         let summary: Value = serde_json::from_str(&read("summary.json", files::JSON)?)
             .map_err(|e| Error::io(format!("{}: {e}", run.join("summary.json").display())))?;
         let config: toml::Table = read("config.toml", files::SETTINGS)?
@@ -154,7 +162,10 @@ impl Training {
         let number = |key: &str| said[key].as_f64().unwrap_or(0.0);
         let images = number("images_degrade") + number("images_backtrack");
         let hours = (number("seconds_degrade") + number("seconds_backtrack")) / 3600.0;
-        let cost = format!("{images:.0} images, {hours:.2} hours on {}", said["device"].as_str().unwrap_or("an unknown device"));
+        let cost = format!(
+            "{images:.0} images, {hours:.2} hours on {}",
+            said["device"].as_str().unwrap_or("an unknown device")
+        );
         let book = Book::read(run)?;
         let entry = book.entries.iter().rev().find(|e| e.hash == p.sha256);
         let command = book.command.clone().unwrap_or_else(|| "disback evaluate".to_owned());

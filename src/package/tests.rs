@@ -38,7 +38,9 @@ fn each_form_is_written_and_the_student_is_the_same_file() {
     let shapes = "--maxShapes=noise:32x1x2x2,labels:32";
     assert!(text(&dir, "trtexec.sh").contains(shapes), "{}", text(&dir, "trtexec.sh"));
     let pbtxt = text(&dir, "models/digits/config.pbtxt");
-    for part in ["max_batch_size: 32", "dims: [1, 2, 2]", "reshape: { shape: [] }", "dynamic_batching", "batch_size: 32"] {
+    for part in
+        ["max_batch_size: 32", "dims: [1, 2, 2]", "reshape: { shape: [] }", "dynamic_batching", "batch_size: 32"]
+    {
         assert!(pbtxt.contains(part), "{part}\n{pbtxt}");
     }
     assert!(text(&dir, "inferenceservice.yaml").contains("image: \"registry.example/disback-serve:1\""));

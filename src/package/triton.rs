@@ -86,7 +86,9 @@ fn quoted(text: &str) -> String {
     for c in text.chars() {
         match c {
             '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() => c.to_string().bytes().for_each(|b| drop(write!(out, "\\{b:03o}"))),
+            c if c.is_control() => c.to_string().bytes().for_each(|b| {
+                let _ = write!(out, "\\{b:03o}");
+            }),
             c => out.push(c),
         }
     }

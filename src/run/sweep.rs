@@ -93,7 +93,8 @@ pub fn grid(axes: &[Axis]) -> Result<Vec<Point>> {
                 p.varied.push((axis.key.clone(), value.clone()));
                 let plain = |c: char| if c.is_ascii_alphanumeric() || "-+.=".contains(c) { c } else { '_' };
                 let comma = if p.name.is_empty() { "" } else { "," };
-                let part: String = format!("{}={}", short(&axis.key), value.trim_matches('"')).chars().map(plain).collect();
+                let part: String =
+                    format!("{}={}", short(&axis.key), value.trim_matches('"')).chars().map(plain).collect();
                 p.name += &format!("{comma}{part}");
             }
             p
@@ -227,7 +228,8 @@ mod tests {
         let points = grid(&axes(&["objective=sid,dmd", "seed=3", "backtrack.lr_generator=1e-4,2e-4"])).unwrap();
         let names: Vec<&str> = points.iter().map(|p| p.name.as_str()).collect();
         let want = ["sid,1e-4", "sid,2e-4", "dmd,1e-4", "dmd,2e-4"];
-        let want: Vec<String> = want.iter().map(|w| w.replace(',', ",lr_generator=")).map(|w| format!("objective={w}")).collect();
+        let want: Vec<String> =
+            want.iter().map(|w| w.replace(',', ",lr_generator=")).map(|w| format!("objective={w}")).collect();
         assert_eq!(names, want);
         assert_eq!(points[1].sets, ["objective=sid", "seed=3", "backtrack.lr_generator=2e-4"]);
         // Keys that end alike are named whole.

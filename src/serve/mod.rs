@@ -219,7 +219,10 @@ async fn unknown() -> Response {
 }
 
 async fn method() -> Response {
-    failure(StatusCode::METHOD_NOT_ALLOWED, "this page takes GET, /sample POST too, and /v2/models/NAME/infer only POST")
+    failure(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this page takes GET, /sample POST too, and /v2/models/NAME/infer only POST",
+    )
 }
 
 async fn crowded() -> Response {

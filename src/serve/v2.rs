@@ -181,7 +181,10 @@ fn asked(info: &StudentInfo, most: usize, wanted: &Wanted) -> Result<Ask> {
         return Err(Error::usage(format!("{count} samples in one request: expected 1 to {most}")));
     }
     if wanted.index.checked_add(count as u64).is_none() {
-        return Err(Error::usage(format!("index {} and {count} samples: there are 2^64 samples of a seed", wanted.index)));
+        return Err(Error::usage(format!(
+            "index {} and {count} samples: there are 2^64 samples of a seed",
+            wanted.index
+        )));
     }
     let request = SampleRequest { seed: wanted.seed, batch: most, ..SampleRequest::default() };
     let mut drawn = Student::drawn_inputs(info, &request, wanted.index, count)?;
@@ -191,7 +194,8 @@ fn asked(info: &StudentInfo, most: usize, wanted: &Wanted) -> Result<Ask> {
             (Some(t), _) => checked(input, kind, t, count)?,
             (None, Some(at)) => drawn.swap_remove(at).1,
             (None, None) => {
-                let text = format!("the student wants rows for its condition `{}`, {}", input.name, body::wanted(input));
+                let text =
+                    format!("the student wants rows for its condition `{}`, {}", input.name, body::wanted(input));
                 return Err(Error::mismatch(text));
             }
         };
@@ -209,7 +213,13 @@ fn checked(input: &ValueInfo, kind: Option<&ConditionKind>, t: &HostTensor, coun
             Dim::Symbol(_) => *n > 0,
         });
     if !fits {
-        let text = format!("`{}` is {}{:?}, expected {} with n = {count}", input.name, t.dtype(), t.shape(), body::wanted(input));
+        let text = format!(
+            "`{}` is {}{:?}, expected {} with n = {count}",
+            input.name,
+            t.dtype(),
+            t.shape(),
+            body::wanted(input)
+        );
         return Err(Error::mismatch(text));
     }
     if t.dtype().is_float() != input.dtype.is_float() {

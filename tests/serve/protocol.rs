@@ -61,7 +61,10 @@ fn tensors_come_and_go_as_json_and_as_bytes() {
         let body = json!({ "id": "7", "inputs": [{ "name": "noise", "shape": [3, 1, 2, 2], "datatype": "FP32", "data": data }, labels] });
         let got = request(&server.address, "POST", path, body.to_string().as_bytes());
         let found = parsed(&got);
-        assert_eq!((&found["id"], &found["model_version"], &found["outputs"][0]["shape"]), (&json!("7"), &json!("1"), &json!([3, 1, 2, 2])));
+        assert_eq!(
+            (&found["id"], &found["model_version"], &found["outputs"][0]["shape"]),
+            (&json!("7"), &json!("1"), &json!([3, 1, 2, 2]))
+        );
         assert!(close(&numbers(&found["outputs"][0]), &expected));
     }
     // Bytes both ways.
@@ -69,7 +72,10 @@ fn tensors_come_and_go_as_json_and_as_bytes() {
     let head = json!({ "parameters": { "binary_data_output": true }, "inputs": [labels,
         { "name": "noise", "shape": [3, 1, 2, 2], "datatype": "FP32", "parameters": { "binary_data_size": bytes.len() } }] });
     let got = binary(&server.address, path, &head, &bytes);
-    let length = got.head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("inference-header-content-length: ").map(str::to_owned));
+    let length = got
+        .head
+        .lines()
+        .find_map(|l| l.to_ascii_lowercase().strip_prefix("inference-header-content-length: ").map(str::to_owned));
     let length: usize = length.unwrap().parse().unwrap();
     let found: Value = serde_json::from_slice(&got.body[..length]).unwrap();
     assert_eq!(found["outputs"][0]["parameters"]["binary_data_size"], 48);
@@ -80,22 +86,32 @@ fn tensors_come_and_go_as_json_and_as_bytes() {
     let found = parsed(&request(&server.address, "POST", path, body.to_string().as_bytes()));
     assert!(close(&numbers(&found["outputs"][0]), &server.expected(&["-n", "5", "--seed", "9"])[4..]));
     let text = String::from_utf8(server.get("/metrics").body).unwrap();
-    assert!(text.contains("disback_requests_total{code=\"200\"} 4") && text.contains("disback_images_total 13"), "{text}");
+    assert!(
+        text.contains("disback_requests_total{code=\"200\"} 4") && text.contains("disback_images_total 13"),
+        "{text}"
+    );
 }
 
 #[test]
 fn wrong_tensors_are_answered_in_words() {
     let server = Server::start(&["--max-body", "1"]);
     let path = "/v2/models/student/infer";
-    let noise = |shape: Value, data: Value| json!({ "name": "noise", "shape": shape, "datatype": "FP32", "data": data });
+    let noise =
+        |shape: Value, data: Value| json!({ "name": "noise", "shape": shape, "datatype": "FP32", "data": data });
     let labels = |data: Value| json!({ "name": "labels", "shape": [1], "datatype": "INT64", "data": data });
     let one = noise(json!([1, 1, 2, 2]), json!([0, 0, 0, 0]));
     for (body, says) in [
-        (json!({ "inputs": [noise(json!([1, 1, 2, 3]), json!([0, 0, 0, 0, 0, 0]))] }), "f32[1, 1, 2, 3], expected f32[n, 1, 2, 2]"),
+        (
+            json!({ "inputs": [noise(json!([1, 1, 2, 3]), json!([0, 0, 0, 0, 0, 0]))] }),
+            "f32[1, 1, 2, 3], expected f32[n, 1, 2, 2]",
+        ),
         (json!({ "inputs": [one, labels(json!([3]))] }), "class 3, the student has 0 to 2"),
         (json!({ "inputs": [one, labels(json!([-1]))] }), "class -1"),
         (json!({ "inputs": [one, one] }), "given twice"),
-        (json!({ "inputs": [{ "name": "x", "shape": [1], "datatype": "FP32", "data": [0] }] }), "no input `x`: there are `noise`, `labels`"),
+        (
+            json!({ "inputs": [{ "name": "x", "shape": [1], "datatype": "FP32", "data": [0] }] }),
+            "no input `x`: there are `noise`, `labels`",
+        ),
         (json!({ "inputs": [{ "name": "labels", "shape": [1], "datatype": "FP32", "data": [0] }] }), "expected INT64"),
         (json!({ "inputs": [one], "outputs": [{ "name": "image" }] }), "no output `image`"),
         (json!({ "parameters": { "n": 17 } }), "17 samples in one request: expected 1 to 16"),

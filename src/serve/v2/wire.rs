@@ -162,7 +162,13 @@ fn tensor(input: Input, bytes: &mut Bytes) -> Result<HostTensor> {
 }
 
 /// An answer's body, and how many of its bytes are JSON.
-pub(super) fn write(model: &str, version: &str, id: Option<&str>, samples: &HostTensor, binary: bool) -> (usize, Vec<u8>) {
+pub(super) fn write(
+    model: &str,
+    version: &str,
+    id: Option<&str>,
+    samples: &HostTensor,
+    binary: bool,
+) -> (usize, Vec<u8>) {
     let mut head = json!({ "model_name": model, "model_version": version });
     if let Some(id) = id {
         head["id"] = json!(id);
