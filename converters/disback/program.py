@@ -113,6 +113,6 @@ def call(*args: Any, watch: Callable[[], None] | None = None, codes: tuple[int, 
     if process.returncode not in codes:
         raise failure(process.returncode, text)
     try:
-        return json.loads(said.strip().splitlines()[-1])
-    except (IndexError, ValueError):
+        return json.loads(said)
+    except ValueError:
         raise DisbackError(f"{' '.join(command)}: no JSON in its answer: {said[-200:]!r}") from None
