@@ -1,11 +1,20 @@
 # `make demo` and `make test` do all the set-up themselves; afterwards plain `cargo build` and `cargo test` work too.
-.PHONY: setup build demo test test-converters test-web check-small fuzz bench lint clean
+.PHONY: setup build wheel wheel-runtime demo test test-converters test-web check-small fuzz bench lint clean
 
 setup:
 	@scripts/setup
 
 build: setup
 	cargo build --release
+
+# dist/disback-*.whl: the program and its Python package, for pip. docs/python.md
+wheel: build
+	.venv/bin/python scripts/wheel
+
+# dist/disback_runtime-*.whl: the program of a host that only runs students, without libtorch. It is built in a folder of its own.
+wheel-runtime: setup
+	cargo build --release --target-dir target/runtime --no-default-features --features ort,tract,serve,report,formats
+	.venv/bin/python scripts/wheel --runtime --binary target/runtime/release/disback
 
 # Distils the digits teacher into a one-step student and opens nothing: the run lies in runs/digits.
 demo: build

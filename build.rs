@@ -97,7 +97,8 @@ mod train {
         compile_shim(&root);
         println!("cargo:rustc-link-search=native={}", lib.display());
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
-        // Nothing refers to libtorch_cuda by symbol, so the linker would drop it and a CUDA machine would train on its CPU.
+        // Nothing refers to libtorch_cuda by symbol, so the linker would drop it and a CUDA machine would train on its CPU. (Programs
+        // linked with this crate, and the wheel's, open it by its name: src/torch/cuda_half.rs.)
         let has = |name: &str| lib.join(name).exists();
         println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
         println!("cargo:rustc-link-arg=-ltorch");
@@ -125,9 +126,6 @@ mod train {
                 build.define("USE_C10D_NCCL", None).define("DISBACK_NCCL", None);
             }
             build.define("DISBACK_CUDA", None).includes(folders);
-            // The shim refers to these by symbol: whatever is linked with this crate needs them, not its own binaries alone.
-            println!("cargo:rustc-link-lib=dylib=torch_cuda");
-            println!("cargo:rustc-link-lib=dylib=c10_cuda");
         }
         build
             .cpp(true)

@@ -63,6 +63,7 @@ fn libtorch(checks: &mut Vec<Check>) {
 
 #[cfg(feature = "train")]
 fn libtorch(checks: &mut Vec<Check>) {
+    let opened = crate::torch::cuda_half::load();
     let loaded = loaded_libraries();
     let find = |name: &str| loaded.iter().find(|p| p.rsplit('/').next().is_some_and(|f| f.starts_with(name)));
     let Some(core) = find("libtorch_cpu.so") else {
@@ -80,16 +81,14 @@ fn libtorch(checks: &mut Vec<Check>) {
         .and_then(|b| elf_needed(&b))
         .unwrap_or_default();
     let linked = needed.iter().any(|n| n.starts_with("libtorch_cuda"));
-    checks.push(match (built, linked, find("libtorch_cuda.so")) {
-        (false, ..) => Check::new("libtorch for CUDA", State::Missing, "this libtorch is a CPU build").advice(
-            "to train on NVIDIA devices set LIBTORCH to a CUDA build (the PyPI wheel torch==2.11.0) and rebuild",
-        ),
-        (true, true, Some(path)) => Check::new("libtorch for CUDA", State::Ok, format!("linked and loaded: {path}")),
-        (true, true, None) => Check::new("libtorch for CUDA", State::Broken, "linked but not loaded"),
-        (true, false, _) => {
-            Check::new("libtorch for CUDA", State::Broken, "there, but this binary is not linked to it")
-                .advice("rebuild from a clean tree: build.rs links libtorch_cuda with --no-as-needed")
-        }
+    let how = if linked { "linked and loaded" } else { "loaded" };
+    checks.push(match (built, find("libtorch_cuda.so"), opened) {
+        (_, Some(path), _) => Check::new("libtorch for CUDA", State::Ok, format!("{how}: {path}")),
+        (false, ..) => Check::new("libtorch for CUDA", State::Missing, "this libtorch is a CPU build")
+            .advice("to train on NVIDIA devices take a CUDA build (the PyPI wheel torch==2.11.0); LIBTORCH names it where disback is built"),
+        (true, None, Err(why)) => Check::new("libtorch for CUDA", State::Broken, format!("there, but cannot be loaded: {why}"))
+            .advice("libtorch finds CUDA's own libraries in the folders of the nvidia-* wheels beside it: reinstall torch with its dependencies"),
+        (true, None, Ok(())) => Check::new("libtorch for CUDA", State::Broken, "opened, but not among the loaded libraries"),
     });
     let devices = tch::Cuda::device_count();
     let crate::nvidia::Driver { names, version } = crate::nvidia::driver();

@@ -54,6 +54,7 @@ pub mod memory;
 pub mod noise;
 #[cfg(any(feature = "train", feature = "ort"))]
 pub mod nvidia;
+pub mod package;
 #[cfg(feature = "train")]
 pub mod parity;
 pub mod passes;

@@ -5,10 +5,15 @@
 #[path = "running/processes.rs"]
 mod processes;
 mod support;
+#[allow(dead_code, reason = "each test target uses its own part")]
+#[path = "../src/runtime/testing.rs"]
+mod testing;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use disback::{onnx, tensor};
 
 const TEACHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/teacher.onnx");
 
@@ -280,4 +285,58 @@ fn a_file_system_with_faults_loses_nothing() {
     let (code, text) = output(distill(dir, "run", &format!("{short} --resume=auto --quiet")));
     assert_eq!(code, Some(0), "{text}");
     assert!(student(&run) == whole);
+}
+
+#[test]
+fn a_sweep_runs_every_combination_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("first.toml"), "batch = 9\nthreads = 1\n[degrade]\nnodes = 1\nsteps = 2\n").unwrap();
+    std::fs::write(dir.join("second.toml"), "batch = 3\ndevice = \"cpu\"\n[log]\nsamples = 0\n").unwrap();
+    let line =
+        |more: &str| format!("sweep {TEACHER} -o sweep -c first.toml -c second.toml --set backtrack.updates=2 {more}");
+    // What cannot be is said before the first run.
+    let code = support::refused(dir, &line("--set objective=sid,nonsense"), "nonsense");
+    assert!(code == 2 && !dir.join("sweep").exists());
+    assert_eq!(support::refused(dir, &line("--set seed=1"), "nothing to sweep"), 2);
+    support::refused(dir, &line("--set seed=1,2 -c none.toml"), "none.toml: no such configuration file");
+    let more = "--set seed=1,2 --set evaluate.reference=none.npz,";
+    assert_eq!(support::refused(dir, &line(more), "none of them empty"), 2);
+    // One of two cannot start: the other is made, and the code says so.
+    let (code, _, text) = support::run(dir, &line("--set seed=1,2 --set student.file=\"\",\"none.onnx\""));
+    assert_eq!(code, Some(1), "{text}");
+    let rows: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(dir.join("sweep/sweep.json")).unwrap()).unwrap();
+    let outcomes: Vec<&str> = rows.iter().map(|r| r["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["finished", "failed", "finished", "failed"], "{text}");
+    assert!(rows[1]["error"].as_str().unwrap().contains("none.onnx") && rows[0]["seconds"].as_f64().unwrap() > 0.0);
+    let student = PathBuf::from(rows[2]["student"].as_str().unwrap());
+    assert!(dir.join(&student).is_file() && student.ends_with("seed=2,file=/student.onnx"), "{student:?}");
+    // The later file won.
+    let config = std::fs::read_to_string(dir.join(&student).with_file_name("config.toml")).unwrap();
+    assert!(config.contains("batch = 3") && config.contains("steps = 2"), "{config}");
+    let before = std::fs::read(dir.join(&student)).unwrap();
+    support::ok(dir, &line("--set seed=1,2 --set student.file=\"\" --json"));
+    assert!(dir.join("sweep/seed=1/student.onnx").is_file() && std::fs::read(dir.join(&student)).unwrap() == before);
+}
+
+#[test]
+fn what_is_no_teacher_is_told_what_makes_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::create_dir(dir.join("pipeline")).unwrap();
+    std::fs::write(dir.join("net.safetensors"), [8, 0, 0, 0, 0, 0, 0, 0, b'{', b'}']).unwrap();
+    std::fs::write(dir.join("student.onnx"), testing::student("batch")).unwrap();
+    for (line, code, says) in [
+        ("distill pipeline -o run", 1, "disback-convert diffusers FOLDER"),
+        ("distill net.safetensors -o run", 1, "disback-convert torch MODULE:FUNCTION --state-dict FILE"),
+        ("distill student.onnx -o run", 2, "a student that disback made, expected a teacher"),
+        ("parity student.onnx", 2, "a student that disback made"),
+        ("export student.onnx -o student.engine", 2, "only ONNX is written"),
+    ] {
+        assert_eq!(support::refused(dir, line, says), code, "{line}");
+    }
+    let line = format!("distill {TEACHER} -o run -c none.toml");
+    assert_eq!(support::refused(dir, &line, "none.toml: no such configuration file"), 2);
+    assert!(!dir.join("run").exists());
 }

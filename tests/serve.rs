@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use disback::{HostTensor, onnx, tensor};
 
+#[path = "serve/protocol.rs"]
+mod protocol;
 #[path = "serve/strangers.rs"]
 mod strangers;
 #[allow(dead_code, reason = "each test target uses its own part")]

@@ -1,6 +1,6 @@
 """Converters from a framework's own checkpoint to `teacher.onnx` with its teacher card. One route a framework."""
 
-VERSION = "0.2.0"
+VERSION = "0.1.0"
 
 
 class ConversionError(Exception):

@@ -63,12 +63,30 @@ def stoppable():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def folder(path):
+    """Makes a folder; where this ends in an error, those that were made go again, unless somebody has put something there."""
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     route = ROUTES[args.route]
     progress = (lambda text: None) if args.quiet or args.json else (lambda text: print(f"  {text} ...", file=sys.stderr, flush=True))
     try:
-        with stoppable():
+        # Before gigabytes are read.
+        with stoppable(), folder(args.out.parent):
             result = route.run(args, progress)
     except (KeyboardInterrupt, Stopped) as error:
         print("error: stopped; no unfinished file is left", file=sys.stderr)
@@ -83,7 +101,7 @@ def main(argv=None):
         name = (error.name or "").partition(".")[0]
         if name not in route.needs:
             raise
-        print(f"error: the {args.route} route needs {name}: pip install 'disback-convert[{route.extra}]'", file=sys.stderr)
+        print(f"error: the {args.route} route needs {name}: pip install 'disback[{route.extra}]' (in a clone: './converters[{route.extra}]')", file=sys.stderr)
         return 1
     from .finish import show
 

@@ -11,7 +11,7 @@ from . import ConversionError
 @dataclass
 class Route:
     help: str
-    extra: str  # of pip install 'disback-convert[extra]'
+    extra: str  # of pip install 'disback[extra]'
     needs: frozenset  # modules whose absence means that the extra is not installed
     arguments: Callable
     prepare: Callable  # prepare(args, progress) -> finish.Network

@@ -49,7 +49,7 @@ def test_a_missing_framework_names_the_pip_install(tmp_path, route, source, modu
         env={"PYTHONPATH": str(ROOT / "converters"), "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert f"pip install 'disback-convert[{extra}]'" in done.stderr
+    assert f"pip install 'disback[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "teacher.onnx").exists()
 
@@ -122,9 +122,14 @@ def test_a_graph_is_never_left_beside_weights_of_another(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("teacher*")) == ["teacher.onnx"]
 
 
-def test_an_absent_folder_is_named(tmp_path, capsys):
-    assert main(words(tmp_path / "absent" / "teacher.onnx")) == 1
-    assert "no such folder" in capsys.readouterr().err
+def test_an_absent_folder_is_made_and_goes_again_with_a_refusal(tmp_path, capsys):
+    wrong = [w.replace("[1, 8, 8]", "[3, 8, 8]") for w in words(tmp_path / "absent" / "deep" / "teacher.onnx")]
+    assert main(wrong) == 1 and list(tmp_path.iterdir()) == []
+    assert main(words(tmp_path / "absent" / "deep" / "teacher.onnx")) == 0
+    assert (tmp_path / "absent/deep/teacher.onnx").is_file()
+    (tmp_path / "file").touch()
+    assert main(words(tmp_path / "file" / "teacher.onnx")) == 1
+    assert f"{tmp_path}/file: cannot be made" in capsys.readouterr().err
 
 
 def test_a_card_of_another_shape_is_one_message(tmp_path, capsys):

@@ -20,5 +20,5 @@ pub struct DegradeArgs {
 }
 
 pub fn run(args: &DegradeArgs, globals: Globals) -> Result<ExitCode> {
-    train(&args.run, args.run.request(args.degrade.sets(), Stages::Degrade, Forms::default()), globals)
+    train(&args.run, args.run.request(args.degrade.sets(), Stages::Degrade, Forms::default())?, globals)
 }

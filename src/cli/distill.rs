@@ -12,7 +12,7 @@ use super::Globals;
 use super::signals;
 use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
-use crate::distill::Stages;
+use crate::distill::{Config, Stages};
 use crate::error::{Context, Result};
 use crate::run::{Console, Finished, Forms, PreparedRun, Request, Resume, TimeLimit};
 use crate::shown::tell;
@@ -51,9 +51,10 @@ pub struct RunArgs {
     /// Makes three steps of each stage in a folder of its own and prints the plan, the memory and the time; leaves nothing.
     #[arg(long)]
     pub dry_run: bool,
-    /// Configuration file (TOML); what it leaves out has the defaults of config.toml in any run directory.
+    /// Configuration file (TOML); what it leaves out has the defaults of config.toml in any run directory. May be repeated: later
+    /// files win.
     #[arg(short, long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    pub config: Vec<PathBuf>,
     /// Any key of the configuration, as in degrade.lr=1e-4; wins over the file and the options below.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
@@ -134,7 +135,7 @@ pub struct DistillArgs {
 pub fn run(args: &DistillArgs, globals: Globals) -> Result<ExitCode> {
     let mut sets = args.degrade.sets();
     sets.extend(args.backtrack.sets());
-    train(&args.run, args.run.request(sets, Stages::Both, args.backtrack.forms()), globals)
+    train(&args.run, args.run.request(sets, Stages::Both, args.backtrack.forms())?, globals)
 }
 
 fn pair(key: &str, value: Option<impl ToString>) -> Option<String> {
@@ -143,12 +144,16 @@ fn pair(key: &str, value: Option<impl ToString>) -> Option<String> {
 
 impl RunArgs {
     /// What these options ask for, with further keys of the configuration before the common ones.
-    pub fn request(&self, mut sets: Vec<String>, stages: Stages, forms: Forms) -> Request {
+    ///
+    /// Errors: a configuration file after the first that cannot be read.
+    pub fn request(&self, mut sets: Vec<String>, stages: Stages, forms: Forms) -> Result<Request> {
+        let later = self.config.iter().skip(1).map(|file| Config::sets_of(file)).collect::<Result<Vec<_>>>()?;
+        drop(sets.splice(0..0, later.into_iter().flatten()));
         sets.extend(self.sets());
         sets.extend(self.sets.iter().cloned());
         let reading = &self.teacher.reading;
-        Request {
-            config: self.config.clone(),
+        Ok(Request {
+            config: self.config.first().cloned(),
             sets,
             card: reading.card.overrides(),
             freeze: reading.freeze.clone(),
@@ -165,7 +170,7 @@ impl RunArgs {
             stop: signals::STOP.clone(),
             command: super::command_line(),
             ..Request::new(&self.teacher.teacher, &self.out)
-        }
+        })
     }
 
     fn batch_auto(&self) -> bool {

@@ -37,6 +37,15 @@ impl std::str::FromStr for Weights {
     }
 }
 
+/// What an export is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// A network.
+    Onnx,
+    /// Weights.
+    Safetensors,
+}
+
 /// Write a student (or any set of weights of the teacher's graph) as ONNX: optimised, portable, in the precision asked for.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -49,14 +58,43 @@ pub struct ExportArgs {
     /// Where to write.
     #[arg(short, long)]
     pub out: PathBuf,
+    /// `safetensors`: the weights alone, under the framework's names and in its layout, for the network that the teacher came from.
+    #[arg(long, value_enum, default_value = "onnx")]
+    pub format: Format,
     /// The form of the file: precision, batch, operator set and what is appended.
     #[command(flatten)]
     pub ship: ShipArgs,
 }
 
+/// Forms that are asked for and not written.
+const OTHERS: [&str; 13] = [
+    "engine",
+    "plan",
+    "trt",
+    "ort",
+    "tflite",
+    "mlmodel",
+    "mlpackage",
+    "xml",
+    "bin",
+    "pt",
+    "pth",
+    "safetensors",
+    "gguf",
+];
+
 /// Runs the command.
 pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     let options = args.ship.options()?;
+    let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    if args.format == Format::Safetensors {
+        return weights(args, globals);
+    }
+    if OTHERS.contains(&extension.as_str()) {
+        return Err(Error::usage(format!("{}: only ONNX is written, as in -o student.onnx", args.out.display())).hint(
+            "`disback package --trtexec` writes the command that builds a TensorRT engine of it; --format safetensors writes the weights alone",
+        ));
+    }
     let model = Model::load(&args.model)?;
     let is_student = model.metadata().iter().any(|(k, _)| k == "disback.student.method");
     #[cfg(feature = "train")]
@@ -87,6 +125,24 @@ pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     save::write_with_limit(&model, &args.out, ship_args::external_limit(args.ship.external_data))?;
     finish(args, globals, same_graph, report.as_ref());
     Ok(ExitCode::SUCCESS)
+}
+
+/// The weights of a run or of a node, as `load_state_dict` and its like take them.
+#[cfg(feature = "train")]
+fn weights(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
+    if args.ship.asks() || args.from.same_graph {
+        return Err(Error::usage(
+            "--format safetensors writes weights: what shapes the graph of an ONNX file has no meaning",
+        ));
+    }
+    from_run::weights(&args.model, &args.from, &args.out)?;
+    finish(args, globals, false, None);
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(not(feature = "train"))]
+fn weights(_: &ExportArgs, _: Globals) -> Result<ExitCode> {
+    Err(super::not_built::needs("--format safetensors", "train"))
 }
 
 fn finish(args: &ExportArgs, globals: Globals, same_graph: bool, report: Option<&ShipReport>) {
@@ -123,8 +179,8 @@ pub mod from_run {
     use crate::distill::{Config, RunDir};
     use crate::export::StudentOptions;
     use crate::run::origin::{self, StudentOrigin, method, objective_name};
-    use crate::torch::Forward;
     use crate::torch::tensor_file::TensorFile;
+    use crate::torch::{Forward, ParamSet};
 
     /// Where the weights come from.
     #[derive(Debug, Args)]
@@ -164,6 +220,23 @@ pub mod from_run {
                 "--same-graph changes nothing but the weights: no --precision, --batch, --opset, --image or --decoder",
             ));
         }
+        chosen(path, args, |origin, params, config, options| match args.same_graph {
+            true => origin.same_graph(params, options),
+            false => origin.model(params, config, options),
+        })
+    }
+
+    /// Writes the weights asked for as safetensors.
+    pub fn weights(path: &Path, args: &FromRun, to: &Path) -> Result<()> {
+        chosen(path, args, |_, params, _, _| params.save(to)).with_context(|| to.display().to_string())
+    }
+
+    /// What `then` makes of the weights asked for.
+    fn chosen<T>(
+        path: &Path,
+        args: &FromRun,
+        then: impl FnOnce(StudentOrigin<'_>, &ParamSet, &Config, &StudentOptions) -> Result<T>,
+    ) -> Result<T> {
         if !args.given() {
             return Err(Error::usage("give --run or --weights").hint("without them the file must be a student.onnx"));
         }
@@ -239,10 +312,7 @@ pub mod from_run {
             teacher_hash: teacher.hash.clone(),
             unchecked: false,
         };
-        match args.same_graph {
-            true => origin.same_graph(&params, &options),
-            false => origin.model(&params, &config, &options),
-        }
+        then(origin, &params, &config, &options)
     }
 
     /// The trajectory that a file is a node of, and which.

@@ -7,13 +7,13 @@ use clap::Command;
 /// The commands as a user meets them.
 const GROUPS: [(&str, &[&str]); 4] = [
     ("The teacher", &["inspect", "parity", "estimate"]),
-    ("Distillation", &["distill", "degrade", "backtrack", "compare", "report"]),
-    ("The student", &["export", "verify", "sample", "evaluate", "bench", "serve"]),
-    ("This machine", &["doctor", "help"]),
+    ("Distillation", &["distill", "degrade", "backtrack", "compare", "sweep", "report"]),
+    ("The student", &["export", "verify", "sample", "evaluate", "bench", "serve", "package"]),
+    ("This machine", &["doctor", "completions", "help"]),
 ];
 
 /// Command lines without `disback`, by command.
-const EXAMPLES: [(&str, &[&str]); 15] = [
+const EXAMPLES: [(&str, &[&str]); 18] = [
     ("inspect", &["teacher.onnx", "teacher.onnx --card prediction=v --write-card", "teacher.onnx --parameters --json"]),
     ("parity", &["teacher.onnx", "teacher.onnx --dim height=64 --dim width=64"]),
     ("estimate", &["teacher.onnx --batch 64", "teacher.onnx --set precision=bf16 --tflops 400"]),
@@ -24,6 +24,13 @@ const EXAMPLES: [(&str, &[&str]); 15] = [
     ("degrade", &["teacher.onnx -o run/ --nodes 5"]),
     ("backtrack", &["teacher.onnx -o run/", "teacher.onnx -o other/ --trajectory run/ --objective sid"]),
     ("compare", &["teacher.onnx -o study/ --reference images.npz --features features.onnx --seeds 0,1,2"]),
+    (
+        "sweep",
+        &[
+            "teacher.onnx -o sweep/ --set objective=sid,dmd --set backtrack.lr_generator=1e-5,5e-5",
+            "teacher.onnx -o sweep/ -c recipe.toml --set seed=0,1,2 --set evaluate.reference=images.npz --set evaluate.features=features.onnx",
+        ],
+    ),
     ("report", &["run/", "run/ --baseline base/"]),
     (
         "export",
@@ -57,7 +64,16 @@ const EXAMPLES: [(&str, &[&str]); 15] = [
             "run/student.onnx --host 0.0.0.0 --max-batch 128 --drain 10",
         ],
     ),
+    (
+        "package",
+        &[
+            "run/student.onnx -o served/ --triton --trtexec",
+            "run/student.onnx -o served/ --name digits --docker --kserve --systemd",
+            "run/student.onnx -o card/ --model-card --license apache-2.0 --run run/",
+        ],
+    ),
     ("doctor", &["", "--json"]),
+    ("completions", &["bash > ~/.local/share/bash-completion/completions/disback", "zsh > ~/.zfunc/_disback"]),
 ];
 
 /// The command line with groups and examples.
@@ -93,7 +109,7 @@ fn groups(command: &Command) -> String {
                 (None, _) => continue,
             };
             let end = [": ", "; ", ". "].iter().filter_map(|e| about.find(e)).min().unwrap_or(about.len());
-            let _ = writeln!(text, "  {name:<11}{}", &about[..end]);
+            let _ = writeln!(text, "  {name:<12}{}", &about[..end]);
         }
         text.push('\n');
     }
@@ -110,11 +126,12 @@ mod tests {
     #[test]
     fn every_command_is_in_a_group_and_has_examples_that_parse() {
         let command = with_help(Cli::command());
-        for c in command.get_subcommands().map(Command::get_name) {
+        for c in command.get_subcommands().filter(|c| !c.is_hide_set()).map(Command::get_name) {
             assert!(GROUPS.iter().any(|(_, names)| names.contains(&c)), "{c} is in no group");
             let (_, lines) = EXAMPLES.iter().find(|(n, _)| *n == c).unwrap_or_else(|| panic!("{c} has no example"));
             for line in *lines {
-                let words = line.split(" #").next().unwrap().split_whitespace();
+                // (What the shell makes of the line is not the command's.)
+                let words = line.split(" #").next().unwrap().split(" > ").next().unwrap().split_whitespace();
                 let all = ["disback", c].into_iter().chain(words);
                 command.clone().try_get_matches_from(all).unwrap_or_else(|e| panic!("{c} {line}: {e}"));
             }
@@ -124,7 +141,7 @@ mod tests {
     #[test]
     fn the_overview_has_a_short_line_for_each_command() {
         let text = with_help(Cli::command()).render_help().to_string();
-        for c in Cli::command().get_subcommands() {
+        for c in Cli::command().get_subcommands().filter(|c| !c.is_hide_set()) {
             let line = text.lines().find(|l| l.trim_start().starts_with(&format!("{} ", c.get_name())));
             assert!(line.is_some_and(|l| l.len() > 16 && l.chars().count() <= 120), "{}: {line:?}", c.get_name());
         }

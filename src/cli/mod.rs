@@ -6,6 +6,7 @@ pub mod bench;
 mod card_args;
 #[cfg(feature = "train")]
 mod compare;
+mod completions;
 #[cfg(feature = "train")]
 mod degrade;
 #[cfg(feature = "train")]
@@ -26,6 +27,7 @@ pub mod inspect;
 #[path = "inspect_light.rs"]
 pub mod inspect;
 mod not_built;
+pub mod package;
 #[cfg(feature = "train")]
 pub mod parity;
 #[cfg(feature = "report")]
@@ -36,6 +38,8 @@ pub mod serve;
 mod ship_args;
 #[cfg(feature = "train")]
 mod signals;
+#[cfg(feature = "train")]
+mod sweep;
 #[cfg(feature = "train")]
 mod teacher;
 #[cfg(feature = "tui")]
@@ -89,8 +93,11 @@ enum Command {
     #[cfg(feature = "train")]
     Compare(Box<compare::CompareArgs>),
     #[cfg(feature = "train")]
+    Sweep(Box<sweep::SweepArgs>),
+    #[cfg(feature = "train")]
     Parity(parity::ParityArgs),
     Export(Box<export::ExportArgs>),
+    Package(package::PackageArgs),
     Verify(verify::VerifyArgs),
     Sample(sample::SampleArgs),
     Evaluate(Box<evaluate::EvaluateArgs>),
@@ -100,6 +107,9 @@ enum Command {
     #[cfg(feature = "serve")]
     Serve(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+    #[command(hide = true)]
+    Man(completions::ManArgs),
 }
 
 /// Runs the program. Exit code: 0 success, 1 failure, 2 usage (nothing was changed); of a run that was stopped with a checkpoint 75, or
@@ -119,6 +129,9 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .without_time()
         .init();
+    // Before anything asks libtorch for CUDA.
+    #[cfg(feature = "train")]
+    let _ = crate::torch::cuda_half::load();
     let globals = Globals { json: cli.json, quiet: cli.quiet };
     match run(cli.command, globals) {
         Ok(code) => code,
@@ -149,8 +162,11 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         #[cfg(feature = "train")]
         Command::Compare(args) => compare::run(&args, globals),
         #[cfg(feature = "train")]
+        Command::Sweep(args) => sweep::run(&args, globals),
+        #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
         Command::Export(args) => export::run(&args, globals),
+        Command::Package(args) => package::run(&args, globals),
         Command::Verify(args) => verify::run(&args, globals),
         Command::Sample(args) => sample::run(&args, globals),
         Command::Evaluate(args) => evaluate::run(&args, globals),
@@ -160,6 +176,8 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(&args, globals),
         Command::Doctor(args) => doctor::run(&args, globals),
+        Command::Completions(args) => completions::run(&args, help::with_help(Cli::command())),
+        Command::Man(args) => completions::man(&args, help::with_help(Cli::command())),
     }
 }
 

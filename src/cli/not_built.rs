@@ -7,12 +7,13 @@ use clap::{Arg, ArgMatches, Command};
 use crate::error::Error;
 
 /// Commands by the feature that they need.
-const COMMANDS: [(&str, &str, bool); 8] = [
+const COMMANDS: [(&str, &str, bool); 9] = [
     ("distill", "train", cfg!(feature = "train")),
     ("degrade", "train", cfg!(feature = "train")),
     ("backtrack", "train", cfg!(feature = "train")),
     ("estimate", "train", cfg!(feature = "train")),
     ("compare", "train", cfg!(feature = "train")),
+    ("sweep", "train", cfg!(feature = "train")),
     ("parity", "train", cfg!(feature = "train")),
     ("report", "report", cfg!(feature = "report")),
     ("serve", "serve", cfg!(feature = "serve")),

@@ -16,11 +16,15 @@ use crate::runtime::student::Student;
 use crate::serve::{Access, ServeOptions, serve};
 use crate::shown::say;
 
-/// Serve a student over HTTP: GET /sample?seed=1&n=4&classes=3 gives a PNG (format=npy: the array), /health, /metrics.
+/// Serve a student over HTTP: GET /sample?seed=1&n=4&classes=3 gives a PNG (format=npy: the array), /health, /metrics, and the
+/// Open Inference Protocol: POST /v2/models/NAME/infer.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     /// student.onnx.
     student: PathBuf,
+    /// Name of the model in the Open Inference Protocol (/v2/models/NAME/infer) [default: the file's name without its ending].
+    #[arg(long, value_name = "NAME")]
+    model_name: Option<String>,
     /// Address to listen on. The default takes calls from this machine only.
     #[arg(long, default_value = "127.0.0.1")]
     host: IpAddr,
@@ -114,7 +118,9 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
     }
     let student = Student::open(&args.student, &args.engine.options(&[args.max_batch])?)?;
     let engine = student.engine_name();
+    let stem = args.student.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     let options = ServeOptions {
+        model: args.model_name.clone().unwrap_or(stem),
         address: SocketAddr::new(args.host, args.port),
         batch: args.max_batch,
         queue: args.queue,

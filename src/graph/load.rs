@@ -41,10 +41,11 @@ impl Model {
     pub fn load_with(path: &Path, definitions: &[Definition]) -> Result<Self> {
         let shown = path.display();
         if path.is_dir() {
-            return Err(Error::io(format!("{shown} is a folder, expected an .onnx file")));
+            return Err(Error::io(format!("{shown} is a folder, expected an .onnx file"))
+                .hint("`disback-convert diffusers FOLDER` makes teacher.onnx of a diffusers model; `disback-convert --help` lists other frameworks"));
         }
         let bytes = crate::files::map(path).with_context(|| format!("cannot read {shown}"))?;
-        let mut proto = decode(&bytes).with_context(|| shown.to_string())?;
+        let mut proto = decode(&bytes).map_err(|e| by_extension(e, path)).with_context(|| shown.to_string())?;
         let calls = inline(&mut proto, definitions).with_context(|| shown.to_string())?;
         drop_weight_inputs(&mut proto);
         let dir = match path.parent() {
@@ -96,6 +97,20 @@ impl Model {
         let (opset_import, functions) = (self.proto.opset_import.clone(), self.proto.functions.clone());
         hash(ModelProto { graph, opset_import, functions, ..ModelProto::default() })
     }
+}
+
+/// Says what makes an ONNX file of a framework's own weights.
+fn by_extension(error: Error, path: &Path) -> Error {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let route = match extension.as_str() {
+        "safetensors" | "pt" | "pth" | "ckpt" | "bin" => "torch MODULE:FUNCTION --state-dict FILE",
+        "pkl" => "edm FILE --code CHECKOUT",
+        "keras" | "h5" => "keras FILE",
+        "msgpack" => "jax MODULE:FUNCTION --weights FILE",
+        "pdparams" | "pdmodel" => "paddle MODULE:FUNCTION --weights FILE",
+        _ => return error,
+    };
+    error.hint(format!("weights without their network: `disback-convert {route}` makes teacher.onnx of both"))
 }
 
 fn hash(mut bare: ModelProto) -> String {

@@ -26,6 +26,7 @@ pub mod session;
 pub mod sheets;
 pub mod student_file;
 mod summary;
+pub mod sweep;
 pub mod teacher;
 pub mod time_limit;
 pub mod watcher;

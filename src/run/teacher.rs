@@ -110,6 +110,10 @@ impl Teacher {
     /// Loads the file, resolves its card (command line first) and checks one against the other.
     pub fn load(path: &Path, given: &TeacherOptions, device: Device) -> Result<Self> {
         let mut model = Model::load_with(path, given.operators.definitions())?;
+        if model.metadata().iter().any(|(key, _)| key == "disback.student.method") {
+            return Err(Error::usage(format!("{}: a student that disback made, expected a teacher", path.display()))
+                .hint("give the teacher that it was distilled from; `disback sample`, `export`, `verify` and `serve` take students"));
+        }
         let source = card_source(&model, &given.card).rows(rows_of(&given.conditions)?);
         let card = source.resolve().with_context(|| path.display().to_string())?;
         settle(&mut model, &card).with_context(|| path.display().to_string())?;

@@ -102,7 +102,13 @@ impl Batcher {
     }
 
     /// The samples for these inputs, `count` images. Where this is dropped before its turn, nothing is computed for it.
-    pub async fn sample(&self, inputs: Vec<(String, Rows)>, count: usize) -> std::result::Result<HostTensor, Refused> {
+    pub async fn sample(
+        &self,
+        mut inputs: Vec<(String, Rows)>,
+        count: usize,
+    ) -> std::result::Result<HostTensor, Refused> {
+        // Requests are joined input by input, whichever way their callers ordered them.
+        inputs.sort_by(|(a, _), (b, _)| a.cmp(b));
         let (reply, answer) = oneshot::channel();
         self.metrics.waiting.inc();
         let sent = self.jobs.try_send(Job { inputs, count, reply });

@@ -1,6 +1,7 @@
 //! What callers send: noise and rows for the student's conditions, as one .npy array, an .npz archive or JSON.
 
 use axum::body::Bytes;
+use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
 use crate::error::{Context, Error, Result};
@@ -167,12 +168,22 @@ fn json(body: &Bytes) -> Result<Vec<(String, HostTensor)>> {
 }
 
 /// Numbers as they come, and the lengths of the arrays that they come in.
-struct Array {
-    values: Vec<f64>,
+#[derive(Debug)]
+pub(super) struct Array {
+    pub values: Vec<f64>,
     shape: Vec<Option<usize>>,
     /// At which depth numbers stand.
     leaf: Option<usize>,
-    whole: bool,
+    /// Whether all are whole numbers.
+    pub whole: bool,
+}
+
+impl<'de> Deserialize<'de> for Array {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        let mut array = Self::default();
+        Level { array: &mut array, depth: 0 }.deserialize(d)?;
+        Ok(array)
+    }
 }
 
 impl Default for Array {

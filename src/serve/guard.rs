@@ -54,7 +54,7 @@ pub(super) async fn guard(
         headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("Authorization, Content-Type"));
     }
     let (status, seconds) = (response.status().as_u16(), began.elapsed().as_secs_f64());
-    if path == "/sample" || status >= 400 {
+    if path == "/sample" || super::v2::makes_samples(&path) || status >= 400 {
         s.metrics.answered(status, seconds);
     }
     if access.log {

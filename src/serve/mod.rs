@@ -1,4 +1,4 @@
-//! A student behind HTTP: `/sample`, `/health`, `/metrics`. What a team puts behind its balancer, and strangers send anything to.
+//! A student behind HTTP: `/sample`, `/health`, `/metrics`, and the Open Inference Protocol (`/v2`). What a team puts behind its balancer, and strangers send anything to.
 
 mod ask;
 mod batcher;
@@ -7,6 +7,7 @@ mod budget;
 mod connections;
 mod guard;
 mod metrics;
+mod v2;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -49,6 +50,8 @@ const ERROR_CHARS: usize = 500;
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
+    /// Name of the model in the Open Inference Protocol.
+    pub model: String,
     /// Address and port to listen on; port 0 lets the system choose a free one.
     pub address: SocketAddr,
     /// Images a call of the network, and a request, at most.
@@ -158,6 +161,7 @@ fn pages(service: &Arc<Service>) -> Pages {
         .clone()
         .route("/sample", get(sample).post(sample))
         .route("/metrics", get(page))
+        .merge(v2::pages())
         .fallback(unknown)
         .method_not_allowed_fallback(method);
     let finished = |pages: Router<Arc<Service>>| {
@@ -211,12 +215,15 @@ async fn page(State(s): State<Arc<Service>>) -> Response {
 async fn unknown() -> Response {
     failure(
         StatusCode::NOT_FOUND,
-        "no such page: there are /sample, /health, /metrics, /v2/health/live and /v2/health/ready",
+        "no such page: there are /sample, /health, /metrics, /v2/health/live, /v2/health/ready and /v2/models/NAME",
     )
 }
 
 async fn method() -> Response {
-    failure(StatusCode::METHOD_NOT_ALLOWED, "this page takes GET, and /sample POST too")
+    failure(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this page takes GET, /sample POST too, and /v2/models/NAME/infer only POST",
+    )
 }
 
 async fn crowded() -> Response {

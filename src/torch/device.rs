@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 
 /// Reads `cpu`, `cuda`, `cuda:<index>` or `auto` (the first CUDA device where there is one, else the CPU).
 pub fn parse(text: &str) -> Result<Device> {
+    let _ = crate::torch::cuda_half::load();
     let unknown = || Error::usage(format!("unknown device `{text}`")).hint("one of: auto, cpu, cuda, cuda:<index>");
     match text {
         "auto" if Cuda::is_available() => Ok(Device::Cuda(0)),

@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod cpu;
+pub mod cuda_half;
 pub mod device;
 pub mod dist;
 pub mod exec;

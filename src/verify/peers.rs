@@ -36,8 +36,8 @@ struct Answer {
     error: Option<String>,
 }
 
-/// `--python`, `DISBACK_PYTHON`, the active virtual environment, `.venv` here, `python3` on the path: the first that is
-/// there.
+/// `--python`, `DISBACK_PYTHON`, the active virtual environment, `.venv` here, that of the repository that the program was built in,
+/// `python3` on the path: the first that is there.
 pub fn find_python(given: Option<&Path>) -> Option<PathBuf> {
     let env = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let places = [
@@ -45,6 +45,8 @@ pub fn find_python(given: Option<&Path>) -> Option<PathBuf> {
         env("DISBACK_PYTHON"),
         env("VIRTUAL_ENV").map(|v| v.join("bin/python")),
         Some(PathBuf::from(".venv/bin/python")),
+        // (target/release/disback)
+        std::env::current_exe().ok().and_then(|p| Some(p.ancestors().nth(3)?.join(".venv/bin/python"))),
     ];
     let found = places.into_iter().flatten().find(|p| p.is_file());
     found.or_else(|| {

@@ -177,18 +177,30 @@ impl Config {
         Ok(config)
     }
 
+    /// The settings of a configuration file as `key=value`, to be given after those of another file, which they win over.
+    ///
+    /// Errors: a file that is not there, no TOML, keys that there are not.
+    pub fn sets_of(file: &Path) -> Result<Vec<String>> {
+        Ok(keys::leaves(&Self::file(file)?).into_iter().map(|(key, value)| format!("{key}={value}")).collect())
+    }
+
+    fn file(path: &Path) -> Result<Table> {
+        let shown = || path.display().to_string();
+        if !path.exists() {
+            return Err(Error::usage("no such configuration file").context(shown()));
+        }
+        let text = crate::files::read_text(path, crate::files::SETTINGS).with_context(shown)?;
+        let table: Table = toml::from_str(&text)
+            .map_err(|e| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))
+            .with_context(shown)?;
+        keys::check(&table).with_context(shown)?;
+        Ok(table)
+    }
+
     fn table(file: Option<&Path>, sets: &[String]) -> Result<Table> {
         let mut table = match file {
             None => Table::new(),
-            Some(path) => {
-                let text = crate::files::read_text(path, crate::files::SETTINGS)
-                    .with_context(|| path.display().to_string())?;
-                let table: Table = toml::from_str(&text)
-                    .map_err(|e| Error::of_text(Kind::Usage, &format!("not TOML: {e}")))
-                    .with_context(|| path.display().to_string())?;
-                keys::check(&table).with_context(|| path.display().to_string())?;
-                table
-            }
+            Some(path) => Self::file(path)?,
         };
         for set in sets {
             keys::apply(&mut table, set).with_context(|| format!("--set {set}"))?;

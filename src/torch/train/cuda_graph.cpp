@@ -1,16 +1,60 @@
 // CUDA graphs: the kernels that a piece of a training step launches are recorded once and launched again with one call. Only
 // where libtorch's CUDA half and the headers of CUDA's runtime were there when this was built.
+//
+// Nothing here refers to libtorch's CUDA half by symbol: streams are asked for through libc10's interface of devices, recordings by
+// the names of their functions. So a program with this starts beside a libtorch without CUDA.
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include "../border.h"
 
 #ifdef DISBACK_CUDA
 #include <ATen/cuda/CUDAGraph.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include <dlfcn.h>
 
 #include <memory>
+
+namespace {
+
+// The functions of at::cuda::CUDAGraph that are called here, as libtorch_cuda.so has them; its size and the types are the header's.
+struct Recordings {
+  void (*make)(void*, bool);
+  void (*drop)(void*);
+  void (*begin)(void*, at::MempoolId_t, cudaStreamCaptureMode);
+  void (*end)(void*);
+  void (*replay)(void*);
+};
+
+template <class F>
+void find(F& function, const char* name) {
+  function = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+  TORCH_CHECK(function != nullptr, "libtorch's CUDA half is not loaded, or of another version: it has no ", name);
+}
+
+const Recordings& recordings() {
+  static const Recordings found = [] {
+    Recordings r;
+    find(r.make, "_ZN2at4cuda9CUDAGraphC1Eb");
+    find(r.drop, "_ZN2at4cuda9CUDAGraphD1Ev");
+    find(r.begin, "_ZN2at4cuda9CUDAGraph13capture_beginESt4pairIyyE21cudaStreamCaptureMode");
+    find(r.end, "_ZN2at4cuda9CUDAGraph11capture_endEv");
+    find(r.replay, "_ZN2at4cuda9CUDAGraph6replayEv");
+    return r;
+  }();
+  return found;
+}
+
+struct Graph {
+  Graph() { recordings().make(memory, false); }
+  ~Graph() { recordings().drop(memory); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  alignas(at::cuda::CUDAGraph) unsigned char memory[sizeof(at::cuda::CUDAGraph)];
+};
+
+}  // namespace
 #endif
 
 extern "C" {
@@ -19,14 +63,11 @@ extern "C" {
 // `on` false: back to the default stream, again after waiting.
 char* disback_own_stream(int device, bool on) {
   return disback::guarded([&] {
-#ifdef DISBACK_CUDA
-    const auto index = static_cast<c10::DeviceIndex>(device);
-    const c10::DeviceGuard guard(at::Device(at::kCUDA, index));
-    c10::cuda::getCurrentCUDAStream(index).synchronize();
-    c10::cuda::setCurrentCUDAStream(on ? c10::cuda::getStreamFromPool(true, index) : c10::cuda::getDefaultCUDAStream(index));
-#else
-    TORCH_CHECK(false, "this build of disback knows no CUDA graphs: libtorch had no CUDA, or CUDA's headers were not found");
-#endif
+    const at::Device where(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    const auto& streams = *c10::impl::getDeviceGuardImpl(at::kCUDA);
+    const c10::DeviceGuard guard(where);
+    streams.synchronizeStream(streams.getStream(where));
+    streams.exchangeStream(on ? streams.getStreamFromGlobalPool(where, true) : streams.getDefaultStream(where));
   });
 }
 
@@ -36,11 +77,11 @@ char* disback_graph_begin(int device, void** graph) {
   return disback::guarded([&] {
 #ifdef DISBACK_CUDA
     const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
-    auto made = std::make_unique<at::cuda::CUDAGraph>();
-    made->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    auto made = std::make_unique<Graph>();
+    recordings().begin(made->memory, {0, 0}, cudaStreamCaptureModeThreadLocal);
     *graph = made.release();
 #else
-    TORCH_CHECK(false, "this build of disback knows no CUDA graphs");
+    TORCH_CHECK(false, "this build of disback knows no CUDA graphs: libtorch had no CUDA, or CUDA's headers were not found");
 #endif
   });
 }
@@ -49,7 +90,7 @@ char* disback_graph_begin(int device, void** graph) {
 char* disback_graph_end(void* graph) {
   return disback::guarded([&] {
 #ifdef DISBACK_CUDA
-    static_cast<at::cuda::CUDAGraph*>(graph)->capture_end();
+    recordings().end(static_cast<Graph*>(graph)->memory);
 #endif
   });
 }
@@ -57,7 +98,7 @@ char* disback_graph_end(void* graph) {
 char* disback_graph_replay(void* graph) {
   return disback::guarded([&] {
 #ifdef DISBACK_CUDA
-    static_cast<at::cuda::CUDAGraph*>(graph)->replay();
+    recordings().replay(static_cast<Graph*>(graph)->memory);
 #endif
   });
 }
@@ -65,7 +106,7 @@ char* disback_graph_replay(void* graph) {
 void disback_graph_drop(void* graph) {
 #ifdef DISBACK_CUDA
   // Its destructor may throw where the device is gone; nobody is left to be told.
-  (void)disback::guarded([&] { delete static_cast<at::cuda::CUDAGraph*>(graph); });
+  (void)disback::guarded([&] { delete static_cast<Graph*>(graph); });
 #endif
 }
 

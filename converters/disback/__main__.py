@@ -1,0 +1,7 @@
+"""`python -m disback` is `disback`."""
+
+import sys
+
+from .launch import main
+
+sys.exit(main())
