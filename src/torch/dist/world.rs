@@ -66,7 +66,7 @@ impl World {
     ///
     /// Errors: they do not all come, or cannot reach each other.
     pub fn form(place: &Place, timeout: Duration) -> Result<Self> {
-        let nccl = has_nccl() && tch::Cuda::is_available();
+        let nccl = crate::torch::cuda_half::load().is_ok() && has_nccl() && tch::Cuda::is_available();
         let at = format!("rank {} of {}, {}:{}", place.rank, place.world, place.address, place.port);
         let group = Group::form(place, timeout, nccl).map_err(|e| {
             e.context(at.clone()).context("the processes of this run cannot meet").hint(
