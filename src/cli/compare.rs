@@ -222,13 +222,7 @@ impl CompareArgs {
 }
 
 pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
-    if let Some(place) = Place::from_env()? {
-        return Err(Error::usage(format!(
-            "`compare` is for one process, {} has started {}",
-            place.launcher, place.world
-        ))
-        .hint("start it without a launcher, or its arms one by one as runs of `distill`"));
-    }
+    Place::refuse("compare")?;
     let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &args.sets)?);
     if config.degrade.nodes == 0 {
         return Err(Error::usage("degrade.nodes is 0: there is no trajectory to compare with"));

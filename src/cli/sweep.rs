@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::run::sweep::{self, Axis, Row};
 use crate::run::{Console, Request};
 use crate::shown::{say, tell};
+use crate::torch::dist::launcher::Place;
 
 /// Distil with every combination of settings, one run after the other, and compare them in a table. The same command again goes on
 /// where it was interrupted.
@@ -35,6 +36,7 @@ pub struct SweepArgs {
 
 /// Runs the command. Exit code 1 where a run failed, 75 or 130 where one was stopped.
 pub fn run(args: &SweepArgs, globals: Globals) -> Result<ExitCode> {
+    Place::refuse("sweep")?;
     let axes = args.sets.iter().map(|s| Axis::parse(s)).collect::<Result<Vec<_>>>()?;
     let points = sweep::grid(&axes)?;
     let later = args.config.iter().skip(1).map(|f| Config::sets_of(f)).collect::<Result<Vec<_>>>()?;

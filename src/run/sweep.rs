@@ -177,7 +177,7 @@ pub fn sweep(
         let asked = Request { resume: Resume::IfBegun, ..request(&folder, &point.sets) };
         match Session::open(asked).and_then(Session::distill) {
             Ok(Finished::Stopped(_)) => rows[k].outcome = "stopped",
-            Ok(Finished::Recorded(_)) => rows[k].outcome = "finished",
+            Ok(Finished::Recorded(_) | Finished::Followed) => rows[k].outcome = "finished",
             Ok(Finished::Distilled(made)) => {
                 rows[k].outcome = "finished";
                 rows[k].student = Some(made.student().clone());

@@ -86,6 +86,18 @@ impl Place {
         Self::read(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
 
+    /// Errors: several processes were started for a command that is one process's.
+    pub fn refuse(command: &str) -> Result<()> {
+        match Self::from_env()? {
+            None => Ok(()),
+            Some(place) => Err(Error::usage(format!(
+                "`{command}` is for one process, and {} has started {}",
+                place.launcher, place.world
+            ))
+            .hint("start it without a launcher; `distill` is what several processes share")),
+        }
+    }
+
     fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         let Some(family) = FAMILIES.iter().find(|f| get(f.world).is_some()) else { return Ok(None) };
         let number = |name: &str| -> Result<Option<usize>> {
