@@ -79,14 +79,15 @@ pub fn run(args: &SweepArgs, globals: Globals) -> Result<ExitCode> {
 
 /// The runs, the least distance first.
 fn show(rows: &[Row]) {
-    let number = |v: Option<f64>| v.map_or("-".to_owned(), |v| format!("{v:.4}"));
+    let distance = |v: Option<f64>| v.map_or("-".to_owned(), |v| format!("{v:.4}"));
+    let mismatch = |v: Option<f64>| v.map_or("-".to_owned(), |v| format!("{v:.2e}"));
     let mut table = super::table(["run", "", "distance", "mismatch", "seconds"]);
     let mut sorted: Vec<&Row> = rows.iter().collect();
     let key = |r: &Row| r.distance.unwrap_or(f64::INFINITY);
     sorted.sort_by(|a, b| key(a).total_cmp(&key(b)));
     for row in sorted {
         let seconds = format!("{:.0}", row.seconds);
-        table.add_row([&row.run, row.outcome, &number(row.distance), &number(row.mismatch), &seconds]);
+        table.add_row([&row.run, row.outcome, &distance(row.distance), &mismatch(row.mismatch), &seconds]);
     }
     say!("{table}");
 }

@@ -110,7 +110,8 @@ fn by_extension(error: Error, path: &Path) -> Error {
         "pdparams" | "pdmodel" => "paddle MODULE:FUNCTION --weights FILE",
         _ => return error,
     };
-    error.hint(format!("weights without their network: `disback-convert {route}` makes teacher.onnx of both"))
+    Error::invalid("weights of a framework, expected an .onnx file")
+        .hint(format!("`disback-convert {route}` makes teacher.onnx of the weights and their network"))
 }
 
 fn hash(mut bare: ModelProto) -> String {

@@ -22,7 +22,8 @@ fn open() -> Result<(), String> {
             std::mem::forget(library);
             Ok(())
         }
-        Err(e) => Err(e.to_string()),
+        // (The words are the loader's.)
+        Err(e) => Err(std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string)),
     }
 }
 

@@ -11,11 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
+# (After the environment's own: scripts/setup.)
+sys.path.append(str(ROOT / ".venv/tritonclient"))
 DISBACK = os.environ.get("DISBACK", str(ROOT / "target/release/disback"))
 
 from test_api import halved  # noqa: E402
 
-http = pytest.importorskip("tritonclient.http", reason="pip install 'tritonclient[http]'")
+import tritonclient.http as http  # noqa: E402
 
 
 @pytest.fixture
