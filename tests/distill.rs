@@ -345,7 +345,7 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (vec!["--set", "degrade.stepz=3"], 2, "degrade.steps"),
         (vec!["--config", "c.toml"], 2, "degrade.steps"),
         (vec!["--config", "bad.toml"], 2, "bad.toml"),
-        (vec!["--config", "none.toml"], 1, "none.toml"),
+        (vec!["--config", "none.toml"], 2, "none.toml: no such configuration file"),
         (vec!["--batch", "0"], 2, "batch is 0"),
         (vec!["--objective", "gan"], 2, "objective"),
         (vec!["--device", "gpu"], 2, "cuda:<index>"),

@@ -331,7 +331,6 @@ fn what_is_no_teacher_is_told_what_makes_one() {
         ("distill pipeline -o run", 1, "disback-convert diffusers FOLDER"),
         ("distill net.safetensors -o run", 1, "disback-convert torch MODULE:FUNCTION --state-dict FILE"),
         ("distill student.onnx -o run", 2, "a student that disback made, expected a teacher"),
-        ("parity student.onnx", 2, "a student that disback made"),
         ("export student.onnx -o student.engine", 2, "only ONNX is written"),
     ] {
         assert_eq!(support::refused(dir, line, says), code, "{line}");

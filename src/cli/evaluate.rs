@@ -170,7 +170,10 @@ impl EvaluateArgs {
     }
 }
 
-/// Says what a set takes in memory, before it is gathered. Errors: more than there is.
+/// A set that takes less is not worth a line.
+const WORTH_A_LINE: u64 = 64 << 20;
+
+/// Says what a large set takes in memory, before it is gathered. Errors: more than there is.
 fn foresee(
     args: &EvaluateArgs,
     globals: Globals,
@@ -180,7 +183,7 @@ fn foresee(
     values: bool,
 ) -> Result<()> {
     let told = room::foresee(source, count, values, args.batch).map_err(|e| e.context(name))?;
-    if let Some(text) = told.filter(|_| !globals.quiet && !globals.json) {
+    if let Some((_, text)) = told.filter(|(bytes, _)| *bytes >= WORTH_A_LINE && !globals.quiet && !globals.json) {
         tell!("{name}: {text}");
     }
     Ok(())

@@ -12,7 +12,6 @@ use crate::shown::line;
 use crate::tensor::DType;
 
 use super::condition::Condition;
-use super::fixed;
 use super::schedule::{DEVIATIONS, Schedule, ScheduleSpec};
 
 /// What the network's output is. `x_t = a x0 + b e`.
@@ -449,7 +448,7 @@ impl Ports<'_> {
     fn without_batch(&self, what: String, input: &InputSpec) -> Error {
         let hint = "an input without the batch has the same value in every call: numpy.save it beside the model and write into \
                     <model>.card.toml";
-        self.unlike(what).hint(hint).hint_lines(fixed::card_text(input))
+        self.unlike(what).hint(hint).hint_lines(input.as_constant())
     }
 }
 

@@ -71,18 +71,21 @@ impl FixedInput {
     }
 }
 
-/// The lines of a card for an input that has the same value in every call, to be written as they stand.
-pub(crate) fn card_text(input: &InputSpec) -> Vec<String> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-    let key = match !input.name.is_empty() && input.name.chars().all(plain) {
-        true => input.name.clone(),
-        false => toml::Value::String(input.name.clone()).to_string(),
-    };
-    let file: String = input.name.chars().map(|c| if plain(c) { c } else { '_' }).collect();
-    let sizes: Option<Vec<usize>> = input.shape.iter().copied().collect();
-    let mut lines = vec![format!("[conditions.{key}]"), "kind = \"constant\"".into(), format!("file = \"{file}.npy\"")];
-    lines.extend(sizes.map(|sizes| format!("shape = {sizes:?}")));
-    lines
+impl InputSpec {
+    /// The lines of a card for this input where it has the same value in every call, to be written as they stand.
+    pub(crate) fn as_constant(&self) -> Vec<String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+        let key = match !self.name.is_empty() && self.name.chars().all(plain) {
+            true => self.name.clone(),
+            false => toml::Value::String(self.name.clone()).to_string(),
+        };
+        let file: String = self.name.chars().map(|c| if plain(c) { c } else { '_' }).collect();
+        let sizes: Option<Vec<usize>> = self.shape.iter().copied().collect();
+        let mut lines =
+            vec![format!("[conditions.{key}]"), "kind = \"constant\"".into(), format!("file = \"{file}.npy\"")];
+        lines.extend(sizes.map(|sizes| format!("shape = {sizes:?}")));
+        lines
+    }
 }
 
 /// Puts the values into the file: the inputs become initializers. One whose first dimension is the batch is expanded to the rows of

@@ -139,10 +139,11 @@ fn array_bytes(header: &Header) -> Result<usize> {
     bytes.ok_or_else(|| bad(format!("an array of shape {:?} is larger than memory", header.shape)))
 }
 
+/// Bytes of an array's data up to which nobody asks whether there is room.
+const LARGE: usize = 256 << 20;
+
 /// Refuses an array that has to be held in memory as a whole, where there is no room for it.
 fn room(bytes: usize, shape: &[usize]) -> Result<()> {
-    /// Below this much nobody is asked.
-    const LARGE: usize = 256 << 20;
     match memory::free().filter(|free| bytes > LARGE && bytes as u64 > free.bytes) {
         None => Ok(()),
         Some(free) => Err(bad(format!(
@@ -155,11 +156,16 @@ fn room(bytes: usize, shape: &[usize]) -> Result<()> {
     }
 }
 
-fn read_data(header: Header, expected: usize, reader: impl Read) -> Result<HostTensor> {
+fn read_data(header: Header, expected: usize, mut reader: impl Read) -> Result<HostTensor> {
     let size = header.dtype.size();
-    room(expected.saturating_mul(if header.fortran { 2 } else { 1 }), &header.shape)?;
     let mut data = Vec::new();
-    reader.take(expected as u64).read_to_end(&mut data)?;
+    // (Whether there is so much at all is seen first: a header may say anything.)
+    let first = expected.min(LARGE);
+    reader.by_ref().take(first as u64).read_to_end(&mut data)?;
+    if data.len() == first && first < expected {
+        room(expected.saturating_mul(if header.fortran { 2 } else { 1 }), &header.shape)?;
+        reader.take((expected - first) as u64).read_to_end(&mut data)?;
+    }
     if data.len() != expected {
         return Err(too_little(data.len(), &header.shape, expected));
     }

@@ -61,6 +61,14 @@ struct Job {
     reply: oneshot::Sender<Result<HostTensor>>,
 }
 
+impl Job {
+    /// Requests are joined input by input, so that whichever way their callers ordered them, they lie alike.
+    fn new(mut inputs: Vec<(String, Rows)>, count: usize, reply: oneshot::Sender<Result<HostTensor>>) -> Self {
+        inputs.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Self { inputs, count, reply }
+    }
+}
+
 /// Limits of the batches.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -102,16 +110,10 @@ impl Batcher {
     }
 
     /// The samples for these inputs, `count` images. Where this is dropped before its turn, nothing is computed for it.
-    pub async fn sample(
-        &self,
-        mut inputs: Vec<(String, Rows)>,
-        count: usize,
-    ) -> std::result::Result<HostTensor, Refused> {
-        // Requests are joined input by input, whichever way their callers ordered them.
-        inputs.sort_by(|(a, _), (b, _)| a.cmp(b));
+    pub async fn sample(&self, inputs: Vec<(String, Rows)>, count: usize) -> std::result::Result<HostTensor, Refused> {
         let (reply, answer) = oneshot::channel();
         self.metrics.waiting.inc();
-        let sent = self.jobs.try_send(Job { inputs, count, reply });
+        let sent = self.jobs.try_send(Job::new(inputs, count, reply));
         if let Err(e) = sent {
             self.metrics.waiting.dec();
             return Err(match e {
@@ -257,8 +259,12 @@ mod tests {
         let job = |first: u64, count: usize| {
             let request = crate::runtime::student::SampleRequest { batch: 64, ..Default::default() };
             let inputs = student.inputs(&request, first, count).unwrap();
-            let inputs = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();
-            Job { inputs, count, reply: oneshot::channel().0 }
+            let mut inputs: Vec<_> = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();
+            // A caller may name them in any order.
+            if first == 7 {
+                inputs.reverse();
+            }
+            Job::new(inputs, count, oneshot::channel().0)
         };
         let jobs = [job(0, 3), job(7, 5), job(20, 1)];
         let limits = |bytes| Limits { batch: 16, queue: 1, bytes };
@@ -280,7 +286,7 @@ mod tests {
             let inputs = student.inputs(&request, first, count).unwrap();
             let (reply, answer) = oneshot::channel();
             let inputs = inputs.into_iter().map(|(n, t)| (n, Rows::Each(t))).collect();
-            jobs.send(Job { inputs, count, reply }).unwrap();
+            jobs.send(Job::new(inputs, count, reply)).unwrap();
             answers.push(answer);
         }
         drop((jobs, answers.remove(1)));
