@@ -108,7 +108,7 @@ fn gradients(stage: &mut dyn Stage, job: &mut Job, state: &mut State, log: &mut 
     }
     let all = everyones(&world, mine, total)?;
     stage.measured(&all)?;
-    all.iter().flatten().try_for_each(|(name, value)| log.meters.add(*name, value))
+    all.iter().flatten().try_for_each(|(name, value)| log.meters.add(name, value))
 }
 
 /// A measured scalar that stays as it is: what a recorded step makes lies where the next one makes its own.

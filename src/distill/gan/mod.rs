@@ -58,7 +58,7 @@ impl Gan {
         let tapped = |taps: &[String]| -> Result<Vec<Tensor>> {
             Ok(tch::no_grad(|| teacher.denoise_tapped(&x, &sigmas, &conditions, taps))?.1)
         };
-        let possible = || tappable(teacher, batches.batch as i64, &tapped);
+        let possible = || tappable(teacher, batches.batch as i64, tapped);
         if config.gan.taps.is_empty() {
             return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
                 .hint(possible()));

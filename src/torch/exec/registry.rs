@@ -141,7 +141,7 @@ impl Registry {
             1 => Err(failures.remove(0)),
             n => {
                 const SHOWN: usize = 40;
-                let mut lines: Vec<_> = failures.iter().take(SHOWN).map(|e| first_line(e)).collect();
+                let mut lines: Vec<_> = failures.iter().take(SHOWN).map(first_line).collect();
                 if n > SHOWN {
                     lines.push(format!("... and {} more", n - SHOWN));
                 }
