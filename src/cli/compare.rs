@@ -194,7 +194,7 @@ impl CompareArgs {
             let mut source = Source::open_values(&self.reference, &[], options)?;
             let count = source.len().ok_or_else(|| {
                 Error::usage(format!("{} holds no samples", self.reference.display()))
-                    .hint("give the real samples themselves: .npy, .npz or .csv")
+                    .hint("give the real samples themselves: .npy, .npz, .csv or an IDX file")
             })?;
             let draw = Draw::default();
             let reference =

@@ -34,8 +34,8 @@ use crate::tensor::HostTensor;
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
     /// The generated sets and, last, the reference. Each is a student.onnx, a teacher with its card, a folder or .zip of
-    /// image files, a .npy, a .npz of images; the reference may also be a .npz with `mu` and `sigma`. Samples that are no images are
-    /// read from a .npy, .npz or .csv.
+    /// image files, a .npy, a .npz of images, an IDX file (MNIST's form, packed by gzip or not); the reference may also be a .npz
+    /// with `mu` and `sigma`. Samples that are no images are read from a .npy, .npz or .csv.
     #[arg(required = true, num_args = 1..)]
     sets: Vec<PathBuf>,
     /// All students of a run directory (snapshots, best.onnx, student.onnx), without those measured before in the same way;

@@ -7,7 +7,7 @@ use crate::diffusion::Sampler;
 use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest};
 use crate::error::{Context, Error, Result};
 use crate::io::images::Rounding;
-use crate::io::{ImageSet, npy, table};
+use crate::io::{ImageSet, idx, npy, table};
 use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::runtime::student::{self, SampleRequest, Student};
@@ -85,8 +85,8 @@ fn latents(what: &str) -> Error {
 }
 
 impl Source {
-    /// `student.onnx`, a teacher with its card, a folder or zip of image files, a `.npy`, a `.npz` of images, or a `.npz` with
-    /// `mu` and `sigma`. Where a `.npz` holds both images and statistics (ADM's), the images are taken.
+    /// `student.onnx`, a teacher with its card, a folder or zip of image files, a `.npy`, a `.npz` of images, an IDX file, or a `.npz`
+    /// with `mu` and `sigma`. Where a `.npz` holds both images and statistics (ADM's), the images are taken.
     pub fn open(path: &Path, range: [f64; 2], options: &EngineOptions) -> Result<Self> {
         Self::open_with(path, range, &[], options)
     }
@@ -118,7 +118,7 @@ impl Source {
     }
 
     /// Opens a set whose values are measured: `.onnx` as [`Source::open_with`] does, a `.npy`, a `.npz` (its array `samples`,
-    /// `images`, `x`, `arr_0`, or the only one), or a `.csv`.
+    /// `images`, `x`, `arr_0`, or the only one), a `.csv`, or an IDX file.
     pub fn open_values(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
         let run = || match extension.as_str() {
@@ -134,7 +134,10 @@ impl Source {
                         .hint("name it `samples`, or keep it alone in the file")
                 })
             }
-            _ => Err(Error::usage("samples that are measured by their values are read from a .npy, .npz or .csv")),
+            _ if idx::named(path) => idx::read(path),
+            _ => Err(Error::usage(
+                "samples that are measured by their values are read from a .npy, .npz, .csv or an IDX file",
+            )),
         };
         if extension == "onnx" {
             return Self::model(path, card, options);

@@ -1,4 +1,5 @@
-//! Sets of 8-bit images from a folder or zip of image files, a `.npy` or a `.npz`. Only what is asked for is held in memory.
+//! Sets of 8-bit images from a folder or zip of image files, a `.npy`, a `.npz` or an IDX file. Only what is asked for is held in
+//! memory.
 //!
 //! Values are rounded as the reference implementations do before they compute features, see [`Rounding`]. Float arrays are
 //! quantised on the way in, so that a set scores the same whether it is read as floats or from the PNG files made of it.
@@ -10,7 +11,7 @@ use bytes::Bytes;
 
 pub use super::png::{encode_animation, encode_png};
 pub use super::rounding::{Rounding, quantise};
-use super::{labels, npy, picture, ranges};
+use super::{idx, labels, npy, picture, ranges};
 use crate::error::{Context, Error, Result};
 use crate::tensor::{DType, HostTensor};
 
@@ -44,8 +45,9 @@ enum Source {
 }
 
 impl ImageSet {
-    /// Opens a folder (with its sub-folders, and those that links lead to) or `.zip` of image files sorted by name, a `.npy` or a
-    /// `.npz`. Float arrays hold values in `range`. PNG is always read; JPEG, WebP, BMP and TIFF with the cargo feature `formats`.
+    /// Opens a folder (with its sub-folders, and those that links lead to) or `.zip` of image files sorted by name, a `.npy`, a
+    /// `.npz` or an IDX file (MNIST's form, packed by gzip or not; its labels are read from the file beside it). Float arrays hold
+    /// values in `range`. PNG is always read; JPEG, WebP, BMP and TIFF with the cargo feature `formats`.
     /// Images are turned as their EXIF entry says; hidden files and what operating systems leave behind are passed over.
     pub fn open(path: &Path, range: [f64; 2]) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
@@ -60,8 +62,12 @@ impl ImageSet {
                 Self::from_arrays(npy::read_npz(path)?, range)
             } else if extension == "zip" {
                 Self::from_zip(path)
+            } else if idx::named(path) {
+                Self::from_idx(path, range)
             } else {
-                Err(Error::usage("images are read from a folder or .zip of image files, a .npy or a .npz"))
+                Err(Error::usage(
+                    "images are read from a folder or .zip of image files, a .npy, a .npz, or an IDX file (.idx, -ubyte, .gz)",
+                ))
             }
         };
         run().map_err(|e| {
@@ -107,6 +113,12 @@ impl ImageSet {
         let labels = labels::of_names(&names, list.as_deref())?.map(Arc::new);
         let len = names.len();
         Ok(Self { labels, notes: Arc::new(seen.notes()), ..Self::new(Source::Zip { bytes, names }, shape, len) })
+    }
+
+    fn from_idx(path: &Path, range: [f64; 2]) -> Result<Self> {
+        let set = Self::from_tensor(idx::read(path)?, range)?;
+        let labels = idx::labels(path, set.len)?.map(Arc::new);
+        Ok(Self { labels, ..set })
     }
 
     /// The arrays of a `.npz`: the images, and their classes where one of them holds as many integers.
@@ -165,7 +177,8 @@ impl ImageSet {
         self
     }
 
-    /// Classes of all images, where the set has any: `dataset.json`, one sub-folder a class, or an array of integers.
+    /// Classes of all images, where the set has any: `dataset.json`, one sub-folder a class, an array of integers, or an
+    /// IDX file of labels.
     pub fn labels(&self) -> Option<&[usize]> {
         self.labels.as_ref().map(|l| l.as_slice())
     }

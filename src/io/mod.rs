@@ -1,5 +1,6 @@
 //! Arrays and images on disk.
 
+pub mod idx;
 pub mod image_writer;
 pub mod images;
 mod labels;

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GanConfig {
-    /// Real images: a folder or .zip of image files, a .npz, or latents (.npz, .npy, .safetensors); empty: no GAN.
+    /// Real images: a folder or .zip of image files, a .npz, an IDX file, or latents (.npz, .npy, .safetensors); empty: no GAN.
     pub data: String,
     /// Low and high of the floats in `data`, which are mapped to the card's range; empty: they are the teacher's samples.
     pub range: Vec<f64>,

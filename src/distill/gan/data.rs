@@ -1,4 +1,4 @@
-//! Real images for the discriminator: a folder or an EDM-style zip of image files, a `.npz`, or latents.
+//! Real images for the discriminator: a folder or an EDM-style zip of image files, a `.npz`, an IDX file, or latents.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -146,7 +146,10 @@ impl RealImages {
             Error::usage("the teacher makes latents, these are images")
                 .hint("encode them first: an array `latents` of floats in a .npz or .safetensors file")
         })?;
-        let set = ImageSet::open(path, range)?;
+        let set = ImageSet::open(path, said.unwrap_or(range))?;
+        if let (None, Some(why)) = (said, set.doubt()?) {
+            return Err(Error::usage(why).hint("gan.range = [low, high] says the range that these floats have"));
+        }
         if set.shape() != wanted {
             return Err(Error::usage(format!(
                 "images of shape {:?} for a teacher of {:?} (C, H, W)",
@@ -379,18 +382,14 @@ fn within(labels: Vec<i64>, classes: usize) -> Result<Vec<i64>> {
 
 #[cfg(test)]
 mod tests {
+    use rand_chacha::rand_core::SeedableRng;
+
     use super::*;
+    use crate::diffusion::{Layout, Prediction, ScheduleSpec, TimeUnit};
 
-    #[test]
-    fn floats_of_a_said_range_are_mapped_to_the_cards() {
-        use rand_chacha::rand_core::SeedableRng;
-
-        use crate::diffusion::{Layout, Prediction, ScheduleSpec, TimeUnit};
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.npy");
-        let unit: Vec<f32> = (0..64).map(|k| k as f32 / 63.0).collect();
-        crate::io::npy::write(&path, &HostTensor::new(&[4, 1, 4, 4], &unit).unwrap()).unwrap();
-        let card = TeacherCard {
+    /// A denoiser of 4x4 grey images in [-1, 1].
+    fn card() -> TeacherCard {
+        TeacherCard {
             sample: "x".into(),
             time: "t".into(),
             output: "y".into(),
@@ -409,7 +408,16 @@ mod tests {
             constants: Default::default(),
             concat: Vec::new(),
             dims: Default::default(),
-        };
+        }
+    }
+
+    #[test]
+    fn floats_of_a_said_range_are_mapped_to_the_cards() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.npy");
+        let unit: Vec<f32> = (0..64).map(|k| k as f32 / 63.0).collect();
+        crate::io::npy::write(&path, &HostTensor::new(&[4, 1, 4, 4], &unit).unwrap()).unwrap();
+        let card = card();
         let error = RealImages::open(&path, &card, None, false).unwrap_err().to_string();
         assert!(error.contains("none in the lower half of -1 to 1"), "{error}");
         let draw = |range| {
@@ -419,5 +427,29 @@ mod tests {
         let (plain, mapped) = (draw([-1.0, 1.0]), draw([0.0, 1.0]));
         assert!(plain.iter().zip(&mapped).all(|(a, b)| (2.0 * a - 1.0 - b).abs() < 1e-6));
         assert!(mapped.iter().any(|v| *v < 0.0));
+    }
+
+    #[test]
+    fn idx_files_bring_their_classes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train-images-idx3-ubyte");
+        // Image k is all 100 k, and of class 2 - k.
+        let write = |name: &str, head: &[u8], data: &[u8]| std::fs::write(dir.path().join(name), [head, data].concat());
+        let pixels: Vec<u8> = (0..48).map(|at| at / 16 * 100).collect();
+        write("train-images-idx3-ubyte", &[0, 0, 8, 3, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 4], &pixels).unwrap();
+        let card = TeacherCard {
+            conditions: [("c".to_owned(), Condition::ClassIndex { classes: 3, null: None })].into_iter().collect(),
+            ..card()
+        };
+        let error = RealImages::open(&path, &card, None, false).unwrap_err().to_string();
+        assert!(error.contains("the data says nothing of the teacher's condition `c`"), "{error}");
+        write("train-labels-idx1-ubyte", &[0, 0, 8, 1, 0, 0, 0, 3], &[2, 1, 0]).unwrap();
+        let data = RealImages::open(&path, &card, None, false).unwrap();
+        let (images, conditions) = data.draw(&card, &mut ChaCha8Rng::seed_from_u64(1), 8).unwrap();
+        let classes = conditions.get("c").unwrap().to_i64();
+        for (image, class) in images.to_f32().chunks(16).zip(classes) {
+            let wanted = (200 - 100 * class) as f32 / 127.5 - 1.0;
+            assert!(image.iter().all(|v| (v - wanted).abs() < 1e-6), "{class}: {image:?}");
+        }
     }
 }
