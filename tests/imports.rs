@@ -41,6 +41,7 @@ fn networks_as_exporters_write_them() {
     weights_among_the_inputs(&dir);
     double_precision(&dir);
     masks_and_positions(&dir);
+    more_channels_in_than_out(&dir);
     what_a_refused_start_left(&dir);
 }
 
@@ -206,6 +207,32 @@ fn masks_and_positions(dir: &Path) {
     std::fs::write(dir.join("filled/teacher.card.toml"), format!("{card}[constants]\nids = 1.0\n")).unwrap();
     let (code, _, errors) = support::run(dir, &format!("distill filled/teacher.onnx -o filled/run {FEW} --dry-run"));
     assert!(code == Some(0) && errors.contains("warning: the card's `constants.ids` = 1 fills an array"), "{errors}");
+}
+
+/// What the caller joins to the sample is a condition of its own, whatever the sample's rank; `inspect` finds it where the channels
+/// are declared. And of rows of integers and booleans it knows that they are no class.
+fn more_channels_in_than_out(dir: &Path) {
+    ok(
+        dir,
+        &format!("distill joined/teacher.onnx -o joined/run {FEW} --set conditions.file=joined/rows.npz --same-graph"),
+    );
+    assert_eq!(dims(&dir.join("joined/run/student.onnx"), "noise"), ["batch", "6", "4"]);
+    assert_eq!(dims(&dir.join("joined/run/student.onnx"), "seen"), ["batch", "6", "5"]);
+    verified(dir, "joined/run/student.onnx");
+    let proposed = |name: &str| -> serde_json::Value {
+        std::fs::copy(dir.join(name).join("teacher.onnx"), dir.join(format!("bare/{name}.onnx"))).unwrap();
+        let said = ok(dir, &format!("inspect bare/{name}.onnx --no-probe --json"));
+        serde_json::from_str::<serde_json::Value>(&said).unwrap()["proposed_card"].take()
+    };
+    let card = proposed("joined");
+    let expected = serde_json::json!({"kind": "embedding", "shape": [6, 5]});
+    assert!(card["shape"] == serde_json::json!([6, 4]) && card["layout"] == "channels-last", "{card}");
+    assert!(
+        card["concat"] == serde_json::json!(["x", "condition"]) && card["conditions"]["condition"] == expected,
+        "{card}"
+    );
+    assert_eq!(proposed("mask")["conditions"]["mask"], serde_json::json!({"kind": "embedding", "shape": [1, 8, 8]}));
+    assert_eq!(proposed("fixed")["conditions"]["tokens"], serde_json::json!({"kind": "embedding", "shape": [5]}));
 }
 
 /// What was left of a start that came to nothing does not block the next one.

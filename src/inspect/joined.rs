@@ -15,9 +15,10 @@ use crate::inspect::subject::Subject;
 use crate::runtime::{self, EngineOptions};
 use crate::torch::{ImportOptions, Network};
 
-/// Names and channels of the conditions that are joined behind a sample of so many channels.
-fn usual_parts(given: usize, made: usize) -> Vec<(&'static str, usize)> {
+/// Names and channels of the conditions that are joined behind a sample of so many channels, of `rank` dimensions.
+fn usual_parts(given: usize, made: usize, rank: usize) -> Vec<(&'static str, usize)> {
     match (given, made) {
+        _ if rank != 3 => vec![("condition", given - made)],
         // Stable Diffusion's inpainting, InstructPix2Pix and the x4 upscaler.
         (9, 4) => vec![("mask", 1), ("masked_image_latents", 4)],
         (8, 4) => vec![("image_latents", 4)],
@@ -122,7 +123,7 @@ fn propose(graph: &Graph, model: &Model, known: &Known, may_run: bool) -> Option
     let key = |path: &[&str]| path.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
     let mut names = vec![sample.name.clone()];
     let mut found = vec![(key(&["shape"]), own.into()), (key(&["layout"]), layout.into())];
-    for (name, channels) in usual_parts(given, made) {
+    for (name, channels) in usual_parts(given, made, row.len()) {
         if graph.inputs.iter().any(|p| p.name == name) {
             return None;
         }

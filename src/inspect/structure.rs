@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use crate::diffusion::InputSpec;
+use crate::diffusion::card::joined;
 use crate::graph::{Graph, Port, ValueId, op_schema};
 use crate::inspect::axes;
 use crate::inspect::findings::{Findings, How, Known};
@@ -131,6 +133,17 @@ fn sample_candidates<'a>(graph: &'a Graph, conditions: &[&str]) -> (Vec<&'a Port
         })
     };
     let mut found: Vec<&Port> = graph.inputs.iter().filter(arrays).filter(made).collect();
+    if found.is_empty() {
+        // Conditions that the caller joins to the sample: it takes more channels than come out.
+        let joins = |p: &&Port| {
+            let input = InputSpec::from(*p);
+            graph.outputs.iter().filter(|o| float(o)).any(|o| joined(&input, &InputSpec::from(o)).is_some())
+        };
+        let wider: Vec<&Port> = graph.inputs.iter().filter(arrays).filter(joins).collect();
+        if !wider.is_empty() {
+            return (wider, "float input of the shape of an output, but for more channels".into());
+        }
+    }
     if found.len() > 1 {
         let plain: Vec<&Port> = found.iter().copied().filter(|p| !is_named(p, &EMBEDDING_NAMES)).collect();
         found = if plain.is_empty() { found } else { plain };
@@ -185,8 +198,10 @@ fn condition(graph: &Graph, p: &Port, out: &mut Findings) {
         set(out, "classes", dims[1].map(|n| (n as i64).into()), How::Read, "width of the input".into());
         return;
     }
-    if is_float && dims.len() >= 2 && (dims.len() > 2 || is_named(p, &EMBEDDING_NAMES)) {
-        set(out, "kind", Some("embedding".into()), How::Read, format!("its shape ({})", p.describe()));
+    // A one-hot class is a row of floats of a fixed width: integers are tokens, booleans a mask.
+    let no_class = !is_float || dims.len() > 2 || dims.get(1).is_some_and(|d| d.is_none());
+    if dims.len() >= 2 && (no_class || is_named(p, &EMBEDDING_NAMES)) {
+        set(out, "kind", Some("embedding".into()), How::Read, format!("its type and shape ({})", p.describe()));
         let row: Option<Vec<i64>> = dims[1..].iter().map(|d| d.map(|n| n as i64)).collect();
         let how = if row.is_some() { How::Read } else { How::Undecided };
         set(out, "shape", row.map(Into::into), how, format!("declared: {}", p.describe()));

@@ -7,6 +7,7 @@ bn: BatchNormalization in training mode. means: statistics over the batch.
 mask: a condition of type bool. ids: an input without a batch dimension.
 inputs: weights are listed among the graph's inputs.
 f64: computed in double precision.
+joined: a sequence whose steps of 9 channels are 4 of the sample's and 5 of what its caller joins to them.
 """
 
 import sys
@@ -120,6 +121,17 @@ class Tokens(Network):
         return super().forward(x + self.words(tokens).mean(1).reshape(-1, 1, 8, 8), t)
 
 
+class Joined(nn.Module):
+    """x [B, 6, 9] gives [B, 6, 4]."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.time, self.last = nn.Linear(9, 16), nn.Linear(1, 16), nn.Linear(16, 4)
+
+    def forward(self, x, t):
+        return self.last(torch.tanh(self.first(x) + self.time(t.to(x.dtype)[:, None] / 1000)[:, None]))
+
+
 def save(name, network, inputs, card=CARD, dims=None, fixed=False, **options):
     """One export with its card; `fixed`: for the batch of the inputs alone."""
     folder = FOLDER / name
@@ -161,6 +173,10 @@ def main():
     tokens = {"x": torch.cat([x, x[:1]]), "t": torch.tensor([3, 500, 9]), "tokens": torch.arange(15).reshape(3, 5) % 7}
     folder = save("fixed", Tokens(), tokens, card=CARD + words, fixed=True)
     np.savez(folder / "rows.npz", tokens=np.random.default_rng(0).integers(0, 7, (8, 5)))
+    seen = 'layout = "channels-last"\nconcat = ["x", "seen"]\n[schedule]'
+    card = CARD.replace("[1, 8, 8]", "[6, 4]").replace("[schedule]", seen) + '[conditions.seen]\nkind = "embedding"\nshape = [6, 5]\n'
+    folder = save("joined", Joined(), {"x": torch.randn(2, 6, 9), "t": t}, card=card)
+    np.savez(folder / "rows.npz", seen=np.random.default_rng(0).standard_normal((8, 6, 5)).astype(np.float32))
     save("f64", Network().double(), {"x": x.double(), "t": t})
 
 
