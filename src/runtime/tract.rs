@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use half::f16;
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::optim::Optimizer;
 
 use super::{Engine, Source, ValueInfo, arrange, model_values};
 use crate::error::{Context as _, Error, Result};
@@ -34,7 +35,8 @@ fn failed(e: impl std::fmt::Display) -> Error {
 /// Runs code of tract, which indexes and unwraps here and there on models that it did not expect.
 fn guarded<T>(what: impl FnOnce() -> TractResult<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(what)) {
-        Ok(result) => result.map_err(|e| failed(format!("{e:#}"))),
+        // (What follows a first line is the graph in tract's own words, without end.)
+        Ok(result) => result.map_err(|e| failed(format!("{e:#}").lines().next().unwrap_or_default())),
         Err(_) => Err(failed("it gave up on this network (panic)").hint("use --engine ort")),
     }
 }
@@ -72,7 +74,7 @@ impl TractEngine {
                 let dtype = datum_type(self.inputs[found].dtype).map_err(TractError::msg)?;
                 model.set_input_fact(k, InferenceFact::dt_shape(dtype, &shapes[found]))?;
             }
-            model.into_optimized()?.into_runnable()
+            runnable(&model.into_typed()?)
         })?;
         if self.order.len() == PLANS {
             self.plans.remove(&self.order.remove(0));
@@ -81,6 +83,31 @@ impl TractEngine {
         self.plans.insert(shapes, plan.clone());
         Ok(plan)
     }
+}
+
+/// The model as a plan. tract's rewrites fail on some graphs that it runs well without them: of a product with a joined input it makes
+/// a product for each part, and then loses the rows of a part that was only expanded (a feature of a whole cloud of points,
+/// joined to each point's own). So what fails is tried again without that rewrite, and at last as it stands, which is slower.
+fn runnable(model: &TypedModel) -> TractResult<Arc<TypedRunnableModel>> {
+    fn whole(model: TypedModel) -> TractResult<Arc<TypedRunnableModel>> {
+        model.into_optimized()?.into_runnable()
+    }
+    fn spared(mut model: TypedModel) -> TractResult<Arc<TypedRunnableModel>> {
+        let mut passes = Optimizer::declutter();
+        passes.passes.retain(|pass| !format!("{pass:?}").starts_with("ConcatThenEinsum"));
+        passes.optimize(&mut model)?;
+        model.optimize()?;
+        model.into_runnable()
+    }
+    fn plain(model: TypedModel) -> TractResult<Arc<TypedRunnableModel>> {
+        model.into_runnable()
+    }
+    // (A rewrite may also panic.)
+    let tried = |make: fn(TypedModel) -> TractResult<Arc<TypedRunnableModel>>| {
+        catch_unwind(AssertUnwindSafe(|| make(model.clone())))
+            .unwrap_or_else(|_| Err(TractError::msg("it gave up on this network (panic)")))
+    };
+    tried(whole).or_else(|first| tried(spared).or_else(|_| tried(plain)).map_err(|_| first))
 }
 
 fn datum_type(dtype: DType) -> Result<DatumType> {

@@ -48,6 +48,19 @@ class Network(nn.Module):
         return y.permute(self.turn) if self.turn else y
 
 
+class Cloud(nn.Module):
+    """PointNet's: what the whole cloud has at most is joined to each point's own features."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.time, self.whole, self.last = nn.Linear(3, 16), nn.Linear(1, 16), nn.Linear(16, 8), nn.Linear(24, 3)
+
+    def forward(self, x, t):
+        h = F.silu(self.first(x) + self.time(t.to(x.dtype)[:, None] / 1000)[:, None])
+        whole = self.whole(h).max(1, keepdim=True).values
+        return self.last(torch.cat([h, whole.expand(-1, x.shape[1], -1)], -1))
+
+
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -90,7 +103,7 @@ save("wave", Network(nn.Linear(64, 16), nn.Linear(16, 64), 16), (64,), "shape = 
 save("policy", Network(conv1(7, 16), conv1(16, 7), 16, [0, 2, 1], 5), (16, 7), 'shape = [16, 7]\nlayout = "channels-last"',
      '[conditions.observation]\nkind = "embedding"\nshape = [5]', observation=5)
 save("mel", Network(conv1(8, 16), conv1(16, 8), 16), (8, 12), "shape = [8, 20]", free=[2], real=(8, 20))
-save("points", Network(nn.Linear(3, 16), nn.Linear(16, 3), 16), (24, 3),
+save("points", Cloud(), (24, 3),
      'shape = [24, 3]\nlayout = "channels-last"\nmodality = "points"')
 save("volume", Network(conv3(1, 8), conv3(8, 1), 8), (1, 4, 8, 8), "shape = [1, 4, 8, 8]")
 save("video", Network(conv3(3, 8), conv3(8, 3), 8, [0, 2, 1, 3, 4]), (4, 3, 8, 8),
