@@ -132,7 +132,7 @@ fn show(timings: &[Timing], teachers: &[TeacherTiming]) {
         "p95 ms",
         "p99 ms",
         "no copies",
-        "images/s",
+        "samples/s",
         "peak MiB",
     ]);
     for t in timings {
@@ -152,7 +152,7 @@ fn show(timings: &[Timing], teachers: &[TeacherTiming]) {
         "steps",
         "network calls",
         "ms a batch",
-        "ms an image",
+        "ms a sample",
         "student faster by",
     ]);
     for t in teachers {

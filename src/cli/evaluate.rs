@@ -147,7 +147,8 @@ struct Judge<'a> {
 /// Whether samples are measured by their values: it is asked for, or one of the sets says that it holds no images.
 fn by_values(args: &EvaluateArgs) -> Result<bool> {
     let students = args.run.as_deref().map(sweep::students).transpose()?.unwrap_or_default();
-    let found = args.values || args.sets.iter().chain(students.first()).any(|path| Source::is_no_image(path));
+    let card = args.card.overrides();
+    let found = args.values || args.sets.iter().chain(students.first()).any(|path| Source::is_no_image(path, &card));
     if found && args.by_class {
         return Err(Error::usage("--by-class is for images with --features"));
     }

@@ -141,7 +141,7 @@ fn show(found: &Verification) {
     let note = found.checker.error.as_deref().unwrap_or_default();
     say!("file       {}  ({}) {note}", mark(found.checker.ok), found.checker.by);
     say!(
-        "reference  {}, {} images, precision {}; values may differ by {:.1e}",
+        "reference  {}, {} samples, precision {}; values may differ by {:.1e}",
         found.reference,
         found.images,
         found.precision,

@@ -180,6 +180,23 @@ impl TeacherOnEngine {
         Ok(x_net.iter().zip(&f).map(|(x, f)| k.skip as f32 * x + k.out as f32 * f).collect())
     }
 
+    /// Stand-ins for `count` rows of each condition that the caller would bring, as [`runtime::student::StudentInfo::random_rows`]
+    /// has them: normal numbers, ones for integers.
+    pub fn random_rows(&self, seed: u64, count: usize) -> Result<Vec<(String, HostTensor)>> {
+        let rows = self.conditions.iter().filter(|(condition, _)| condition.classes().is_none());
+        let make = |(k, (condition, input)): (usize, &(Condition, InputSpec))| {
+            let row = condition.row_shape();
+            let len = row.iter().product();
+            let shape: Vec<usize> = std::iter::once(count).chain(row).collect();
+            let rows = match input.dtype.is_float() {
+                true => HostTensor::new(&shape, &batch_noise(seed ^ 0xe6bd, k as u64 * 1_000_003, count, len))?,
+                false => HostTensor::new(&shape, &vec![1i64; count * len])?,
+            };
+            Ok((input.name.clone(), rows.cast(input.dtype)))
+        };
+        rows.enumerate().map(make).collect()
+    }
+
     /// Conditions of images `start..start + count`: classes in turn or drawn from the seed, rows of embeddings in turn.
     pub fn conditions(&self, request: &SampleRequest, start: u64, count: usize) -> Result<HostConditions> {
         let mut tensors = Vec::new();

@@ -159,7 +159,7 @@ pub fn teacher(
     let began = Instant::now();
     let mut teacher = TeacherOnEngine::open(path, card, options)?;
     let load_ms = ms(began);
-    let images = SampleRequest { batch, ..SampleRequest::default() };
+    let images = SampleRequest { batch, embeddings: teacher.random_rows(1, batch)?, ..SampleRequest::default() };
     let request = TeacherRequest { images, sampler: Sampler::default(), steps, guidance: 1.0 };
     let mut nfe = teacher.sample(&request, 0, batch)?.nfe;
     let mut times = Vec::new();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::Statistics;
 use crate::diffusion::Sampler;
-use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest};
+use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest, card_of};
 use crate::error::{Context, Error, Result};
 use crate::io::images::Rounding;
 use crate::io::{ImageSet, idx, npy, table};
@@ -12,6 +12,9 @@ use crate::runtime::EngineOptions;
 use crate::runtime::decoder::Decoder;
 use crate::runtime::student::{self, SampleRequest, Student};
 use crate::tensor::HostTensor;
+
+/// Names of the array of a `.npz` that holds the samples.
+const SETS: [&str; 4] = ["samples", "images", "x", "arr_0"];
 
 /// One side of a comparison.
 pub enum Source {
@@ -107,7 +110,7 @@ impl Source {
         if extension == "npz" && path.is_file() {
             let arrays = npy::read_npz(path)?;
             let has = |name: &str| arrays.iter().any(|(n, _)| n == name);
-            let images = ["images", "samples", "x", "arr_0"].iter().any(|n| has(n));
+            let images = SETS.iter().any(|n| has(n));
             if has("mu") && has("sigma") && !images {
                 return Ok(Self::Statistics(
                     Statistics::from_arrays(&arrays).with_context(|| path.display().to_string())?,
@@ -126,8 +129,7 @@ impl Source {
             "csv" => Ok(HostTensor::from(table::read(path)?)),
             "npz" => {
                 let arrays = npy::read_npz(path)?;
-                let named = ["samples", "images", "x", "arr_0"];
-                let found = named.iter().find_map(|name| arrays.iter().find(|(n, _)| n == name));
+                let found = SETS.iter().find_map(|name| arrays.iter().find(|(n, _)| n == name));
                 let found = found.or(arrays.first().filter(|_| arrays.len() == 1));
                 found.map(|(_, t)| t.clone()).ok_or_else(|| {
                     Error::usage("which array holds the samples?")
@@ -150,9 +152,9 @@ impl Source {
         }
     }
 
-    /// Whether a file holds, or a network makes, samples that are no images, as far as the file says it. What cannot be read is
-    /// told where it is opened.
-    pub fn is_no_image(path: &Path) -> bool {
+    /// Whether a file holds, or a network makes, samples that are no images, as far as the file says it; `card`: entries of a
+    /// teacher's card. What cannot be read is told where it is opened.
+    pub fn is_no_image(path: &Path, card: &[String]) -> bool {
         let images = |t: &HostTensor| match *t.shape() {
             [_, _, _] => true,
             [_, a, _, c] => [a, c].iter().any(|d| matches!(d, 1 | 3)),
@@ -161,16 +163,18 @@ impl Source {
         match path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase().as_str() {
             "csv" => true,
             "npy" => npy::read(path).is_ok_and(|t| !images(&t)),
+            // (Its arrays may be statistics, or latents that a decoder makes images of.)
+            "npz" => npy::read_npz(path).is_ok_and(|arrays| {
+                let found = SETS.iter().find_map(|name| arrays.iter().find(|(n, _)| n == name));
+                found.is_some_and(|(_, t)| t.rank() == 2 || t.rank() > 4)
+            }),
             "onnx" => {
                 let decoded = crate::files::map(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
                 let Ok(model) = decoded else { return false };
-                let metadata = student::metadata(&model);
-                if metadata.contains_key("student.method") {
+                if student::metadata(&model).contains_key("student.method") {
                     return student::StudentInfo::from_model(&model).is_ok_and(|info| info.image_shape().is_none());
                 }
-                let rank = metadata.get("shape").and_then(|t| Some(student::parse_value(t).as_array()?.len()));
-                let named = metadata.get("modality").map(|t| t.trim_matches('"') != "image");
-                named.or(rank.map(|r| r != 3)).unwrap_or(false)
+                card_of(path, card).is_ok_and(|resolved| resolved.card.image_shape().is_none())
             }
             _ => false,
         }
