@@ -11,9 +11,13 @@ use disback::distill::{Config, Job, RunDir, Stages, Unobserved, distill};
 use disback::run::StudentFile;
 use disback::run::Teacher;
 use disback::torch::dist::World;
+use disback::torch::dist::launcher::Place;
 use disback::torch::shim;
-use disback::torch::training::{Compute, count_memory, counted_memory};
+use disback::torch::training::{Compute, count_memory, counted_memory, counted_memory_of_process};
 use tch::{Device, Kind, Tensor};
+
+/// What several processes share.
+const SHARED: &str = "examples/digits/teacher.onnx";
 
 fn teacher() -> Denoiser {
     teacher_of("examples/digits/teacher.onnx")
@@ -135,7 +139,7 @@ fn memory_and_precision_of_training() {
         let teacher = adapted(teacher, &config);
         let file = StudentFile::load(&config.student, teacher.card(), &Default::default(), Device::Cpu).unwrap();
         let student = file.as_ref().map(|f| f.student(&config.student).unwrap());
-        let told = estimate(&teacher, student.as_ref(), &config).unwrap();
+        let told = estimate(&teacher, student.as_ref(), &config, 1).unwrap();
         let mut measured = Vec::new();
         let dir = tempfile::tempdir().unwrap();
         let run = RunDir::create(&dir.path().join("run"), &config).unwrap();
@@ -165,6 +169,83 @@ fn memory_and_precision_of_training() {
                 mib(told),
                 mib(found)
             );
+        }
+    }
+}
+
+/// What two processes are given by [`the_estimate_of_processes_that_share_a_run`]: rank, port, folder, configuration.
+const GIVEN: &str = "DISBACK_TEST_ONE_OF_TWO";
+
+/// One of two processes: what it held at most in each stage, in bytes.
+#[test]
+#[ignore = "a process of the_estimate_of_processes_that_share_a_run"]
+fn one_of_two() {
+    let Ok(given) = std::env::var(GIVEN) else { return };
+    count_memory();
+    let words: Vec<&str> = given.split_whitespace().collect();
+    let [rank, port, dir] = [words[0], words[1], words[2]];
+    let sets: Vec<String> = words[3..].iter().map(|w| (*w).to_owned()).collect();
+    let config = Config::resolve(None, &sets).unwrap();
+    let place = Place {
+        launcher: "a test",
+        rank: rank.parse().unwrap(),
+        world: 2,
+        local: rank.parse().unwrap(),
+        local_world: 2,
+        address: "127.0.0.1".into(),
+        port: port.parse().unwrap(),
+        served: false,
+        attempt: "0".into(),
+    };
+    let world = World::form(&place, std::time::Duration::from_secs(60)).unwrap();
+    let start = counted_memory_of_process(true).current;
+    let (teacher, run) = (adapted(SHARED, &config), RunDir::at(&Path::new(dir).join("run")));
+    for stages in [Stages::Degrade, Stages::Backtrack] {
+        counted_memory_of_process(true);
+        let (stop, world) = (AtomicBool::new(false), world.clone());
+        let (config, run, observer, stop) = (&config, &run, &mut Unobserved, &stop);
+        distill(Job { config, student: None, run, observer, stop, silent: true, world }, &teacher, stages).unwrap();
+        println!("held {}", counted_memory_of_process(false).peak - start);
+    }
+}
+
+/// What each of two processes takes, as told for `--world 2`.
+#[test]
+fn the_estimate_of_processes_that_share_a_run() {
+    count_memory();
+    for (shard, accumulate, objective) in
+        [("none", 2, "dmd"), ("none", 6, "dmd"), ("optimizer", 2, "dmd"), ("optimizer", 6, "sid")]
+    {
+        let fixed = "batch=6 degrade.nodes=1 degrade.steps=2 backtrack.updates=2 log.samples=0";
+        let sets = format!("{fixed} distributed.shard={shard} accumulate={accumulate} objective={objective}");
+        let list: Vec<String> = sets.split_whitespace().map(str::to_owned).collect();
+        let config = Config::resolve(None, &list).unwrap();
+        let told = estimate(&adapted(SHARED, &config), None, &config, 2).unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let dir = tempfile::tempdir().unwrap();
+        RunDir::create(&dir.path().join("run"), &config).unwrap();
+        let start = |rank: usize| {
+            std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["one_of_two", "--exact", "--ignored", "--nocapture"])
+                .env(GIVEN, format!("{rank} {port} {} {sets}", dir.path().display()))
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let held = [start(0), start(1)].map(|child| {
+            let out = child.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            assert!(out.status.success(), "{text}");
+            let held = text.lines().filter_map(|l| l.rsplit_once("held ")?.1.trim().parse().ok());
+            held.collect::<Vec<u64>>()
+        });
+        for (k, (name, told)) in
+            [("degrade", told.degrade.total), ("backtrack", told.backtrack.total)].into_iter().enumerate()
+        {
+            let found = held[0][k].max(held[1][k]);
+            let what = format!("{name}, {shard}, accumulate {accumulate}, {objective}");
+            println!("{what}: told {:.1} MiB, held {:.1} and {:.1} MiB", mib(told), mib(held[0][k]), mib(held[1][k]));
+            assert!((told as f64 / found as f64 - 1.0).abs() < 0.05, "{what}: told {}, held {}", mib(told), mib(found));
         }
     }
 }

@@ -127,7 +127,7 @@ pub fn estimated(task: &Task) -> Result<()> {
     let card = Arc::new(teacher.card.card);
     let denoiser = Denoiser::new(Box::new(teacher.network), card, &specs)?;
     let sets = [format!("batch={}", task.batch), format!("precision={}", task.precision)];
-    let found = estimate::estimate(&denoiser, None, &configured(&sets)?)?;
+    let found = estimate::estimate(&denoiser, None, &configured(&sets)?, 1)?;
     say(&json!({"stage1": found.degrade.total >> 20, "stage2": found.backtrack.total >> 20}));
     Ok(())
 }

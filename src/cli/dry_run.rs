@@ -11,7 +11,7 @@ use super::{Globals, table};
 use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{Config, Precision, Switch};
 use crate::distill::metrics::MetricsRow;
-use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, estimate};
+use crate::distill::{Job, Observer, RunDir, Stages, compare, distill};
 use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
@@ -53,8 +53,6 @@ impl Clock {
 struct Sizes {
     /// What is trained of the degrading copy and the fake score: all of the teacher's weights, or the low-rank factors.
     trained: u64,
-    /// The target's, some of them bf16 where that is asked for.
-    target: u64,
     /// The teacher's weights beside these factors, frozen and shared.
     shared: u64,
     student: u64,
@@ -64,15 +62,16 @@ struct Sizes {
 fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
     // Weights, gradient, and two moments.
     const TRAINED: u64 = 4;
-    let Sizes { trained, target, shared, student } = *sizes;
+    let Sizes { trained, shared, student } = *sizes;
     let fake = if config.has_fake() { TRAINED * trained } else { 0 };
     let averages = 1 + config.ema.more.len() as u64;
     let mut all = vec![("teacher".to_owned(), trained + shared)];
     if config.degrade.nodes > 0 {
         all.push(("stage 1: initial student, degrading copy".to_owned(), student + TRAINED * trained));
     }
-    let stage_two = target + (TRAINED + averages) * student + fake;
-    all.push(("stage 2: target, student, averages, fake score".to_owned(), stage_two));
+    // (The target lies in the teacher's own memory.)
+    let stage_two = (TRAINED + averages) * student + fake;
+    all.push(("stage 2: student, averages, fake score".to_owned(), stage_two));
     all
 }
 
@@ -107,8 +106,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let of_student = student.map_or(parameters, |s| s.params().elements() as u64);
     let shared = if parameters < whole { whole } else { 0 };
     let trained = 4 * parameters;
-    let target = estimate::target_bytes(teacher, config);
-    let sizes = Sizes { trained, target, shared: 4 * shared, student: 4 * of_student };
+    let sizes = Sizes { trained, shared: 4 * shared, student: 4 * of_student };
     let images = config.images();
     let passes = compare::passes(config);
     let degrade_steps = if config.degrade.nodes > 0 { config.degrade.steps } else { 0 };

@@ -14,7 +14,7 @@ use crate::distill::Config;
 use crate::distill::estimate::{StageCost, estimate};
 use crate::error::{Error, Result};
 use crate::inspect;
-use crate::run::{self, origin};
+use crate::run::{self, origin, ranks};
 use crate::shown::say;
 use crate::torch::device;
 use crate::torch::training::Hollow;
@@ -33,6 +33,9 @@ pub struct EstimateArgs {
     /// Images a forward pass. [batch]
     #[arg(long)]
     pub batch: Option<usize>,
+    /// Processes that share the run: what each of them takes.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub world: usize,
     /// What the device computes of this network's arithmetic in a second, in 10^12 floating-point operations; gives the
     /// time of an iteration.
     #[arg(long, value_name = "TFLOPS")]
@@ -45,6 +48,9 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
         && !(rate > 0.0 && rate.is_finite())
     {
         return Err(Error::usage(format!("--tflops {rate}: expected a number above 0")));
+    }
+    if !(1..=1 << 16).contains(&args.world) {
+        return Err(Error::usage(format!("--world {}: expected 1 to 65536 processes", args.world)));
     }
     let mut sets: Vec<String> = args.batch.iter().map(|b| format!("batch={b}")).collect();
     sets.extend(args.sets.iter().cloned());
@@ -65,7 +71,8 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
         Some(file) => inspect::cost(&file.network, file.card(), 1).ok().and_then(|c| c.macs_of_one()),
         None => macs,
     };
-    let found = estimate(&denoiser, given.as_ref(), &config)?;
+    ranks::check_split(args.world, &config)?;
+    let found = estimate(&denoiser, given.as_ref(), &config, args.world)?;
     // Two operations a multiply-add, the classifier-free half of guidance counted in the passes.
     let flops = |s: &StageCost| {
         let macs = macs? as f64 * s.passes + student_macs? as f64 * s.student_passes;
@@ -75,7 +82,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     let stages = [("degrade", &found.degrade), ("backtrack", &found.backtrack)];
     if globals.json {
         let mut value = json!({
-            "batch": found.batch, "parameters": found.parameters, "student": origin::describe(&config),
+            "world": found.world, "batch": found.batch, "parameters": found.parameters, "student": origin::describe(&config),
             "student_parameters": found.student_parameters,
         });
         for (name, s) in stages {
@@ -88,6 +95,11 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     }
     let mib = |b: u64| format!("{:.0} MiB", b as f64 / (1 << 20) as f64);
     say!("{} trained parameters, batch {}", found.parameters, found.batch);
+    if found.world > 1 {
+        let keeps =
+            if config.distributed.shares_states() { "a share of the moments and averages" } else { "everything" };
+        say!("each of {} processes, which keeps {keeps} (distributed.shard):", found.world);
+    }
     if given.is_some() {
         say!("student: {}, {} parameters", origin::describe(&config), found.student_parameters);
     }

@@ -298,7 +298,7 @@ pub mod from_run {
                         .hint("the live weights are only in checkpoints; --ema average takes the result")
                 })?;
                 checkpoint
-                    .take_params("student/", factors.map_or(&params, |f| f.params()))
+                    .take_params("student/", factors.map_or(&params, |f| f.params()), None)
                     .context("the latest checkpoint")?;
                 merge()?;
             }

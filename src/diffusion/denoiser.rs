@@ -79,6 +79,11 @@ impl Denoiser {
         Ok(self.with(self.network.copy()?))
     }
 
+    /// [`Forward::alias`].
+    pub fn alias(&self) -> Option<Self> {
+        self.network.alias().map(|network| self.with(network))
+    }
+
     /// [`Forward::copy_narrow`].
     pub fn copy_narrow(&self) -> Result<Self> {
         Ok(self.with(self.network.copy_narrow()?))

@@ -15,8 +15,8 @@ pub use crate::distill::stage_kind::StageKind;
 use crate::distill::trajectory::short;
 use crate::error::{Context, Error, Result};
 use crate::torch::ParamSet;
-use crate::torch::dist::World;
-use crate::torch::params::{TensorFile, save_tensors};
+use crate::torch::dist::{Named, Owners, World};
+use crate::torch::params::{TensorFile, file_order, save_fetched};
 
 /// Numbers that go with the tensors. What decides the run's course is integer or f32: its decimal form reads back exactly.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -148,16 +148,57 @@ pub(crate) fn is_own_file(name: &str) -> bool {
     is_tensor_file(name) || place_of(name, NUMBERS).is_some()
 }
 
-/// Saves a checkpoint and removes all but the last `keep`. Files with other names than a checkpoint's, links and folders stay.
-pub fn save(dir: &Path, state: &State, tensors: &[(String, Tensor)], keep: usize) -> Result<()> {
+/// Saves a checkpoint and removes all but the last `keep`. Files with other names than a checkpoint's, links and folders stay. Rank 0 of
+/// `world` writes; where tensors have owners, every process calls this and sends it what it keeps.
+pub fn save(dir: &Path, state: &State, tensors: &[Named], keep: usize, world: &World) -> Result<()> {
+    if !world.leads() {
+        return send(tensors, world);
+    }
     let stem = format!("{}-{:08}", state.stage.name(), state.iteration);
     let file = format!("{stem}{TENSORS}");
-    let borrowed: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
-    let sha256 = save_tensors(&dir.join(&file), &borrowed)?;
+    let sha256 = write(&dir.join(&file), tensors, world)?;
     let text = State { file, sha256, ..state.clone() }.to_text()?;
     crate::files::write_atomic(&dir.join(format!("{stem}{NUMBERS}")), text.as_bytes())?;
     crate::files::write_atomic(&dir.join(LATEST), text.as_bytes())?;
     prune(dir, state.place(), keep)
+}
+
+/// The order in which rank 0 writes these tensors, and so asks the others for them.
+fn order(tensors: &[Named]) -> Vec<usize> {
+    file_order(&tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>())
+}
+
+/// Sends rank 0 what this process keeps of them, in the order in which it writes.
+fn send(tensors: &[Named], world: &World) -> Result<()> {
+    for t in order(tensors).into_iter().map(|k| &tensors[k]) {
+        if let Some(owner) = t.owner {
+            world.to_leader(owner, &t.tensor)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the tensors, one at a time in memory where another process keeps them.
+fn write(path: &Path, tensors: &[Named], world: &World) -> Result<String> {
+    let fetch = |k: usize| -> Result<Tensor> {
+        let t = &tensors[k];
+        let theirs = t.owner.map(|owner| world.to_leader(owner, &t.tensor)).transpose()?;
+        Ok(theirs.flatten().unwrap_or_else(|| t.tensor.shallow_clone()))
+    };
+    let named: Vec<(String, &Tensor)> = tensors.iter().map(|t| (t.name.clone(), &t.tensor)).collect();
+    let mut fetched = 0;
+    let written = save_fetched(path, &named, &mut |k| {
+        fetched += 1;
+        fetch(k)
+    });
+    if written.is_err() && !world.is_broken() {
+        // The others send all they keep, whatever becomes of the file.
+        order(tensors)[fetched..]
+            .iter()
+            .filter(|k| tensors[**k].owner.is_some())
+            .try_for_each(|&k| fetch(k).map(drop))?;
+    }
+    written
 }
 
 /// Whether the checkpoint of this state has been written.
@@ -192,7 +233,12 @@ pub struct Checkpoint {
     pub state: State,
     /// Newer ones that could not be read, a sentence each.
     pub passed_over: Vec<String>,
-    tensors: HashMap<String, Tensor>,
+    /// Sizes of the tensors that have not been taken.
+    left: HashMap<String, Vec<i64>>,
+    /// What they are read from; on other processes than rank 0 of `world` there is nothing.
+    file: Option<TensorFile>,
+    /// Those that take the same tensors in the same order.
+    world: World,
 }
 
 impl Checkpoint {
@@ -222,11 +268,11 @@ impl Checkpoint {
                 .hint("give the teacher that the run began with"));
             }
             match tensors(dir, &state) {
-                Ok(tensors) => {
+                Ok((file, left)) => {
                     // What was found unreadable before this one's place in time is what is passed over.
                     problems.retain(|(place, _)| *place > Some(state.place()));
                     let passed_over = problems.iter().map(|(_, e)| e.to_string()).collect();
-                    return Ok(Some(Self { state, passed_over, tensors }));
+                    return Ok(Some(Self { state, passed_over, left, file: Some(file), world: World::alone() }));
                 }
                 Err(e) => problems.push((Some(state.place()), e)),
             }
@@ -239,54 +285,62 @@ impl Checkpoint {
         }
     }
 
-    /// What `read` gives on rank 0 of `world`, on every process.
+    /// What `read` gives on rank 0 of `world`, on every process: all take the same tensors in the same order.
     pub(crate) fn shared(world: &World, read: impl FnOnce() -> Result<Option<Self>>) -> Result<Option<Self>> {
         if world.is_alone() {
             return read();
         }
         let mut mine = None;
-        type Head = (State, Vec<(String, Vec<i64>)>);
+        type Head = (State, HashMap<String, Vec<i64>>);
         let head: Option<Head> = world.from_leader(|| {
             mine = read()?;
-            let Some(found) = &mine else { return Ok(None) };
-            let mut tensors: Vec<_> = found.tensors.iter().map(|(name, t)| (name.clone(), t.size())).collect();
-            tensors.sort();
-            match found.tensors.iter().find(|(_, t)| t.kind() != Kind::Float) {
-                Some((name, t)) => {
-                    Err(Error::mismatch(format!("the checkpoint's tensor `{name}` is {:?}, expected f32", t.kind())))
+            let Some(Self { state, left, file: Some(file), .. }) = &mine else { return Ok(None) };
+            for name in left.keys() {
+                let kind = file.kind(name)?;
+                if kind != Kind::Float {
+                    return Err(Error::mismatch(format!("the checkpoint's tensor `{name}` is {kind:?}, expected f32")));
                 }
-                None => Ok(Some((found.state.clone(), tensors))),
             }
+            Ok(Some((state.clone(), left.clone())))
         })?;
-        let Some((state, sizes)) = head else { return Ok(None) };
-        let mut tensors = HashMap::new();
-        for (name, size) in sizes {
-            let there = mine.as_ref().and_then(|found| found.tensors.get(&name));
-            let tensor = match there {
-                Some(t) => t.f_contiguous()?,
-                None => Tensor::f_empty(&size[..], (Kind::Float, Device::Cpu))?,
-            };
-            world.broadcast(std::slice::from_ref(&tensor))?;
-            tensors.insert(name, tensor);
-        }
-        let passed_over = mine.map_or_else(Vec::new, |found| found.passed_over);
-        Ok(Some(Self { state, passed_over, tensors }))
+        let Some((state, left)) = head else { return Ok(None) };
+        let (file, passed_over) = mine.map_or((None, Vec::new()), |found| (found.file, found.passed_over));
+        Ok(Some(Self { state, passed_over, left, file, world: world.clone() }))
     }
 
     /// Takes a tensor out.
     pub fn take(&mut self, name: &str) -> Result<Tensor> {
-        self.tensors.remove(name).ok_or_else(|| Error::mismatch(format!("the checkpoint has no tensor `{name}`")))
+        let size = self.left.remove(name);
+        let size = size.ok_or_else(|| Error::mismatch(format!("the checkpoint has no tensor `{name}`")))?;
+        let tensor = match &self.file {
+            Some(file) => file.get(name)?,
+            None => Tensor::f_empty(&size[..], (Kind::Float, Device::Cpu))?,
+        };
+        self.world.broadcast(std::slice::from_ref(&tensor))?;
+        Ok(tensor)
     }
 
-    /// Takes a whole parameter set, saved under `prefix`, into `params`.
-    pub fn take_params(&mut self, prefix: &str, params: &ParamSet) -> Result<()> {
-        let tensors = params.names().iter().map(|n| self.take(&format!("{prefix}{n}"))).collect::<Result<_>>()?;
-        params.copy_from(&ParamSet::new(params.names().to_vec(), tensors)?)
+    /// Takes a whole parameter set, saved under `prefix`, into `params`; where they have `owners`, what this process keeps of them.
+    pub fn take_params(&mut self, prefix: &str, params: &ParamSet, owners: Option<&Owners>) -> Result<()> {
+        for (k, (name, mine)) in params.iter().enumerate() {
+            let theirs = self.take(&format!("{prefix}{name}"))?;
+            if theirs.size() != mine.size() {
+                return Err(Error::mismatch(format!(
+                    "the checkpoint's tensor `{prefix}{name}` has shape {:?}, expected {:?}",
+                    theirs.size(),
+                    mine.size()
+                )));
+            }
+            if owners.is_none_or(|o| o.is_mine(k)) {
+                tch::no_grad(|| mine.shallow_clone().f_copy_(&theirs))?;
+            }
+        }
+        Ok(())
     }
 
     /// Everything must have been taken: a surplus means another network or another version.
     pub fn finish(self) -> Result<()> {
-        match self.tensors.keys().min() {
+        match self.left.keys().min() {
             None => Ok(()),
             Some(name) => Err(Error::mismatch(format!("the checkpoint has a surplus tensor `{name}`"))),
         }
@@ -322,18 +376,20 @@ fn states(dir: &Path) -> Result<(Vec<State>, Vec<Problem>)> {
     Ok((found, problems))
 }
 
-/// The tensors of a checkpoint, as they were written.
-fn tensors(dir: &Path, state: &State) -> Result<HashMap<String, Tensor>> {
+/// The file of a checkpoint's tensors, as it was written, and their sizes.
+fn tensors(dir: &Path, state: &State) -> Result<(TensorFile, HashMap<String, Vec<i64>>)> {
     let file = TensorFile::open(&dir.join(&state.file))?;
     if !state.sha256.is_empty() && file.sha256() != state.sha256 {
         return Err(Error::io(format!("{}: the file was changed after it was written", file.path().display())));
     }
-    file.names().into_iter().map(|name| Ok((name.clone(), file.get(&name)?))).collect()
+    let sizes = file.names().into_iter().map(|name| file.shape(&name).map(|shape| (name, shape)));
+    let sizes = sizes.collect::<Result<_>>()?;
+    Ok((file, sizes))
 }
 
 /// The tensors of a parameter set under `prefix`.
-pub fn named(prefix: &str, params: &ParamSet) -> Vec<(String, Tensor)> {
-    params.iter().map(|(n, t)| (format!("{prefix}{n}"), t.shallow_clone())).collect()
+pub fn named(prefix: &str, params: &ParamSet, owners: Option<&Owners>) -> Vec<Named> {
+    params.iter().enumerate().map(|(k, (n, t))| Named::owned(format!("{prefix}{n}"), t, owners, k)).collect()
 }
 
 #[cfg(test)]
@@ -355,7 +411,7 @@ mod tests {
         }
         for k in 1..5 {
             let state = State { iteration: k, ..State::new(StageKind::Backtrack, "h") };
-            save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0 - 3.0)), 2).unwrap();
+            save(dir.path(), &state, &named("g/", &set(k as f32 * 3.0 - 3.0), None), 2, &World::alone()).unwrap();
         }
         let left = std::fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(left, 5 + theirs.len(), "of the checkpoints the last two are kept, and all else");
@@ -364,8 +420,8 @@ mod tests {
         assert_eq!((c.state.iteration, c.state.stage), (4, StageKind::Backtrack));
         assert!(c.passed_over.is_empty());
         let into = set(1.0);
-        assert!(c.take_params("ema/", &into).unwrap_err().to_string().contains("ema/a"));
-        c.take_params("g/", &into).unwrap();
+        assert!(c.take_params("ema/", &into, None).unwrap_err().to_string().contains("ema/a"));
+        c.take_params("g/", &into, None).unwrap();
         assert_eq!(into.hash().unwrap(), set(9.0).hash().unwrap());
         c.finish().unwrap();
         assert!(Checkpoint::latest(dir.path(), "h").unwrap().unwrap().finish().is_err());
@@ -401,7 +457,7 @@ mod tests {
         let dir = dir.path();
         let write = |k: u64| {
             let state = State { iteration: k, best_loss: Some(0.1), ..State::new(StageKind::Degrade, "h") };
-            save(dir, &state, &named("g/", &set(k as f32)), 2).unwrap();
+            save(dir, &state, &named("g/", &set(k as f32), None), 2, &World::alone()).unwrap();
         };
         let latest = || Checkpoint::latest(dir, "h");
         (1..3).for_each(write);
@@ -428,7 +484,14 @@ mod tests {
         // Gone on from the first, what comes later on the disk is of a course given up.
         std::fs::remove_file(dir.join("degrade-00000002.safetensors")).unwrap();
         assert_eq!(latest().unwrap().unwrap().state.iteration, 1);
-        save(dir, &State { iteration: 1, ..State::new(StageKind::Degrade, "h") }, &named("g/", &set(1.0)), 2).unwrap();
+        save(
+            dir,
+            &State { iteration: 1, ..State::new(StageKind::Degrade, "h") },
+            &named("g/", &set(1.0), None),
+            2,
+            &World::alone(),
+        )
+        .unwrap();
         assert!(!dir.join("degrade-00000002.json").exists());
         // None left.
         std::fs::write(dir.join("degrade-00000001.safetensors"), "x").unwrap();
@@ -441,7 +504,14 @@ mod tests {
     fn checkpoints_of_earlier_versions_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
-        save(dir, &State { iteration: 7, ..State::new(StageKind::Degrade, "h") }, &named("g/", &set(2.0)), 2).unwrap();
+        save(
+            dir,
+            &State { iteration: 7, ..State::new(StageKind::Degrade, "h") },
+            &named("g/", &set(2.0), None),
+            2,
+            &World::alone(),
+        )
+        .unwrap();
         let mut old: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.join(LATEST)).unwrap()).unwrap();
         let fields = old.as_object_mut().unwrap();
         ["sha256", "hash"].iter().for_each(|key| drop(fields.remove(*key)));
@@ -449,7 +519,7 @@ mod tests {
         std::fs::remove_file(dir.join("degrade-00000007.json")).unwrap();
         let into = set(1.0);
         let mut found = Checkpoint::latest(dir, "h").unwrap().unwrap();
-        found.take_params("g/", &into).unwrap();
+        found.take_params("g/", &into, None).unwrap();
         assert_eq!((found.state.iteration, into.hash().unwrap()), (7, set(2.0).hash().unwrap()));
     }
 }

@@ -16,6 +16,7 @@ use crate::distill::stage::{self, Ended, Measured, Stage, lasting};
 use crate::distill::student::Student;
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
+use crate::torch::dist::Named;
 use crate::torch::train::cuda_graph::Recorder;
 use crate::torch::train::optim::AdamW;
 
@@ -73,12 +74,12 @@ impl<'a> Degrade<'a> {
         let copy = teacher.copy()?;
         copy.params().set_requires_grad(true)?;
         let mut adam = AdamW::new(copy.params(), config.adamw(config.degrade_lr(), &config.degrade.betas))?;
-        adam.share(&job.world, config.sums_apart(batches.device))?;
+        adam.share(&job.world, config.sums_apart(batches.device), config.distributed.shares_states())?;
         let probe = Probe::new(&batches, teacher, &initial)?;
         let (recorder, form) = recorder(config, batches.device)?;
         let (state, trajectory) = match resume {
             Some(mut checkpoint) => {
-                checkpoint.take_params("copy/", copy.params())?;
+                checkpoint.take_params("copy/", copy.params(), None)?;
                 adam.restore("adam/", &mut |name| checkpoint.take(name))?;
                 let state = checkpoint.state.clone();
                 checkpoint.finish()?;
@@ -233,8 +234,8 @@ impl Stage for Degrade<'_> {
         probe.find_nonfinite(&candidates)
     }
 
-    fn tensors(&self) -> Vec<(String, Tensor)> {
-        let mut tensors = named("copy/", self.copy.params());
+    fn tensors(&self) -> Vec<Named> {
+        let mut tensors = named("copy/", self.copy.params(), None);
         tensors.extend(self.adam.state("adam/"));
         tensors
     }

@@ -19,6 +19,7 @@ use crate::distill::job::lay_out;
 use crate::distill::objective::surrogate;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
+use crate::torch::dist::{BUCKET, largest_share};
 use crate::torch::training::{Compute, Hollow, counted_memory};
 use crate::torch::{Forward, ParamSet, shim};
 
@@ -46,9 +47,11 @@ pub struct StageCost {
     pub student_passes: f64,
 }
 
-/// Memory and arithmetic of a run, both stages.
+/// Memory and arithmetic of a run, both stages, of each of its processes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Estimate {
+    /// Processes that share the run.
+    pub world: usize,
     /// Images a forward pass.
     pub batch: usize,
     /// Trained numbers of the teacher's network; with low-rank adaptation those of the factors alone.
@@ -73,7 +76,7 @@ struct Measured {
 }
 
 /// Bytes of the target's weights: the teacher's trained ones, some of them in bf16 where `memory.nodes` says so.
-pub fn target_bytes(teacher: &Denoiser, config: &Config) -> u64 {
+fn target_bytes(teacher: &Denoiser, config: &Config) -> u64 {
     let params = teacher.params();
     let whole = 4 * params.elements() as u64;
     if !config.narrow_target() {
@@ -83,9 +86,73 @@ pub fn target_bytes(teacher: &Denoiser, config: &Config) -> u64 {
     whole - kernels.map(|(t, _)| 2 * t.numel() as u64).sum::<u64>()
 }
 
-/// Estimates a run of this configuration. `teacher` must be on the CPU and `student`, where it is not the teacher's copy, too;
-/// neither is changed.
-pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) -> Result<Estimate> {
+/// How one network's gradients and states are spread over the processes of a run, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Spread {
+    /// Gradients of the network.
+    whole: f64,
+    /// Share of the moments and averages that a process keeps.
+    kept: f64,
+    /// What is sent and received of a round while the next micro-batch is computed.
+    in_flight: f64,
+    /// The sum over rounds, of what this process sums.
+    sum: f64,
+    /// The most that a round's exchange takes by itself, the gradients among it; and the end of an update.
+    round: f64,
+    finish: f64,
+}
+
+impl Spread {
+    /// `sizes`: elements of each trained tensor. `exchanged`: the gradients of each micro-batch are taken from the network and sent.
+    fn new(sizes: &[usize], world: usize, exchanged: bool, config: &Config) -> Self {
+        let elements: usize = sizes.iter().sum();
+        let whole = 4.0 * elements as f64;
+        let shared = world > 1 && config.distributed.shares_states();
+        let kept = if shared { largest_share(sizes, world) as f64 / elements.max(1) as f64 } else { 1.0 };
+        if !exchanged {
+            return Self { whole, kept, in_flight: 0.0, sum: 0.0, round: 0.0, finish: 0.0 };
+        }
+        match shared {
+            // Two buckets at a time; each is sent and received.
+            true => {
+                let passing = whole.min(2.0 * BUCKET as f64);
+                let sum = kept * whole;
+                Self { whole, kept, in_flight: 0.0, sum, round: whole + passing, finish: sum.max(passing) }
+            }
+            // (gloo gathers into memory of its own first.)
+            false => {
+                let sum = whole / world as f64;
+                Self { whole, kept, in_flight: 2.0 * whole, sum, round: 2.0 * whole, finish: sum + 2.0 * whole }
+            }
+        }
+    }
+
+    /// Held beside a micro-batch of the last of `rounds`, of the rounds before it.
+    fn behind(&self, rounds: usize) -> f64 {
+        let settled = if self.in_flight > 0.0 { rounds > 2 } else { rounds > 1 };
+        let under_way = if rounds > 1 { self.in_flight } else { 0.0 };
+        under_way + if settled { self.sum } else { 0.0 }
+    }
+}
+
+/// Estimates a run of this configuration that `world` processes share: what each of them takes. `teacher` must be on the CPU and
+/// `student`, where it is not the teacher's copy, too; neither is changed. (Where moments and averages are shared out, rank 0 holds whole
+/// averages as long as it looks at them.)
+pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config, world: usize) -> Result<Estimate> {
+    let rounds = config.accumulate.div_ceil(world.max(1));
+    // (On the CPU several processes take the gradients of each micro-batch from the networks; on CUDA devices they add up there.)
+    let exchanged = world > 1 && !config.device.starts_with("cuda");
+    let own_rounds = if exchanged { 1 } else { rounds };
+    let measured_with = Config { accumulate: own_rounds, ..config.clone() };
+    estimate_of(teacher, student, &measured_with, (world.max(1), rounds, exchanged))
+}
+
+fn estimate_of(
+    teacher: &Denoiser,
+    student: Option<&Student>,
+    config: &Config,
+    (world, rounds, exchanged): (usize, usize, bool),
+) -> Result<Estimate> {
     let networks = [Some(teacher.network()), student.map(Student::network)];
     let tensors = networks.iter().flatten().flat_map(|n| n.params().tensors());
     if tensors.into_iter().any(|t| t.device() != Device::Cpu) {
@@ -118,57 +185,104 @@ pub fn estimate(teacher: &Denoiser, student: Option<&Student>, config: &Config) 
     };
     // The weights that a student's file came with stay as they are.
     let given = if student.is_some() { own } else { 0 };
-    let stage = |weights: u64, gradients: u64, highest: f64, passes: f64, student_passes: f64| {
-        let activations = (highest - gradients as f64).max(0.0) as u64;
-        let (weights, optimizer) = (weights + frozen + given, 2 * gradients);
-        let total = weights + gradients + optimizer + activations;
-        StageCost { weights, gradients, optimizer, activations, total, passes, student_passes }
+    let sizes = |params: &ParamSet| params.tensors().iter().map(Tensor::numel).collect::<Vec<_>>();
+    let of_teacher = Spread::new(&sizes(teacher.params()), world, exchanged, config);
+    let of_student = match student {
+        None => of_teacher,
+        Some(student) => Spread::new(&sizes(student.params()), world, exchanged, config),
     };
     let objective = config.built_objective()?;
     let fake = u64::from(objective.needs_fake());
+    let stage = |weights: u64, spreads: &[Spread], highest: f64, passes: f64, student_passes: f64| {
+        let gradients = spreads.iter().map(|s| s.whole).sum::<f64>().min(highest) as u64;
+        let optimizer = spreads.iter().map(|s| 2.0 * s.kept * s.whole).sum::<f64>() as u64;
+        let activations = (highest - gradients as f64).max(0.0) as u64;
+        let weights = weights + frozen + given;
+        let total = weights + gradients + optimizer + activations;
+        StageCost { weights, gradients, optimizer, activations, total, passes, student_passes }
+    };
+    let ratio = config.backtrack.ratio as f64;
     let guided = if config.guidance != 1.0 { 2.0 } else { 1.0 };
     let scores = guided + fake as f64;
-    let (one, of_student) = (trained as f64, own as f64);
-    // While the generator's graph is held, the scores are computed; then the fake score is trained.
-    // Gradients of the micro-batches before this one stay; otherwise they go with the optimiser's step.
-    let (others, all) =
-        if config.accumulate > 1 { (fake as f64 * one, of_student + fake as f64 * one) } else { (0.0, 0.0) };
-    let generator = if objective.through_scores() {
-        // The scores' backward comes first, while the generator's inner values are still held.
-        let inner = (net.training - net.kept - one).max(0.0);
-        net.kept * scores + made.training.max(made.kept + inner) + others
-    } else {
-        (made.kept + guided * net.forward + all).max(made.training + others)
-    };
-    // The generator's gradients wait for its step.
-    let fake_step = if fake > 0 { net.training + of_student } else { 0.0 };
-    let accumulate = config.accumulate as f64;
-    let ratio = config.backtrack.ratio as f64;
     let scored = if objective.through_scores() { 3.0 * scores } else { scores };
-    let passes = scored / ratio + 3.0 * fake as f64;
-    let student_passes = 3.0 / ratio + (ratio - 1.0) / ratio;
-    let averages = 1 + config.ema.more.len() as u64;
+    let (passes, student_passes) = (scored / ratio + 3.0 * fake as f64, 3.0 / ratio + (ratio - 1.0) / ratio);
+    let averages = (1 + config.ema.more.len()) as f64 * of_student.kept;
+    let highest = Highest { net, made, config, fake, guided, scores, exchanged, rounds };
+    let spreads = if fake > 0 { vec![of_student, of_teacher] } else { vec![of_student] };
+    let in_degrade = (net.training.max(net.forward).max(made.forward) + of_teacher.behind(rounds))
+        .max(of_teacher.round + of_teacher.sum)
+        .max(of_teacher.finish);
+    let through_scores = objective.through_scores();
+    let in_backtrack = highest
+        .generator(through_scores, of_teacher, of_student)
+        .max(highest.fake_step(of_teacher, of_student))
+        .max(highest.update(of_teacher, of_student));
+    let each = rounds as f64;
     Ok(Estimate {
+        world,
         batch: config.batch,
         parameters: teacher.params().elements(),
         student_parameters: own as usize / 4,
         // Teacher, the initial student and the copy that degrades.
-        degrade: stage(
-            2 * trained + own,
-            trained,
-            net.training.max(net.forward).max(made.forward),
-            3.0 * accumulate,
-            accumulate,
-        ),
-        // Teacher, target and fake score; the student and its averages.
+        degrade: stage(2 * trained + own, &[of_teacher], in_degrade, 3.0 * each, each),
+        // The target, which is the teacher's own network, and the fake score; the student and its averages.
         backtrack: stage(
-            (1 + fake) * trained + target + (1 + averages) * own,
-            fake * trained + own,
-            generator.max(fake_step),
-            passes * accumulate,
-            student_passes * accumulate,
+            fake * trained + target + own + (averages * own as f64) as u64,
+            &spreads,
+            in_backtrack,
+            passes * each,
+            student_passes * each,
         ),
     })
+}
+
+/// What stage 2 holds at most beside weights and moments.
+struct Highest<'a> {
+    net: Measured,
+    made: Measured,
+    config: &'a Config,
+    fake: u64,
+    guided: f64,
+    scores: f64,
+    /// Whether gradients of each micro-batch go to other processes, and how many micro-batches a process has.
+    exchanged: bool,
+    rounds: usize,
+}
+
+impl Highest<'_> {
+    /// While the generator's graph is held, the scores are computed. Gradients of the micro-batches before this one stay; otherwise
+    /// they go with the optimiser's step.
+    fn generator(&self, through_scores: bool, of_fake: Spread, of_student: Spread) -> f64 {
+        let Self { net, made, fake, guided, scores, rounds, .. } = self;
+        let (fake, one) = (*fake as f64, of_fake.whole);
+        let (others, all) =
+            if self.config.accumulate > 1 { (fake * one, of_student.whole + fake * one) } else { (0.0, 0.0) };
+        let computed = if through_scores {
+            // The scores' backward comes first, while the generator's inner values are still held.
+            let inner = (net.training - net.kept - one).max(0.0);
+            net.kept * scores + made.training.max(made.kept + inner) + others
+        } else {
+            (made.kept + guided * net.forward + all).max(made.training + others)
+        };
+        let behind = fake * of_fake.behind(*rounds);
+        (computed + of_student.behind(*rounds)).max(of_student.round + of_student.sum) + behind
+    }
+
+    /// Then the fake score is trained, and the generator's gradients wait for its step or are on their way.
+    fn fake_step(&self, of_fake: Spread, of_student: Spread) -> f64 {
+        if self.fake == 0 {
+            return 0.0;
+        }
+        let sums = if self.rounds > 1 || of_student.in_flight == 0.0 { of_student.sum } else { 0.0 };
+        let sent = if self.exchanged { of_student.in_flight + sums } else { of_student.whole };
+        (self.net.training + of_fake.behind(self.rounds)).max(of_fake.round + of_fake.sum) + sent
+    }
+
+    /// Last the sums are put together, the generator's first.
+    fn update(&self, of_fake: Spread, of_student: Spread) -> f64 {
+        let waits = if self.fake > 0 { of_fake.in_flight.max(of_fake.sum) } else { 0.0 };
+        of_student.finish + waits
+    }
 }
 
 /// What `measure` finds at the configured batch: measured there, or on the line through two small batches.

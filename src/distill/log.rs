@@ -2,8 +2,6 @@
 
 use std::time::Instant;
 
-use tch::Tensor;
-
 use crate::distill::checkpoint::{self, StageKind, State};
 use crate::distill::job::Job;
 use crate::distill::metrics::{Means, Meters, MetricsFile, MetricsRow};
@@ -11,7 +9,7 @@ use crate::distill::nonfinite::Finding;
 use crate::distill::observer::Observer;
 use crate::distill::progress::Progress;
 use crate::error::{Error, Result};
-use crate::torch::dist::World;
+use crate::torch::dist::{Named, World};
 use crate::torch::train::optim::AdamW;
 
 /// Metrics, progress and time of one stage.
@@ -145,14 +143,15 @@ impl Log {
         Ok(())
     }
 
-    /// Writes a checkpoint; rank 0 does.
-    pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[(String, Tensor)]) -> Result<()> {
-        let Some(file) = &self.file else { return Ok(()) };
-        job.run.check_taken()?;
-        file.sync()?;
-        state.meters = self.since_row.save()?;
-        state.seconds = self.seconds();
-        checkpoint::save(&job.run.checkpoints(), state, tensors, job.config.log.keep)
+    /// Writes a checkpoint; rank 0 does, and the others send it what they keep.
+    pub fn checkpoint(&self, job: &Job, state: &mut State, tensors: &[Named]) -> Result<()> {
+        if let Some(file) = &self.file {
+            job.run.check_taken()?;
+            file.sync()?;
+            state.meters = self.since_row.save()?;
+            state.seconds = self.seconds();
+        }
+        checkpoint::save(&job.run.checkpoints(), state, tensors, job.config.log.keep, &job.world)
     }
 }
 

@@ -38,6 +38,10 @@ pub trait Observer {
     }
     /// Something is not as it should be, and the run goes on: a sentence.
     fn warning(&mut self, _text: &str) {}
+    /// Whether [`Observer::after_step`] will look at the averages of the student after this step, whose networks are not there yet.
+    fn looks(&mut self, _step: &Step) -> bool {
+        true
+    }
     /// Stage 2 leaves a target for the next one; the student has its averaged weights.
     fn target_left(&mut self, _node: usize, _student: &Student) -> Result<()> {
         Ok(())

@@ -304,7 +304,8 @@ fn writes(inside: &str, name: &str) -> bool {
 }
 
 /// Keys that may change when a run is resumed: they do not touch what was computed before.
-const CHANGEABLE: [&str; 11] = [
+const CHANGEABLE: [&str; 12] = [
+    "distributed.shard",
     "device",
     "threads",
     "tf32",

@@ -13,7 +13,7 @@ use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::Finding;
 use crate::distill::observer::{Begin, Running, Step};
 use crate::error::{Kind, Result};
-use crate::torch::dist::World;
+use crate::torch::dist::{Named, World};
 
 /// What a micro-batch measures: scalars (rank 0), the same names in the same order in every micro-batch of an iteration.
 pub(crate) type Measured = Vec<(&'static str, Tensor)>;
@@ -78,7 +78,23 @@ pub(crate) trait Stage {
     }
 
     /// Everything that a checkpoint holds.
-    fn tensors(&self) -> Vec<(String, Tensor)>;
+    fn tensors(&self) -> Vec<Named>;
+
+    /// Whether an observer sees all of [`Stage::running`] only between [`Stage::gather`] and [`Stage::let_go`], since each process keeps a
+    /// share.
+    fn is_shared_out(&self) -> bool {
+        false
+    }
+
+    /// Rank 0 gets what the others keep. All processes call this.
+    fn gather(&mut self, _world: &World) -> Result<()> {
+        Ok(())
+    }
+
+    /// Rank 0 keeps its own share alone again.
+    fn let_go(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Whether the end of the stage is a checkpoint, and whether an observer may bring it about. (What stage 1 ends with is the
     /// trajectory.)
@@ -138,14 +154,17 @@ fn everyones(world: &World, mine: Vec<Measured>, total: usize) -> Result<Vec<Mea
 }
 
 /// Something has failed: the last good state becomes a checkpoint. Where that cannot be written either, what failed first is told.
-/// (Where another process is gone nothing is: what this one has may be half of an update.)
+/// (Where another process is gone nothing is: what this one has may be half of an update. Nor where others keep a part of it, since
+/// they have not all failed in the same place.)
 fn keep(stage: &dyn Stage, job: &Job, log: &Log, mut state: State) {
+    let tensors = stage.tensors();
     if job.world.leads()
         && !job.world.is_broken()
+        && tensors.iter().all(|t| t.owner.is_none())
         && state.iteration > 0
         && !checkpoint::is_there(&job.run.checkpoints(), &state)
     {
-        let _ = log.checkpoint(job, &mut state, &stage.tensors());
+        let _ = log.checkpoint(job, &mut state, &tensors);
     }
 }
 
@@ -180,9 +199,16 @@ pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Res
         }
         let At { node, updates, images, .. } = stage.at(&state);
         let (seconds, updated) = (log.seconds(), stage.updated_generator());
-        let networks = stage.running();
-        let step = Step { stage: kind, iteration: done, total, updates, updated, images, seconds, node, networks };
-        let wish = match job.observer.after_step(&step) {
+        let step =
+            Step { stage: kind, iteration: done, total, updates, updated, images, seconds, node, networks: None };
+        let mut looks = job.observer.looks(&step);
+        if stage.is_shared_out() {
+            [looks] = job.world.any([looks && job.world.leads()])?;
+            if looks {
+                stage.gather(&job.world)?;
+            }
+        }
+        let wish = match job.observer.after_step(&Step { networks: stage.running(), ..step }) {
             Ok(wish) => wish,
             Err(e) => {
                 // (What could not be written of this iteration is missing, and a resume must write it again.)
@@ -192,11 +218,14 @@ pub(crate) fn run(stage: &mut dyn Stage, job: &mut Job, mut state: State) -> Res
                 return Err(e);
             }
         };
-        let [end, stop] = job.world.any([wish.end, wish.stop || job.stopped()])?;
+        if looks {
+            stage.let_go()?;
+        }
+        let [end, stop, saves] = job.world.any([wish.end, wish.stop || job.stopped(), wish.checkpoint])?;
         ended |= end && stage.ends_with_a_checkpoint();
         let stop = stop && !ended;
         let due = config.log.checkpoint_every > 0 && done.is_multiple_of(config.log.checkpoint_every);
-        if if ended { stage.ends_with_a_checkpoint() } else { stop || due || wish.checkpoint } {
+        if if ended { stage.ends_with_a_checkpoint() } else { stop || due || saves } {
             log.checkpoint(job, &mut state, &stage.tensors())?;
         }
         if stop {

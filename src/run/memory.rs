@@ -3,7 +3,7 @@
 use tch::Device;
 
 use crate::diffusion::Denoiser;
-use crate::distill::config::Precision;
+use crate::distill::config::{Precision, Shard};
 use crate::distill::estimate::{Estimate, estimate};
 use crate::distill::{Config, Student};
 use crate::error::{Error, Result};
@@ -35,6 +35,8 @@ struct Subject<'a> {
     denoiser: &'a Denoiser,
     /// Bytes that are taken already: the weights that a run begins with.
     held: u64,
+    /// Processes that share the run.
+    world: usize,
 }
 
 impl Subject<'_> {
@@ -48,7 +50,7 @@ impl Subject<'_> {
                 &adapted
             }
         };
-        let Estimate { degrade, backtrack, .. } = estimate(denoiser, self.student, config)?;
+        let Estimate { degrade, backtrack, .. } = estimate(denoiser, self.student, config, self.world)?;
         let degrade = if config.degrade.nodes > 0 { degrade.total } else { 0 };
         let (most, stage) =
             if degrade > backtrack.total { (degrade, "degrade") } else { (backtrack.total, "backtrack") };
@@ -70,14 +72,14 @@ pub fn foresee(
     let (teacher, denoiser, student) = networks;
     let nothing = |config: &Config| Ok((config.clone(), None));
     let Some(mut free) = free(device) else { return nothing(config) };
-    let sharing = request.world.on_this_machine() as u64;
+    let (world, sharing) = (request.world.size(), request.world.on_this_machine() as u64);
     if device == Device::Cpu && sharing > 1 {
         free.bytes /= sharing;
         free.place = format!("{} for each of {sharing} processes", free.place);
     }
     let held = 4 * (teacher.network.params().elements() as u64);
     if device == Device::Cpu {
-        let subject = Subject { config, teacher, student, denoiser, held };
+        let subject = Subject { config, teacher, student, denoiser, held, world };
         return subject.decide(&free, auto);
     }
     // On another device the networks are looked at once more on the CPU, their weights hollow.
@@ -87,7 +89,8 @@ pub fn foresee(
     drop(hollow);
     let file = origin::load(config, &teacher, Device::Cpu)?;
     let student = file.as_ref().map(|f| f.student(&config.student)).transpose()?;
-    Subject { config, teacher: &teacher, student: student.as_ref(), denoiser: &denoiser, held }.decide(&free, auto)
+    let (teacher, denoiser, student) = (&teacher, &denoiser, student.as_ref());
+    Subject { config, teacher, student, denoiser, held, world }.decide(&free, auto)
 }
 
 impl Subject<'_> {
@@ -103,7 +106,8 @@ impl Subject<'_> {
         }
         let filled = (free.bytes as f64 * FILLED) as u64;
         let takes = |batch: usize| Ok(self.takes(&with_batch(config, batch))?.0);
-        let most = config.images().min(MOST) as usize;
+        // (Each process has one forward pass of an update at least.)
+        let most = (config.images() / self.world as u64).min(MOST) as usize;
         let Some(batch) = largest(&batches(config.images(), most), filled, &takes)? else {
             let (takes, stage) = self.takes(&with_batch(config, 1))?;
             return Err(self.refusal(takes, stage, free));
@@ -145,6 +149,9 @@ impl Subject<'_> {
         }
         if config.precision == Precision::F32 && fits(&changed(&|c| c.precision = Precision::Bf16)) {
             ways.push("--set precision=bf16".into());
+        }
+        if self.world > 1 && fits(&changed(&|c| c.distributed.shard = Shard::Optimizer)) {
+            ways.push("--set distributed.shard=optimizer".into());
         }
         const RANK: usize = 16;
         if config.lora.rank == 0 && self.student.is_none() && fits(&changed(&|c| c.lora.rank = RANK)) {

@@ -20,7 +20,7 @@ pub mod identity;
 pub mod memory;
 pub mod monitor;
 pub mod origin;
-mod ranks;
+pub(crate) mod ranks;
 mod request;
 pub mod session;
 pub mod sheets;

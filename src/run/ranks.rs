@@ -91,8 +91,8 @@ pub(super) fn compare_identities(world: &World, identity: &Identity) -> Result<(
 }
 
 /// Refuses an iteration with fewer micro-batches than there are processes to share them.
-pub(super) fn check_split(world: &World, config: &Config) -> Result<()> {
-    let (size, accumulate, batch) = (world.size(), config.accumulate, config.batch);
+pub(crate) fn check_split(size: usize, config: &Config) -> Result<()> {
+    let (accumulate, batch) = (config.accumulate, config.batch);
     if accumulate >= size {
         return Ok(());
     }

@@ -82,7 +82,7 @@ impl PreparedRun {
         })?;
         let told = settled.apply(&mut request)?;
         let (mut config, batch_given, begun) = (mine.unwrap_or(told), settled.batch_given, settled.begun);
-        ranks::check_split(&world, &config)?;
+        ranks::check_split(world.size(), &config)?;
         // The device decides where the teacher is loaded; the rest of the configuration is checked with it.
         let device = request.device(&config)?;
         cuda_graph::check_device(config.cuda_graphs, device)?;

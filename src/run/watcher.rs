@@ -53,6 +53,8 @@ pub struct Watcher<'a> {
     stepped: (Instant, Duration),
     /// A target was entered whose losses by noise level have not been looked at.
     new_target: bool,
+    /// Samples are wanted at once.
+    samples_wanted: bool,
     device: tch::Device,
 }
 
@@ -140,6 +142,7 @@ impl<'a> Watcher<'a> {
             time_limit,
             stepped,
             new_target: false,
+            samples_wanted: false,
             device,
         })
     }
@@ -244,6 +247,25 @@ impl<'a> Watcher<'a> {
         Ok(())
     }
 
+    /// Whether the student is measured after this step: once for each multiple of `every` that the images pass.
+    fn measures(&self, step: &Step) -> bool {
+        let (every, batch) = (self.config.evaluate.every, self.config.images() * self.config.backtrack.ratio);
+        let passed = step.images / every > step.images.saturating_sub(batch) / every;
+        step.updated && self.judge.is_some() && (step.iteration == step.total || passed)
+    }
+
+    /// Whether it is written after this step, the last or not. (Averages of other half-lives are for `disback evaluate --run` to choose
+    /// from.)
+    fn snapshots(&self, step: &Step, last: bool) -> bool {
+        let every = self.config.log.snapshot_every;
+        step.updated && (every > 0 && step.updates.is_multiple_of(every) || last && !self.config.ema.more.is_empty())
+    }
+
+    /// Whether losses by noise level are looked at after this step, the last or not.
+    fn looks_at_levels(&self, step: &Step, last: bool) -> bool {
+        self.new_target || last || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every)
+    }
+
     /// Whether the time is over before a further step would be done.
     fn is_time_over(&mut self) -> bool {
         let (before, longest) = &mut self.stepped;
@@ -317,13 +339,22 @@ impl Observer for Watcher<'_> {
         Ok(begin.stage == StageKind::Backtrack && judge.exhausted())
     }
 
+    fn looks(&mut self, step: &Step) -> bool {
+        self.samples_wanted |= self.monitor.wants_samples();
+        let last = step.iteration == step.total;
+        self.samples_wanted
+            || self.measures(step)
+            || self.snapshots(step, last)
+            || step.stage == StageKind::Backtrack && self.looks_at_levels(step, last)
+    }
+
     fn after_step(&mut self, step: &Step) -> Result<Wish> {
         let mut wish = Wish::default();
         let monitor = self.monitor.clone();
         monitor.iteration(step.iteration);
         wish.checkpoint = monitor.wants_checkpoint();
         wish.stop = self.is_time_over();
-        if monitor.wants_samples()
+        if std::mem::take(&mut self.samples_wanted)
             && let Some(networks) = &step.networks
         {
             self.sheets.student("student-now", networks.average)?;
@@ -335,22 +366,16 @@ impl Observer for Watcher<'_> {
         monitor.wait_while_paused();
         let Some(networks) = &step.networks else { return Ok(wish) };
         let last = step.iteration == step.total;
-        if step.updated {
-            // Once for each multiple of `every` that the images pass.
-            let (every, batch) = (self.config.evaluate.every, self.config.images() * self.config.backtrack.ratio);
-            if self.judge.is_some() && (last || step.images / every > step.images.saturating_sub(batch) / every) {
-                self.measure(step, networks)?;
-                wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
-            }
-            let every = self.config.log.snapshot_every;
-            // Averages of other half-lives are for `disback evaluate --run` to choose from.
-            let others = (last || wish.end) && !networks.others.is_empty();
-            if every > 0 && step.updates.is_multiple_of(every) || others {
-                self.snapshot(step, networks)?;
-            }
+        if self.measures(step) {
+            self.measure(step, networks)?;
+            wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
         }
-        let new_target = std::mem::take(&mut self.new_target);
-        if new_target || last || wish.end || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every) {
+        let last = last || wish.end;
+        if self.snapshots(step, last) {
+            self.snapshot(step, networks)?;
+        }
+        if self.looks_at_levels(step, last) {
+            self.new_target = false;
             self.levels(step, networks)?;
         }
         Ok(wish)

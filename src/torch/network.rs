@@ -54,6 +54,11 @@ pub trait Forward {
     }
     /// Another copy: the same plan, its own parameters with equal values.
     fn copy(&self) -> Result<Box<dyn Forward>>;
+    /// Another network with the very same parameters, not copies of them, that may be told to compute otherwise; none where a network
+    /// knows no such thing.
+    fn alias(&self) -> Option<Box<dyn Forward>> {
+        None
+    }
     /// Bytes of weights beside [`Forward::params`] that are trained through low-rank factors, shared by all copies.
     fn frozen(&self) -> u64 {
         0
@@ -386,6 +391,10 @@ impl Forward for Network {
 
     fn copy(&self) -> Result<Box<dyn Forward>> {
         Ok(Box::new(self.duplicate()?))
+    }
+
+    fn alias(&self) -> Option<Box<dyn Forward>> {
+        Some(Box::new(Network::alias(self)))
     }
 
     fn frozen(&self) -> u64 {

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::torch::file_layout::FileLayouts;
 use crate::torch::tensor_file::tensor_bytes;
-pub use crate::torch::tensor_file::{TensorFile, load_tensors, save_tensors};
+pub use crate::torch::tensor_file::{TensorFile, file_order, load_tensors, save_fetched, save_tensors};
 
 /// Parameters of one copy of a network: unique names in the order of the plan, one leaf tensor each (f32 master weights).
 #[derive(Debug)]

@@ -63,6 +63,11 @@ char* disback_global_norm(at::Tensor* const* tensors, size_t count, at::Tensor**
   });
 }
 
+// Euclidean norm of each tensor: f32 [count], which stays on the device.
+char* disback_norms(at::Tensor* const* tensors, size_t count, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(at::stack(at::_foreach_norm(list(tensors, count), 2, at::kFloat))); });
+}
+
 // One step of AdamW with decoupled weight decay. Gradients are divided by grad_scale in place; where found_inf is 1 nothing
 // is changed. step is the number of this step (counted from 1), one tensor for the whole list.
 char* disback_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avg,

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 unsafe extern "C" {
     fn disback_free(p: *mut c_void);
     fn disback_grads(params: *const *const C_tensor, count: usize, out: *mut *mut C_tensor) -> *mut c_char;
+    fn disback_norms(tensors: *const *const C_tensor, count: usize, out: *mut *mut C_tensor) -> *mut c_char;
     fn disback_global_norm(tensors: *const *const C_tensor, count: usize, out: *mut *mut C_tensor) -> *mut c_char;
     fn disback_fused_adamw(
         params: *const *const C_tensor,
@@ -93,6 +94,14 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: live tensors in; on success `out` is a new handle that is ours.
     check(unsafe { disback_global_norm(pointers(tensors).as_ptr(), tensors.len(), &mut out) })?;
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// Euclidean norm of each tensor of a non-empty list: f32 `[count]` that stays on the device.
+pub fn norms(tensors: &[Tensor]) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: as above.
+    check(unsafe { disback_norms(pointers(tensors).as_ptr(), tensors.len(), &mut out) })?;
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 

@@ -89,6 +89,11 @@ impl TensorFile {
         Ok(self.entry(name)?.shape.clone())
     }
 
+    /// Element type of a tensor of the file. Errors: no tensor of this name.
+    pub fn kind(&self, name: &str) -> Result<Kind> {
+        Ok(self.entry(name)?.kind)
+    }
+
     /// The tensor in the file's precision, on the CPU.
     pub fn get(&self, name: &str) -> Result<Tensor> {
         let Entry { kind, shape, at } = self.entry(name)?;
@@ -125,12 +130,29 @@ impl<W: Write> Write for Hashed<W> {
 /// Writes named tensors as safetensors, whole or not at all: bf16 where they are bf16, anything else as f32. No more than one
 /// of them is held in host memory at a time. Gives the SHA-256 of the file.
 pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<String> {
-    let mut order: Vec<&(String, &Tensor)> = tensors.iter().collect();
-    order.sort_by(|a, b| a.0.cmp(&b.0));
+    save_fetched(path, tensors, &mut |k| Ok(tensors[k].1.shallow_clone()))
+}
+
+/// Places of these names in the order in which a file has the tensors: by name.
+pub fn file_order(names: &[&str]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..names.len()).collect();
+    order.sort_by_key(|&k| names[k]);
+    order
+}
+
+/// [`save_tensors`] of tensors whose elements are somewhere else: `tensors` say names, sizes and kinds, and `fetch` gives the elements by
+/// their place in it, in [`file_order`].
+pub fn save_fetched(
+    path: &Path,
+    tensors: &[(String, &Tensor)],
+    fetch: &mut dyn FnMut(usize) -> Result<Tensor>,
+) -> Result<String> {
+    let names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    let order = file_order(&names);
     let kind = |t: &Tensor| if t.kind() == Kind::BFloat16 { Kind::BFloat16 } else { Kind::Float };
     let mut header = serde_json::Map::new();
     let mut end = 0usize;
-    for (name, t) in &order {
+    for (name, t) in order.iter().map(|&k| &tensors[k]) {
         let start = end;
         let kind = kind(t);
         end += kind.elt_size_in_bytes() * t.numel();
@@ -148,8 +170,9 @@ pub fn save_tensors(path: &Path, tensors: &[(String, &Tensor)]) -> Result<String
         let mut out = Hashed { out: file, sha: Sha256::new() };
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
-        for (_, t) in &order {
-            out.write_all(&tensor_bytes(t, kind(t)).map_err(|e| std::io::Error::other(e.to_string()))?)?;
+        for &k in &order {
+            let bytes = fetch(k).and_then(|t| tensor_bytes(&t, kind(tensors[k].1)));
+            out.write_all(&bytes.map_err(|e| std::io::Error::other(e.to_string()))?)?;
         }
         sha = out.sha;
         Ok(())

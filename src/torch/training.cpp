@@ -124,6 +124,17 @@ struct Recomputed : torch::autograd::Function<Recomputed> {
 // made it stays counted here and counts there below zero.
 thread_local int64_t held = 0;
 thread_local int64_t highest = 0;
+// The same of all threads together.
+std::atomic<int64_t> all_held{0}, all_highest{0};
+
+void count(int64_t bytes) {
+  held += bytes;
+  highest = std::max(highest, held);
+  const int64_t now = all_held += bytes;
+  int64_t before = all_highest;
+  while (now > before && !all_highest.compare_exchange_weak(before, now)) {
+  }
+}
 
 // Hollow memory: allocations of this size and more all lie on the same few pages. They have addresses, and no content.
 constexpr size_t hollow_least = 1 << 20, hollow_pages = 32 << 20;
@@ -192,20 +203,17 @@ struct Counting final : c10::Allocator {
   static void release(void* p) {
     if (p == nullptr) return;
     if (const size_t n = hollow_size(p, true)) {
-      held -= static_cast<int64_t>(n);
+      count(-static_cast<int64_t>(n));
       return;
     }
-    held -= static_cast<int64_t>(size(p));
+    count(-static_cast<int64_t>(size(p)));
     c10::free_cpu(p);
   }
   c10::DataPtr allocate(size_t n) override {
     void* p = disback::hollow && n >= hollow_least && inside_onednn == 0 ? hollow_allocate(n) : nullptr;
     const size_t nothing = p == nullptr ? 0 : hollow_size(p, false);
     if (p == nullptr) p = c10::alloc_cpu(n);
-    if (p != nullptr) {
-      const int64_t now = held += static_cast<int64_t>(nothing > 0 ? nothing : size(p));
-      highest = std::max(highest, now);
-    }
+    if (p != nullptr) count(static_cast<int64_t>(nothing > 0 ? nothing : size(p)));
     return {p, p, &release, at::Device(at::kCPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -392,6 +400,13 @@ void disback_counted_memory(int64_t* current, int64_t* peak, bool reset) {
   *current = held;
   if (reset) highest = held;
   *peak = highest;
+}
+
+// The same of all threads together.
+void disback_counted_memory_of_all(int64_t* current, int64_t* peak, bool reset) {
+  *current = all_held;
+  if (reset) all_highest = all_held.load();
+  *peak = all_highest;
 }
 
 // Counts, on this thread, operators through which the host waits for values of the device. What the fused AdamW reads on

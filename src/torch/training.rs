@@ -29,6 +29,7 @@ unsafe extern "C" {
     fn disback_autocast(cuda: bool, on: bool) -> bool;
     fn disback_autocast_enabled(cuda: bool) -> bool;
     fn disback_count_memory();
+    fn disback_counted_memory_of_all(current: *mut i64, peak: *mut i64, reset: bool);
     fn disback_counted_memory(current: *mut i64, peak: *mut i64, reset: bool);
     fn disback_hollow(on: bool);
     fn disback_is_hollow() -> bool;
@@ -185,6 +186,15 @@ pub fn counted_memory(reset: bool) -> Memory {
     let (mut current, mut peak) = (0, 0);
     // SAFETY: writes two integers.
     unsafe { disback_counted_memory(&mut current, &mut peak, reset) };
+    Memory { current: current.max(0) as u64, peak: peak.max(0) as u64 }
+}
+
+/// [`counted_memory`] of all threads together: what a process holds whose tensors are freed by other threads than made them, as those are
+/// that are sent to other processes.
+pub fn counted_memory_of_process(reset: bool) -> Memory {
+    let (mut current, mut peak) = (0, 0);
+    // SAFETY: writes two integers.
+    unsafe { disback_counted_memory_of_all(&mut current, &mut peak, reset) };
     Memory { current: current.max(0) as u64, peak: peak.max(0) as u64 }
 }
 

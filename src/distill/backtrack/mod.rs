@@ -1,8 +1,10 @@
 //! Stage 2, distribution backtracking: score distillation towards the nodes of the trajectory in reverse, the teacher
 //! last.
 
+mod averages;
 mod generator;
 mod networks;
+mod slot;
 mod switching;
 
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 use self::networks::Networks;
+use self::slot::Slot;
 use crate::diffusion::{Conditions, Denoiser, Form, Guidance};
 use crate::distill::batches::Batches;
 use crate::distill::checkpoint::{Checkpoint, StageKind, State};
@@ -27,21 +30,31 @@ use crate::distill::stage::{self, Ended, Measured, Stage, lasting};
 use crate::distill::student::Student;
 use crate::distill::trajectory::Trajectory;
 use crate::error::{Error, Result};
+use crate::torch::dist::{Named, World};
 use crate::torch::train::cuda_graph::Recorder;
 
 /// Distils back along `trajectory`, or goes on from a checkpoint. Gives the student with its averaged weights, or `None`
-/// where it was stopped from outside, with a checkpoint.
+/// where it was stopped from outside, with a checkpoint. In the meantime the teacher has the target's weights; of several processes
+/// it keeps them after an error.
 pub fn backtrack(
     job: &mut Job,
     teacher: &Denoiser,
     trajectory: &Trajectory,
     resume: Option<Checkpoint>,
 ) -> Result<Option<Student>> {
-    let (mut stage, state) = Backtrack::new(job, teacher, trajectory, resume)?;
-    match stage::run(&mut stage, job, state)? {
-        Ended::Stopped => Ok(None),
-        Ended::Finished => stage.finish(job).map(Some),
+    let (slot, target) = Slot::lend(teacher, job.config.narrow_target())?;
+    let outcome = Backtrack::new(job, (teacher, target), trajectory, resume).and_then(|(mut stage, state)| {
+        match stage::run(&mut stage, job, state)? {
+            Ended::Stopped => Ok(None),
+            Ended::Finished => stage.finish(job).map(Some),
+        }
+    });
+    // (Processes that have not all failed alike have nothing to tell each other any more.)
+    if outcome.is_ok() || job.world.is_alone() {
+        let given_back = slot.give_back(trajectory, &job.world);
+        return outcome.and_then(|student| given_back.map(|()| student));
     }
+    outcome
 }
 
 /// Stage 2 as it runs.
@@ -82,7 +95,7 @@ impl<'a> Backtrack<'a> {
     /// The networks as stage 2 begins with them, or as a checkpoint has them, and the first target.
     fn new<'j: 'a>(
         job: &mut Job<'j>,
-        teacher: &'a Denoiser,
+        (teacher, target): (&'a Denoiser, Denoiser),
         trajectory: &'a Trajectory,
         resume: Option<Checkpoint>,
     ) -> Result<(Self, State)> {
@@ -93,8 +106,8 @@ impl<'a> Backtrack<'a> {
         }
         let batches = Batches::new(config, teacher)?;
         let objective = config.built_objective()?;
-        let mut networks = Networks::new(config, teacher, job.initial(teacher)?, &batches, &*objective)?;
-        networks.share(&job.world, config.sums_apart(batches.device))?;
+        let mut networks = Networks::new(config, (teacher, target), job.initial(teacher)?, &batches, &*objective)?;
+        networks.share(&job.world, config.sums_apart(batches.device), config.distributed.shares_states())?;
         networks.target.network().configure(config.target_compute());
         let mut mismatch_sum = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
         let last = trajectory.last();
@@ -141,7 +154,8 @@ impl<'a> Backtrack<'a> {
 
     /// The student with its averaged weights; the other averages are saved.
     fn finish(self, job: &Job) -> Result<Student> {
-        let mut averages = self.networks.averages.into_iter();
+        let Networks { averages, student, .. } = self.networks;
+        let mut averages = averages.into_whole(&job.world, student.params())?.into_iter();
         let first = averages.next().map(|a| a.student);
         for average in averages.filter(|_| job.world.leads()) {
             average.student.weights()?.save(&job.run.average_weights(average.half_life))?;
@@ -260,7 +274,9 @@ impl Stage for Backtrack<'_> {
         let update = state.iteration / settings.ratio;
         if let Some(next) = switching::next_target(job, state, update, self.last, &mut self.mismatch_sum)? {
             log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
-            job.observer.target_left(state.target, self.networks.average())?;
+            self.gather(&job.world)?;
+            job.observer.target_left(state.target, self.networks.averages.first())?;
+            self.let_go()?;
             self.nodes.load(next, self.networks.target.params())?;
             (state.target, state.target_since, self.target) = (next, update, next);
             job.observer.target_entered(next, &self.networks.target)?;
@@ -357,16 +373,28 @@ impl Stage for Backtrack<'_> {
         let networks = &self.networks;
         Some(Running {
             student: &networks.student,
-            average: networks.average(),
-            others: networks.averages.iter().skip(1).map(|a| (a.half_life, &a.student)).collect(),
+            average: networks.averages.first(),
+            others: networks.averages.others(),
             target: &networks.target,
             fake: networks.fake.as_ref().map(|f| &f.network),
         })
     }
 
-    fn tensors(&self) -> Vec<(String, Tensor)> {
+    fn is_shared_out(&self) -> bool {
+        self.networks.averages.are_shared()
+    }
+
+    fn gather(&mut self, world: &World) -> Result<()> {
+        self.networks.averages.gather(world, self.networks.student.params())
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        self.networks.averages.let_go()
+    }
+
+    fn tensors(&self) -> Vec<Named> {
         let mut tensors = self.networks.tensors();
-        tensors.push(("mismatch_sum".into(), self.mismatch_sum.shallow_clone()));
+        tensors.push(Named::new("mismatch_sum", &self.mismatch_sum));
         tensors
     }
 

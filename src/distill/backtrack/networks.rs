@@ -1,7 +1,6 @@
 //! The networks of stage 2 with their optimisers: one plan, one set of weights each.
 
-use tch::Tensor;
-
+use super::averages::Averages;
 use crate::diffusion::{Denoiser, Guidance};
 use crate::distill::batches::Batches;
 use crate::distill::checkpoint::{Checkpoint, named};
@@ -13,8 +12,7 @@ use crate::distill::nonfinite::{self, Candidate, Finding, Probe};
 use crate::distill::objective::Objective;
 use crate::distill::student::Student;
 use crate::error::{Error, Result};
-use crate::torch::dist::World;
-use crate::torch::train::ema;
+use crate::torch::dist::{Named, World};
 use crate::torch::train::optim::AdamW;
 
 /// The fake score, trained on the student's samples.
@@ -23,29 +21,22 @@ pub(super) struct Fake {
     pub adam: AdamW,
 }
 
-/// Averaged weights of the student (f32).
-pub(super) struct Average {
-    pub half_life: f64,
-    pub student: Student,
-}
-
 pub(super) struct Networks {
     /// The slot into which the nodes are copied, one after the other.
     pub target: Denoiser,
     pub student: Student,
     pub adam: AdamW,
-    /// The first is what a run ends with.
-    pub averages: Vec<Average>,
+    pub averages: Averages,
     /// None where the objective has no use for it.
     pub fake: Option<Fake>,
     pub gan: Option<Gan>,
 }
 
 impl Networks {
-    /// `student`: the one to begin with, which is taken over.
+    /// `student`: the one to begin with, which is taken over. `target`: the slot, see [`super::slot`].
     pub fn new(
         config: &Config,
-        teacher: &Denoiser,
+        (teacher, target): (&Denoiser, Denoiser),
         student: Student,
         batches: &Batches,
         objective: &dyn Objective,
@@ -58,9 +49,7 @@ impl Networks {
         if objective.needs_ratio() && gan.is_none() {
             return Err(Error::usage(format!("the objective `{}` needs gan.data", objective.name())));
         }
-        let half_lives = std::iter::once(&config.ema.half_life).chain(&config.ema.more);
-        let averages =
-            half_lives.map(|&half_life| Ok(Average { half_life, student: student.copy()? })).collect::<Result<_>>()?;
+        let averages = Averages::new(config, &student)?;
         student.params().set_requires_grad(true)?;
         let fake = match objective.needs_fake() {
             false => None,
@@ -72,10 +61,7 @@ impl Networks {
             }
         };
         Ok(Self {
-            target: match config.narrow_target() {
-                true => teacher.copy_narrow()?,
-                false => teacher.copy()?,
-            },
+            target,
             adam: AdamW::new(student.params(), config.adamw(settings.lr_generator, &settings.betas_generator))?,
             averages,
             student,
@@ -85,12 +71,16 @@ impl Networks {
     }
 
     /// Takes the gradients of all processes of `world` from now on, see [`AdamW::share`].
-    pub fn share(&mut self, world: &World, apart: bool) -> Result<()> {
-        self.adam.share(world, apart)?;
-        if let Some(fake) = &mut self.fake {
-            fake.adam.share(world, apart)?;
+    pub fn share(&mut self, world: &World, apart: bool, sharded: bool) -> Result<()> {
+        self.adam.share(world, apart, sharded)?;
+        if let Some(owners) = self.adam.owners() {
+            self.averages.share(owners)?;
         }
-        self.gan.as_mut().map_or(Ok(()), |gan| gan.adam.share(world, apart))
+        if let Some(fake) = &mut self.fake {
+            fake.adam.share(world, apart, sharded)?;
+        }
+        // (A head is small.)
+        self.gan.as_mut().map_or(Ok(()), |gan| gan.adam.share(world, apart, false))
     }
 
     /// A round of micro-batches of the generator is done, where the iteration updates it.
@@ -106,11 +96,6 @@ impl Networks {
         self.gan.as_mut().map_or(Ok(()), |gan| gan.adam.round(rows))
     }
 
-    /// The student with the weights that the run ends with.
-    pub fn average(&self) -> &Student {
-        &self.averages[0].student
-    }
-
     /// Runs `f` while neither the fake score's nor the discriminator's parameters take a gradient.
     pub fn with_frozen<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         let sets = [self.fake.as_ref().map(|f| f.network.params()), self.gan.as_ref().map(Gan::params)];
@@ -124,11 +109,7 @@ impl Networks {
     /// One step of the generator and of its averages; `updates` counts this one.
     pub fn step_generator(&mut self, config: &Config, updates: u64, lr_scale: f64, log: &mut Log) -> Result<()> {
         self.adam.step(lr_scale)?;
-        let images = config.images();
-        for average in &self.averages {
-            let decay = ema::decay(images, updates * images, average.half_life, config.ema.ramp);
-            tch::no_grad(|| ema::update(average.student.params(), self.student.params(), decay))?;
-        }
+        self.averages.update(self.student.params(), config, updates)?;
         log.meters.add("grad_norm_generator", self.adam.grad_norm())
     }
 
@@ -188,18 +169,16 @@ impl Networks {
     }
 
     /// Everything that a checkpoint holds of the networks.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let mut tensors = named("student/", self.student.params());
+    pub fn tensors(&self) -> Vec<Named> {
+        let mut tensors = named("student/", self.student.params(), None);
         tensors.extend(self.adam.state("adam_student/"));
-        for (k, average) in self.averages.iter().enumerate() {
-            tensors.extend(named(&average_prefix(k), average.student.params()));
-        }
+        tensors.extend(self.averages.tensors());
         if let Some(fake) = &self.fake {
-            tensors.extend(named("fake/", fake.network.params()));
+            tensors.extend(named("fake/", fake.network.params(), None));
             tensors.extend(fake.adam.state("adam_fake/"));
         }
         if let Some(gan) = &self.gan {
-            tensors.extend(named("head/", gan.params()));
+            tensors.extend(named("head/", gan.params(), None));
             tensors.extend(gan.adam.state("adam_head/"));
         }
         tensors
@@ -207,23 +186,21 @@ impl Networks {
 
     /// Takes back what [`Networks::tensors`] gave.
     pub fn restore(&mut self, checkpoint: &mut Checkpoint) -> Result<()> {
-        checkpoint.take_params("student/", self.student.params())?;
+        checkpoint.take_params("student/", self.student.params(), None)?;
         self.adam.restore("adam_student/", &mut |name| checkpoint.take(name))?;
-        for (k, average) in self.averages.iter().enumerate() {
-            checkpoint.take_params(&average_prefix(k), average.student.params())?;
-        }
+        self.averages.restore(checkpoint)?;
         if let Some(fake) = &mut self.fake {
-            checkpoint.take_params("fake/", fake.network.params())?;
+            checkpoint.take_params("fake/", fake.network.params(), None)?;
             fake.adam.restore("adam_fake/", &mut |name| checkpoint.take(name))?;
         }
         if let Some(gan) = &mut self.gan {
-            checkpoint.take_params("head/", gan.params())?;
+            checkpoint.take_params("head/", gan.params(), None)?;
             gan.adam.restore("adam_head/", &mut |name| checkpoint.take(name))?;
         }
         Ok(())
     }
 }
 
-fn average_prefix(k: usize) -> String {
+pub(super) fn average_prefix(k: usize) -> String {
     if k == 0 { "average/".into() } else { format!("average-{k}/") }
 }

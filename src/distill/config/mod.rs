@@ -21,9 +21,9 @@ use crate::torch::train::optim::AdamWConfig;
 
 pub use gan::{DataConfig, GanConfig};
 pub use sections::{
-    BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, Distribution, EmaConfig, EvaluateConfig,
-    FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, MemoryFormat, NoiseConfig, OptimizerConfig, Precision,
-    Spacing, StudentConfig, Switch,
+    BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, DistributedConfig, Distribution, EmaConfig,
+    EvaluateConfig, FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, MemoryFormat, NoiseConfig,
+    OptimizerConfig, Precision, Shard, Spacing, StudentConfig, Switch,
 };
 
 /// Everything that decides a run. Field order is the order of `config.toml`.
@@ -83,6 +83,8 @@ pub struct Config {
     pub log: LogConfig,
     /// What memory is spent on.
     pub memory: MemoryConfig,
+    /// Several processes that share the run.
+    pub distributed: DistributedConfig,
     /// Measurements while training.
     pub evaluate: EvaluateConfig,
     /// The objectives' own sections.
@@ -123,6 +125,7 @@ impl Default for Config {
             ema: EmaConfig::default(),
             log: LogConfig::default(),
             memory: MemoryConfig::default(),
+            distributed: DistributedConfig::default(),
             evaluate: EvaluateConfig::default(),
             settings: Settings::default(),
             gan: GanConfig::default(),

@@ -76,6 +76,33 @@ pub struct MemoryConfig {
     pub format: MemoryFormat,
 }
 
+/// What each of several processes keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shard {
+    /// Everything.
+    #[default]
+    None,
+    /// A share of the optimisers' moments and of the student's averages.
+    Optimizer,
+}
+
+/// Several processes that share a run.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DistributedConfig {
+    /// What each process keeps: `none` (everything), or `optimizer`: a share of the moments of AdamW and of the student's averages, by
+    /// whole tensors (the first stage of ZeRO, Rajbhandari et al. 2020). The same bytes come out; a step costs somewhat more time.
+    pub shard: Shard,
+}
+
+impl DistributedConfig {
+    /// Whether each process keeps a share of moments and averages.
+    pub fn shares_states(&self) -> bool {
+        self.shard == Shard::Optimizer
+    }
+}
+
 /// How noise levels are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

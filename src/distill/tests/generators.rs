@@ -93,7 +93,7 @@ fn the_path_leads_from_the_teacher_to_this_students_samples() {
     // The fake score starts there.
     let mut checkpoint = checkpoint::Checkpoint::latest(&dir.path().join("checkpoints"), &hash).unwrap().unwrap();
     let fake = teacher.copy().unwrap();
-    checkpoint.take_params("fake/", fake.params()).unwrap();
+    checkpoint.take_params("fake/", fake.params(), None).unwrap();
     assert_eq!(fake.params().hash().unwrap(), seen.recorded[4].1);
 }
 

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Condition, Conditions, Denoiser, InputSpec, Prediction, ScheduleSpec, TeacherCard};
-use crate::distill::config::{Config, Precision, Spacing, Switch};
+use crate::distill::config::{Config, Precision, Shard, Spacing, Switch};
 use crate::distill::inputs::denoising_loss;
 use crate::distill::metrics::MetricsRow;
 use crate::distill::observer::Observer;
@@ -115,11 +115,14 @@ fn labelled() -> Denoiser {
 }
 
 fn digits() -> Denoiser {
+    adapted_digits(&Config::default())
+}
+
+/// Its low-rank factors, where the configuration has some.
+fn adapted_digits(config: &Config) -> Denoiser {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/digits/teacher.onnx");
     let teacher = crate::run::Teacher::load(&path, &Default::default(), Device::Cpu).unwrap();
-    let specs = teacher.inputs();
-    let card = Arc::new(teacher.card.card);
-    Denoiser::new(Box::new(teacher.network), card, &specs).unwrap()
+    crate::run::denoiser(&teacher, config).unwrap()
 }
 
 fn config() -> Config {
@@ -306,7 +309,7 @@ fn the_fake_score_starts_from_the_degraded_end() {
             .unwrap()
             .unwrap();
     let fake = teacher.copy().unwrap();
-    checkpoint.take_params("fake/", fake.params()).unwrap();
+    checkpoint.take_params("fake/", fake.params(), None).unwrap();
     assert_eq!(fake.params().hash().unwrap(), seen.recorded[4].1);
     assert_ne!(seen.recorded[4].1, seen.recorded[0].1);
 }

@@ -66,7 +66,7 @@ fn guidance_is_the_targets_alone() {
         let mut checkpoint = checkpoint::Checkpoint::latest(&dir.path().join("checkpoints"), &hash).unwrap().unwrap();
         ["fake/", "adam_fake/m/", "adam_student/m/"].map(|prefix| {
             let copy = teacher.copy().unwrap();
-            checkpoint.take_params(prefix, copy.params()).unwrap();
+            checkpoint.take_params(prefix, copy.params(), None).unwrap();
             copy.params().hash().unwrap()
         })
     };
@@ -128,7 +128,7 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
         adam_student.step(1.0).unwrap();
         let seen = (step + 1) * c.images();
         let decay = crate::torch::train::ema::decay(c.images(), seen, c.ema.half_life, c.ema.ramp);
-        tch::no_grad(|| crate::torch::train::ema::update(average.params(), student.params(), decay)).unwrap();
+        tch::no_grad(|| crate::torch::train::ema::update(average.params(), student.params(), decay, None)).unwrap();
         if c.objective != ObjectiveKind::Sds {
             denoising_loss(&fake, &x, &sigmas, &noise, &conditions).unwrap().backward();
             adam_fake.step(1.0).unwrap();
@@ -153,7 +153,7 @@ fn no_nodes_is_the_base_method_bit_for_bit() {
                 .unwrap();
         let fake = teacher.copy().unwrap();
         if objective != Sds {
-            checkpoint.take_params("fake/", fake.params()).unwrap();
+            checkpoint.take_params("fake/", fake.params(), None).unwrap();
         }
         assert_eq!([student, fake.params().hash().unwrap()], base_method(&c, &teacher), "{objective:?}");
         assert_eq!(seen.entered, [(0, teacher.params().hash().unwrap())].to_vec());

@@ -20,18 +20,16 @@
 #include <vector>
 
 #include "../border.h"
+#include "group.h"
 
 namespace {
 
 using disback::guarded;
 using std::chrono::milliseconds;
 
-struct Group {
-  c10::intrusive_ptr<c10d::Store> store;
-  c10::intrusive_ptr<c10d::ProcessGroup> processes;
-};
+using disback::Group;
 
-Group& of(void* g) { return *static_cast<Group*>(g); }
+Group& of(void* g) { return disback::group_of(g); }
 
 #ifdef DISBACK_NCCL
 // The two functions of c10d's NCCL that are called here, by their names in libtorch_cuda.so, which a program may be without. Sizes and
@@ -71,98 +69,6 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store
 #else
 bool has_nccl() { return false; }
 #endif
-
-// Gradients that are summed together: a run of parameters, flat in the order of their own memory, padded to a part for each process.
-struct Bucket {
-  size_t begin, end;
-  int64_t part;
-  at::Tensor send;      // [world * part], while a round is under way
-  at::Tensor received;  // [world * part], the same: this process's part of everyone's gradients
-  at::Tensor sum;       // [part]: its sum over the micro-batches so far
-  c10::intrusive_ptr<c10d::Work> work;
-};
-
-// Sums gradients over micro-batches in their order, whichever process computed them, so that the sum has the same bits for any number
-// of processes: each process owns a part of every bucket, receives that part from all others after each round of micro-batches (one a
-// process), and adds them one after the other, as one process alone would. At the end everyone gets all parts.
-struct Reducer {
-  Group* group;  // nullptr: one process
-  int64_t world;
-  std::vector<at::Tensor> params;
-  std::vector<bool> reached;
-  std::vector<Bucket> buckets;
-  int64_t rows = 0;  // micro-batches of the round that is under way
-  bool ordered;      // false: every process sums its own, and the sums are added by one reduction (CUDA)
-};
-
-at::Tensor place(const at::Tensor& flat, const at::Tensor& like, int64_t offset) {
-  return flat.as_strided(like.sizes(), like.strides(), offset);
-}
-
-std::vector<Bucket> split(const std::vector<at::Tensor>& params, int64_t bytes, int64_t world) {
-  std::vector<Bucket> buckets;
-  size_t begin = 0;
-  int64_t elements = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    elements += params[i].numel();
-    if (i + 1 == params.size() || 4 * elements >= bytes) {
-      Bucket b{};
-      b.begin = begin, b.end = i + 1, b.part = (elements + world - 1) / world;
-      buckets.push_back(std::move(b));
-      begin = i + 1, elements = 0;
-    }
-  }
-  return buckets;
-}
-
-// This process's gradients into the bucket's flat memory; what no gradient has reached counts as 0.
-void flatten(Reducer& r, Bucket& b, bool active) {
-  const auto options = r.params[b.begin].options().requires_grad(false);
-  b.send = at::empty({r.world * b.part}, options);
-  int64_t offset = 0;
-  for (size_t i = b.begin; i < b.end; ++i) {
-    const at::Tensor& p = r.params[i];
-    const at::Tensor grad = p.grad();
-    at::Tensor there = place(b.send, p, offset);
-    if (active && grad.defined()) {
-      there.copy_(grad);
-      r.reached[i] = true;
-    } else {
-      there.zero_();
-    }
-    p.mutable_grad().reset();
-    offset += p.numel();
-  }
-  b.send.narrow(0, offset, b.send.numel() - offset).zero_();
-}
-
-// The round before is added to the sums.
-void settle(Reducer& r) {
-  for (Bucket& b : r.buckets) {
-    if (r.rows == 0) break;
-    if (b.work) b.work->wait();
-    b.work.reset();
-    if (r.group == nullptr) {
-      b.sum = b.sum.defined() ? b.sum.add_(b.send) : b.send;
-    } else {
-      for (int64_t row = 0; row < r.rows; ++row) {
-        const at::Tensor part = b.received.narrow(0, row * b.part, b.part);
-        b.sum = b.sum.defined() ? b.sum.add_(part) : part.clone();
-      }
-    }
-    b.send.reset(), b.received.reset();
-  }
-  r.rows = 0;
-}
-
-// What was summed, as the parameters' gradients. They lie in `flat`, which is theirs from now on.
-void hand_out(Reducer& r, Bucket& b, const at::Tensor& flat) {
-  int64_t offset = 0;
-  for (size_t i = b.begin; i < b.end; ++i) {
-    if (r.reached[i]) r.params[i].mutable_grad() = place(flat, r.params[i], offset);
-    offset += r.params[i].numel();
-  }
-}
 
 }  // namespace
 
@@ -267,72 +173,23 @@ char* disback_dist_gather(void* g, const at::Tensor* mine, at::Tensor** out) {
   });
 }
 
-// Sums the gradients of f32 parameters. g: the group, or nullptr for one process that sums micro-batch by micro-batch. bytes: of a
-// bucket, about.
-char* disback_reducer_new(void* g, at::Tensor* const* params, size_t count, int64_t bytes, void** out) {
-  return guarded([&] {
-    auto r = std::make_unique<Reducer>();
-    r->group = static_cast<Group*>(g);
-    r->world = g == nullptr ? 1 : of(g).processes->getSize();
-    for (size_t i = 0; i < count; ++i) {
-      TORCH_CHECK(params[i]->scalar_type() == at::kFloat, "gradients of ", params[i]->scalar_type(), " are not summed");
-      TORCH_CHECK(params[i]->is_non_overlapping_and_dense(), "a parameter with gaps in memory");
-      TORCH_CHECK(params[i]->device() == params[0]->device(), "parameters on several devices");
-      r->params.push_back(*params[i]);
-    }
-    r->ordered = g == nullptr || count == 0 || params[0]->is_cpu();
-    r->reached.assign(count, false);
-    r->buckets = split(r->params, bytes, r->world);
-    *out = r.release();
-  });
-}
-
-void disback_reducer_drop(void* r) {
-  (void)guarded([&] { delete static_cast<Reducer*>(r); });
-}
-
-// The micro-batches of a round are done: `rows` of them in all, one of each of the first `rows` processes. Begins to exchange their
-// gradients, which this process's parameters lose. active: this process has computed one.
-char* disback_reducer_round(void* reducer, int64_t rows, bool active) {
-  auto& r = *static_cast<Reducer*>(reducer);
+// A tensor of this process's to rank 0, which waits for it by disback_dist_receive, in the order of its rows.
+char* disback_dist_send(void* g, const at::Tensor* mine) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    if (!r.ordered) return;
-    settle(r);
-    for (Bucket& b : r.buckets) {
-      flatten(r, b, active);
-      if (r.group == nullptr) continue;
-      b.received = at::empty_like(b.send);
-      std::vector<int64_t> even;
-      b.work = r.group->processes->alltoall_base(b.received, b.send, even, even);
-    }
-    r.rows = rows;
+    std::vector<at::Tensor> one{mine->detach().contiguous().flatten()};
+    of(g).processes->send(one, 0, 0)->wait();
   });
 }
 
-// All micro-batches are done: the parameters' gradients become the sums over all of them, on every process.
-char* disback_reducer_finish(void* reducer) {
-  auto& r = *static_cast<Reducer*>(reducer);
+// What `from` sends, into `there`, whose elements lie without gaps in the order of its rows.
+char* disback_dist_receive(void* g, int from, at::Tensor* there) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    settle(r);
-    std::vector<c10::intrusive_ptr<c10d::Work>> works;
-    for (Bucket& b : r.buckets) {
-      if (!r.ordered) {
-        flatten(r, b, true);
-        std::vector<at::Tensor> one{b.send};
-        works.push_back(r.group->processes->allreduce(one));
-      } else if (r.group != nullptr) {
-        b.send = at::empty({r.world * b.part}, b.sum.options());
-        works.push_back(r.group->processes->_allgather_base(b.send, b.sum));
-      }
-    }
-    for (auto& w : works) w->wait();
-    for (Bucket& b : r.buckets) {
-      hand_out(r, b, r.group == nullptr ? b.sum : b.send);
-      b.sum.reset(), b.send.reset();
-    }
-    r.reached.assign(r.params.size(), false);
+    TORCH_CHECK(there->is_contiguous(), "a tensor with gaps cannot be received");
+    std::vector<at::Tensor> one{there->detach().flatten()};
+    of(g).processes->recv(one, from, 0)->wait();
   });
 }
-}
+
+}  // extern "C"

@@ -33,6 +33,8 @@ unsafe extern "C" {
         count: *mut usize,
     ) -> *mut c_char;
     fn disback_dist_broadcast(group: *mut c_void, tensors: *const *const C_tensor, count: usize) -> *mut c_char;
+    fn disback_dist_send(group: *mut c_void, mine: *const C_tensor) -> *mut c_char;
+    fn disback_dist_receive(group: *mut c_void, from: c_int, there: *mut C_tensor) -> *mut c_char;
     fn disback_dist_gather(group: *mut c_void, mine: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
@@ -101,6 +103,18 @@ impl Group {
         let pointers: Vec<_> = tensors.iter().map(Tensor::as_ptr).collect();
         // SAFETY: the tensors live through the call.
         check(unsafe { disback_dist_broadcast(self.0, pointers.as_ptr().cast(), pointers.len()) })
+    }
+
+    /// To rank 0, in the order of its rows.
+    pub fn send(&self, mine: &Tensor) -> Result<()> {
+        // SAFETY: the tensor lives through the call.
+        check(unsafe { disback_dist_send(self.0, mine.as_ptr()) })
+    }
+
+    /// What `from` sends, into a contiguous tensor of its size.
+    pub fn receive(&self, from: usize, there: &mut Tensor) -> Result<()> {
+        // SAFETY: the tensor lives through the call.
+        check(unsafe { disback_dist_receive(self.0, from as c_int, there.as_mut_ptr()) })
     }
 
     pub fn gather(&self, mine: &Tensor) -> Result<Tensor> {

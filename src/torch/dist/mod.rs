@@ -3,9 +3,11 @@
 
 mod group;
 pub mod launcher;
+mod owners;
 mod reducer;
 mod world;
 
 pub use group::has_nccl;
-pub use reducer::Reducer;
+pub use owners::{Named, Owners, largest_share};
+pub use reducer::{BUCKET, Reducer};
 pub use world::World;

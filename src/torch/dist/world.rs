@@ -242,6 +242,22 @@ impl World {
         }
     }
 
+    /// A tensor that `owner` holds, on rank 0 (contiguous); the others get nothing. `mine`: it, or on other processes anything of its
+    /// size, kind and device. All processes call this.
+    pub fn to_leader(&self, owner: usize, mine: &Tensor) -> Result<Option<Tensor>> {
+        let Some(group) = self.group() else { return Ok(Some(mine.f_contiguous()?)) };
+        match (self.leads(), self.rank() == owner) {
+            (true, true) => Ok(Some(mine.f_contiguous()?)),
+            (true, false) => {
+                let mut there = Tensor::f_empty(mine.size(), (mine.kind(), mine.device()))?;
+                self.talk(|| group.receive(owner, &mut there))?;
+                Ok(Some(there))
+            }
+            (false, true) => self.talk(|| group.send(mine)).map(|()| None),
+            (false, false) => Ok(None),
+        }
+    }
+
     /// Each flag that any process has raised.
     pub fn any<const N: usize>(&self, flags: [bool; N]) -> Result<[bool; N]> {
         if self.is_alone() {

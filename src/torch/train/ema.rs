@@ -1,6 +1,9 @@
 //! Exponential moving average of the generator's weights.
 
+use tch::Tensor;
+
 use crate::error::Result;
+use crate::torch::dist::Owners;
 use crate::torch::params::ParamSet;
 use crate::torch::shim;
 
@@ -12,15 +15,20 @@ pub fn decay(batch: u64, seen: u64, half_life: f64, ramp: f64) -> f64 {
     if half_life <= 0.0 { 0.0 } else { 0.5f64.powf(batch as f64 / half_life) }
 }
 
-/// Moves the average (f32) towards `live`: `ema = decay * ema + (1 - decay) * live`.
-pub fn update(ema: &ParamSet, live: &ParamSet, decay: f64) -> Result<()> {
-    shim::foreach_lerp(ema.tensors(), live.tensors(), 1.0 - decay)
+/// Moves the average (f32) towards `live`: `ema = decay * ema + (1 - decay) * live`. `owners`: where each process keeps a share of the
+/// average, it moves that.
+pub fn update(ema: &ParamSet, live: &ParamSet, decay: f64, owners: Option<&Owners>) -> Result<()> {
+    let mine = |list: &[Tensor]| -> Vec<Tensor> {
+        let kept = list.iter().enumerate().filter(|(i, _)| owners.is_none_or(|o| o.is_mine(*i)));
+        kept.map(|(_, t)| t.shallow_clone()).collect()
+    };
+    let (ema, live) = (mine(ema.tensors()), mine(live.tensors()));
+    if ema.is_empty() { Ok(()) } else { shim::foreach_lerp(&ema, &live, 1.0 - decay) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Tensor;
 
     #[test]
     fn half_life_is_counted_in_images() {
@@ -38,9 +46,9 @@ mod tests {
         let set = |v: f32| ParamSet::new(vec!["w".into()], vec![Tensor::from_slice(&[v, 2.0 * v])]).unwrap();
         let (ema, live) = (set(1.0), set(3.0));
         live.set_requires_grad(true).unwrap();
-        update(&ema, &live, 0.75).unwrap();
+        update(&ema, &live, 0.75, None).unwrap();
         assert_eq!(Vec::<f32>::try_from(&ema.tensors()[0]).unwrap(), [1.5, 3.0]);
-        update(&ema, &live, 0.0).unwrap();
+        update(&ema, &live, 0.0, None).unwrap();
         assert!(ema.tensors()[0].equal(&live.tensors()[0].detach()));
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::torch::dist::{Reducer, World};
+use crate::torch::dist::{Named, Owners, Reducer, World};
 use crate::torch::params::ParamSet;
 use crate::torch::shim;
 
@@ -48,6 +48,8 @@ pub struct AdamW {
     norm: Tensor,
     /// Sums the gradients of micro-batches, where autograd does not do so by itself.
     reducer: Option<Reducer>,
+    /// Which process has the moments of a parameter and steps it, where not every one does.
+    owners: Option<Owners>,
 }
 
 impl AdamW {
@@ -68,17 +70,30 @@ impl AdamW {
             calls: 0,
             norm: scalar()?,
             reducer: None,
+            owners: None,
         })
     }
 
     /// Takes the gradients of all processes of `world` from now on. `apart`: a micro-batch's gradients are completed before they are
     /// added to those before it, also in a world of one process: where a micro-batch has several backward passes, the sum would
-    /// otherwise have other bits than that of several processes. Costs the memory of the gradients once more.
-    pub fn share(&mut self, world: &World, apart: bool) -> Result<()> {
+    /// otherwise have other bits than that of several processes. Costs the memory of the gradients once more. `sharded`: each
+    /// process keeps the moments of a share of the parameters, steps those, and hands out their new values.
+    pub fn share(&mut self, world: &World, apart: bool, sharded: bool) -> Result<()> {
+        if sharded && !world.is_alone() {
+            let owners = Owners::new(world, &self.params);
+            owners.let_go(&self.exp_avg)?;
+            owners.let_go(&self.exp_avg_sq)?;
+            self.owners = Some(owners);
+        }
         if !world.is_alone() || apart {
-            self.reducer = Some(Reducer::new(world, &self.params)?);
+            self.reducer = Some(Reducer::new(world, &self.params, self.owners.as_ref().map(Owners::ranks))?);
         }
         Ok(())
+    }
+
+    /// Who keeps what, where each process keeps a share.
+    pub fn owners(&self) -> Option<&Owners> {
+        self.owners.as_ref()
     }
 
     /// A round of micro-batches is done, one of each of the first `rows` processes.
@@ -97,17 +112,25 @@ impl AdamW {
     /// Updates the parameters from their gradients with `lr_scale` times the learning rate, then lets the gradients go.
     /// Parameters that no gradient has reached stay as they are.
     pub fn step(&mut self, lr_scale: f64) -> Result<()> {
-        self.reducer.as_mut().map_or(Ok(()), Reducer::finish)?;
+        let everywhere = self.reducer.as_mut().map(Reducer::finish).transpose()?;
         let grads = shim::grads(&self.params)?;
+        // Of those that this process steps.
         let reached: Vec<usize> = (0..grads.len()).filter(|&i| grads[i].is_some()).collect();
         let grads: Vec<Tensor> = grads.into_iter().flatten().collect();
-        if grads.is_empty() {
+        let any = everywhere.as_ref().map_or(!grads.is_empty(), |all| all.contains(&true));
+        if !any {
             return Err(Error::backend("no gradient has reached any parameter"));
         }
+        let norm = match (&self.owners, &everywhere, &self.reducer) {
+            (Some(_), Some(all), Some(reducer)) => {
+                tch::no_grad(|| shared_norm(reducer.world(), all, &reached, &grads, self.step.device()))?
+            }
+            _ => shim::global_norm(&grads)?,
+        };
         let pick = |list: &[Tensor]| reached.iter().map(|&i| list[i].shallow_clone()).collect::<Vec<_>>();
         let c = self.config;
         tch::no_grad(|| -> Result<()> {
-            self.norm = shim::global_norm(&grads)?;
+            self.norm = norm;
             let found_inf = self.norm.f_isfinite()?.f_logical_not()?.f_to_kind(Kind::Float)?;
             let scale = if c.clip > 0.0 {
                 self.norm.f_div_scalar(c.clip)?.f_clamp_min(1.0)?
@@ -124,18 +147,20 @@ impl AdamW {
                 weight_decay: c.weight_decay,
                 eps: c.eps,
             };
-            shim::fused_adamw(
-                &pick(&self.params),
-                &grads,
-                &pick(&self.exp_avg),
-                &pick(&self.exp_avg_sq),
-                &self.step,
-                numbers,
-                &scale,
-                &found_inf,
-            )?;
-            shim::drop_grads(&self.params)
+            if !grads.is_empty() {
+                let moments = [pick(&self.exp_avg), pick(&self.exp_avg_sq)];
+                let [m, v] = &moments;
+                shim::fused_adamw(&pick(&self.params), &grads, m, v, &self.step, numbers, &scale, &found_inf)?;
+            }
+            drop(grads);
+            match &mut self.reducer {
+                None => shim::drop_grads(&self.params),
+                Some(reducer) => reducer.let_go(),
+            }
         })?;
+        if let (Some(_), Some(reducer)) = (&self.owners, &mut self.reducer) {
+            reducer.hand_out()?;
+        }
         self.calls += 1;
         Ok(())
     }
@@ -151,16 +176,17 @@ impl AdamW {
     }
 
     /// The whole state as named tensors under `prefix`.
-    pub fn state(&self, prefix: &str) -> Vec<(String, Tensor)> {
+    pub fn state(&self, prefix: &str) -> Vec<Named> {
         let mut out = Vec::with_capacity(2 * self.params.len() + 4);
+        let owners = self.owners.as_ref();
         for (i, name) in self.names.iter().enumerate() {
-            out.push((format!("{prefix}m/{name}"), self.exp_avg[i].shallow_clone()));
-            out.push((format!("{prefix}v/{name}"), self.exp_avg_sq[i].shallow_clone()));
+            out.push(Named::owned(format!("{prefix}m/{name}"), &self.exp_avg[i], owners, i));
+            out.push(Named::owned(format!("{prefix}v/{name}"), &self.exp_avg_sq[i], owners, i));
         }
-        out.push((format!("{prefix}step"), self.step.shallow_clone()));
-        out.push((format!("{prefix}skipped"), self.skipped.shallow_clone()));
-        out.push((format!("{prefix}skipped_in_a_row"), self.skipped_in_a_row.shallow_clone()));
-        out.push((format!("{prefix}calls"), Tensor::from(self.calls as f32)));
+        out.push(Named::new(format!("{prefix}step"), &self.step));
+        out.push(Named::new(format!("{prefix}skipped"), &self.skipped));
+        out.push(Named::new(format!("{prefix}skipped_in_a_row"), &self.skipped_in_a_row));
+        out.push(Named::new(format!("{prefix}calls"), &Tensor::from(self.calls as f32)));
         out
     }
 
@@ -169,19 +195,42 @@ impl AdamW {
     pub fn restore(&mut self, prefix: &str, take: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
         tch::no_grad(|| {
             for (i, name) in self.names.iter().enumerate() {
-                copy_exact(&mut self.exp_avg[i], &format!("{prefix}m/{name}"), take)?;
-                copy_exact(&mut self.exp_avg_sq[i], &format!("{prefix}v/{name}"), take)?;
+                let mine = self.owners.as_ref().is_none_or(|owners| owners.is_mine(i));
+                copy_exact(&mut self.exp_avg[i], &format!("{prefix}m/{name}"), take, mine)?;
+                copy_exact(&mut self.exp_avg_sq[i], &format!("{prefix}v/{name}"), take, mine)?;
             }
-            copy_exact(&mut self.step, &format!("{prefix}step"), take)?;
-            copy_exact(&mut self.skipped, &format!("{prefix}skipped"), take)?;
-            copy_exact(&mut self.skipped_in_a_row, &format!("{prefix}skipped_in_a_row"), take)?;
+            copy_exact(&mut self.step, &format!("{prefix}step"), take, true)?;
+            copy_exact(&mut self.skipped, &format!("{prefix}skipped"), take, true)?;
+            copy_exact(&mut self.skipped_in_a_row, &format!("{prefix}skipped_in_a_row"), take, true)?;
             self.calls = take(&format!("{prefix}calls"))?.f_double_value(&[])? as u64;
             Ok(())
         })
     }
 }
 
-fn copy_exact(mine: &mut Tensor, name: &str, take: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
+/// Norm of the gradients of all processes, each of which has those of the parameters that it steps. `everywhere`: which parameters a
+/// gradient has reached; `reached`: those of `grads`. The bits are those of one process that has them all.
+fn shared_norm(
+    world: &World,
+    everywhere: &[bool],
+    reached: &[usize],
+    grads: &[Tensor],
+    device: Device,
+) -> Result<Tensor> {
+    let all: Vec<usize> = (0..everywhere.len()).filter(|&i| everywhere[i]).collect();
+    let mut norms = Tensor::f_zeros([all.len() as i64], (Kind::Float, device))?;
+    if !grads.is_empty() {
+        let places: Vec<i64> = reached.iter().filter_map(|i| all.binary_search(i).ok()).map(|at| at as i64).collect();
+        let places = Tensor::from_slice(&places).f_to_device(device)?;
+        let _ = norms.f_index_copy_(0, &places, &shim::norms(grads)?)?;
+    }
+    // (All but one of the processes add 0.)
+    let sum = world.gather(&norms)?.f_sum_dim_intlist(Some([0i64].as_slice()), false, Kind::Float)?;
+    Ok(sum.f_linalg_norm(2.0, None::<&[i64]>, false, None)?)
+}
+
+/// `take` gives the values; they are another process's where `kept` is false.
+fn copy_exact(mine: &mut Tensor, name: &str, take: &mut dyn FnMut(&str) -> Result<Tensor>, kept: bool) -> Result<()> {
     let theirs = take(name)?;
     if theirs.size() != mine.size() {
         return Err(Error::mismatch(format!(
@@ -190,7 +239,10 @@ fn copy_exact(mine: &mut Tensor, name: &str, take: &mut dyn FnMut(&str) -> Resul
             mine.size()
         )));
     }
-    Ok(mine.f_copy_(&theirs)?)
+    if kept {
+        mine.f_copy_(&theirs)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -318,8 +370,8 @@ mod tests {
                     let state = adam.state("g/");
                     adam = AdamW::new(&params, AdamWConfig { warmup: 5, ..CONFIG }).unwrap();
                     let mut take = |name: &str| {
-                        let found = state.iter().find(|(n, _)| n == name).expect("named");
-                        Ok(found.1.copy())
+                        let found = state.iter().find(|n| n.name == name).expect("named");
+                        Ok(found.tensor.copy())
                     };
                     adam.restore("g/", &mut take).unwrap();
                 }
