@@ -59,12 +59,13 @@ fn bake_onnxruntime_hint() {
 mod train {
     use std::path::{Path, PathBuf};
 
-    const SOURCES: [&str; 12] = [
+    const SOURCES: [&str; 13] = [
         "src/torch/shim.cpp",
         "src/torch/training.cpp",
         "src/torch/cpu/activation.cpp",
         "src/torch/profile.cpp",
         "src/torch/dist/dist.cpp",
+        "src/torch/dist/reducer.cpp",
         "src/torch/train/cuda_graph.cpp",
         "src/torch/cpu/winograd.cpp",
         "src/torch/cpu/gemm.cpp",
@@ -73,8 +74,9 @@ mod train {
         "src/torch/cpu/linear.cpp",
         "src/torch/cpu/group_norm.cpp",
     ];
-    const HEADERS: [&str; 7] = [
+    const HEADERS: [&str; 8] = [
         "src/torch/border.h",
+        "src/torch/dist/group.h",
         "src/torch/cpu/lanes.h",
         "src/torch/cpu/parallel.h",
         "src/torch/cpu/gemm.h",
@@ -100,15 +102,21 @@ mod train {
         // Nothing refers to libtorch_cuda by symbol, so the linker would drop it and a CUDA machine would train on its CPU. (Programs
         // linked with this crate, and the wheel's, open it by its name: src/torch/cuda_half.rs.)
         let has = |name: &str| lib.join(name).exists();
-        println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
-        println!("cargo:rustc-link-arg=-ltorch");
+        let mut arguments = vec!["-Wl,--no-as-needed", "-ltorch"];
         if has("libtorch_cuda.so") {
-            println!("cargo:rustc-link-arg=-ltorch_cuda");
-            println!("cargo:rustc-link-arg=-lc10_cuda");
+            arguments.extend(["-ltorch_cuda", "-lc10_cuda"]);
             // Its own dependencies sit in the wheel's nvidia/ folders; the loader finds them by libtorch_cuda's rpath.
             println!("cargo:rustc-link-arg=-Wl,--allow-shlib-undefined");
         }
-        println!("cargo:rustc-link-arg=-Wl,--as-needed");
+        arguments.push("-Wl,--as-needed");
+        // The program `disback` calls nothing of libtorch, and must start without it: what libtorch has too is not kept for its sake.
+        println!("cargo:rustc-link-arg-bin=disback=-Wl,--exclude-libs,ALL");
+        for argument in arguments {
+            println!("cargo:rustc-link-arg-bin=disback-train={argument}");
+            for targets in ["tests", "examples", "benches"] {
+                println!("cargo:rustc-link-arg-{targets}={argument}");
+            }
+        }
     }
 
     fn compile_shim(root: &Path) {

@@ -49,6 +49,19 @@ pub fn examine() -> Vec<Check> {
     checks
 }
 
+/// [`examine`] where libtorch cannot be loaded, and why not.
+#[cfg(feature = "train")]
+pub fn examine_without_libtorch(why: &str) -> Vec<Check> {
+    let mut checks = vec![Check::new("disback", State::Ok, format!("{} ({})", env!("CARGO_PKG_VERSION"), features()))];
+    checks.push(Check::new("libtorch", State::Broken, format!("cannot be loaded: {why}")).advice(
+        "it comes with the Python package torch (pip install torch==2.11.0), or LD_LIBRARY_PATH names the folder it lies in; sampling, \
+         evaluating and serving need none",
+    ));
+    onnxruntime(&mut checks);
+    checks.push(tract());
+    checks
+}
+
 fn features() -> String {
     let all = [("train", cfg!(feature = "train")), ("ort", cfg!(feature = "ort")), ("tract", cfg!(feature = "tract"))];
     let on: Vec<&str> = all.iter().filter(|(_, on)| *on).map(|(n, _)| *n).collect();

@@ -9,6 +9,8 @@ from pathlib import Path
 PACKAGED = Path(__file__).resolve().with_name("_bin") / "disback"
 # Beside the program, where it trains: the version of torch that it was built for.
 NEEDS_TORCH = PACKAGED.with_name("torch-version")
+# What the program does without torch.
+WITHOUT_TORCH = {"sample", "evaluate", "serve", "bench", "report", "package", "completions", "man", "help"}
 
 
 def folder(package, *more):
@@ -32,9 +34,9 @@ def torch_version(lib):
     return line.replace('"', "'").partition("'")[2].rstrip("'")
 
 
-def missing(program):
-    """Why the program at `program` cannot start, in a sentence with the remedy; `None` where it can."""
-    if program != PACKAGED or not NEEDS_TORCH.is_file():
+def missing(program, command=None):
+    """Why the program at `program` cannot do `command` (none: one that trains), in a sentence with the remedy; `None` where it can."""
+    if program != PACKAGED or not NEEDS_TORCH.is_file() or command in WITHOUT_TORCH:
         return None
     wanted = NEEDS_TORCH.read_text().strip()
     remedy = f"pip install torch=={wanted}"
@@ -79,17 +81,20 @@ def program():
 
 def main():
     """The console script: becomes the program, or says why it cannot."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "help")
+    if {"-h", "--help", "-V", "--version"} & set(sys.argv[1:]):
+        command = "help"
     try:
         path = program()
-        why = missing(path)
+        why = missing(path, command)
     except FileNotFoundError as error:
         path, why = None, str(error)
     if why is not None:
-        if sys.argv[1:2] == ["doctor"]:
-            print(f"missing  libtorch           {why}")
-        else:
+        if path is None or command != "doctor":
             print(f"error: {why}", file=sys.stderr)
-        return 1
+            return 1
+        # (On standard output there may be JSON.)
+        print(f"missing  libtorch           {why}", file=sys.stderr, flush=True)
     os.execve(path, ["disback", *sys.argv[1:]], environment(path))
 
 

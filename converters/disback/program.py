@@ -32,16 +32,17 @@ class Stopped(DisbackError):
         self.exit_code = exit_code
 
 
-def binary() -> Path:
-    """The program that is called: `DISBACK`, the wheel's own, or the one built in the repository.
+def binary(command: str | None = None) -> Path:
+    """The program that is called: `DISBACK`, the wheel's own, or the one built in the repository. `command`: what it is to do, where that
+    is known.
 
-    Raises DisbackError where there is none, or where its libtorch is missing.
+    Raises DisbackError where there is none, or where the libtorch is missing that the command needs.
     """
     try:
         path = launch.program()
     except FileNotFoundError as error:
         raise DisbackError(str(error)) from None
-    why = launch.missing(path)
+    why = launch.missing(path, command)
     if why is not None:
         raise DisbackError(why)
     return path
@@ -91,7 +92,7 @@ def call(*args: Any, watch: Callable[[], None] | None = None, codes: tuple[int, 
 
     Raises DisbackError with the program's words where the exit code is not among `codes`.
     """
-    path = binary()
+    path = binary(str(args[0]) if args else None)
     command = [str(path), *map(os.fspath, map(str, args)), "--json"]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(command, env=launch.environment(path), stdin=subprocess.DEVNULL, stdout=out, stderr=err)

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Globals;
-use crate::doctor::{State, examine};
+use crate::doctor::{Check, State, examine};
 use crate::error::Result;
 use crate::shown::say;
 
@@ -16,12 +16,16 @@ pub struct DoctorArgs {}
 
 /// Exit code 1 where something is broken; a thing that is merely absent is no failure.
 pub fn run(_: &DoctorArgs, globals: Globals) -> Result<ExitCode> {
-    let checks = examine();
+    show(&examine(), globals)
+}
+
+/// Shows what was found.
+pub(super) fn show(checks: &[Check], globals: Globals) -> Result<ExitCode> {
     let ok = checks.iter().all(|c| c.state != State::Broken);
     if globals.json {
         println!("{}", json!({ "ok": ok, "checks": checks }));
     } else {
-        for check in &checks {
+        for check in checks {
             let mark = match check.state {
                 State::Ok => "ok     ",
                 State::Missing => "missing",

@@ -20,6 +20,8 @@ mod estimate;
 pub mod evaluate;
 mod evaluate_table;
 pub mod export;
+#[cfg(feature = "train")]
+mod hand_over;
 mod help;
 #[cfg(feature = "train")]
 pub mod inspect;
@@ -112,9 +114,24 @@ enum Command {
     Man(completions::ManArgs),
 }
 
-/// Runs the program. Exit code: 0 success, 1 failure, 2 usage (nothing was changed); of a run that was stopped with a checkpoint 75, or
-/// 130 where a person stopped it.
+/// Runs the program, whatever it is asked. Exit code: 0 success, 1 failure, 2 usage (nothing was changed); of a run that was stopped
+/// with a checkpoint 75, or 130 where a person stopped it.
 pub fn main() -> ExitCode {
+    start(|command, globals| {
+        // Before anything asks libtorch for CUDA.
+        #[cfg(feature = "train")]
+        let _ = crate::torch::cuda_half::load();
+        light(command, globals).unwrap_or_else(|command| with_libtorch(command, globals))
+    })
+}
+
+/// [`main`] of a program that does not load libtorch: what needs it is handed over to `disback-train`, which lies beside it.
+#[cfg(feature = "train")]
+pub fn main_light() -> ExitCode {
+    start(|command, globals| light(command, globals).unwrap_or_else(|command| hand_over::run(&command, globals)))
+}
+
+fn start(run: impl FnOnce(Command, Globals) -> Result<ExitCode>) -> ExitCode {
     let matches = not_built::with_missing(help::with_help(Cli::command())).get_matches();
     if let Some(e) = not_built::refusal(&matches) {
         // Its arguments were not parsed.
@@ -129,9 +146,6 @@ pub fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .without_time()
         .init();
-    // Before anything asks libtorch for CUDA.
-    #[cfg(feature = "train")]
-    let _ = crate::torch::cuda_half::load();
     let globals = Globals { json: cli.json, quiet: cli.quiet };
     match run(cli.command, globals) {
         Ok(code) => code,
@@ -148,7 +162,25 @@ fn failed(e: &Error, json: bool) -> ExitCode {
     ExitCode::from(e.exit_code())
 }
 
-fn run(command: Command, globals: Globals) -> Result<ExitCode> {
+/// Runs a command that has no use for libtorch; gives back any other.
+fn light(command: Command, globals: Globals) -> std::result::Result<Result<ExitCode>, Command> {
+    Ok(match command {
+        Command::Package(args) => package::run(&args, globals),
+        Command::Sample(args) => sample::run(&args, globals),
+        Command::Evaluate(args) => evaluate::run(&args, globals),
+        #[cfg(feature = "report")]
+        Command::Report(args) => report::run(&args, globals),
+        Command::Bench(args) => bench::run(&args, globals),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(&args, globals),
+        Command::Completions(args) => completions::run(&args, help::with_help(Cli::command())),
+        Command::Man(args) => completions::man(&args, help::with_help(Cli::command())),
+        other => return Err(other),
+    })
+}
+
+/// The commands that train, or look at a teacher's network.
+fn with_libtorch(command: Command, globals: Globals) -> Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(&args, globals),
         #[cfg(feature = "train")]
@@ -166,18 +198,9 @@ fn run(command: Command, globals: Globals) -> Result<ExitCode> {
         #[cfg(feature = "train")]
         Command::Parity(args) => parity::run(&args, globals),
         Command::Export(args) => export::run(&args, globals),
-        Command::Package(args) => package::run(&args, globals),
         Command::Verify(args) => verify::run(&args, globals),
-        Command::Sample(args) => sample::run(&args, globals),
-        Command::Evaluate(args) => evaluate::run(&args, globals),
-        #[cfg(feature = "report")]
-        Command::Report(args) => report::run(&args, globals),
-        Command::Bench(args) => bench::run(&args, globals),
-        #[cfg(feature = "serve")]
-        Command::Serve(args) => serve::run(&args, globals),
         Command::Doctor(args) => doctor::run(&args, globals),
-        Command::Completions(args) => completions::run(&args, help::with_help(Cli::command())),
-        Command::Man(args) => completions::man(&args, help::with_help(Cli::command())),
+        other => light(other, globals).unwrap_or_else(|_| Ok(ExitCode::FAILURE)),
     }
 }
 

@@ -67,16 +67,23 @@ def checks(text):
 
 def test_the_tag_is_what_the_program_asks_for(wheel, place):
     major, minor = map(int, re.search(r"-py3-none-manylinux_(\d+)_(\d+)_x86_64\.whl$", wheel.name).groups())
-    program = (place / "disback/_bin/disback").read_bytes()
-    asked = {tuple(map(int, m)) for m in re.findall(rb"GLIBC_(\d+)\.(\d+)\0", program)}
-    assert asked and max(asked) <= (major, minor), (wheel.name, sorted(asked)[-3:])
+    for name in ("disback", "disback-train"):
+        program = (place / "disback/_bin" / name).read_bytes()
+        asked = {tuple(map(int, m)) for m in re.findall(rb"GLIBC_(\d+)\.(\d+)\0", program)}
+        assert asked and max(asked) <= (major, minor), (name, wheel.name, sorted(asked)[-3:])
 
 
 def test_an_environment_without_torch_says_what_to_install(place):
     scripts = place.parents[2] / "bin"
-    text = out(scripts / "disback", "--version", code=1)
+    text = out(scripts / "disback", "inspect", "teacher.onnx", code=1)
     assert text.startswith("error: ") and re.search(r"help: pip install torch==2\.11\.0$", text.strip()), text
-    assert "missing  libtorch" in out(scripts / "disback", "doctor", code=1)
+    text = out(scripts / "disback", "doctor", code=1)
+    assert "missing  libtorch" in text and "BROKEN   libtorch" in text and "tract" in text, text
+    # What needs no torch runs without it.
+    assert re.fullmatch(r"disback \d+\.\d+\.\d+\n", out(scripts / "disback", "--version"))
+    run = place.parents[3] / "run"
+    run.mkdir()
+    assert "no such file" in out(scripts / "disback", "sample", "no.onnx", "-o", run / "x.npz", code=1)
     fake = place.parents[3] / "old"
     (fake / "torch/lib").mkdir(parents=True)
     (fake / "torch/lib/libtorch_cpu.so").touch()
