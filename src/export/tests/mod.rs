@@ -1,5 +1,6 @@
 //! What rewriting makes of graphs that have the forms in question, against the graphs as they were, in ONNX Runtime and tract.
 
+mod eight_bits;
 mod simplified;
 
 use super::*;

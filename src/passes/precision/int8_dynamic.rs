@@ -73,7 +73,8 @@ fn candidates(model: &ModelProto) -> (Vec<Candidate>, Vec<(String, String)>) {
         let len: i64 = w.dims.iter().product();
         let takes = match n.op_type() {
             "MatMul" => w.dims.len() == 2,
-            "Conv" => edit::int(n, "group").unwrap_or(1) == 1 && w.dims.len() == 4,
+            // Over one dimension (sequences, sound), two, or three (volumes, videos).
+            "Conv" => edit::int(n, "group").unwrap_or(1) == 1 && (3..=5).contains(&w.dims.len()),
             _ => false,
         };
         if !takes || !matches!(n.domain(), "" | "ai.onnx") {
@@ -158,6 +159,13 @@ fn rewrite(model: &ModelProto, chosen: &HashSet<&str>, form: Form) -> Result<Mod
     Ok(model)
 }
 
+/// The shape in which a number for each of `channels` meets the result of a convolution whose weight has this rank.
+fn a_channel(channels: usize, rank: usize) -> Vec<usize> {
+    let mut shape = vec![1; rank - 1];
+    shape[0] = channels;
+    shape
+}
+
 /// An 8-bit value with its scale.
 type Quantity = (String, String);
 
@@ -189,7 +197,7 @@ impl Writer {
         self.inputs[x].clone()
     }
 
-    /// The weight in 8 bits, and its scales in the shape in which they meet the result.
+    /// The weight in 8 bits, and its scales in the shape in which they meet the result: one number a channel.
     fn weight(
         &mut self,
         graph: &mut crate::onnx::GraphProto,
@@ -203,7 +211,7 @@ impl Writer {
         }
         let axis = if conv { 0 } else { tensor.rank() - 1 };
         let (q, scales) = rows(&tensor.to_f32(), tensor.shape(), axis);
-        let shape = if conv { vec![scales.len(), 1, 1] } else { vec![scales.len()] };
+        let shape = if conv { a_channel(scales.len(), tensor.rank()) } else { vec![scales.len()] };
         let names = ["int8", "scale"].map(|what| self.name(&format!("{name}/{what}")));
         graph.initializer.push(tensors::to_proto(&names[0], &HostTensor::new(tensor.shape(), &q)?));
         graph.initializer.push(tensors::to_proto(&names[1], &HostTensor::new(&shape, &scales)?));
@@ -219,7 +227,7 @@ impl Writer {
         tensor: &HostTensor,
         form: Form,
     ) -> Result<()> {
-        let conv = n.op_type() == "Conv";
+        let (conv, tensor_rank) = (n.op_type() == "Conv", tensor.rank());
         let (weight, weight_scale) = self.weight(graph, &n.input[1], tensor, conv)?;
         let ((q, scale), zero) = self.input(&n.input[0]);
         let y = if form == Form::Replaced { n.output[0].clone() } else { beside(&n.output[0]) };
@@ -243,16 +251,18 @@ impl Writer {
         if let Some(b) = bias {
             // One number a channel, where the convolution had it.
             let shaped = self.name(&format!("{y}/bias"));
+            let mut of_any = vec![1i64; tensor_rank - 1];
+            of_any[0] = -1;
             let held = graph.initializer.iter().find(|t| t.name() == b);
             let tensor = held.map(tensors::from_proto).transpose()?;
             match tensor {
                 Some(t) => {
-                    let t = t.reshaped(&[t.len(), 1, 1])?;
+                    let t = t.reshaped(&a_channel(t.len(), tensor_rank))?;
                     graph.initializer.push(tensors::to_proto(&shaped, &t));
                 }
                 None => {
                     let target = self.name(&format!("{y}/bias_shape"));
-                    graph.initializer.push(tensors::to_proto(&target, &HostTensor::vec(&[-1i64, 1, 1])));
+                    graph.initializer.push(tensors::to_proto(&target, &HostTensor::vec(&of_any)));
                     self.out.push(edit::node("Reshape", &[&b, &target], &shaped));
                 }
             }
