@@ -1,4 +1,5 @@
-"""The teacher's network: diffusers' UNet2DModel on patches of 2x2 pixels, and the process that it learns (card.toml says both to disback).
+"""The teacher's network, diffusers' UNet2DModel on patches of 2x2 pixels, and the process that it learns; card.toml says both to
+disback.
 
 Around the 28x28 image go two rows and columns on each side, so that it halves three times: 2x2 pixels become 4 channels of a
 16x16 grid, and the UNet works at 16x16, 8x8 and 4x4. Most of the 1.4 million weights stand at 4x4, where they are cheap.
