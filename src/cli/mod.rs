@@ -121,14 +121,14 @@ pub fn main() -> ExitCode {
         // Before anything asks libtorch for CUDA.
         #[cfg(feature = "train")]
         let _ = crate::torch::cuda_half::load();
-        light(command, globals).unwrap_or_else(|command| with_libtorch(command, globals))
+        light(&command, globals).unwrap_or_else(|| with_libtorch(&command, globals))
     })
 }
 
 /// [`main`] of a program that does not load libtorch: what needs it is handed over to `disback-train`, which lies beside it.
 #[cfg(feature = "train")]
 pub fn main_light() -> ExitCode {
-    start(|command, globals| light(command, globals).unwrap_or_else(|command| hand_over::run(&command, globals)))
+    start(|command, globals| light(&command, globals).unwrap_or_else(|| hand_over::run(&command, globals)))
 }
 
 fn start(run: impl FnOnce(Command, Globals) -> Result<ExitCode>) -> ExitCode {
@@ -162,45 +162,45 @@ fn failed(e: &Error, json: bool) -> ExitCode {
     ExitCode::from(e.exit_code())
 }
 
-/// Runs a command that has no use for libtorch; gives back any other.
-fn light(command: Command, globals: Globals) -> std::result::Result<Result<ExitCode>, Command> {
-    Ok(match command {
-        Command::Package(args) => package::run(&args, globals),
-        Command::Sample(args) => sample::run(&args, globals),
-        Command::Evaluate(args) => evaluate::run(&args, globals),
+/// Runs a command that has no use for libtorch; none of any other.
+fn light(command: &Command, globals: Globals) -> Option<Result<ExitCode>> {
+    Some(match command {
+        Command::Package(args) => package::run(args, globals),
+        Command::Sample(args) => sample::run(args, globals),
+        Command::Evaluate(args) => evaluate::run(args, globals),
         #[cfg(feature = "report")]
-        Command::Report(args) => report::run(&args, globals),
-        Command::Bench(args) => bench::run(&args, globals),
+        Command::Report(args) => report::run(args, globals),
+        Command::Bench(args) => bench::run(args, globals),
         #[cfg(feature = "serve")]
-        Command::Serve(args) => serve::run(&args, globals),
-        Command::Completions(args) => completions::run(&args, help::with_help(Cli::command())),
-        Command::Man(args) => completions::man(&args, help::with_help(Cli::command())),
-        other => return Err(other),
+        Command::Serve(args) => serve::run(args, globals),
+        Command::Completions(args) => completions::run(args, help::with_help(Cli::command())),
+        Command::Man(args) => completions::man(args, help::with_help(Cli::command())),
+        _ => return None,
     })
 }
 
 /// The commands that train, or look at a teacher's network.
-fn with_libtorch(command: Command, globals: Globals) -> Result<ExitCode> {
+fn with_libtorch(command: &Command, globals: Globals) -> Result<ExitCode> {
     match command {
-        Command::Inspect(args) => inspect::run(&args, globals),
+        Command::Inspect(args) => inspect::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Distill(args) => distill::run(&args, globals),
+        Command::Distill(args) => distill::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Degrade(args) => degrade::run(&args, globals),
+        Command::Degrade(args) => degrade::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Backtrack(args) => backtrack::run(&args, globals),
+        Command::Backtrack(args) => backtrack::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Estimate(args) => estimate::run(&args, globals),
+        Command::Estimate(args) => estimate::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Compare(args) => compare::run(&args, globals),
+        Command::Compare(args) => compare::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Sweep(args) => sweep::run(&args, globals),
+        Command::Sweep(args) => sweep::run(args, globals),
         #[cfg(feature = "train")]
-        Command::Parity(args) => parity::run(&args, globals),
-        Command::Export(args) => export::run(&args, globals),
-        Command::Verify(args) => verify::run(&args, globals),
-        Command::Doctor(args) => doctor::run(&args, globals),
-        other => light(other, globals).unwrap_or_else(|_| Ok(ExitCode::FAILURE)),
+        Command::Parity(args) => parity::run(args, globals),
+        Command::Export(args) => export::run(args, globals),
+        Command::Verify(args) => verify::run(args, globals),
+        Command::Doctor(args) => doctor::run(args, globals),
+        other => light(other, globals).unwrap_or(Ok(ExitCode::FAILURE)),
     }
 }
 

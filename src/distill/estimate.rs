@@ -71,6 +71,8 @@ struct Measured {
     kept: f64,
     /// Highest during forward and backward, the network's gradients among it: they grow as inner values are let go.
     training: f64,
+    /// Highest during forward and backward beside whole gradients that were there before.
+    beside: f64,
     /// Highest during a forward without a graph.
     forward: f64,
 }
@@ -125,6 +127,11 @@ impl Spread {
                 Self { whole, kept, in_flight: 2.0 * whole, sum, round: 2.0 * whole, finish: sum + 2.0 * whole }
             }
         }
+    }
+
+    /// The most of an exchange, beside the sum of the rounds before it.
+    fn exchange(&self, rounds: usize) -> f64 {
+        self.round + if rounds > 1 { self.sum } else { 0.0 }
     }
 
     /// Held beside a micro-batch of the last of `rounds`, of the rounds before it.
@@ -210,7 +217,7 @@ fn estimate_of(
     let highest = Highest { net, made, config, fake, guided, scores, exchanged, rounds };
     let spreads = if fake > 0 { vec![of_student, of_teacher] } else { vec![of_student] };
     let in_degrade = (net.training.max(net.forward).max(made.forward) + of_teacher.behind(rounds))
-        .max(of_teacher.round + of_teacher.sum)
+        .max(of_teacher.exchange(rounds))
         .max(of_teacher.finish);
     let through_scores = objective.through_scores();
     let in_backtrack = highest
@@ -265,7 +272,7 @@ impl Highest<'_> {
             (made.kept + guided * net.forward + all).max(made.training + others)
         };
         let behind = fake * of_fake.behind(*rounds);
-        (computed + of_student.behind(*rounds)).max(of_student.round + of_student.sum) + behind
+        (computed + of_student.behind(*rounds)).max(of_student.exchange(*rounds)) + behind
     }
 
     /// Then the fake score is trained, and the generator's gradients wait for its step or are on their way.
@@ -275,7 +282,7 @@ impl Highest<'_> {
         }
         let sums = if self.rounds > 1 || of_student.in_flight == 0.0 { of_student.sum } else { 0.0 };
         let sent = if self.exchanged { of_student.in_flight + sums } else { of_student.whole };
-        (self.net.training + of_fake.behind(self.rounds)).max(of_fake.round + of_fake.sum) + sent
+        (self.net.training + of_fake.behind(self.rounds)).max(of_fake.exchange(self.rounds)) + sent
     }
 
     /// Last the sums are put together, the generator's first.
@@ -305,9 +312,12 @@ fn drawn_on(config: &Config, network: &dyn Forward, measure: &dyn Fn(&Config) ->
     let low = high / 2;
     let (a, b) = (if low == 2 { two } else { at(low)? }, at(high)?);
     let line = |a: f64, b: f64| a + (b - a) / (high - low) as f64 * (config.batch as f64 - low as f64);
+    let beside = line(a.beside, b.beside);
     Ok(Measured {
         kept: line(a.kept, b.kept),
-        training: line(a.training, b.training),
+        // (Few images' highest may be their gradients, which say nothing of many images' inner values.)
+        training: line(a.training, b.training).max(beside),
+        beside,
         forward: line(a.forward, b.forward),
     })
 }
@@ -339,19 +349,25 @@ fn measure_student(copy: &Student, teacher: &Denoiser, config: &Config) -> Resul
 fn counted(params: &ParamSet, config: &Config, loss: &dyn Fn() -> Result<Tensor>) -> Result<Measured> {
     // The first run of a batch size works out the plan.
     loss()?.f_backward()?;
-    let gradients = if config.accumulate > 1 { params.elements() * 4 } else { 0 };
+    let pass = || -> Result<(f64, f64)> {
+        let start = counted_memory(true).current;
+        let value = loss()?;
+        let kept = counted_memory(false).current.saturating_sub(start);
+        value.f_backward()?;
+        drop(value);
+        Ok((kept as f64, counted_memory(false).peak.saturating_sub(start) as f64))
+    };
+    let (kept, beside) = pass()?;
+    let sum = if config.accumulate > 1 { 4.0 * params.elements() as f64 } else { 0.0 };
     // Where the sum is kept apart, this micro-batch has gradients of its own.
-    if config.accumulate == 1 || config.sums_apart(Device::Cpu) {
+    let training = if config.accumulate == 1 || config.sums_apart(Device::Cpu) {
         shim::drop_grads(params.tensors())?;
-    }
-    let start = counted_memory(true).current;
-    let value = loss()?;
-    let kept = counted_memory(false).current.saturating_sub(start);
-    value.f_backward()?;
-    drop(value);
-    let training = counted_memory(false).peak.saturating_sub(start) + gradients as u64;
+        pass()?.1 + sum
+    } else {
+        beside + sum
+    };
     let start = counted_memory(true).current;
     drop(tch::no_grad(loss)?);
-    let forward = counted_memory(false).peak.saturating_sub(start);
-    Ok(Measured { kept: kept as f64, training: training as f64, forward: forward as f64 })
+    let forward = counted_memory(false).peak.saturating_sub(start) as f64;
+    Ok(Measured { kept, training, beside, forward })
 }

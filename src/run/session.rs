@@ -407,7 +407,7 @@ impl Session {
                         run.student_weights().display()
                     ))
                 })?;
-                let skipped_steps = write_summary(origin, request, config, run, *device)?;
+                let skipped_steps = write_summary(origin, request, config, run, (*device, watcher.seconds_looking()))?;
                 Finished::Distilled(Distilled { files, skipped_steps, warnings: watcher.warnings() })
             }
         };

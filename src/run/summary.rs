@@ -18,13 +18,13 @@ fn peak_host() -> Option<u64> {
 }
 
 /// `summary.json`: what the run was and what it cost. Keys of others (evaluations) stay.
-/// Gives how many optimiser steps were skipped.
+/// Gives how many optimiser steps were skipped. `looking`: seconds that this process spent on samples, measures and losses by level.
 pub(super) fn write_summary(
     origin: StudentOrigin,
     request: &Request,
     config: &Config,
     run: &RunDir,
-    device: Device,
+    (device, looking): (Device, f64),
 ) -> Result<u64> {
     let teacher = &request.teacher;
     let path = run.summary();
@@ -49,6 +49,7 @@ pub(super) fn write_summary(
         "images_backtrack": last("backtrack").map_or(0, |r| r.images),
         "seconds_degrade": seconds("degrade"),
         "seconds_backtrack": seconds("backtrack"),
+        "seconds_looking": looking,
         "skipped_steps": skipped,
         "warnings": divergence::read(run.path()),
         "parameters": origin.teacher.network.params().elements(),

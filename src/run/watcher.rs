@@ -28,10 +28,9 @@ use crate::runtime::EngineOptions;
 use crate::tensor::HostTensor;
 use crate::torch::{convert, shim};
 
-/// Noise levels at which losses are looked at, images of a look, and rows of metrics between two looks.
+/// Noise levels at which losses are looked at, and images of a look.
 const LEVELS: usize = 12;
 const LEVEL_IMAGES: usize = 16;
-const LEVEL_ROWS: u64 = 10;
 
 /// Watches one run.
 pub struct Watcher<'a> {
@@ -55,6 +54,8 @@ pub struct Watcher<'a> {
     new_target: bool,
     /// Samples are wanted at once.
     samples_wanted: bool,
+    /// Time spent on samples, measures and losses by noise level.
+    looked: Duration,
     device: tch::Device,
 }
 
@@ -143,6 +144,7 @@ impl<'a> Watcher<'a> {
             stepped,
             new_target: false,
             samples_wanted: false,
+            looked: Duration::ZERO,
             device,
         })
     }
@@ -153,8 +155,25 @@ impl<'a> Watcher<'a> {
         self.divergence.warnings().iter().map(text).collect()
     }
 
+    /// Seconds that this process has spent on samples, measures and losses by noise level.
+    pub fn seconds_looking(&self) -> f64 {
+        self.looked.as_secs_f64()
+    }
+
+    /// Does what is not training, and counts its time.
+    fn look<T>(&mut self, look: impl FnOnce(&mut Self) -> T) -> T {
+        let started = Instant::now();
+        let seen = look(self);
+        self.looked += started.elapsed();
+        seen
+    }
+
     /// The run is over: samples of the finished student are written.
     pub fn finished(&mut self, student: &Student) -> Result<()> {
+        self.look(|watcher| watcher.last_samples(student))
+    }
+
+    fn last_samples(&mut self, student: &Student) -> Result<()> {
         self.sheets.finished(student)?;
         self.sheets.weights("student", student.params())?;
         self.sheets.events().hparams_end(true)
@@ -263,7 +282,9 @@ impl<'a> Watcher<'a> {
 
     /// Whether losses by noise level are looked at after this step, the last or not.
     fn looks_at_levels(&self, step: &Step, last: bool) -> bool {
-        self.new_target || last || step.iteration.is_multiple_of(LEVEL_ROWS * self.config.log.every)
+        let rows = self.config.log.levels;
+        rows > 0
+            && (self.new_target || last || step.iteration.is_multiple_of(rows.saturating_mul(self.config.log.every)))
     }
 
     /// Whether the time is over before a further step would be done.
@@ -357,7 +378,7 @@ impl Observer for Watcher<'_> {
         if std::mem::take(&mut self.samples_wanted)
             && let Some(networks) = &step.networks
         {
-            self.sheets.student("student-now", networks.average)?;
+            self.look(|watcher| watcher.sheets.student("student-now", networks.average))?;
             monitor.note(&format!("samples/student-now.png, update {}", step.updates));
         }
         if let Some(found) = self.data.as_mut().map(DataCheck::found).transpose()?.flatten() {
@@ -367,16 +388,16 @@ impl Observer for Watcher<'_> {
         let Some(networks) = &step.networks else { return Ok(wish) };
         let last = step.iteration == step.total;
         if self.measures(step) {
-            self.measure(step, networks)?;
+            self.look(|watcher| watcher.measure(step, networks))?;
             wish.end = !last && self.judge.as_ref().is_some_and(InLoop::exhausted);
         }
         let last = last || wish.end;
         if self.snapshots(step, last) {
-            self.snapshot(step, networks)?;
+            self.look(|watcher| watcher.snapshot(step, networks))?;
         }
         if self.looks_at_levels(step, last) {
             self.new_target = false;
-            self.levels(step, networks)?;
+            self.look(|watcher| watcher.levels(step, networks))?;
         }
         Ok(wish)
     }
@@ -402,17 +423,19 @@ impl Observer for Watcher<'_> {
 
     fn node_recorded(&mut self, node: usize, denoiser: &Denoiser) -> Result<()> {
         self.monitor.note(&format!("node {node} recorded"));
-        self.sheets.node_recorded(node, denoiser)
+        self.look(|watcher| watcher.sheets.node_recorded(node, denoiser))
     }
 
     fn target_entered(&mut self, node: usize, target: &Denoiser) -> Result<()> {
         self.new_target = true;
-        self.sheets.target_entered(node, target)
+        self.look(|watcher| watcher.sheets.target_entered(node, target))
     }
 
     fn target_left(&mut self, node: usize, student: &Student) -> Result<()> {
         self.monitor.note(&format!("node {node} left"));
-        self.sheets.target_left(node, student)?;
-        self.sheets.weights("average", student.params())
+        self.look(|watcher| {
+            watcher.sheets.target_left(node, student)?;
+            watcher.sheets.weights("average", student.params())
+        })
     }
 }

@@ -108,6 +108,9 @@ impl<'a> Backtrack<'a> {
         let objective = config.built_objective()?;
         let mut networks = Networks::new(config, (teacher, target), job.initial(teacher)?, &batches, &*objective)?;
         networks.share(&job.world, config.sums_apart(batches.device), config.distributed.shares_states())?;
+        if config.narrow_target() {
+            slot::narrow(&networks.target)?;
+        }
         networks.target.network().configure(config.target_compute());
         let mut mismatch_sum = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
         let last = trajectory.last();

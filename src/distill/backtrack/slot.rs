@@ -15,21 +15,14 @@ pub(super) struct Slot<'a> {
 }
 
 impl<'a> Slot<'a> {
-    /// The slot, and the network in it. `narrow`: weights that only products read are kept in bf16. A network that cannot be lent is
-    /// copied.
+    /// The slot, and the network in it. A network that cannot be lent is copied, `narrow` as [`Denoiser::copy_narrow`] does.
     pub fn lend(teacher: &'a Denoiser, narrow: bool) -> Result<(Self, Denoiser)> {
         let kinds = teacher.params().tensors().iter().map(tch::Tensor::kind).collect();
-        let Some(target) = teacher.alias() else {
-            let copy = if narrow { teacher.copy_narrow()? } else { teacher.copy()? };
-            return Ok((Self { teacher, kinds }, copy));
+        let target = match teacher.alias() {
+            Some(target) => target,
+            None if narrow => teacher.copy_narrow()?,
+            None => teacher.copy()?,
         };
-        if narrow {
-            for (t, _) in
-                teacher.params().tensors().iter().zip(teacher.network().kernels()).filter(|(_, kernel)| *kernel)
-            {
-                t.shallow_clone().f_set_data(&t.detach().f_to_kind(Kind::BFloat16)?)?;
-            }
-        }
         Ok((Self { teacher, kinds }, target))
     }
 
@@ -41,4 +34,12 @@ impl<'a> Slot<'a> {
         }
         trajectory.load_shared(world, 0, params)
     }
+}
+
+/// Keeps the weights of the target that only products read in bf16 from now on. (All copies of the teacher have been made by then.)
+pub(super) fn narrow(target: &Denoiser) -> Result<()> {
+    for (t, _) in target.params().tensors().iter().zip(target.network().kernels()).filter(|(_, kernel)| *kernel) {
+        t.shallow_clone().f_set_data(&t.detach().f_to_kind(Kind::BFloat16)?)?;
+    }
+    Ok(())
 }

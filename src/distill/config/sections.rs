@@ -305,6 +305,9 @@ pub struct LogConfig {
     pub keep: usize,
     /// Generator updates between two students kept in `snapshots/`, averaged and not; 0: none.
     pub snapshot_every: u64,
+    /// Rows of metrics between two lines of `levels.jsonl`, the losses of target and fake score by noise level, which are also looked at where
+    /// a target is new and at the end; 0: none at all.
+    pub levels: u64,
 }
 
 /// Measures while training, see [`crate::eval::in_loop`].
@@ -405,6 +408,7 @@ impl Default for LogConfig {
             checkpoint_every: 500,
             keep: 2,
             snapshot_every: 0,
+            levels: 10,
         }
     }
 }

@@ -54,7 +54,12 @@ pub struct AdamW {
 
 impl AdamW {
     /// Fresh state for `params`, whose tensors it shares: they are updated in place.
+    ///
+    /// Errors: weights in half precision, whose small steps would be lost.
     pub fn new(params: &ParamSet, config: AdamWConfig) -> Result<Self> {
+        if let Some((name, t)) = params.iter().find(|(_, t)| matches!(t.kind(), Kind::BFloat16 | Kind::Half)) {
+            return Err(Error::mismatch(format!("the trained weight `{name}` is {:?}, expected f32", t.kind())));
+        }
         let device = params.tensors().first().map_or(Device::Cpu, Tensor::device);
         let zeros = || params.tensors().iter().map(|t| Ok(t.detach().f_zeros_like()?)).collect::<Result<Vec<_>>>();
         let scalar = || Tensor::f_zeros([0i64; 0], (Kind::Float, device));
