@@ -83,7 +83,7 @@ def test_an_environment_without_torch_says_what_to_install(place):
     assert re.fullmatch(r"disback \d+\.\d+\.\d+\n", out(scripts / "disback", "--version"))
     run = place.parents[3] / "run"
     run.mkdir()
-    assert "no such file" in out(scripts / "disback", "sample", "no.onnx", "-o", run / "x.npz", code=1)
+    assert "No such file" in out(scripts / "disback", "sample", "no.onnx", "-o", run / "x.npz", code=1)
     fake = place.parents[3] / "old"
     (fake / "torch/lib").mkdir(parents=True)
     (fake / "torch/lib/libtorch_cpu.so").touch()
