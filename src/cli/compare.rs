@@ -308,7 +308,12 @@ pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     let objective = origin::objective_name(&config);
     let found = Finished {
         ok: true,
-        title: format!("{objective}: Frechet distance of {} samples, {} seeds", args.samples, args.seeds.len()),
+        title: format!(
+            "{objective}: Frechet distance of {} samples, {} seed{}",
+            args.samples,
+            args.seeds.len(),
+            if args.seeds.len() == 1 { "" } else { "s" }
+        ),
         every,
         samples: args.samples,
         command: super::command_line(),

@@ -8,7 +8,6 @@ use crate::distill::metrics::MetricsRow;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
 use crate::error::{Context, Error, Result};
 use crate::io::{npy, wav};
-use crate::report::grid;
 use crate::report::tfevents::EventWriter;
 use crate::report::view::{self, Beneath, View};
 use crate::run::divergence;
@@ -303,13 +302,21 @@ impl Observer for Sheets {
     }
 
     fn debug_batch(&mut self, node: usize, updates: u64, batch: &DebugBatch) -> Result<()> {
-        if !(self.view.is_image() && self.view.channel_axis == Some(0)) {
-            return Ok(());
-        }
         let rows = batch.x_t.size()[0].min(DEBUG_ROWS);
-        // A row a sample: x_t, x0 by the target, x0 by the fake score, the gradient; x_t and gradient each scaled to
-        // their own largest value.
-        let [low, high] = self.range.filter(|_| self.decoder.is_none()).unwrap_or([-1.0, 1.0]);
+        let first = |t: &tch::Tensor| -> Result<tch::Tensor> { Ok(t.f_narrow(0, 0, rows)?) };
+        let name = format!("inside-node-{node:03}-update-{updates:06}");
+        let range = if self.decoder.is_some() { None } else { self.range };
+        let view = View { range, ..self.view.clone() };
+        if view.is_plot() {
+            // x0 by the target, over x0 by the fake score.
+            let fake = batch.fake.as_ref().map(|t| convert::to_host(&first(t)?)).transpose()?;
+            let beneath = fake.as_ref().map(|samples| Beneath { samples, names: ["target", "fake score"] });
+            let pictures = view::view(&convert::to_host(&first(&batch.target)?)?, beneath, &view, None)?;
+            return self.sheet(&name, &pictures.sheet);
+        }
+        // A row a sample (of volumes and videos a row each): x_t, x0 by the target, x0 by the fake score, the gradient; x_t and gradient
+        // each scaled to their own largest value.
+        let [low, high] = range.unwrap_or([-1.0, 1.0]);
         let (middle, half) = ((low + high) / 2.0, (high - low) / 2.0);
         let scaled = |t: &tch::Tensor| -> Result<tch::Tensor> {
             let dims: Vec<i64> = (1..t.dim() as i64).collect();
@@ -319,12 +326,10 @@ impl Observer for Sheets {
         let mut parts = vec![scaled(&batch.x_t)?, batch.target.shallow_clone()];
         parts.extend(batch.fake.as_ref().map(tch::Tensor::shallow_clone));
         parts.push(scaled(&batch.gradient)?);
-        let columns = parts.len();
-        let cut = parts.iter().map(|t| Ok(t.f_narrow(0, 0, rows)?)).collect::<Result<Vec<_>>>()?;
-        let images = convert::to_host(&tch::Tensor::f_stack(&cut, 1)?.f_flatten(0, 1)?)?;
-        let range = if self.decoder.is_some() { None } else { self.range };
-        let png = grid::png(&images, range, Some(columns))?;
-        self.sheet(&format!("inside-node-{node:03}-update-{updates:06}"), &png)
+        let columns = view.is_image().then_some(parts.len());
+        let cut = parts.iter().map(first).collect::<Result<Vec<_>>>()?;
+        let samples = convert::to_host(&tch::Tensor::f_stack(&cut, 1)?.f_flatten(0, 1)?)?;
+        self.sheet(&name, &view::view(&samples, None, &view, columns)?.sheet)
     }
 
     fn target_left(&mut self, node: usize, student: &Student) -> Result<()> {

@@ -63,8 +63,10 @@ fn samples_of_every_rank_become_students() {
         let five = npy::read(&dir.join(name).join("five.npy")).unwrap();
         assert_eq!((five.shape()[0], &five.shape()[1..]), (5, shape), "{name}");
         assert!(five.is_finite() && five.to_f32().iter().any(|v| *v != 0.0), "{name}");
-        // Nothing is drawn of what is no image, and nothing fails for it.
         assert!(dir.join(name).join("run/report.html").is_file(), "{name}");
+        // A look inside the loss, of whatever kind.
+        let inside = std::fs::read_dir(dir.join(name).join("run/samples")).unwrap().flatten();
+        assert!(inside.map(|e| e.file_name()).any(|n| n.to_string_lossy().starts_with("inside-node-")), "{name}");
     }
     other_forms(&dir);
     cards(&dir);

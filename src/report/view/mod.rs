@@ -72,6 +72,11 @@ impl View {
         self.shown() == Modality::Image
     }
 
+    /// Whether a picture of it is curves, clouds or histograms, in which other samples can lie beneath.
+    pub fn is_plot(&self) -> bool {
+        !matches!(self.shown(), Modality::Image | Modality::Volume | Modality::Video)
+    }
+
     /// What can be shown of samples of this shape: of another number of dimensions than the modality has, they are numbers.
     fn shown(&self) -> Modality {
         let frames = 4 - usize::from(self.channel_axis.is_none());
