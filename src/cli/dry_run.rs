@@ -9,9 +9,9 @@ use tch::Device;
 
 use super::{Globals, table};
 use crate::distill::checkpoint::StageKind;
-use crate::distill::config::{Config, Precision, Switch};
+use crate::distill::config::{Config, NodeCount, Precision, Switch};
 use crate::distill::metrics::MetricsRow;
-use crate::distill::{Job, Observer, RunDir, Stages, compare, distill};
+use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, plan};
 use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
@@ -56,17 +56,22 @@ struct Sizes {
     /// The teacher's weights beside these factors, frozen and shared.
     shared: u64,
     student: u64,
+    /// The network of `guidance_by`.
+    guide: u64,
 }
 
 /// What a stage holds of weights, gradients and optimiser states: name and bytes.
 fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
     // Weights, gradient, and two moments.
     const TRAINED: u64 = 4;
-    let Sizes { trained, shared, student } = *sizes;
+    let Sizes { trained, shared, student, guide } = *sizes;
     let fake = if config.has_fake() { TRAINED * trained } else { 0 };
     let averages = 1 + config.ema.more.len() as u64;
     let mut all = vec![("teacher".to_owned(), trained + shared)];
-    if config.degrade.nodes > 0 {
+    if guide > 0 {
+        all.push(("the weaker network that guides it".to_owned(), guide));
+    }
+    if config.degrade.nodes.any() {
         all.push(("stage 1: initial student, degrading copy".to_owned(), student + TRAINED * trained));
     }
     // (The target lies in the teacher's own memory.)
@@ -83,7 +88,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let whole = prepared.teacher.network.params().elements() as u64;
     let folder = tempfile::tempdir().context("a folder for the steps of --dry-run")?;
     let mut short = config.clone();
-    short.degrade.nodes = config.degrade.nodes.min(1);
+    short.degrade.nodes = config.degrade.nodes.most().min(1).into();
     (short.degrade.steps, short.degrade.patience) = (STEPS, 0);
     short.backtrack.ratio = config.backtrack.ratio.min(2);
     short.backtrack.updates = STEPS.div_ceil(short.backtrack.ratio);
@@ -106,10 +111,15 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let of_student = student.map_or(parameters, |s| s.params().elements() as u64);
     let shared = if parameters < whole { whole } else { 0 };
     let trained = 4 * parameters;
-    let sizes = Sizes { trained, shared: 4 * shared, student: 4 * of_student };
+    let guide = teacher.weaker().map_or(0, |w| 4 * w.params().elements() as u64);
+    let sizes = Sizes { trained, shared: 4 * shared, student: 4 * of_student, guide };
     let images = config.images();
     let passes = compare::passes(config);
-    let degrade_steps = if config.degrade.nodes > 0 { config.degrade.steps } else { 0 };
+    let degrade_steps = match config.degrade.nodes {
+        NodeCount::Count(0) => 0,
+        NodeCount::Count(_) => config.degrade.steps,
+        NodeCount::Auto => plan::most_steps(config),
+    };
     let iterations = config.backtrack.updates * config.backtrack.ratio;
     let stages = [
         ("degrade", StageKind::Degrade, degrade_steps, degrade_steps * passes.degrade),
@@ -133,7 +143,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let held = sets(config, &sizes);
     let peak = shim::memory(place)?.map(|m| m.peak).or_else(crate::memory::peak);
     // Node files, the teacher's among them, and the largest checkpoint.
-    let nodes = if config.degrade.nodes > 0 { config.degrade.nodes as u64 + 1 } else { 1 };
+    let nodes = if config.degrade.nodes.any() { config.degrade.nodes.most() as u64 + 1 } else { 1 };
     // (A checkpoint holds all but gradients and the target.)
     let fake = if config.has_fake() { 3 * sizes.trained } else { 0 };
     let checkpoint = (4 + config.ema.more.len() as u64) * sizes.student + fake;
@@ -143,8 +153,11 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
         Precision::Bf16 => trained + (nodes - 1) * trained / 2,
     };
     let disk = nodes + (config.log.keep as u64 + 1) * checkpoint + 2 * (sizes.student + shared * 4);
-    let switches = match (config.degrade.nodes, config.backtrack.switch) {
+    let switches = match (config.degrade.nodes.most(), config.backtrack.switch) {
         (0, _) => "none: the base method".to_owned(),
+        (n, Switch::Count) if config.degrade.nodes.is_auto() => {
+            format!("{n} targets at most, as stage 1 measures (its steps and images here are the most that it may take)")
+        }
         (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
         (n, Switch::Mismatch) => {
             format!("{n} targets, by the mismatch, at most {} updates each", config.backtrack.switch_max)
@@ -158,15 +171,18 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
                 "ok": true, "dry_run": true, "device": device::name(place), "trained_parameters": parameters,
                 "student": describe(config), "student_parameters": of_student,
                 "stages": plan, "bytes_of_weights": weights, "bytes_of_all_weights": held.iter().map(|(_, n)| n).sum::<u64>(), "peak_bytes": peak,
-                "bytes_on_disk": disk, "switches": switches,
+                "bytes_on_disk": disk, "switches": switches, "guidance": config.guidance, "guidance_by": config.weaker(),
+                "guidance_rescale": config.guidance_rescale,
             })
         );
         return Ok(ExitCode::SUCCESS);
     }
     say!(
-        "objective {}, guidance {}, batch {} x {}, on {}",
+        "objective {}, guidance {}{}{}, batch {} x {}, on {}",
         config.objective.name(),
         config.guidance,
+        config.weaker().map_or(String::new(), |path| format!(" by {}", path.display())),
+        if config.guidance_rescale > 0.0 { format!(" rescaled by {}", config.guidance_rescale) } else { String::new() },
         config.batch,
         config.accumulate,
         device::name(place)

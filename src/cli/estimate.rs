@@ -71,11 +71,16 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
         Some(file) => inspect::cost(&file.network, file.card(), 1).ok().and_then(|c| c.macs_of_one()),
         None => macs,
     };
+    let guide_macs = match run::teacher::weaker(&teacher, &config)? {
+        Some(weaker) => inspect::cost(&weaker.network, Some(&weaker.card.card), 1).ok().and_then(|c| c.macs_of_one()),
+        None => Some(0),
+    };
     ranks::check_split(args.world, &config)?;
     let found = estimate(&denoiser, given.as_ref(), &config, args.world)?;
     // Two operations a multiply-add, the classifier-free half of guidance counted in the passes.
     let flops = |s: &StageCost| {
-        let macs = macs? as f64 * s.passes + student_macs? as f64 * s.student_passes;
+        let guide = if s.guide_passes > 0.0 { guide_macs? as f64 * s.guide_passes } else { 0.0 };
+        let macs = macs? as f64 * s.passes + student_macs? as f64 * s.student_passes + guide;
         Some(2.0 * macs * config.batch as f64)
     };
     let seconds = |s: &StageCost| Some(flops(s)? / (args.tflops? * 1e12));
@@ -83,7 +88,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     if globals.json {
         let mut value = json!({
             "world": found.world, "batch": found.batch, "parameters": found.parameters, "student": origin::describe(&config),
-            "student_parameters": found.student_parameters,
+            "student_parameters": found.student_parameters, "guidance_by": config.weaker(),
         });
         for (name, s) in stages {
             value[name] = serde_json::to_value(s).map_err(|e| Error::io(e.to_string()))?;
@@ -102,6 +107,9 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     }
     if given.is_some() {
         say!("student: {}, {} parameters", origin::describe(&config), found.student_parameters);
+    }
+    if let (Some(path), Some(weaker)) = (config.weaker(), denoiser.weaker()) {
+        say!("guided by {}, {} parameters", path.display(), weaker.params().elements());
     }
     let mut table =
         super::table(["stage", "weights", "gradients", "optimiser", "activations", "in all", "arithmetic", "time"]);

@@ -10,7 +10,7 @@ use super::Globals;
 use super::card_args::CardArgs;
 use super::engine::EngineArgs;
 use super::evaluate_table as show;
-use crate::diffusion::Sampler;
+use crate::diffusion::{Guidance, Sampler};
 use crate::error::{Context, Error, Result};
 use crate::eval::collect::{Collected, Wanted};
 use crate::eval::evaluation::{EvaluationRow, Plan, measure, reference};
@@ -86,9 +86,15 @@ pub struct EvaluateArgs {
     /// Its steps; a list gives a row for each, as in 5,9,18.
     #[arg(long, value_name = "N,...", default_value = "18", value_delimiter = ',')]
     steps: Vec<usize>,
-    /// Classifier-free guidance of teachers.
+    /// Guidance scale of teachers; 1: none. Classifier-free without --guidance-by.
     #[arg(long, default_value_t = 1.0)]
     guidance: f64,
+    /// A weaker network (ONNX, with its card) that guides the teachers, in the place of the teachers without conditions: autoguidance.
+    #[arg(long, value_name = "FILE.onnx")]
+    guidance_by: Option<PathBuf>,
+    /// Share of the rescaling of guided outputs to the standard deviation that they have without guidance, 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    guidance_rescale: f64,
     #[command(flatten)]
     card: CardArgs,
     /// Also measure each class by itself. Holds the features of all images in memory.
@@ -160,6 +166,19 @@ fn by_values(args: &EvaluateArgs) -> Result<bool> {
 }
 
 impl EvaluateArgs {
+    /// Guidance of the teachers. Errors: what says something of a guidance that there is not.
+    fn guidance(&self) -> Result<Guidance> {
+        if !(self.guidance.is_finite() && self.guidance >= 0.0) {
+            return Err(Error::usage(format!("--guidance {}: expected a number of 0 or more", self.guidance)));
+        }
+        let said = [("--guidance-by", self.guidance_by.is_some()), ("--guidance-rescale", self.guidance_rescale != 0.0)];
+        if let Some((option, _)) = said.iter().find(|(_, given)| self.guidance == 1.0 && *given) {
+            return Err(Error::usage(format!("{option} without --guidance: nothing is guided"))
+                .hint(format!("--guidance 2 guides; or leave {option} out")));
+        }
+        Guidance::everywhere(self.guidance).rescaled(self.guidance_rescale)
+    }
+
     /// A set of images as it is measured. Floats that do not look like ones of the range need `--range`.
     fn images(&self, set: ImageSet, path: &Path) -> Result<ImageSet> {
         if let (None, Some(why)) = (&self.range, set.doubt()?) {
@@ -198,6 +217,7 @@ impl Judge<'_> {
             Some(_) => Source::open_values(path, &card, &options)?,
             None => Source::open_with(path, self.range, &card, &options)?,
         };
+        let source = source.guided_by(self.args.guidance_by.as_deref(), &options)?;
         let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
             Source::Images(set) => Source::Images(self.args.images(set, path)?),
@@ -312,7 +332,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         rounding: args.rounding,
         sampler: args.sampler,
         steps: args.steps.first().copied().unwrap_or(18),
-        guidance: args.guidance,
+        guidance: args.guidance()?,
     };
     let values = by_values(args)?;
     let wanted = Wanted { rows: net.is_some(), classes: args.by_class, patches: args.sliced || net.is_none() };
@@ -321,7 +341,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         true => Source::open_values(reference_path, &card, &options)?,
         false => Source::open_with(reference_path, range, &card, &options)?,
     };
-    source = source.decoded(args.decoder.as_deref(), &options)?;
+    source = source.guided_by(args.guidance_by.as_deref(), &options)?.decoded(args.decoder.as_deref(), &options)?;
     if let Source::Images(set) = source {
         source = Source::Images(args.images(set, reference_path)?);
     }

@@ -1,10 +1,11 @@
 //! A network with its card: `D(x; sigma, c)`, the estimate of x0 that every method here computes with.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::torch::convert;
 use crate::torch::{Forward, ParamSet};
 
@@ -12,8 +13,8 @@ use super::card::{InputSpec, TeacherCard};
 use super::condition::Condition;
 use super::conditions::{Conditions, HostConditions, check_guidance};
 use super::conversion::{Coefficients, Conversion, StudentStart};
-use super::guidance::Guidance;
-use super::prepared::{Calls, Form, Part, PreparedLevels, Strength};
+use super::guidance::{Guidance, check_weaker};
+use super::prepared::{By, Calls, Form, Part, PreparedLevels, Strength, Wanted, nulls};
 use super::sample_axes::{into_graph, out_of_graph};
 
 /// What the graph's inputs want, worked out once.
@@ -31,6 +32,8 @@ pub struct Denoiser {
     card: Arc<TeacherCard>,
     conversion: Arc<Conversion>,
     binding: Arc<Binding>,
+    /// The weaker network that guides this one, see [`Denoiser::guided_by`].
+    weaker: Option<Rc<Self>>,
 }
 
 impl std::fmt::Debug for Denoiser {
@@ -54,7 +57,21 @@ impl Denoiser {
             constants: card.constants.iter().map(|(n, v)| Ok((find(n)?, *v))).collect::<Result<_>>()?,
         };
         let conversion = Arc::new(Conversion::new(&card)?);
-        Ok(Self { network, card, conversion, binding: Arc::new(binding) })
+        Ok(Self { network, card, conversion, binding: Arc::new(binding), weaker: None })
+    }
+
+    /// The same denoiser, guided by a weaker one from now on: autoguidance (Karras et al. 2024, arXiv 2406.02507),
+    /// `D_weak + scale (D - D_weak)`, in the place of classifier-free guidance. Its copies are guided by the same network.
+    ///
+    /// Errors: a network of other samples, or with conditions that this one does not have.
+    pub fn guided_by(self, weaker: Self) -> Result<Self> {
+        check_weaker(&self.card, &weaker.card)?;
+        Ok(Self { weaker: Some(Rc::new(weaker)), ..self })
+    }
+
+    /// The weaker network that guides this one, where there is one.
+    pub fn weaker(&self) -> Option<&Self> {
+        self.weaker.as_deref()
     }
 
     /// The network's trained weights.
@@ -90,7 +107,13 @@ impl Denoiser {
     }
 
     fn with(&self, network: Box<dyn Forward>) -> Self {
-        Self { network, card: self.card.clone(), conversion: self.conversion.clone(), binding: self.binding.clone() }
+        Self {
+            network,
+            card: self.card.clone(),
+            conversion: self.conversion.clone(),
+            binding: self.binding.clone(),
+            weaker: self.weaker.clone(),
+        }
     }
 
     /// Classes drawn uniformly for `batch` samples, on the CPU.
@@ -116,8 +139,9 @@ impl Denoiser {
         self.denoise_prepared(x_edm, &prepared, cond, taps)
     }
 
-    /// Classifier-free guidance, `D_u + scale (D_c - D_u)`, in one batch of twice the size. Conditions without a null
-    /// value in the card stay as they are in `D_u`; one at least must have one. Where no row's noise level is guided it is
+    /// Guidance, `D_u + scale (D_c - D_u)`. Classifier-free it is one batch of twice the size: conditions without a null
+    /// value in the card stay as they are in `D_u`, and one at least must have one. Where there is a weaker network
+    /// ([`Denoiser::guided_by`]), `D_u` is that, with its conditions. Where no row's noise level is guided it is
     /// [`Denoiser::denoise`].
     pub fn guided(
         &self,
@@ -150,9 +174,21 @@ impl Denoiser {
         if none {
             return self.prepare(sigma, form, device);
         }
-        check_guidance(&self.card)?;
-        let mut prepared = self.prepare(&[sigma, sigma].concat(), form, device)?;
-        prepared.guide(guidance, sigma, self.card.rank(), &self.binding.conditions, form, device)?;
+        self.check_guidance()?;
+        guidance.check_rescale(&self.card)?;
+        let coefficients = self.coefficients(sigma)?;
+        let wanted = Wanted { rank: self.card.rank(), form, device, coefficients: &coefficients };
+        let (mut prepared, by) = match &self.weaker {
+            Some(weaker) => {
+                let levels = weaker.prepare(sigma, form, device).context("the weaker network that guides")?;
+                (self.prepare(sigma, form, device)?, By::Weaker(weaker.clone(), Box::new(levels)))
+            }
+            None => {
+                let twice = self.prepare(&[sigma, sigma].concat(), form, device)?;
+                (twice, By::Nulls(nulls(&self.binding.conditions, sigma.len(), device)?))
+            }
+        };
+        prepared.guide(guidance, sigma, by, &wanted)?;
         Ok(prepared)
     }
 
@@ -184,24 +220,37 @@ impl Denoiser {
                 ))),
             };
         };
-        for (bound, null) in conditions.iter_mut().zip(&guided.nulls) {
-            let null = null.as_ref().unwrap_or(bound);
-            *bound = Tensor::f_cat(&[&*bound, null], 0)?;
-        }
-        let (both, _) = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, prepared, &conditions, &[])?;
         let rows = prepared.samples as i64;
-        let (with, without) = (both.f_narrow(0, 0, rows)?, both.f_narrow(0, rows, rows)?);
+        let (with, without) = match &guided.by {
+            By::Nulls(nulls) => {
+                for (bound, null) in conditions.iter_mut().zip(nulls) {
+                    let null = null.as_ref().unwrap_or(bound);
+                    *bound = Tensor::f_cat(&[&*bound, null], 0)?;
+                }
+                let (both, _) = self.run(&Tensor::f_cat(&[x_edm, x_edm], 0)?, prepared, &conditions, &[])?;
+                (both.f_narrow(0, 0, rows)?, both.f_narrow(0, rows, rows)?)
+            }
+            By::Weaker(weaker, levels) => {
+                let (with, _) = self.run(x_edm, prepared, &conditions, &[])?;
+                let without = weaker.denoise_prepared(x_edm, levels, cond, &[]);
+                (with, without.context("the weaker network that guides")?.0)
+            }
+        };
         let difference = with.f_sub(&without)?;
-        let guided = match &guided.strength {
+        let made = match &guided.strength {
             Strength::Everywhere(scale) => without.f_add(&difference.f_mul_scalar(*scale)?)?,
             Strength::Extra(extra) => with.f_add(&difference.f_mul(extra)?)?,
         };
-        Ok((guided, Vec::new()))
+        let made = match &guided.rescale {
+            None => made,
+            Some(rescale) => rescale.apply(x_edm, &with, made)?,
+        };
+        Ok((made, Vec::new()))
     }
 
-    /// An error unless the card has a null value for guidance.
+    /// An error unless there is something to guide by: a weaker network, or a null value in the card.
     pub fn check_guidance(&self) -> Result<()> {
-        check_guidance(&self.card)
+        if self.weaker.is_some() { Ok(()) } else { check_guidance(&self.card) }
     }
 
     /// The one-step student: x0 from `z ~ N(0, I)`, `[B, ...shape]`: `x_net = init_scale z`, `x0 = skip x_net + out F`.

@@ -111,8 +111,12 @@ fn expected(card: &TeacherCard, x: &Tensor, sigma: &[f64], extra: &[f64]) -> Vec
 }
 
 fn assert_close(found: &Tensor, expected: &[f64]) {
+    assert_within(found, expected, 2e-6);
+}
+
+fn assert_within(found: &Tensor, expected: &[f64], tolerance: f64) {
     for (x, y) in values(found).iter().zip(expected) {
-        assert!((x - y).abs() <= 2e-6 * y.abs().max(1.0), "{x} is not {y}");
+        assert!((x - y).abs() <= tolerance * y.abs().max(1.0), "{x} is not {y}");
     }
     assert_eq!(found.numel(), expected.len());
 }
@@ -260,6 +264,117 @@ fn guidance_extrapolates_from_the_null_condition_in_one_call() {
     let (card, specs) = with_classes(None);
     let error = denoiser(card, &specs).0.guided(&x, &sigma, &labels(&[1, 3]), 2.0).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("null"), "{error}");
+}
+
+/// A weaker network in other terms than [`card`]'s: without classes, a flow, channels last, another weight.
+fn weaker(rows: Option<usize>) -> Denoiser {
+    let flow = TeacherCard {
+        prediction: Prediction::Flow,
+        time_unit: TimeUnit::Unit,
+        layout: Layout::Nhwc,
+        schedule: ScheduleSpec::Flow { shift: 1.0, direction: Default::default() },
+        ..card()
+    };
+    let mut specs = inputs(DType::F32, &[None], Layout::Nhwc);
+    specs[0].shape[0] = rows;
+    let (weaker, _) = denoiser(flow, &specs);
+    let _ = tch::no_grad(|| weaker.params().tensors()[0].shallow_clone().fill_(-0.4));
+    weaker
+}
+
+#[test]
+fn a_weaker_network_guides_in_its_own_terms() {
+    let (card, specs) = with_classes(None);
+    let (d, seen) = denoiser(card.clone(), &specs);
+    let d = d.guided_by(weaker(None)).unwrap();
+    let x = batch(2).set_requires_grad(true);
+    let (sigma, scale, labels) = ([0.4, 2.0], 2.5, labels(&[1, 3]));
+    let found = d.guided(&x, &sigma, &labels, scale).unwrap();
+    assert_eq!((seen.borrow().len(), &seen.borrow()[0][2].1), (1, &vec![2]), "one call of the single size");
+    // D_weak = x_t - t F, F = w x_t + t, with x_t = x / (1 + sigma), t = sigma / (1 + sigma).
+    let with = expected(&card, &x, &sigma, &[0.1, 0.3]);
+    let weak = |(i, x): (usize, &f64)| {
+        let (x_t, t) = (x / (1.0 + sigma[i / 6]), sigma[i / 6] / (1.0 + sigma[i / 6]));
+        x_t - t * (-0.4 * x_t + t)
+    };
+    let weak: Vec<f64> = values(&x).iter().enumerate().map(weak).collect();
+    let want: Vec<f64> = with.iter().zip(&weak).map(|(d, w)| w + scale * (d - w)).collect();
+    assert_close(&found, &want);
+    // dD_g/dx = s dD/dx + (1 - s) dD_weak/dx.
+    let slope = Tensor::run_backward(&[found.sum(Kind::Float)], &[&x], false, false).remove(0);
+    let conversion = Conversion::new(&card).unwrap();
+    let of = |i: usize| {
+        let (c, s) = (conversion.at(sigma[i / 6]).unwrap(), sigma[i / 6]);
+        let weak = (1.0 + 0.4 * s / (1.0 + s)) / (1.0 + s);
+        scale * c.c_in * (c.skip + c.out * W) + (1.0 - scale) * weak
+    };
+    assert_close(&slope, &(0..12).map(of).collect::<Vec<_>>());
+    // Its copies are guided too, by a network that takes four rows at a time as well, and outside of the interval nothing is.
+    let (other, _) = denoiser(card.clone(), &specs);
+    let other = other.guided_by(weaker(Some(4))).unwrap().copy().unwrap();
+    assert_close(&other.guided(&x, &sigma, &labels, scale).unwrap(), &want);
+    let some = d.guided(&x, &sigma, &labels, Guidance::new(scale, [0.4, 3.0]).unwrap()).unwrap();
+    assert_eq!(some.get(0), d.denoise(&x, &sigma, &labels).unwrap().get(0), "bit for bit");
+    assert_close(&some.get(1), &want[6..]);
+    // It sees the same samples, and knows no more than the network that it guides.
+    let refused = |teacher: &TeacherCard, weak: &TeacherCard| {
+        let e = crate::diffusion::guidance::check_weaker(teacher, weak).unwrap_err();
+        assert_eq!(e.exit_code(), 2);
+        e.to_string()
+    };
+    let one = TeacherCard { shape: vec![1, 1, 3], ..card.clone() };
+    assert!(refused(&card, &one).contains("shape [1, 1, 3], the teacher's [2, 1, 3]"));
+    let plain = TeacherCard { conditions: Default::default(), ..card.clone() };
+    assert!(refused(&plain, &card).contains("condition `c` of 4 classes, the teacher's none of that name"));
+}
+
+#[test]
+fn rescaled_guidance_has_the_deviation_of_the_networks_own_output() {
+    let (card, specs) = with_classes(Some(4));
+    let (x, sigma, labels) = (batch(2), [0.4, 2.0], labels(&[1, 3]));
+    let deviation = |row: &[f64]| {
+        let mean = row.iter().sum::<f64>() / 6.0;
+        (row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 5.0).sqrt()
+    };
+    let conversion = Conversion::new(&card).unwrap();
+    for weak in [false, true] {
+        let (d, _) = denoiser(card.clone(), &specs);
+        let d = if weak { d.guided_by(weaker(None)).unwrap() } else { d };
+        let full = values(&d.guided(&x, &sigma, &labels, 3.0).unwrap());
+        let plain = values(&d.denoise(&x, &sigma, &labels).unwrap());
+        for share in [0.7, 1.0] {
+            let guidance = Guidance::everywhere(3.0).rescaled(share).unwrap();
+            let mut want = Vec::new();
+            for (row, s) in sigma.iter().enumerate() {
+                // Lin et al. 2023, equations 15 and 16, on F = (D - skip c_in x) / out.
+                let k = conversion.at(*s).unwrap();
+                let x = values(&x.get(row as i64));
+                let f = |d: &[f64]| -> Vec<f64> {
+                    d[6 * row..][..6].iter().zip(&x).map(|(d, x)| (d - k.skip * k.c_in * x) / k.out).collect()
+                };
+                let (with, made) = (f(&plain), f(&full));
+                let factor = share * deviation(&with) / deviation(&made) + 1.0 - share;
+                want.extend(made.iter().zip(&x).map(|(f, x)| k.skip * k.c_in * x + k.out * factor * f));
+            }
+            let found = d.guided(&x, &sigma, &labels, guidance).unwrap();
+            // (Expected from F in f64, of which the denoised values in f32 say five digits.)
+            assert_within(&found, &want, 2e-5);
+            // (Conditions of this network move all values of a sample alike: the deviation is what it was.)
+            let moved = values(&found).iter().zip(&full).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert_eq!(moved > 1e-2, weak, "{moved}");
+            // Steps whose numbers are one a row compute the same, and rows outside of the interval keep their bytes.
+            let fixed = d.prepare_guided(&sigma, guidance, Form::Fixed, Device::Cpu).unwrap();
+            assert_within(&d.denoise_prepared(&x, &fixed, &labels, &[]).unwrap().0, &want, 2e-5);
+            let some = Guidance { low: 0.4, ..guidance };
+            let some = d.guided(&x, &sigma, &labels, some).unwrap();
+            assert_eq!(some.get(0), d.denoise(&x, &sigma, &labels).unwrap().get(0));
+            assert_within(&some.get(1), &want[6..], 2e-5);
+        }
+    }
+    assert!(Guidance::everywhere(2.0).rescaled(1.5).unwrap_err().to_string().contains("0 to 1"));
+    let one = TeacherCard { shape: vec![1, 1, 1], ..card };
+    let share = Guidance::everywhere(2.0).rescaled(0.5).unwrap();
+    assert!(share.check_rescale(&one).unwrap_err().to_string().contains("one value"));
 }
 
 #[test]

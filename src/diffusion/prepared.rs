@@ -1,6 +1,8 @@
 //! What the host works out before a network is evaluated at some noise levels: the coefficients of the conversion, the times, the
 //! strength of guidance. Made apart from the evaluation, it can be made again for other levels of the same form.
 
+use std::rc::Rc;
+
 use tch::{Device, Tensor};
 
 use crate::error::{Context, Error, Result};
@@ -12,6 +14,7 @@ use super::card::InputSpec;
 use super::condition::Condition;
 use super::conditions::HostConditions;
 use super::conversion::Coefficients;
+use super::denoiser::Denoiser;
 use super::guidance::Guidance;
 
 /// How numbers that may be equal for all rows are stored.
@@ -109,12 +112,51 @@ impl Part {
     }
 }
 
-/// Guidance of an evaluation with twice the rows, the second half without conditions.
+/// Guidance of an evaluation.
 #[derive(Debug)]
 pub(super) struct Guided {
-    /// Null values in the card's order; none where a condition has none.
-    pub nulls: Vec<Option<Tensor>>,
+    pub by: By,
     pub strength: Strength,
+    pub rescale: Option<Rescale>,
+}
+
+/// Where `D_u` comes from.
+#[derive(Debug)]
+pub(super) enum By {
+    /// The network without its conditions, in a call of twice the rows of which these are the second half: null values in the card's
+    /// order; none where a condition has none.
+    Nulls(Vec<Option<Tensor>>),
+    /// A weaker network, and its own evaluation.
+    Weaker(Rc<Denoiser>, Box<PreparedLevels>),
+}
+
+/// [`Guidance::rescale`], without a share of 0. Of `D = k x + R` it is `R` that is a multiple of the network's output, with a factor of
+/// the noise level alone, which leaves the ratio of two deviations.
+#[derive(Debug)]
+pub(super) struct Rescale {
+    /// The share `phi`.
+    pub share: f64,
+    /// `k` of each row, `c_skip c_in`.
+    pub kept: Factor,
+}
+
+/// Keeps 0/0 out where a network gives one number for all values of a sample.
+const SMALLEST_DEVIATION: f64 = 1e-12;
+
+impl Rescale {
+    /// `D_g + phi (std R_c / std R_g - 1) R_g`: with `D_g` equal to `D_c` that is `D_c`, bit for bit.
+    pub(super) fn apply(&self, x: &Tensor, with: &Tensor, guided: Tensor) -> Result<Tensor> {
+        let rest = |d: &Tensor| match self.kept.is_zero() {
+            true => Ok(d.shallow_clone()),
+            false => Ok::<_, Error>(d.f_sub(&self.kept.times(x)?)?),
+        };
+        let axes: Vec<i64> = (1..x.dim() as i64).collect();
+        let deviation =
+            |r: &Tensor| Ok::<_, Error>(r.f_std_dim(axes.as_slice(), true, true)?.f_clamp_min(SMALLEST_DEVIATION)?);
+        let made = rest(&guided)?;
+        let ratio = deviation(&rest(with)?)?.f_div(&deviation(&made)?)?;
+        Ok(guided.f_add(&made.f_mul(&ratio.f_sub_scalar(1.0)?.f_mul_scalar(self.share)?)?)?)
+    }
 }
 
 #[derive(Debug)]
@@ -208,7 +250,16 @@ impl PreparedLevels {
         let guided = match &self.guided {
             None => None,
             Some(g) => Some(Guided {
-                nulls: g.nulls.iter().map(|n| n.as_ref().map(&mut *f).transpose()).collect::<Result<_>>()?,
+                by: match &g.by {
+                    By::Nulls(nulls) => {
+                        By::Nulls(nulls.iter().map(|n| n.as_ref().map(&mut *f).transpose()).collect::<Result<_>>()?)
+                    }
+                    By::Weaker(network, levels) => By::Weaker(network.clone(), Box::new(levels.map(f)?)),
+                },
+                rescale: match &g.rescale {
+                    None => None,
+                    Some(r) => Some(Rescale { share: r.share, kept: r.kept.map(f)? }),
+                },
                 strength: match &g.strength {
                     Strength::Everywhere(scale) => Strength::Everywhere(*scale),
                     Strength::Extra(t) => Strength::Extra(f(t)?),
@@ -227,38 +278,64 @@ impl PreparedLevels {
             [&p.c_in, &p.skip, &p.out].iter().for_each(|f| f.form(out));
         }
         if let Some(g) = &self.guided {
-            out.extend(g.nulls.iter().map(|n| f64::from(u8::from(n.is_some()))));
+            match &g.by {
+                By::Nulls(nulls) => out.extend(nulls.iter().map(|n| f64::from(u8::from(n.is_some())))),
+                By::Weaker(_, levels) => levels.form(out),
+            }
+            if let Some(r) = &g.rescale {
+                out.push(r.share);
+                r.kept.form(out);
+            }
             out.push(if let Strength::Everywhere(scale) = g.strength { scale } else { f64::INFINITY });
         }
     }
 
-    /// [`Guidance`] of an evaluation whose coefficients were given twice over; `sigma` is of one half.
-    pub(super) fn guide(
-        &mut self,
-        guidance: Guidance,
-        sigma: &[f64],
-        rank: usize,
-        conditions: &[(Condition, InputSpec)],
-        form: Form,
-        device: Device,
-    ) -> Result<()> {
+    /// [`Guidance`] of an evaluation at the noise levels `sigma`: by null values its coefficients were given twice over, by a weaker
+    /// network once.
+    pub(super) fn guide(&mut self, guidance: Guidance, sigma: &[f64], by: By, with: &Wanted) -> Result<()> {
+        let Wanted { rank, form, device, coefficients } = *with;
         let scales: Vec<f64> = sigma.iter().map(|s| guidance.at(*s)).collect();
-        let nulls = conditions.iter().map(|(condition, spec)| {
-            let host = HostConditions::null(condition, spec, sigma.len())?;
-            host.map(|h| send(&convert::to_torch(&h)?, device)).transpose()
-        });
-        let everywhere = guidance == Guidance::everywhere(guidance.scale);
-        let strength = if everywhere || (form == Form::Short && scales.iter().all(|s| *s == guidance.scale)) {
-            Strength::Everywhere(guidance.scale)
-        } else {
-            // Rows outside the interval keep `D_c`, bit for bit.
-            let extra: Vec<f64> = scales.iter().map(|s| s - 1.0).collect();
-            Strength::Extra(column(&extra, rank, device)?)
+        let strength =
+            if guidance.is_everywhere() || (form == Form::Short && scales.iter().all(|s| *s == guidance.scale)) {
+                Strength::Everywhere(guidance.scale)
+            } else {
+                // Rows outside the interval keep `D_c`, bit for bit.
+                let extra: Vec<f64> = scales.iter().map(|s| s - 1.0).collect();
+                Strength::Extra(column(&extra, rank, device)?)
+            };
+        let kept: Vec<f64> = coefficients.iter().map(|c| c.skip * c.c_in).collect();
+        let rescale = match guidance.rescale {
+            0.0 => None,
+            share => Some(Rescale { share, kept: Factor::new(&kept, rank, form, device)? }),
         };
-        self.guided = Some(Guided { nulls: nulls.collect::<Result<_>>()?, strength });
+        self.guided = Some(Guided { by, strength, rescale });
         self.samples = sigma.len();
         Ok(())
     }
+}
+
+/// How guidance is to be made ready.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    /// Axes of a sample, without the batch.
+    pub rank: usize,
+    pub form: Form,
+    pub device: Device,
+    /// Of the guided network, one a row.
+    pub coefficients: &'a [Coefficients],
+}
+
+/// Null values of conditions for `rows` samples, in the order of the conditions.
+pub(super) fn nulls(
+    conditions: &[(Condition, InputSpec)],
+    rows: usize,
+    device: Device,
+) -> Result<Vec<Option<Tensor>>> {
+    let null = |(condition, spec): &(Condition, InputSpec)| {
+        let host = HostConditions::null(condition, spec, rows)?;
+        host.map(|h| send(&convert::to_torch(&h)?, device)).transpose()
+    };
+    conditions.iter().map(null).collect()
 }
 
 /// The time input in the graph's element type and rank.

@@ -19,6 +19,7 @@ use super::card_source::{CardSource, ResolvedCard};
 use super::condition::Condition;
 use super::conditions::{HostConditions, check_guidance};
 use super::conversion::Conversion;
+use super::guidance::{Guidance, check_weaker};
 use super::sampler::Sampler;
 
 /// What to sample from a teacher.
@@ -30,8 +31,8 @@ pub struct TeacherRequest {
     pub sampler: Sampler,
     /// Steps of the solver.
     pub steps: usize,
-    /// Classifier-free guidance scale; 1 for none.
-    pub guidance: f64,
+    /// Guidance: classifier-free, or by the teacher's weaker network ([`TeacherOnEngine::guided_by`]).
+    pub guidance: Guidance,
 }
 
 /// Samples of a teacher.
@@ -53,6 +54,8 @@ pub struct TeacherOnEngine {
     conditions: Vec<(Condition, InputSpec)>,
     constants: Vec<(InputSpec, f64)>,
     foresight: Foresight,
+    /// The weaker network that guides this one.
+    weaker: Option<Box<Self>>,
 }
 
 /// Reads the card of a model file: its metadata, the files beside it and `--card key=value` entries.
@@ -108,6 +111,7 @@ impl TeacherOnEngine {
         };
         Ok(Self {
             foresight: Foresight::default(),
+            weaker: None,
             conversion: Conversion::new(&card)?,
             sample: find(&card.sample)?,
             time: find(&card.time)?,
@@ -116,6 +120,15 @@ impl TeacherOnEngine {
             engine,
             card,
         })
+    }
+
+    /// The same teacher, guided by a weaker network from now on: autoguidance (Karras et al. 2024), `D_weak + scale (D - D_weak)`, in
+    /// the place of classifier-free guidance.
+    ///
+    /// Errors: a network of other samples, or with conditions that this one does not have.
+    pub fn guided_by(self, weaker: Self) -> Result<Self> {
+        check_weaker(&self.card, &weaker.card)?;
+        Ok(Self { weaker: Some(Box::new(weaker)), ..self })
     }
 
     /// The teacher's card.
@@ -132,29 +145,65 @@ impl TeacherOnEngine {
     }
 
     /// `D(x; sigma, c)` with guidance `D_u + scale (D_c - D_u)`: `x_edm` are `cond.len()` samples one after the other.
-    pub fn denoise(&mut self, x_edm: &[f32], sigma: f64, cond: &HostConditions, guidance: f64) -> Result<Vec<f32>> {
+    pub fn denoise(
+        &mut self,
+        x_edm: &[f32],
+        sigma: f64,
+        cond: &HostConditions,
+        guidance: impl Into<Guidance>,
+    ) -> Result<Vec<f32>> {
+        let guidance = guidance.into();
+        let scale = guidance.at(sigma);
+        if scale != 1.0 {
+            guidance.check_rescale(&self.card)?;
+        }
+        let k = self.conversion.at(sigma)?;
+        let (x_net, mut f) = match self.weaker.take_if(|_| scale != 1.0) {
+            // (Taken and put back: it is called as this one is.)
+            Some(mut weaker) => {
+                let without = weaker.denoise(x_edm, sigma, cond, 1.0).context("the weaker network that guides");
+                self.weaker = Some(weaker);
+                let (x_net, with) = self.evaluate(x_edm, sigma, cond, false)?;
+                // F_g = F + (D_g - D) / out, and D_g - D = (scale - 1) (D - D_weak).
+                let (skip, out, extra) = (k.skip as f32, k.out as f32, scale as f32 - 1.0);
+                let of = |((x, f), weak): ((&f32, &f32), &f32)| f + extra * (skip * x + out * f - weak) / out;
+                let f: Vec<f32> = x_net.iter().zip(&with).zip(&without?).map(of).collect();
+                (x_net, rescaled(f, &with, self.card.sample_len(), guidance.rescale))
+            }
+            None if scale != 1.0 => {
+                check_guidance(&self.card)?;
+                let (x_net, f) = self.evaluate(x_edm, sigma, cond, true)?;
+                // The conversion is affine with the same coefficients for both halves, so F may be extrapolated.
+                let (with, without) = f.split_at(x_net.len());
+                let f = with.iter().zip(without).map(|(c, u)| u + scale as f32 * (c - u)).collect();
+                (x_net, rescaled(f, with, self.card.sample_len(), guidance.rescale))
+            }
+            None => self.evaluate(x_edm, sigma, cond, false)?,
+        };
+        x_net.iter().zip(&mut f).for_each(|(x, f)| *f = k.skip as f32 * x + k.out as f32 * *f);
+        Ok(f)
+    }
+
+    /// What the network is given as the samples, and what it gives, in the card's order; `twice`: then the same without conditions.
+    fn evaluate(&mut self, x_edm: &[f32], sigma: f64, cond: &HostConditions, twice: bool) -> Result<(Vec<f32>, Vec<f32>)> {
         let rows = cond.len();
         let (layout, shape) = (self.card.layout, self.card.shape.as_slice());
         if x_edm.len() != rows * self.card.sample_len() {
             return Err(Error::mismatch(format!("{} values for {rows} samples of {shape:?}", x_edm.len())));
         }
-        let guided = guidance != 1.0;
-        if guided {
-            check_guidance(&self.card)?;
-        }
-        let total = if guided { 2 * rows } else { rows };
+        let total = if twice { 2 * rows } else { rows };
         let k = self.conversion.at(sigma)?;
         let x_net: Vec<f32> = x_edm.iter().map(|v| v * k.c_in as f32).collect();
         let in_graph: Vec<usize> = std::iter::once(rows).chain(self.card.graph_shape()).collect();
         let mut given = HostTensor::new(&in_graph, &layout.values_into_graph(&x_net, shape))?;
-        if guided {
+        if twice {
             given = HostTensor::concat_rows(&[given.clone(), given])?;
         }
         let mut inputs = vec![(self.sample.name.as_str(), given.cast(self.sample.dtype))];
         inputs.push((self.time.name.as_str(), filled(&self.time, k.time, total, self.sample.shape[0])?));
         for (condition, spec) in &self.conditions {
             let mut tensor = cond.bound(&spec.name, condition, spec)?;
-            if guided {
+            if twice {
                 let null = HostConditions::null(condition, spec, rows)?.unwrap_or_else(|| tensor.clone());
                 tensor = HostTensor::concat_rows(&[tensor, null])?;
             }
@@ -168,16 +217,10 @@ impl TeacherOnEngine {
         let output = outputs.into_iter().find(|(n, _)| *n == self.card.output).map(|(_, t)| t);
         let output = output.ok_or_else(|| Error::backend(format!("no output `{}`", self.card.output)))?;
         let f = self.card.prediction_of(output.to_f32(), total);
-        let mut f = f.ok_or_else(|| {
+        let f = f.ok_or_else(|| {
             Error::mismatch(format!("output {output:?} for {total} samples of {:?}", self.card.shape))
         })?;
-        f = layout.values_out_of_graph(f, shape);
-        if guided {
-            // The conversion is affine with the same coefficients for both halves, so F may be extrapolated.
-            let (with, without) = f.split_at(x_net.len());
-            f = with.iter().zip(without).map(|(c, u)| u + guidance as f32 * (c - u)).collect();
-        }
-        Ok(x_net.iter().zip(&f).map(|(x, f)| k.skip as f32 * x + k.out as f32 * f).collect())
+        Ok((x_net, layout.values_out_of_graph(f, shape)))
     }
 
     /// Stand-ins for `count` rows of each condition that the caller would bring, as [`runtime::student::StudentInfo::random_rows`]
@@ -238,7 +281,7 @@ impl TeacherOnEngine {
         let sigmas = sampler.sigmas(&schedule, steps);
         let len = self.card.sample_len();
         let batch = request.images.batch.max(1);
-        let own = (4 * len * if request.guidance != 1.0 { 2 } else { 1 }) as u64;
+        let own = (4 * len * if request.guidance.is_none() { 1 } else { 2 }) as u64;
         let mut foresight = self.foresight;
         foresight.check_calls(batch.min(count), own, |rows| {
             let cond = self.conditions(&request.images, start, rows)?;
@@ -260,11 +303,30 @@ impl TeacherOnEngine {
         if let Some([low, high]) = self.card.range {
             images.iter_mut().for_each(|v| *v = v.clamp(low as f32, high as f32));
         }
-        if request.guidance != 1.0 {
+        if !request.guidance.is_none() {
             nfe *= 2;
         }
         Ok(TeacherSamples { images: HostTensor::new(&self.card.batch_of(count), &images)?, nfe })
     }
+}
+
+/// `(share std(with) / std(f) + 1 - share) f` of each sample's `len` values, see [`Guidance::rescale`]; bit for bit `f` where that is
+/// `with`.
+fn rescaled(mut f: Vec<f32>, with: &[f32], len: usize, share: f64) -> Vec<f32> {
+    // Keeps 0/0 out where a network gives one number for all values of a sample.
+    const SMALLEST: f64 = 1e-12;
+    let deviation = |row: &[f32]| {
+        let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / row.len() as f64;
+        let square = row.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>();
+        (square / (row.len().max(2) - 1) as f64).sqrt().max(SMALLEST)
+    };
+    if share > 0.0 {
+        for (row, with) in f.chunks_exact_mut(len.max(1)).zip(with.chunks_exact(len.max(1))) {
+            let factor = 1.0 + share * (deviation(with) / deviation(row) - 1.0);
+            row.iter_mut().for_each(|v| *v *= factor as f32);
+        }
+    }
+    f
 }
 
 /// One number in an input's element type and shape; integers are rounded. `batch` is the sample's first dimension.

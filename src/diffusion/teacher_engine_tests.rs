@@ -11,7 +11,11 @@ const MEANS: [f64; 4] = [-0.4, 0.1, 0.6, 0.0];
 /// The exact denoiser of data `N(mean of the class, 0.5^2)` on 2x1x3 samples, class 3 the null:
 /// `(0.25 x + sigma^2 mu[labels]) / (0.25 + sigma^2)`.
 fn gaussian_teacher(batch: &str) -> Vec<u8> {
-    let means: Vec<f32> = MEANS.iter().map(|m| *m as f32).collect();
+    gaussian(batch, &MEANS)
+}
+
+fn gaussian(batch: &str, means: &[f64; 4]) -> Vec<u8> {
+    let means: Vec<f32> = means.iter().map(|m| *m as f32).collect();
     let constants = [
         ("mu", HostTensor::new(&[4, 1, 1, 1], &means).unwrap()),
         ("column", HostTensor::vec(&[-1i64, 1, 1, 1])),
@@ -71,7 +75,7 @@ fn card() -> TeacherCard {
 
 fn request() -> TeacherRequest {
     let images = SampleRequest { seed: 11, batch: 64, ..SampleRequest::default() };
-    TeacherRequest { images, sampler: Sampler::Heun, steps: 18, guidance: 1.0 }
+    TeacherRequest { images, sampler: Sampler::Heun, steps: 18, guidance: 1.0.into() }
 }
 
 /// The ODE's solution from `80 z` to noise level 0.
@@ -133,7 +137,7 @@ fn guidance_moves_the_mean_beyond_the_class() {
     for options in engines() {
         let mut teacher = open(&gaussian_teacher("batch"), &options);
         let mut request = request();
-        (request.guidance, request.steps, request.images.classes) = (3.0, 40, vec![2, 0]);
+        (request.guidance, request.steps, request.images.classes) = (3.0.into(), 40, vec![2, 0]);
         let found = teacher.sample(&request, 0, 2).unwrap();
         assert_eq!(found.nfe, 2 * 79);
         for (k, class) in [2, 0].into_iter().enumerate() {
@@ -144,6 +148,51 @@ fn guidance_moves_the_mean_beyond_the_class() {
             }
         }
     }
+}
+
+#[test]
+fn a_weaker_network_leads_away_from_its_own_mean() {
+    let weaker = [-0.1, 0.0, 0.2, 0.9];
+    for options in engines() {
+        let teacher = open(&gaussian_teacher("batch"), &options);
+        let mut teacher = teacher.guided_by(open(&gaussian("batch", &weaker), &options)).unwrap();
+        let mut request = request();
+        (request.guidance, request.steps, request.images.classes) = (2.0.into(), 40, vec![2, 0]);
+        let found = teacher.sample(&request, 0, 2).unwrap();
+        assert_eq!(found.nfe, 2 * 79);
+        for (k, class) in [2, 0].into_iter().enumerate() {
+            let mean = weaker[class] + 2.0 * (MEANS[class] - weaker[class]);
+            let image = found.images.rows(k, 1).unwrap().to_f32();
+            for (x, z) in image.iter().zip(image_noise(11, k as u64, 6)) {
+                assert!((f64::from(*x) - solution(z, mean)).abs() < 0.01, "{x} is not {}", solution(z, mean));
+            }
+        }
+        // The network that guides is still there, and is not asked where nothing is guided.
+        request.guidance = 1.0.into();
+        assert_eq!(teacher.sample(&request, 0, 2).unwrap().nfe, 79);
+        request.guidance = Guidance::new(2.0, [0.5, 3.0]).unwrap();
+        let some = teacher.sample(&request, 0, 2).unwrap().images;
+        assert!(some != found.images);
+    }
+    let other = TeacherCard { shape: vec![6], ..card() };
+    let error = check_weaker(&card(), &other).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("the weaker network's card has shape [6]"), "{error}");
+}
+
+#[test]
+fn rescaling_is_that_of_diffusers() {
+    // `rescale_noise_cfg(made, with, guidance_rescale=0.7)` of diffusers 0.36, two samples.
+    let with = [1.3f32, 0.67, 0.59, -0.11, 0.55, -0.87, 1.51, 3.53, -3.81, 3.43, 2.07, 4.21];
+    let made = vec![-1.98f32, 0.35, 0.59, -0.41, 1.6, 1.38, 2.23, -1.07, -3.64, -5.55, 3.49, 0.94];
+    let want = [
+        -1.38365, 0.244585, 0.4123, -0.286513, 1.118101, 0.964362, 1.980091, -0.950089, -3.232077, -4.928029, 3.098887,
+        0.834657,
+    ];
+    for (found, want) in rescaled(made.clone(), &with, 6, 0.7).iter().zip(want) {
+        assert!((f64::from(*found) - want).abs() < 1e-5, "{found} is not {want}");
+    }
+    assert_eq!(rescaled(made.clone(), &with, 6, 0.0), made);
+    assert_eq!(rescaled(made.clone(), &made, 6, 1.0), made);
 }
 
 #[test]

@@ -45,6 +45,8 @@ pub struct StageCost {
     pub passes: f64,
     /// The same of the student's network.
     pub student_passes: f64,
+    /// The same of the weaker network that guides (`guidance_by`), while the teacher is the target.
+    pub guide_passes: f64,
 }
 
 /// Memory and arithmetic of a run, both stages, of each of its processes.
@@ -183,6 +185,16 @@ fn estimate_of(
             made
         }
     };
+    let guide = match teacher.weaker() {
+        None => Measured::default(),
+        Some(weaker) => {
+            let found = drawn_on(config, weaker.network(), &|at| measure_guide(weaker, teacher, at))?;
+            weaker.network().configure(Compute::default());
+            found
+        }
+    };
+    // (It lies there from the beginning.)
+    let guide_bytes = teacher.weaker().map_or(0, |w| 4 * w.params().elements() as u64);
     let trained = 4 * teacher.params().elements() as u64;
     let target = target_bytes(teacher, config);
     let frozen = teacher.network().frozen();
@@ -200,21 +212,23 @@ fn estimate_of(
     };
     let objective = config.built_objective()?;
     let fake = u64::from(objective.needs_fake());
-    let stage = |weights: u64, spreads: &[Spread], highest: f64, passes: f64, student_passes: f64| {
+    let stage = |weights: u64, spreads: &[Spread], highest: f64, passes: f64, student_passes: f64, guide_passes: f64| {
         let gradients = spreads.iter().map(|s| s.whole).sum::<f64>().min(highest) as u64;
         let optimizer = spreads.iter().map(|s| 2.0 * s.kept * s.whole).sum::<f64>() as u64;
         let activations = (highest - gradients as f64).max(0.0) as u64;
-        let weights = weights + frozen + given;
+        let weights = weights + frozen + given + guide_bytes;
         let total = weights + gradients + optimizer + activations;
-        StageCost { weights, gradients, optimizer, activations, total, passes, student_passes }
+        StageCost { weights, gradients, optimizer, activations, total, passes, student_passes, guide_passes }
     };
     let ratio = config.backtrack.ratio as f64;
-    let guided = if config.guidance != 1.0 { 2.0 } else { 1.0 };
+    let weaker = teacher.weaker().is_some();
+    let guided = if config.guidance != 1.0 && !weaker { 2.0 } else { 1.0 };
     let scores = guided + fake as f64;
     let scored = if objective.through_scores() { 3.0 * scores } else { scores };
     let (passes, student_passes) = (scored / ratio + 3.0 * fake as f64, 3.0 / ratio + (ratio - 1.0) / ratio);
+    let guide_passes = f64::from(u8::from(weaker)) * if objective.through_scores() { 3.0 } else { 1.0 } / ratio;
     let averages = (1 + config.ema.more.len()) as f64 * of_student.kept;
-    let highest = Highest { net, made, config, fake, guided, scores, exchanged, rounds };
+    let highest = Highest { net, made, guide, config, fake, guided, scores, exchanged, rounds };
     let spreads = if fake > 0 { vec![of_student, of_teacher] } else { vec![of_student] };
     let in_degrade = (net.training.max(net.forward).max(made.forward) + of_teacher.behind(rounds))
         .max(of_teacher.exchange(rounds))
@@ -231,7 +245,7 @@ fn estimate_of(
         parameters: teacher.params().elements(),
         student_parameters: own as usize / 4,
         // Teacher, the initial student and the copy that degrades.
-        degrade: stage(2 * trained + own, &[of_teacher], in_degrade, 3.0 * each, each),
+        degrade: stage(2 * trained + own, &[of_teacher], in_degrade, 3.0 * each, each, 0.0),
         // The target, which is the teacher's own network, and the fake score; the student and its averages.
         backtrack: stage(
             fake * trained + target + own + (averages * own as f64) as u64,
@@ -239,6 +253,7 @@ fn estimate_of(
             in_backtrack,
             passes * each,
             student_passes * each,
+            guide_passes * each,
         ),
     })
 }
@@ -247,6 +262,8 @@ fn estimate_of(
 struct Highest<'a> {
     net: Measured,
     made: Measured,
+    /// Of the weaker network that guides; nothing where there is none.
+    guide: Measured,
     config: &'a Config,
     fake: u64,
     guided: f64,
@@ -260,16 +277,16 @@ impl Highest<'_> {
     /// While the generator's graph is held, the scores are computed. Gradients of the micro-batches before this one stay; otherwise
     /// they go with the optimiser's step.
     fn generator(&self, through_scores: bool, of_fake: Spread, of_student: Spread) -> f64 {
-        let Self { net, made, fake, guided, scores, rounds, .. } = self;
+        let Self { net, made, guide, fake, guided, scores, rounds, .. } = self;
         let (fake, one) = (*fake as f64, of_fake.whole);
         let (others, all) =
             if self.config.accumulate > 1 { (fake * one, of_student.whole + fake * one) } else { (0.0, 0.0) };
         let computed = if through_scores {
             // The scores' backward comes first, while the generator's inner values are still held.
             let inner = (net.training - net.kept - one).max(0.0);
-            net.kept * scores + made.training.max(made.kept + inner) + others
+            net.kept * scores + guide.kept + made.training.max(made.kept + inner) + others
         } else {
-            (made.kept + guided * net.forward + all).max(made.training + others)
+            (made.kept + (guided * net.forward).max(guide.forward) + all).max(made.training + others)
         };
         let behind = fake * of_fake.behind(*rounds);
         (computed + of_student.behind(*rounds)).max(of_student.exchange(*rounds)) + behind
@@ -332,6 +349,18 @@ fn measure(copy: &Denoiser, config: &Config) -> Result<Measured> {
     let sigmas = draws.sigmas(Purpose::FakeSigma, &batches.fake_levels, batches.batch);
     let loss = || -> Result<Tensor> { denoising_loss(copy, &x0, &sigmas, &noise, &conditions) };
     counted(copy.params(), config, &loss)
+}
+
+/// The weaker network that guides the target, at this batch.
+fn measure_guide(weaker: &Denoiser, teacher: &Denoiser, config: &Config) -> Result<Measured> {
+    let batches = Batches::new(config, teacher)?;
+    let draws = batches.draws(Phase::Backtrack, 0, 0);
+    let conditions = batches.conditions(&draws, teacher)?;
+    let x = batches.noise(&draws, Purpose::Latent)?.set_requires_grad(true);
+    let sigmas = draws.sigmas(Purpose::GeneratorSigma, &batches.generator_levels, batches.batch);
+    let gradient = batches.noise(&draws, Purpose::GeneratorNoise)?;
+    let loss = || surrogate(&weaker.denoise(&x, &sigmas, &conditions)?, &gradient);
+    counted(weaker.params(), &Config { accumulate: 1, ..config.clone() }, &loss)
 }
 
 /// One step of the student at this batch, on a gradient of its images.

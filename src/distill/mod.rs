@@ -18,6 +18,7 @@ pub mod metrics;
 mod nonfinite;
 pub mod objective;
 pub mod observer;
+pub mod plan;
 mod prefetch;
 pub mod progress;
 pub mod rundir;
@@ -70,6 +71,10 @@ pub fn distill(mut job: Job, teacher: &Denoiser, stages: Stages) -> Result<Outco
     teacher.network().configure(job.config.compute());
     job::lay_out(job.config, teacher.params())?;
     job.student.map_or(Ok(()), |s| job::lay_out(job.config, s.params()))?;
+    if let Some(weaker) = teacher.weaker() {
+        weaker.network().configure(job.config.target_compute());
+        job::lay_out(job.config, weaker.params())?;
+    }
     let world = job.world.clone();
     let mut checkpoint = Checkpoint::shared(&world, || Checkpoint::latest(&job.run.checkpoints(), &hash))?;
     if let Some(found) = &checkpoint {

@@ -51,7 +51,9 @@ impl Probe<'_> {
     /// are at fault. `None`: each network gives numbers, and the gradient overflows on its way back.
     pub fn find_nonfinite(&self, candidates: &[Candidate]) -> Result<Option<Finding>> {
         tch::no_grad(|| {
-            let conditions = self.batches.conditions(self.draws, candidates[0].network)?;
+            // (A weaker network that guides is the first, and may know fewer conditions than the others.)
+            let Some(last) = candidates.last() else { return Ok(None) };
+            let conditions = self.batches.conditions(self.draws, last.network)?;
             for candidate in candidates {
                 if let Some(found) = self.tried(candidate, &conditions)? {
                     return Ok(Some(Finding { found, hint: candidate.hint.into() }));

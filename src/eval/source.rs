@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Statistics;
-use crate::diffusion::Sampler;
+use crate::diffusion::{Guidance, Sampler};
 use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest, card_of};
 use crate::error::{Context, Error, Result};
 use crate::io::images::Rounding;
@@ -60,14 +60,14 @@ pub struct Draw {
     pub sampler: Sampler,
     /// Steps of the teacher's sampler.
     pub steps: usize,
-    /// Classifier-free guidance scale of the teacher; 1: none.
-    pub guidance: f64,
+    /// Guidance of the teacher: classifier-free, or by its weaker network ([`Source::guided_by`]).
+    pub guidance: Guidance,
 }
 
 impl Default for Draw {
     fn default() -> Self {
         let request = SampleRequest { batch: 64, ..SampleRequest::default() };
-        Self { request, rounding: Rounding::default(), sampler: Sampler::Heun, steps: 18, guidance: 1.0 }
+        Self { request, rounding: Rounding::default(), sampler: Sampler::Heun, steps: 18, guidance: 1.0.into() }
     }
 }
 
@@ -277,6 +277,22 @@ impl Source {
                 Ok((d.decoder.decode(&made.values)?, Some(made.nfe)))
             }
             Self::Statistics(_) => Err(Error::usage("statistics hold no samples")),
+        }
+    }
+
+    /// A teacher guided by the weaker network in `path`, read by its own card: see [`TeacherOnEngine::guided_by`]. Other sources are as
+    /// they were.
+    ///
+    /// Errors: a file that is no teacher, or one that cannot guide this one.
+    pub fn guided_by(self, path: Option<&Path>, options: &EngineOptions) -> Result<Self> {
+        let Some(path) = path else { return Ok(self) };
+        match self {
+            Self::Teacher(teacher) => {
+                let weaker = TeacherOnEngine::open(path, &[], options)?;
+                let guided = teacher.guided_by(weaker).with_context(|| path.display().to_string())?;
+                Ok(Self::Teacher(Box::new(guided)))
+            }
+            other => Ok(other),
         }
     }
 

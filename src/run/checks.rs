@@ -65,6 +65,7 @@ pub fn check_stage_two(config: &Config, teacher: &Denoiser) -> Result<()> {
     if config.guidance != 1.0 {
         teacher.check_guidance()?;
         let guidance = config.target_guidance()?;
+        guidance.check_rescale(teacher.card())?;
         if !batches.generator_levels.any(|sigma| guidance.at(sigma) != 1.0) {
             let [low, high] = config.guidance_interval;
             return Err(Error::usage(format!(
@@ -78,8 +79,15 @@ pub fn check_stage_two(config: &Config, teacher: &Denoiser) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a network that cannot be trained, or trained with, as it was read.
+pub(super) fn check_import(teacher: &Teacher, config: &Config, monitor: &dyn Monitor) -> Result<()> {
+    check_mixing(teacher, config)?;
+    check_rows(teacher, config)?;
+    check_parity(teacher, monitor)
+}
+
 /// Refuses a file that declares a free batch and takes one number of rows only: libtorch runs it at several.
-pub(super) fn check_rows(teacher: &Teacher, config: &Config) -> Result<()> {
+fn check_rows(teacher: &Teacher, config: &Config) -> Result<()> {
     const ROWS: [usize; 3] = [2, 3, 5];
     let net = &teacher.network;
     let card = &teacher.card.card;
@@ -109,7 +117,7 @@ pub(super) fn check_rows(teacher: &Teacher, config: &Config) -> Result<()> {
 
 /// Refuses a network that computes a row from its neighbours, unless the configuration allows it: its student would do the same,
 /// and parts of a batch that are guided or split would not be what they are in the whole.
-pub(super) fn check_mixing(teacher: &Teacher, config: &Config) -> Result<()> {
+fn check_mixing(teacher: &Teacher, config: &Config) -> Result<()> {
     if config.allow_batch_mixing {
         return Ok(());
     }
@@ -141,7 +149,7 @@ pub(super) fn check_mixing(teacher: &Teacher, config: &Config) -> Result<()> {
 }
 
 /// A wrong import must not cost a night of training: a small batch through ONNX Runtime first, where it is installed.
-pub(super) fn check_parity(teacher: &Teacher, monitor: &dyn Monitor) -> Result<()> {
+fn check_parity(teacher: &Teacher, monitor: &dyn Monitor) -> Result<()> {
     if !ort_is_here() {
         monitor.remark(
             "note: ONNX Runtime was not found, so the import is not compared with it (`disback doctor` says more)",

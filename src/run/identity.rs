@@ -40,6 +40,9 @@ pub struct Identity {
 /// The keys of [`Config`] that name a file whose content decides what is computed.
 pub const FILES: [&str; 3] = ["student.file", "conditions.file", "gan.data"];
 
+/// The key of the network that guides, of which graph, weights and card decide.
+const GUIDE: &str = "guidance_by";
+
 /// The configured paths that decide what is computed, by key.
 fn files(config: &Config) -> [(&'static str, &str); 3] {
     let [student, conditions, data] = FILES;
@@ -81,11 +84,24 @@ impl Request {
 }
 
 impl Identity {
-    /// That of a run that is about to be computed on `device`, with `threads` CPU threads in force.
+    /// That of a run that is about to be computed on `device`, with `threads` CPU threads in force. `weaker`: the network of
+    /// `guidance_by`.
     ///
     /// Errors: a file that cannot be read.
-    pub fn of(request: &Request, config: &Config, teacher: &Teacher, device: Device, threads: usize) -> Result<Self> {
+    pub fn of(
+        request: &Request,
+        config: &Config,
+        (teacher, weaker): (&Teacher, Option<&Teacher>),
+        device: Device,
+        threads: usize,
+    ) -> Result<Self> {
         let mut hashes = BTreeMap::new();
+        if let Some(weaker) = weaker {
+            let mut sha = Sha256::new();
+            sha.update(&weaker.graph_hash);
+            sha.update(weaker.card.card.to_toml()?);
+            hashes.insert(GUIDE.to_owned(), hex(sha));
+        }
         for (key, path) in files(config).into_iter().filter(|(_, path)| !path.is_empty()) {
             hashes.insert(key.to_owned(), content(Path::new(path)).context(key)?);
         }
@@ -220,7 +236,11 @@ pub fn content(path: &Path) -> Result<String> {
     } else {
         add(&mut sha, path)?;
     }
-    Ok(sha.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    Ok(hex(sha))
+}
+
+fn hex(sha: Sha256) -> String {
+    sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Names below a folder, and their sizes. A folder that is met again (a link in a circle) is passed over.

@@ -51,7 +51,7 @@ impl Subject<'_> {
             }
         };
         let Estimate { degrade, backtrack, .. } = estimate(denoiser, self.student, config, self.world)?;
-        let degrade = if config.degrade.nodes > 0 { degrade.total } else { 0 };
+        let degrade = if config.degrade.nodes.any() { degrade.total } else { 0 };
         let (most, stage) =
             if degrade > backtrack.total { (degrade, "degrade") } else { (backtrack.total, "backtrack") };
         Ok((most.saturating_sub(self.held), stage))
@@ -77,7 +77,8 @@ pub fn foresee(
         free.bytes /= sharing;
         free.place = format!("{} for each of {sharing} processes", free.place);
     }
-    let held = 4 * (teacher.network.params().elements() as u64);
+    let guide = denoiser.weaker().map_or(0, |weaker| weaker.params().elements());
+    let held = 4 * ((teacher.network.params().elements() + guide) as u64);
     if device == Device::Cpu {
         let subject = Subject { config, teacher, student, denoiser, held, world };
         return subject.decide(&free, auto);

@@ -20,6 +20,7 @@ use crate::torch::dist::{self, World};
 /// Makes the paths of a configuration absolute: a run goes on from any folder.
 pub fn from_anywhere(config: &mut Config) {
     let paths = [
+        &mut config.guidance_by,
         &mut config.student.file,
         &mut config.conditions.file,
         &mut config.gan.data,

@@ -20,7 +20,7 @@ use crate::run::request::{self, Request, Resume};
 use crate::run::sheets::{Sheets, decoder};
 use crate::run::student_file::StudentFile;
 use crate::run::summary::write_summary;
-use crate::run::teacher::{Teacher, denoiser};
+use crate::run::teacher::{self, Teacher};
 use crate::run::watcher::{self, Watcher};
 use crate::runtime::decoder::Decoder;
 use crate::torch::train::cuda_graph;
@@ -91,12 +91,13 @@ impl PreparedRun {
         let threads = device::set_threads(if config.threads > 0 { config.threads } else { chosen });
         shim::set_tf32(config.tf32)?;
         let teacher = Teacher::load(&request.teacher, &request.teacher_options(&config), device)?;
-        let identity = Identity::of(&request, &config, &teacher, device, threads)?;
+        let weaker = teacher::weaker(&teacher, &config)?;
+        let identity = Identity::of(&request, &config, (&teacher, weaker.as_ref()), device, threads)?;
         if world.leads() {
             request.check_begun(begun.as_ref(), &identity)?;
         }
         ranks::compare_identities(&world, &identity)?;
-        let denoiser = denoiser(&teacher, &config)?;
+        let denoiser = teacher::guided(&teacher, weaker.as_ref(), &config)?;
         if let Some(rows) = denoiser.fixed_batch().filter(|rows| !batch_given && *rows != config.batch) {
             config.batch = rows;
             request.monitor.remark(&format!("note: the teacher's file fixes the batch at {rows}: batch = {rows}"));
@@ -121,9 +122,10 @@ impl PreparedRun {
                 .remark("note: the network computes in f64; it is trained in f32, and its student computes in f32");
         }
         if world.leads() {
-            checks::check_mixing(&teacher, &config)?;
-            checks::check_rows(&teacher, &config)?;
-            checks::check_parity(&teacher, &*request.monitor)?;
+            checks::check_import(&teacher, &config, &*request.monitor)?;
+            if let Some(weaker) = &weaker {
+                checks::check_import(weaker, &config, &*request.monitor).context("guidance_by")?;
+            }
         }
         if request.forms.same_graph {
             StudentOrigin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
@@ -164,10 +166,13 @@ impl PreparedRun {
             checks::check_recorded(recorded.dir(), &config, card)?;
             let initial = Student::hash_of_initial(self.student.as_ref(), &self.denoiser, &config)?;
             recorded.check_student(initial.as_deref())?;
-            config.degrade.nodes = recorded.last();
+            // (What `auto` has measured says how long each node is the target.)
+            if !(config.degrade.nodes.is_auto() && recorded.plan().is_some()) {
+                config.degrade.nodes = recorded.last().into();
+            }
             config.degrade.steps = config.degrade.steps.max(recorded.last() as u64);
         }
-        if *stages == Stages::Backtrack && recorded.is_none() && config.degrade.nodes > 0 {
+        if *stages == Stages::Backtrack && recorded.is_none() && config.degrade.nodes.any() {
             return Err(Error::usage(format!("{} holds no recorded trajectory", out.display())).hint(
                 "run `disback degrade` first, give one with --trajectory, or do without: --set degrade.nodes=0",
             ));
@@ -372,7 +377,7 @@ impl Session {
     /// The stages that are to be run. (Without a trajectory stage 1 has nothing to do.)
     fn stages(&self) -> Stages {
         let request = &self.prepared.request;
-        let none = self.config.degrade.nodes == 0 && request.trajectory.is_none();
+        let none = !self.config.degrade.nodes.any() && request.trajectory.is_none();
         if none && request.stages == Stages::Backtrack { Stages::Both } else { request.stages }
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::diffusion::{Conditions, Denoiser, Guidance, HostConditions, Sampler, TeacherCard};
+use crate::distill::backtrack::guidance_of;
 use crate::distill::batches;
 use crate::distill::metrics::MetricsRow;
 use crate::distill::{Config, DebugBatch, Observer, RunDir, Student};
@@ -285,7 +286,7 @@ impl Observer for Sheets {
     }
 
     fn node_recorded(&mut self, node: usize, denoiser: &Denoiser) -> Result<()> {
-        let (steps, guidance) = (self.steps, self.guidance);
+        let (steps, guidance) = (self.steps, guidance_of(self.guidance, denoiser, node));
         let name = if node == 0 { "teacher".to_owned() } else { format!("degraded-node-{node:03}") };
         let sample = |z: &tch::Tensor, conditions: &Conditions| {
             Ok(denoiser.sample(z, conditions, Sampler::Heun, steps, guidance)?.value)

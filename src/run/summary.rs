@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 use tch::Device;
 
-use crate::distill::{Config, RunDir, metrics};
+use crate::distill::config::NodeCount;
+use crate::distill::{Config, RunDir, Trajectory, metrics};
 use crate::error::{Error, Result};
 use crate::run::divergence;
 use crate::run::origin::{StudentOrigin, describe, method, objective_name};
@@ -36,6 +37,11 @@ pub(super) fn write_summary(
     let last = |stage: &str| rows.iter().rev().find(|r| r.stage.name() == stage);
     let seconds = |stage: &str| last(stage).map_or(0.0, |r| r.seconds);
     let skipped = ["degrade", "backtrack"].iter().filter_map(|stage| last(stage)).map(|r| r.skipped).sum::<u64>();
+    // (What `auto` has chosen stands in the trajectory.)
+    let nodes = match config.degrade.nodes {
+        NodeCount::Count(nodes) => Some(nodes),
+        NodeCount::Auto => Trajectory::open(&run.trajectory(), &origin.teacher.hash).ok().map(|t| t.last()),
+    };
     summary["run"] = json!({
         "command": request.command,
         // Where it lies from anywhere.
@@ -43,7 +49,9 @@ pub(super) fn write_summary(
         "method": method(config),
         "objective": objective_name(config),
         "guidance": config.guidance,
-        "nodes": config.degrade.nodes,
+        "guidance_by": config.weaker(),
+        "guidance_rescale": config.guidance_rescale,
+        "nodes": nodes,
         "generator_updates": config.backtrack.updates,
         "images_degrade": last("degrade").map_or(0, |r| r.images),
         "images_backtrack": last("backtrack").map_or(0, |r| r.images),

@@ -159,12 +159,44 @@ impl Teacher {
     }
 }
 
-/// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so.
+/// The weaker network that guides this teacher (`guidance_by`), where there is one. It is read by the card in it or beside it, and has
+/// the teacher's operators.
+///
+/// Errors: what [`Teacher::load`] refuses.
+pub fn weaker(teacher: &Teacher, config: &Config) -> Result<Option<Teacher>> {
+    let Some(path) = config.weaker() else { return Ok(None) };
+    let options = TeacherOptions {
+        conditions: config.conditions.file.clone(),
+        operators: teacher.operators.clone(),
+        ..TeacherOptions::default()
+    };
+    Teacher::load(path, &options, teacher.network.device()).map(Some).context(GUIDE)
+}
+
+/// The key that names the weaker network.
+const GUIDE: &str = "guidance_by";
+
+/// The teacher as stage 1 and 2 copy it: adapted, where the configuration says so, and with the network that guides it.
 pub fn denoiser(teacher: &Teacher, config: &Config) -> Result<Denoiser> {
+    guided(teacher, weaker(teacher, config)?.as_ref(), config)
+}
+
+/// [`denoiser`], guided by a network that is loaded already. Their weights are shared, not copied.
+///
+/// Errors: a weaker network of other samples, or with conditions that the teacher does not have.
+pub fn guided(teacher: &Teacher, weaker: Option<&Teacher>, config: &Config) -> Result<Denoiser> {
     let network = teacher.network.alias();
     let network = match config.lora() {
         Some(options) => network.adapt(&options)?,
         None => network,
     };
-    Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())
+    let denoiser = Denoiser::new(Box::new(network), Arc::new(teacher.card.card.clone()), &teacher.inputs())?;
+    match weaker {
+        None => Ok(denoiser),
+        Some(weaker) => {
+            let network = Box::new(weaker.network.alias());
+            let weaker = Denoiser::new(network, Arc::new(weaker.card.card.clone()), &weaker.inputs())?;
+            denoiser.guided_by(weaker).with_context(|| format!("{GUIDE}: {}", config.guidance_by))
+        }
+    }
 }

@@ -25,6 +25,7 @@ use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::Finding;
 use crate::distill::objective::Objective;
 use crate::distill::observer::Running;
+use crate::distill::plan;
 use crate::distill::prefetch::Nodes;
 use crate::distill::stage::{self, Ended, Measured, Stage, lasting};
 use crate::distill::student::Student;
@@ -57,6 +58,12 @@ pub fn backtrack(
     outcome
 }
 
+/// The guidance of a node of the trajectory. A weaker network guides the teacher (node 0) alone: a node is no model of the data, from
+/// which that network's own faults would lead away.
+pub fn guidance_of(configured: Guidance, teacher: &Denoiser, node: usize) -> Guidance {
+    if node > 0 && teacher.weaker().is_some() { Guidance::everywhere(1.0) } else { configured }
+}
+
 /// Stage 2 as it runs.
 struct Backtrack<'a> {
     config: &'a Config,
@@ -67,6 +74,8 @@ struct Backtrack<'a> {
     networks: Networks,
     nodes: Nodes<'a>,
     last: usize,
+    /// Generator updates of each target, where they are counted.
+    every: u64,
     /// Node that the target's slot holds.
     target: usize,
     /// Sum of the score mismatch since the switching rule last read it: f32, so that a checkpoint holds it exactly.
@@ -114,6 +123,10 @@ impl<'a> Backtrack<'a> {
         networks.target.network().configure(config.target_compute());
         let mut mismatch_sum = Tensor::f_zeros([0i64; 0], (Kind::Float, batches.device))?;
         let last = trajectory.last();
+        let every = match config.degrade.nodes.is_auto() {
+            true => plan::hold(trajectory.nodes()[last].iteration, last),
+            false => config.backtrack.switch_every,
+        };
         let state = match resume {
             Some(mut checkpoint) => {
                 networks.restore(&mut checkpoint)?;
@@ -145,6 +158,7 @@ impl<'a> Backtrack<'a> {
             networks,
             nodes,
             last,
+            every,
             target,
             marked_sum: mismatch_sum.shallow_clone(),
             mismatch_sum,
@@ -184,7 +198,8 @@ impl<'a> Backtrack<'a> {
         let update = self.step.update;
         let Self { config, batches, networks, objective, recorder, target, .. } = self;
         let (networks, batches) = (&*networks, &*batches);
-        let (inputs, sigmas) = generator::inputs(networks, batches, draws, conditions, self.guidance, self.form)?;
+        let guidance = guidance_of(self.guidance, self.teacher, *target);
+        let (inputs, sigmas) = generator::inputs(networks, batches, draws, conditions, guidance, self.form)?;
         let first = update == since && micro == 0;
         let last_of_all = update + 1 == config.backtrack.updates && micro == 0;
         let shown = first || last_of_all;
@@ -193,7 +208,7 @@ impl<'a> Backtrack<'a> {
             let x0 = networks.student.training_images(draws, &inputs.from, &inputs.conditions)?;
             let batch = generator::Batch { batches, draws, x0: &x0, inputs };
             let made = generator::loss(networks, &**objective, &batch, *target == 0)?;
-            let mut results = vec![x0.detach(), made.mismatch, made.loss.detach()];
+            let mut results = vec![x0.detach(), made.mismatch, made.gap, made.loss.detach()];
             let mut loss = made.loss;
             if let Some(gan) = &made.gan {
                 results.push(gan.detach());
@@ -211,7 +226,7 @@ impl<'a> Backtrack<'a> {
             true => piece(&inputs)?,
             false => recorder.run("generator", inputs, Some(networks.student.params()), &mut piece)?,
         };
-        for (name, value) in ["mismatch", "loss_generator", "loss_gan"].into_iter().zip(&results[1..]) {
+        for (name, value) in ["mismatch", "gap", "loss_generator", "loss_gan"].into_iter().zip(&results[1..]) {
             measured.push((name, lasting(value, recorder.records())?));
         }
         if let Some(((x_t, target_x0, fake), gradient)) = seen {
@@ -275,7 +290,7 @@ impl Stage for Backtrack<'_> {
     fn begin(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()> {
         let settings = &self.config.backtrack;
         let update = state.iteration / settings.ratio;
-        if let Some(next) = switching::next_target(job, state, update, self.last, &mut self.mismatch_sum)? {
+        if let Some(next) = switching::next_target(job, state, update, (self.last, self.every), &mut self.mismatch_sum)? {
             log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
             self.gather(&job.world)?;
             job.observer.target_left(state.target, self.networks.averages.first())?;
@@ -369,7 +384,8 @@ impl Stage for Backtrack<'_> {
 
     fn find_nonfinite(&self, state: &State) -> Result<Option<Finding>> {
         let draws = self.batches.draws(Phase::Backtrack, state.iteration - 1, 0);
-        self.networks.find_nonfinite(&self.batches, &draws, self.guidance, self.target)
+        let guidance = guidance_of(self.guidance, self.teacher, self.target);
+        self.networks.find_nonfinite(&self.batches, &draws, guidance, self.target)
     }
 
     fn running(&self) -> Option<Running<'_>> {

@@ -56,7 +56,7 @@ impl Networks {
             true => {
                 let network = teacher.copy()?;
                 network.params().set_requires_grad(true)?;
-                let adam = AdamW::new(network.params(), config.adamw(settings.lr_fake, &settings.betas_fake))?;
+                let adam = AdamW::new(network.params(), config.adamw(config.fake_lr(), &settings.betas_fake))?;
                 Some(Fake { network, adam })
             }
         };
@@ -152,8 +152,16 @@ impl Networks {
                 "a teacher that overflows there, or a copy that diverged in stage 1: fewer noise levels (noise.fake), a lower degrade.lr",
             ),
         };
-        let mut candidates =
-            vec![Candidate { name, network: &self.target, levels: &batches.generator_levels, guidance, hint }];
+        let levels = &batches.generator_levels;
+        let mut candidates = Vec::new();
+        candidates.extend(self.target.weaker().map(|network| Candidate {
+            name: "the network of guidance_by".into(),
+            network,
+            levels,
+            guidance: 1.0.into(),
+            hint: "keep guidance to noise levels that it knows (guidance_interval), or export it anew",
+        }));
+        candidates.push(Candidate { name, network: &self.target, levels, guidance, hint });
         let hint = "it has diverged: a lower backtrack.lr_fake, a smaller optimizer.clip or a longer optimizer.warmup";
         candidates.extend(self.fake.as_ref().map(|fake| Candidate {
             name: "the fake score".into(),

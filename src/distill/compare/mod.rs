@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::StageKind;
-use crate::distill::config::{BacktrackConfig, Config, DegradeConfig};
+use crate::distill::config::{BacktrackConfig, Config, DegradeConfig, NodeCount};
 use crate::distill::observer::{Begin, Step, Wish};
-use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, Trajectory, distill, trajectory};
+use crate::distill::{Job, Observer, Outcome, RunDir, Stages, Student, Trajectory, distill, plan, trajectory};
 use crate::error::{Context, Error, Result};
 use crate::torch::dist::World;
 
@@ -76,6 +76,7 @@ pub fn passes(config: &Config) -> Passes {
     // A student of several steps is trained at one of them, each as often, and the steps before that one are run too.
     let made = images * (config.student.sigmas.len() as u64 + 2) / 2;
     let gan = u64::from(!config.gan.data.is_empty());
+    // (By a weaker network the second pass is that network's, and the teacher's as the target alone: at most so many.)
     let target = if config.guidance == 1.0 { 1 } else { 2 };
     Passes { degrade: 2 * images, iteration: made + (fake + 2 * gan) * images, update: (target + fake + gan) * images }
 }
@@ -182,7 +183,7 @@ pub fn run_arm(
     };
     run.write_card(teacher.card())?;
     // (A process that ended between the stages had not written down how long the first one was.)
-    if run.trajectory().join(trajectory::INDEX).is_file() && config.degrade.nodes > 0 {
+    if run.trajectory().join(trajectory::INDEX).is_file() && config.degrade.nodes.any() {
         let recorded = Trajectory::open(&run.trajectory(), &teacher.params().hash()?)?;
         looks.degrade_steps = recorded.nodes().last().map_or(0, |n| n.iteration);
     }
@@ -194,7 +195,11 @@ pub fn run_arm(
         looker.save()?;
         return Ok(None);
     }
-    let curve = Curve { seed: config.seed, nodes: config.degrade.nodes, points: looker.looks.points };
+    let nodes = match config.degrade.nodes {
+        NodeCount::Count(nodes) => nodes,
+        NodeCount::Auto => Trajectory::open(&run.trajectory(), &teacher.params().hash()?)?.last(),
+    };
+    let curve = Curve { seed: config.seed, nodes, points: looker.looks.points };
     let text = serde_json::to_vec_pretty(&curve).map_err(|e| Error::io(e.to_string()))?;
     crate::files::write_atomic(&file, &text)?;
     let _ = std::fs::remove_file(looks_file);
@@ -219,7 +224,7 @@ fn read<T: serde::de::DeserializeOwned>(file: &Path) -> Result<T> {
 pub fn arm(config: &Config, seed: u64, with_trajectory: bool) -> Config {
     let mut arm = Config { seed, ..config.clone() };
     if !with_trajectory {
-        arm.degrade = DegradeConfig { nodes: 0, ..DegradeConfig::default() };
+        arm.degrade = DegradeConfig { nodes: 0.into(), ..DegradeConfig::default() };
         let d = BacktrackConfig::default();
         let b = &mut arm.backtrack;
         (b.switch, b.switch_every, b.switch_patience, b.switch_max) =
@@ -233,7 +238,12 @@ pub fn arm(config: &Config, seed: u64, with_trajectory: bool) -> Config {
 /// Errors: a budget that does not pay for one update.
 pub fn within(mut arm: Config, budget: u64) -> Result<Config> {
     let p = passes(&arm);
-    let stage_one = if arm.degrade.nodes > 0 { arm.degrade.steps * p.degrade } else { 0 };
+    let stage_one = match arm.degrade.nodes {
+        NodeCount::Count(0) => 0,
+        NodeCount::Count(_) => arm.degrade.steps * p.degrade,
+        // (At most: where it takes less, the run costs less than the budget.)
+        NodeCount::Auto => budget - plan::left_for_stage_two(budget),
+    };
     let each = p.of_update(arm.backtrack.ratio);
     arm.backtrack.updates = budget.saturating_sub(stage_one) / each;
     if arm.backtrack.updates == 0 {
@@ -258,7 +268,7 @@ mod tests {
         assert_eq!((updates(true, 320).unwrap(), updates(false, 320).unwrap()), (10, 13));
         assert!(updates(true, 100).unwrap_err().to_string().contains("stage 1 takes 80, an update 24"));
         let mut other = config.clone();
-        (other.degrade.nodes, other.degrade.lr, other.backtrack.switch_every) = (1, 1.0, 2);
+        (other.degrade.nodes, other.degrade.lr, other.backtrack.switch_every) = (1.into(), 1.0, 2);
         assert_eq!(arm(&config, 5, false), arm(&other, 5, false));
         assert_ne!(arm(&config, 5, true), arm(&other, 5, true));
     }

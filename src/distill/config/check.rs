@@ -1,7 +1,6 @@
 //! Values that make no sense, refused before the first step.
 
-use super::{Config, Init, LoraConfig};
-use crate::diffusion::Guidance;
+use super::{Config, DegradeConfig, Init, LoraConfig};
 use crate::distill::objective::Objective;
 use crate::error::{Error, Result};
 
@@ -20,9 +19,18 @@ impl Config {
         self.check_students()?;
         self.settings.check()?;
         self.check_additions()?;
-        if self.degrade.nodes as u64 > self.degrade.steps {
+        let settings = &self.degrade;
+        if settings.nodes.is_auto()
+            && (settings.spacing != DegradeConfig::default().spacing || settings.patience > 0)
+        {
+            return Err(Error::usage(
+                "degrade.nodes is `auto`, which says where the nodes lie and when stage 1 ends: degrade.spacing and degrade.patience are not read",
+            )
+            .hint("leave them out, or give a number of nodes"));
+        }
+        if self.degrade.nodes.most() as u64 > self.degrade.steps {
             return Err(Error::usage(format!(
-                "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step",
+                "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step, and `auto` may have three",
                 self.degrade.nodes, self.degrade.steps
             )));
         }
@@ -73,7 +81,6 @@ impl Config {
     fn check_rates(&self) -> Result<()> {
         let rates = [
             ("backtrack.lr_generator", self.backtrack.lr_generator),
-            ("backtrack.lr_fake", self.backtrack.lr_fake),
             ("optimizer.eps", self.optimizer.eps),
             ("noise.log_std", self.noise.log_std),
             ("gan.lr", self.gan.lr),
@@ -83,6 +90,7 @@ impl Config {
         }
         let not_negative = [
             ("degrade.lr", self.degrade.lr),
+            ("backtrack.lr_fake", self.backtrack.lr_fake),
             ("student.sigma_init", self.student.sigma_init),
             ("guidance", self.guidance),
             ("optimizer.weight_decay", self.optimizer.weight_decay),
@@ -138,10 +146,15 @@ impl Config {
         if !(0.0..=1.0).contains(&self.backtrack.cooldown) {
             return Err(Error::usage(format!("backtrack.cooldown is {}, expected 0 to 1", self.backtrack.cooldown)));
         }
-        Guidance::new(self.guidance, self.guidance_interval)?;
-        if self.guidance == 1.0 && self.guidance_interval != Self::default().guidance_interval {
-            return Err(Error::usage("guidance_interval is given, but guidance is 1: nothing is guided")
-                .hint("set guidance, or leave the interval out"));
+        self.target_guidance()?;
+        let said = [
+            ("guidance_interval", self.guidance_interval != Self::default().guidance_interval),
+            ("guidance_by", !self.guidance_by.is_empty()),
+            ("guidance_rescale", self.guidance_rescale != 0.0),
+        ];
+        if let Some((key, _)) = said.iter().find(|(_, given)| self.guidance == 1.0 && *given) {
+            return Err(Error::usage(format!("{key} is given, but guidance is 1: nothing is guided"))
+                .hint(format!("set guidance, or leave {key} out")));
         }
         if !self.noise.log_mean.is_finite() {
             return Err(Error::usage(format!("noise.log_mean is {}, expected a number", self.noise.log_mean)));

@@ -4,6 +4,7 @@
 mod check;
 mod gan;
 mod keys;
+mod node_count;
 mod sections;
 
 use std::path::Path;
@@ -20,6 +21,7 @@ use crate::torch::train::lora::LoraOptions;
 use crate::torch::train::optim::AdamWConfig;
 
 pub use gan::{DataConfig, GanConfig};
+pub use node_count::NodeCount;
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, DistributedConfig, Distribution, EmaConfig,
     EvaluateConfig, FakeDistribution, Init, LogConfig, LoraConfig, MemoryConfig, MemoryFormat, NoiseConfig,
@@ -49,8 +51,17 @@ pub struct Config {
     pub accumulate: usize,
     /// What the generator minimises.
     pub objective: Choice,
-    /// Classifier-free guidance scale of the targets; 1: none.
+    /// Guidance scale of the targets, `D_u + scale (D - D_u)`; 1: none. `D_u` is the target without its conditions (classifier-free
+    /// guidance, Ho & Salimans 2022) or the network of `guidance_by`.
     pub guidance: f64,
+    /// A weaker network (ONNX) that guides the teacher in the place of the teacher without conditions: autoguidance (Karras et al. 2024,
+    /// arXiv 2406.02507), a smaller or less trained network of the same data; without conditions too it may be. Its card is in its
+    /// metadata or in `<file>.card.toml` beside it. It guides the teacher alone, as the last target: what a trajectory's node is
+    /// extrapolated from would be the node's own weaker self, which there is not, so nodes are targets without guidance. Empty: none.
+    pub guidance_by: String,
+    /// Share of the rescaling of guided outputs to the standard deviation that they have without guidance, 0 to 1 (Lin et al. 2023, arXiv
+    /// 2305.08891; diffusers' `guidance_rescale`): against the bright and saturated samples of high scales. 0: none.
+    pub guidance_rescale: f64,
     /// Noise levels between which (above the first, up to the second) the targets are guided.
     pub guidance_interval: [f64; 2],
     /// Trains a teacher whose output for one row depends on the other rows of the batch, which is refused otherwise.
@@ -109,6 +120,8 @@ impl Default for Config {
             accumulate: 1,
             objective: ObjectiveKind::Dmd.into(),
             guidance: 1.0,
+            guidance_by: String::new(),
+            guidance_rescale: 0.0,
             guidance_interval: [0.0, f64::INFINITY],
             allow_batch_mixing: false,
             stop_on_divergence: false,
@@ -252,7 +265,12 @@ impl Config {
 
     /// The configured guidance of the targets.
     pub fn target_guidance(&self) -> Result<Guidance> {
-        Guidance::new(self.guidance, self.guidance_interval)
+        Guidance::new(self.guidance, self.guidance_interval)?.rescaled(self.guidance_rescale)
+    }
+
+    /// The network that guides the teacher, where there is one.
+    pub fn weaker(&self) -> Option<&Path> {
+        Some(Path::new(&self.guidance_by)).filter(|path| !path.as_os_str().is_empty())
     }
 
     /// AdamW settings with this learning rate, and these betas where they are given.
@@ -297,7 +315,8 @@ impl Config {
 
     /// What to be told before a run that ends before the teacher itself is the target.
     pub fn too_short(&self) -> Option<String> {
-        let (nodes, b) = (self.degrade.nodes as u64, &self.backtrack);
+        let NodeCount::Count(nodes) = self.degrade.nodes else { return None };
+        let (nodes, b) = (nodes as u64, &self.backtrack);
         let spent = nodes.saturating_sub(1).saturating_mul(b.switch_every);
         (b.switch == Switch::Count && nodes > 0 && spent >= b.updates).then(|| {
             format!(
@@ -315,6 +334,12 @@ impl Config {
     pub fn sums_apart(&self, device: tch::Device) -> bool {
         let several = !self.gan.data.is_empty() || self.memory.activations_mib > 0;
         device == tch::Device::Cpu && self.accumulate > 1 && several
+    }
+
+    /// Learning rate of the fake score.
+    pub fn fake_lr(&self) -> f64 {
+        let b = &self.backtrack;
+        if b.lr_fake > 0.0 { b.lr_fake } else { 2.0 * b.lr_generator }
     }
 
     /// Learning rate of stage 1.

@@ -18,7 +18,7 @@ fn the_command_line_wins_over_the_file_over_the_defaults() {
         &["degrade.lr=2e-3", "objective=diff-instruct", "device=cpu"],
     )
     .unwrap();
-    assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 3));
+    assert_eq!((c.batch, c.degrade.lr, c.degrade.steps, c.degrade.nodes), (7, 2e-3, 9, 3.into()));
     assert_eq!((c.degrade_lr(), sets(&["backtrack.lr_generator=3e-4"]).unwrap().degrade_lr()), (2e-3, 6e-4));
     assert_eq!((c.objective.clone(), c.device.as_str()), (ObjectiveKind::DiffInstruct.into(), "cpu"));
     assert_eq!(sets(&["noise.fake=[1, 5]", "noise.levels = 6", "noise.generator=[0,2]"]).unwrap().noise.fake, [1, 5]);
@@ -86,6 +86,9 @@ fn values_that_make_no_sense_are_refused() {
         ("guidance_interval=[3.0, 2.0]", "guidance_interval"),
         ("guidance_interval=[nan, 2.0]", "guidance_interval"),
         ("guidance_interval=[1.0, 2.0]", "guidance is 1"),
+        ("guidance_by=weak.onnx", "guidance_by is given, but guidance is 1"),
+        ("guidance_rescale=0.7", "guidance_rescale is given, but guidance is 1"),
+        ("guidance_rescale=1.7", "guidance_rescale is 1.7"),
         ("conditions.weights=3", "weights"),
         ("objective=dmd2", "gan.data is empty"),
         ("objective=f-distill", "gan.data is empty"),

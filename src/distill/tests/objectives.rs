@@ -21,7 +21,7 @@ fn objectives_reach_a_gaussian_with_and_without_a_trajectory() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let mut c = config();
-        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective.into(), nodes, 256, 200);
+        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective.into(), nodes.into(), 256, 200);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (700, 2, 30);
         c.ema.half_life = 20_000.0;
         let (outcome, _) = run(dir.path(), &c, &teacher, None).unwrap();
@@ -39,7 +39,7 @@ fn without_a_fake_score_the_student_seeks_the_mode() {
     for nodes in [0, 4] {
         let dir = tempfile::tempdir().unwrap();
         let mut c = config();
-        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (ObjectiveKind::Sds.into(), nodes, 256, 100);
+        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (ObjectiveKind::Sds.into(), nodes.into(), 256, 100);
         (c.backtrack.updates, c.backtrack.switch_every, c.ema.half_life) = (900, 30, 20_000.0);
         let (outcome, seen) = run(dir.path(), &c, &teacher, None).unwrap();
         let (mean, sd) = moments(&finished(outcome), 20_000);
@@ -76,6 +76,43 @@ fn guidance_is_the_targets_alone() {
     let dir = tempfile::tempdir().unwrap();
     let e = run(dir.path(), &Config { guidance: 2.0, ..config() }, &plain(), None).unwrap_err();
     assert!(e.exit_code() == 2 && e.to_string().contains("null"), "{e}");
+}
+
+/// [`plain`], guided by a network of another mean.
+fn guided() -> Denoiser {
+    plain().guided_by(gaussian(card(2), &[0.5, -0.6], &[0.7, 0.3])).unwrap()
+}
+
+#[test]
+fn a_weaker_network_guides_the_teacher_and_no_node_of_the_trajectory() {
+    // Of two normal distributions of one deviation `D_w + s (D - D_w)` is the denoiser of mean `m_w + s (m - m_w)`.
+    let student = |name: &str, guidance: f64, change: &dyn Fn(&mut Config)| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut c = config();
+        (c.objective, c.guidance, c.batch) = (ObjectiveKind::DiffInstruct.into(), guidance, 256);
+        (c.degrade.nodes, c.degrade.steps, c.backtrack.updates, c.backtrack.ratio) = (3.into(), 60, 500, 2);
+        (c.backtrack.switch_every, c.ema.half_life) = (20, 10_000.0);
+        change(&mut c);
+        finished(run(&dir.path().join(name), &c, &guided(), None).unwrap().0)
+    };
+    let (mean, sd) = moments(&student("guided", 2.0, &|_| ()), 20_000);
+    for (got, expected) in mean.iter().chain(&sd).zip([1.1, -0.2, 0.7, 0.3]) {
+        assert!((got - expected).abs() < 0.05, "{mean:?} {sd:?}");
+    }
+    // As long as the target is a node, nothing is guided.
+    let nodes = |guidance| {
+        let short = |c: &mut Config| (c.degrade.steps, c.backtrack.updates) = (6, 8);
+        student("nodes", guidance, &short).params().hash().unwrap()
+    };
+    assert_eq!(nodes(1.0), nodes(2.0));
+    // The differentiated pair of scores as well: there is a gradient through both networks.
+    let sid = |c: &mut Config| {
+        (c.objective, c.degrade.nodes, c.backtrack.updates) = (ObjectiveKind::Sid.into(), 0.into(), 400);
+    };
+    let (mean, _) = moments(&student("sid", 2.0, &sid), 20_000);
+    for (got, expected) in mean.iter().zip([1.1, -0.2]) {
+        assert!((got - expected).abs() < 0.08, "{mean:?}");
+    }
 }
 
 /// The objectives written down once more, without trajectory, checkpoints or metrics. Hashes of the averaged student and
@@ -143,7 +180,7 @@ fn no_nodes_is_the_base_method_bit_for_bit() {
     for objective in [Dmd, DiffInstruct, Sds, Sid, Sim] {
         let teacher = labelled();
         let mut c = config();
-        (c.objective, c.degrade.nodes) = (objective.into(), 0);
+        (c.objective, c.degrade.nodes) = (objective.into(), 0.into());
         let dir = tempfile::tempdir().unwrap();
         let (outcome, seen) = run(dir.path(), &c, &teacher, None).unwrap();
         let student = finished(outcome).params().hash().unwrap();

@@ -93,7 +93,7 @@ fn any_number_of_processes_ends_with_the_bytes_of_one() {
     for (k, objective) in ObjectiveKind::ALL.into_iter().enumerate() {
         let mut c = config();
         (c.objective, c.batch, c.accumulate) = (objective.into(), 4, 5);
-        (c.degrade.steps, c.degrade.nodes, c.backtrack.updates, c.backtrack.switch_every) = (6, 2, 6, 2);
+        (c.degrade.steps, c.degrade.nodes, c.backtrack.updates, c.backtrack.switch_every) = (6, 2.into(), 6, 2);
         (c.backtrack.ratio, c.optimizer.clip) = (1 + k as u64 % 2, 0.5);
         (c.backtrack.switch, c.backtrack.switch_patience, c.backtrack.switch_max) = (Switch::Mismatch, 1, 3);
         if k % 3 == 1 {
@@ -112,6 +112,22 @@ fn any_number_of_processes_ends_with_the_bytes_of_one() {
             assert_eq!(rows, expected, "{objective:?}, {size} processes");
         }
     }
+}
+
+#[test]
+fn a_weaker_network_guides_in_every_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = config();
+    (c.batch, c.accumulate, c.degrade.steps, c.degrade.nodes) = (4, 3, 4, 2.into());
+    (c.backtrack.updates, c.backtrack.switch_every) = (6, 2);
+    (c.guidance, c.guidance_rescale) = (2.0, 0.5);
+    let teacher = || plain().guided_by(gaussian(card(2), &[0.5, -0.6], &[0.9, 0.4])).unwrap();
+    let paths = [1, 2].map(|size| {
+        let path = dir.path().join(size.to_string());
+        shared(size, &path, &c, &teacher, None);
+        path
+    });
+    assert_eq!(remains(&paths[0]), remains(&paths[1]));
 }
 
 #[test]
@@ -146,7 +162,7 @@ fn a_run_goes_on_with_another_number_of_processes() {
 fn a_real_network_ends_alike_with_recomputation_and_in_bf16() {
     let dir = tempfile::tempdir().unwrap();
     let mut c = config();
-    (c.batch, c.accumulate, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (2, 3, 2, 1, 2);
+    (c.batch, c.accumulate, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (2, 3, 2, 1.into(), 2);
     c.degrade.lr = 1e-3;
     (c.backtrack.lr_generator, c.backtrack.lr_fake) = (1e-3, 1e-3);
     let mut recomputed = c.clone();
@@ -183,7 +199,7 @@ impl Objective for NowAndThenNan {
 fn a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all() {
     let dir = tempfile::tempdir().unwrap();
     let mut c = config();
-    (c.batch, c.accumulate, c.degrade.nodes, c.backtrack.updates) = (4, 2, 0, 12);
+    (c.batch, c.accumulate, c.degrade.nodes, c.backtrack.updates) = (4, 2, 0.into(), 12);
     c.objective = Choice::Given(Arc::new(NowAndThenNan));
     let [alone, two] = ["alone", "two"].map(|name| dir.path().join(name));
     let rows = shared(1, &alone, &c, &plain, None);

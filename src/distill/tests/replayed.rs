@@ -9,7 +9,7 @@ use crate::torch::train::cuda_graph::rehearse;
 /// A rehearsed run leaves the bytes of a plain one: nodes, checkpoints, the student.
 fn same_bytes(what: &str, teacher: &Denoiser, change: impl Fn(&mut Config)) {
     let mut c = config();
-    (c.degrade.steps, c.degrade.nodes, c.backtrack.updates, c.backtrack.switch_every) = (12, 2, 14, 6);
+    (c.degrade.steps, c.degrade.nodes, c.backtrack.updates, c.backtrack.switch_every) = (12, 2.into(), 14, 6);
     c.optimizer.warmup = 5;
     c.backtrack.cooldown = 0.5;
     change(&mut c);
@@ -39,13 +39,18 @@ fn a_rehearsed_run_is_the_plain_one_bit_for_bit() {
     same_bytes("guidance at some levels", &labelled(), |c| {
         (c.guidance, c.guidance_interval) = (2.5, [0.3, 2.0]);
     });
+    let weaker = || plain().guided_by(gaussian(card(2), &[0.5, -0.6], &[0.9, 0.4])).unwrap();
+    same_bytes("a weaker network", &weaker(), |c| c.guidance = 2.0);
+    same_bytes("a weaker network at some levels, rescaled", &weaker(), |c| {
+        (c.guidance, c.guidance_interval, c.guidance_rescale) = (2.0, [0.3, 2.0], 0.7);
+    });
 }
 
 #[test]
 fn an_imported_network_is_rehearsed_too() {
     let teacher = digits();
     same_bytes("digits", &teacher, |c| {
-        (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (3, 6, 1, 7);
+        (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (3, 6, 1.into(), 7);
         c.student.sigma_init = 0.0;
         (c.degrade.lr, c.backtrack.lr_generator, c.backtrack.lr_fake) = (1e-4, 1e-4, 1e-4);
     });
@@ -53,7 +58,7 @@ fn an_imported_network_is_rehearsed_too() {
     for (batch, recomputes) in [(3, false), (12, true)] {
         let before = RUN_AGAIN.get();
         same_bytes("digits with recomputation", &teacher, |c| {
-            (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (batch, 6, 1, 7);
+            (c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (batch, 6, 1.into(), 7);
             c.student.sigma_init = 0.0;
             c.memory.activations_mib = 1;
         });
