@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::Globals;
+use super::export_folder::{self, FolderArgs};
 use super::ship_args::{self, ShipArgs};
 use crate::error::{Context, Error, Result};
 use crate::export::{self, ShipReport};
@@ -44,6 +45,10 @@ pub enum Format {
     Onnx,
     /// Weights.
     Safetensors,
+    /// A folder for diffusers.
+    Diffusers,
+    /// A folder for optimum.
+    Optimum,
 }
 
 /// Write a student (or any set of weights of the teacher's graph) as ONNX: optimised, portable, in the precision asked for.
@@ -59,8 +64,12 @@ pub struct ExportArgs {
     #[arg(short, long)]
     pub out: PathBuf,
     /// `safetensors`: the weights alone, under the framework's names and in its layout, for the network that the teacher came from.
+    /// `diffusers`: a folder for its `from_pretrained`. `optimum`: one for its `ORTDiffusionPipeline`.
     #[arg(long, value_enum, default_value = "onnx")]
     pub format: Format,
+    /// What a folder is made of.
+    #[command(flatten)]
+    pub folder: FolderArgs,
     /// The form of the file: precision, batch, operator set and what is appended.
     #[command(flatten)]
     pub ship: ShipArgs,
@@ -87,6 +96,10 @@ const OTHERS: [&str; 13] = [
 pub fn run(args: &ExportArgs, globals: Globals) -> Result<ExitCode> {
     let options = args.ship.options()?;
     let extension = args.out.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    if let Some(framework) = args.format.framework() {
+        return export_folder::run(args, framework, globals);
+    }
+    args.folder.refuse()?;
     if args.format == Format::Safetensors {
         return weights(args, globals);
     }
@@ -232,7 +245,7 @@ pub mod from_run {
     }
 
     /// What `then` makes of the weights asked for.
-    fn chosen<T>(
+    pub(in crate::cli) fn chosen<T>(
         path: &Path,
         args: &FromRun,
         then: impl FnOnce(StudentOrigin<'_>, &ParamSet, &Config, &StudentOptions) -> Result<T>,

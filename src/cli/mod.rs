@@ -20,6 +20,7 @@ mod estimate;
 pub mod evaluate;
 mod evaluate_table;
 pub mod export;
+mod export_folder;
 #[cfg(feature = "train")]
 mod hand_over;
 mod help;

@@ -11,6 +11,8 @@ mod expected;
 #[cfg(feature = "train")]
 pub mod fold;
 #[cfg(feature = "train")]
+pub mod framework;
+#[cfg(feature = "train")]
 pub mod generator;
 pub mod options;
 mod pipeline;
