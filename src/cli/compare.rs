@@ -224,7 +224,7 @@ impl CompareArgs {
 pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     Place::refuse("compare")?;
     let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &args.sets)?);
-    if config.degrade.nodes == 0 {
+    if !config.degrade.nodes.any() {
         return Err(Error::usage("degrade.nodes is 0: there is no trajectory to compare with"));
     }
     if args.samples < 2 || args.seeds.is_empty() {

@@ -12,6 +12,7 @@ use super::Globals;
 use super::signals;
 use super::teacher::TeacherArgs;
 use super::tui::{Shared, View};
+use crate::distill::config::NodeCount;
 use crate::distill::{Config, Stages};
 use crate::error::{Context, Result};
 use crate::run::{Console, Finished, Forms, PreparedRun, Request, Resume, TimeLimit};
@@ -90,9 +91,9 @@ pub struct RunArgs {
 /// Options of stage 1.
 #[derive(Debug, Args)]
 pub struct DegradeOptions {
-    /// Nodes of the trajectory beside the teacher. [degrade.nodes]
-    #[arg(long)]
-    pub nodes: Option<usize>,
+    /// Nodes of the trajectory beside the teacher, or `auto`: chosen by what stage 1 measures. [degrade.nodes]
+    #[arg(long, value_name = "N")]
+    pub nodes: Option<NodeCount>,
     /// Steps of stage 1. [degrade.steps]
     #[arg(long, value_name = "N")]
     pub degrade_steps: Option<u64>,

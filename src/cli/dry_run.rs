@@ -12,6 +12,8 @@ use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{Config, NodeCount, Precision, Switch};
 use crate::distill::metrics::MetricsRow;
 use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, plan};
+use crate::distill::gan::taps;
+use crate::distill::student::levels;
 use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
@@ -163,6 +165,12 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
             format!("{n} targets, by the mismatch, at most {} updates each", config.backtrack.switch_max)
         }
     };
+    let taps = taps::configured(config, teacher)?;
+    let further = match student {
+        // (One of a file with a card of its own is evaluated where that card says.)
+        Some(_) => Vec::new(),
+        None => levels(teacher.conversion(), &config.student)?,
+    };
     if globals.json {
         let weights: serde_json::Map<_, _> = held.iter().map(|(k, n)| (k.clone(), json!(n))).collect();
         println!(
@@ -172,7 +180,8 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
                 "student": describe(config), "student_parameters": of_student,
                 "stages": plan, "bytes_of_weights": weights, "bytes_of_all_weights": held.iter().map(|(_, n)| n).sum::<u64>(), "peak_bytes": peak,
                 "bytes_on_disk": disk, "switches": switches, "guidance": config.guidance, "guidance_by": config.weaker(),
-                "guidance_rescale": config.guidance_rescale,
+                "guidance_rescale": config.guidance_rescale, "student_sigmas": further,
+                "gan_taps": taps.iter().map(|t| json!({ "said": t.said, "tensor": t.name })).collect::<Vec<_>>(),
             })
         );
         return Ok(ExitCode::SUCCESS);
@@ -188,6 +197,13 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
         device::name(place)
     );
     say!("student: {}, {of_student} trained parameters", describe(config));
+    if !further.is_empty() {
+        let shown: Vec<String> = further.iter().map(|s| format!("{s:.4}")).collect();
+        say!("its steps after the first are at noise levels {}", shown.join(", "));
+    }
+    for tap in &taps {
+        say!("the discriminator reads {tap}");
+    }
     say!("fake score and degrading copy: {parameters} trained parameters of {whole}");
     say!("trajectory: {switches}\n");
     let mut lines = table(["stage", "steps", "images", "forward passes", "ms an image", "time"]);

@@ -6,16 +6,18 @@ use tch::Tensor;
 use crate::diffusion::{Conditions, Denoiser, Form};
 use crate::distill::batches::Batches;
 use crate::distill::checkpoint::{Checkpoint, StageKind, State, named};
-use crate::distill::config::{Config, DegradeConfig, Spacing};
+use crate::distill::config::{Config, DegradeConfig, NodeCount, Spacing};
 use crate::distill::draws::{Phase, Purpose};
-use crate::distill::inputs::{Inputs, denoising_loss};
+use crate::distill::inputs::{Inputs, Noised, denoising_loss};
 use crate::distill::job::{Job, recorder};
 use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::{self, Candidate, Finding};
+use crate::distill::plan;
 use crate::distill::stage::{self, Ended, Measured, Stage, lasting};
 use crate::distill::student::Student;
 use crate::distill::trajectory::{Node, Trajectory};
 use crate::error::Result;
+use crate::shown::tell;
 use crate::torch::dist::Named;
 use crate::torch::train::cuda_graph::Recorder;
 use crate::torch::train::optim::AdamW;
@@ -28,7 +30,7 @@ const LOWER: f32 = 0.99;
 /// Records the trajectory, or goes on recording it from a checkpoint. `None`: stopped from outside, with a checkpoint.
 pub fn degrade(job: &mut Job, teacher: &Denoiser, resume: Option<Checkpoint>) -> Result<Option<Trajectory>> {
     let config = job.config;
-    if config.degrade.nodes == 0 {
+    if !config.degrade.nodes.any() {
         let hash = job.student_hash(teacher)?;
         let made = Trajectory::shared_one(&job.world, || {
             let dir = job.run.trajectory();
@@ -58,6 +60,8 @@ struct Degrade<'a> {
     recorder: Recorder<Inputs>,
     form: Form,
     trajectory: Trajectory,
+    /// Steps that it may take.
+    steps: u64,
     /// Steps after which a node (or a candidate) is recorded.
     record_at: Vec<u64>,
     /// Of the present iteration.
@@ -99,19 +103,29 @@ impl<'a> Degrade<'a> {
                 (State::new(StageKind::Degrade, trajectory.teacher_hash()), trajectory)
             }
         };
+        let steps = if config.degrade.nodes.is_auto() { plan::most_steps(config) } else { config.degrade.steps };
         let record_at = recording_plan(&config.degrade);
         let lr = adam.lr(1.0);
         let stage =
-            Self { config, teacher, batches, initial, copy, adam, probe, recorder, form, trajectory, record_at, lr };
+            Self { config, teacher, batches, initial, copy, adam, probe, recorder, form, trajectory, steps, record_at, lr };
         Ok((stage, state))
     }
 
     /// The complete trajectory: all nodes, or those chosen from the candidates.
     fn finish(mut self, job: &mut Job) -> Result<Trajectory> {
-        let chosen_later = chooses_later(&self.config.degrade);
-        let which = match chosen_later {
-            true => choose(self.trajectory.nodes(), self.config.degrade.nodes, self.config.degrade.spacing),
-            false => (0..=self.trajectory.last()).collect(),
+        let settings = &self.config.degrade;
+        let chosen_later = chooses_later(settings);
+        let which = match (settings.nodes, chosen_later) {
+            (NodeCount::Auto, _) => {
+                let plan = plan::choose(self.trajectory.nodes(), settings.nodes.most(), self.steps);
+                if !job.silent && job.world.leads() {
+                    tell!("{}", plan.why);
+                }
+                self.trajectory.set_plan(plan.why);
+                plan.nodes
+            }
+            (NodeCount::Count(count), true) => choose(self.trajectory.nodes(), count, settings.spacing),
+            (NodeCount::Count(_), false) => (0..=self.trajectory.last()).collect(),
         };
         self.trajectory.complete(&which)?;
         if chosen_later && !self.trajectory.is_elsewhere() {
@@ -121,6 +135,23 @@ impl<'a> Degrade<'a> {
             }
         }
         Ok(self.trajectory)
+    }
+
+    /// Looks at the copy where it is time to, and records what is to be a candidate. Whether stage 1 ends.
+    fn look(&mut self, job: &Job, state: &State) -> Result<bool> {
+        if !plan::looks_after(state.iteration, self.steps) {
+            return Ok(false);
+        }
+        let (loss, gap) = self.probe.look(&self.copy, self.teacher)?;
+        let (loss, gap) = (job.world.decide(loss)?, job.world.decide(gap)?);
+        let index = self.trajectory.nodes().len();
+        let (file, hash) = (String::new(), String::new());
+        let seen = Node { index, file, iteration: state.iteration, loss: Some(loss), hash, gap: Some(gap) };
+        let look = plan::after_look(self.trajectory.nodes(), &seen, self.steps);
+        if look.record {
+            self.trajectory.record_looked(self.copy.params(), &seen)?;
+        }
+        Ok(look.end)
     }
 
     /// Whether the loss has not fallen for `degrade.patience` steps.
@@ -147,10 +178,10 @@ impl Stage for Degrade<'_> {
         StageKind::Degrade
     }
     fn total(&self) -> u64 {
-        self.config.degrade.steps
+        self.steps
     }
     fn last_node(&self) -> usize {
-        self.config.degrade.nodes
+        self.config.degrade.nodes.most()
     }
 
     fn begin(&mut self, _job: &mut Job, _state: &mut State, _log: &mut Log) -> Result<()> {
@@ -194,6 +225,9 @@ impl Stage for Degrade<'_> {
 
     /// Records a node where the plan has one, and at the end.
     fn after_update(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<bool> {
+        if self.config.degrade.nodes.is_auto() {
+            return self.look(job, state);
+        }
         let ended = self.out_of_patience(job, state, log)? || state.iteration == self.total();
         if ended || self.record_at.contains(&state.iteration) {
             let loss = self.probe.loss(&self.copy)?;
@@ -268,16 +302,32 @@ impl Probe {
         let loss = tch::no_grad(|| denoising_loss(denoiser, &self.x0, &self.sigmas, &self.noise, &self.conditions))?;
         Ok(loss.f_double_value(&[])? as f32)
     }
+
+    /// The copy's loss, and its gap to the teacher.
+    fn look(&self, copy: &Denoiser, teacher: &Denoiser) -> Result<(f32, f32)> {
+        tch::no_grad(|| {
+            let noised = Noised::new(copy, &self.sigmas, &self.noise, Form::Short)?;
+            let x_t = noised.add_to(&self.x0)?;
+            let of = |d: &Denoiser| -> Result<Tensor> {
+                Ok(d.denoise_prepared(&x_t, &noised.prepared, &self.conditions, &[])?.0)
+            };
+            let (made, by_teacher) = (of(copy)?, of(teacher)?);
+            let mean = |t: Tensor| -> Result<f32> {
+                Ok(t.f_square()?.f_mul(&noised.weights)?.f_mean(tch::Kind::Float)?.f_double_value(&[])? as f32)
+            };
+            Ok((mean(made.f_sub(&self.x0)?)?, mean(made.f_sub(&by_teacher)?)?))
+        })
+    }
 }
 
 /// Whether nodes are chosen from candidates once the whole course is known.
 fn chooses_later(config: &DegradeConfig) -> bool {
-    config.spacing == Spacing::Loss || config.patience > 0
+    config.nodes.is_auto() || config.spacing == Spacing::Loss || config.patience > 0
 }
 
 /// Steps after which a node (or a candidate) is recorded, rising; the last is the last step.
 fn recording_plan(config: &DegradeConfig) -> Vec<u64> {
-    let (steps, nodes) = (config.steps, config.nodes as u64);
+    let (steps, nodes) = (config.steps, config.nodes.most() as u64);
     let count = if chooses_later(config) { (CANDIDATES * nodes).min(steps) } else { nodes };
     let even = |k: u64| (steps as f64 * k as f64 / count as f64).round() as u64;
     let log = |k: u64| (steps as f64).powf(k as f64 / count as f64).round() as u64;
@@ -321,7 +371,7 @@ mod tests {
     use super::*;
 
     fn config(spacing: Spacing, nodes: usize, steps: u64) -> DegradeConfig {
-        DegradeConfig { nodes, steps, spacing, ..DegradeConfig::default() }
+        DegradeConfig { nodes: nodes.into(), steps, spacing, ..DegradeConfig::default() }
     }
 
     #[test]
@@ -350,6 +400,7 @@ mod tests {
             iteration,
             loss: Some(loss),
             hash: String::new(),
+            gap: None,
         };
         let nodes: Vec<Node> = [(0, 10.0), (1, 9.5), (3, 8.0), (9, 6.1), (27, 4.2), (81, 2.2), (100, 2.0)]
             .into_iter()

@@ -39,6 +39,21 @@ impl Noised {
         Ok(x0.f_add(&self.noise.f_mul(&self.sigma)?)?)
     }
 
+    /// How far the student's samples `x0` are from what the target describes, of the denoised samples of target and fake score (all f32
+    /// `[B, ...shape]`): the mismatch, the mean weighted excess of the target's squared error over the fake score's, and the gap, that of the
+    /// square of their difference. Of both [`crate::distill::plan`] tells how far the fake score has come. Without a fake score both
+    /// are the target's error.
+    pub fn mismatch(&self, x0: &Tensor, target: &Tensor, fake: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        let mean = |squares: Tensor| -> Result<Tensor> { Ok(squares.f_mul(&self.weights)?.f_mean(Kind::Float)?) };
+        let of_target = target.f_sub(x0)?.f_square()?;
+        let Some(fake) = fake else {
+            let error = mean(of_target)?;
+            return Ok((error.shallow_clone(), error));
+        };
+        let excess = of_target.f_sub(&fake.f_sub(x0)?.f_square()?)?;
+        Ok((mean(excess)?, mean(target.f_sub(fake)?.f_square()?)?))
+    }
+
     /// `mean weight(sigma) (D(x0 + sigma e; sigma) - x0)^2`, rank 0.
     pub fn loss(&self, denoiser: &Denoiser, x0: &Tensor, conditions: &Conditions) -> Result<Tensor> {
         let x_t = self.add_to(x0)?;

@@ -7,6 +7,7 @@ use crate::distill::job::Job;
 use crate::distill::metrics::{Means, Meters, MetricsFile, MetricsRow};
 use crate::distill::nonfinite::Finding;
 use crate::distill::observer::Observer;
+use crate::distill::plan;
 use crate::distill::progress::Progress;
 use crate::error::{Error, Result};
 use crate::torch::dist::{Named, World};
@@ -92,6 +93,7 @@ impl Log {
             grad_norm_fake: means.get("grad_norm_fake"),
             grad_norm_generator: means.get("grad_norm_generator"),
             mismatch: means.get("mismatch"),
+            tracking: tracking(&means),
             loss_gan: means.get("loss_gan"),
             loss_discriminator: means.get("loss_discriminator"),
             lr: at.lr,
@@ -162,4 +164,10 @@ pub(crate) struct At {
     pub lr: f64,
     pub updates: u64,
     pub images: u64,
+}
+
+/// How far the fake score has come, where there is one.
+fn tracking(means: &Means) -> Option<f64> {
+    means.get("loss_fake")?;
+    plan::tracking(means.get("gap")?, means.get("mismatch")?)
 }

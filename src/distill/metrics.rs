@@ -135,6 +135,10 @@ pub struct MetricsRow {
     /// Score mismatch to the target, `E lambda (|D_target(x_t) - x|^2 - |D_fake(x_t) - x|^2)`, with the denoising
     /// loss's weight `lambda(sigma)`; without the second term where the objective has no fake score.
     pub mismatch: Option<f64>,
+    /// Share of the way from the target to the score of the student's samples that the fake score has gone ([`crate::distill::plan::tracking`]):
+    /// 1 where it follows, less where it lags. Means of few samples: it scatters. Absent where nothing can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracking: Option<f64>,
     /// Weighted loss of the generator against the discriminator; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_gan: Option<f64>,
@@ -211,6 +215,7 @@ mod tests {
             grad_norm_fake: Some(f64::NAN),
             grad_norm_generator: None,
             mismatch: None,
+            tracking: None,
             loss_gan: None,
             loss_discriminator: None,
             lr: 1e-4,

@@ -76,6 +76,7 @@ impl Progress {
         number("loss", row.loss_fake);
         number("generator", row.loss_generator);
         number("mismatch", row.mismatch);
+        number("tracking", row.tracking);
         if row.skipped > 0 {
             text.push_str(&format!("  {} skipped", row.skipped));
         }

@@ -31,6 +31,10 @@ pub struct Node {
     pub loss: Option<f32>,
     /// [`ParamSet::hash`] of the weights, as they are loaded.
     pub hash: String,
+    /// Mean weighted square of the difference between the teacher's and the node's denoised samples, on the batch of `loss`; where the plan
+    /// is made by measurement ([`crate::distill::plan`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f32>,
 }
 
 /// (No other keys: one whose name changed on the disk would pass for one that earlier versions do not have.)
@@ -46,6 +50,9 @@ struct Index {
     precision: Precision,
     /// Whether stage 1 has ended: nodes 0..N are final.
     complete: bool,
+    /// Why the nodes are these, where the plan was made by measurement.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    plan: Option<String>,
     nodes: Vec<Node>,
     /// SHA-256 of this JSON text with nothing in this place; absent in trajectories of earlier versions.
     #[serde(default)]
@@ -102,7 +109,7 @@ impl Trajectory {
     ) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let (teacher_hash, nodes, sha256) = (teacher.hash()?, Vec::new(), String::new());
-        let index = Index { teacher_hash, student_hash, precision, complete: false, nodes, sha256 };
+        let index = Index { teacher_hash, student_hash, precision, complete: false, plan: None, nodes, sha256 };
         let mut trajectory = Self { dir: dir.to_owned(), index, elsewhere: false };
         trajectory.record(teacher, 0, loss)?;
         Ok(trajectory)
@@ -189,6 +196,14 @@ impl Trajectory {
     pub fn is_complete(&self) -> bool {
         self.index.complete
     }
+    /// Why the nodes are these, where the plan was made by measurement.
+    pub fn plan(&self) -> Option<&str> {
+        self.index.plan.as_deref()
+    }
+    /// Sets [`Trajectory::plan`]; [`Trajectory::complete`] writes it.
+    pub(crate) fn set_plan(&mut self, why: String) {
+        self.index.plan = Some(why);
+    }
     /// [`ParamSet::hash`] of the teacher's weights.
     pub fn teacher_hash(&self) -> &str {
         &self.index.teacher_hash
@@ -233,7 +248,15 @@ impl Trajectory {
                 params.visit(&teacher, Some(&TensorFile::open(&path)?), &mut |_, _| Ok(()))?
             }
         };
-        self.index.nodes.push(Node { index, file, iteration, loss, hash });
+        self.index.nodes.push(Node { index, file, iteration, loss, hash, gap: None });
+        self.save()?;
+        Ok(index)
+    }
+
+    /// [`Trajectory::record`] with the node's [`Node::gap`] to the teacher.
+    pub(crate) fn record_looked(&mut self, params: &ParamSet, seen: &Node) -> Result<usize> {
+        let index = self.record(params, seen.iteration, seen.loss)?;
+        self.index.nodes[index].gap = seen.gap;
         self.save()?;
         Ok(index)
     }

@@ -38,6 +38,8 @@ pub fn losses(run: &Run) -> String {
     let adversarial = [("loss_gan", "generator"), ("loss_discriminator", "discriminator")];
     add(&stage2("adversarial losses, weighted"), "backtrack", &adversarial, &marks);
     add(&stage2("score mismatch to the current target"), "backtrack", &[("mismatch", "mismatch")], &marks);
+    let title = "how far the fake score has come from the target to the score of the student's samples (1: it follows)";
+    add(&stage2(title), "backtrack", &[("tracking", "tracking")], &marks);
     add(&stage2("gradient norm of the fake score"), "backtrack", &[("grad_norm_fake", "fake score")], &marks);
     add(&stage2("gradient norm of the generator"), "backtrack", &[("grad_norm_generator", "generator")], &marks);
     add(&stage2("images a second"), "backtrack", &[("images_per_s", "images/s")], &marks);

@@ -83,6 +83,17 @@ fn warnings(run: &Run) -> String {
     if items.is_empty() { items } else { format!("<ul>{items}</ul>") }
 }
 
+/// What `degrade.nodes = "auto"` has decided, and why.
+fn plan(run: &Run) -> String {
+    run.plan.as_ref().map_or_else(String::new, |why| format!("<p>{}.</p>", esc(&upper(why))))
+}
+
+/// With a capital at its beginning.
+fn upper(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars).collect())
+}
+
 fn shell(text: &str) -> String {
     let safe = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+=:@".contains(c));
     if safe { text.to_string() } else { format!("'{}'", text.replace('\'', "'\\''")) }
@@ -100,6 +111,7 @@ fn page(run: &Run, others: &[(String, Vec<InLoopPoint>)]) -> String {
     body += &section("Warnings", &warnings(run));
     body += &section("Student beside teacher", &gallery::side_by_side(run));
     body += &section("Distances", &(tables::distances(run) + &curves::students(run)));
+    body += &section("The plan", &plan(run));
     body += &section("The way back, node by node", &gallery::film(run));
     body += &section("Inside the loss, node by node", &gallery::inside(run));
     body += &section("Distance while training", &curves::distances(run, others));

@@ -26,6 +26,8 @@ pub struct Run {
     /// Rows of metrics.jsonl; lines that are no JSON objects (cut short by a kill) are left out.
     pub metrics: Vec<Value>,
     pub nodes: Vec<Node>,
+    /// Why the nodes are these, where `degrade.nodes` is `auto`.
+    pub plan: Option<String>,
     pub teacher_hash: Option<String>,
     pub summary: Option<Value>,
     /// What `disback evaluate --run` left.
@@ -116,6 +118,7 @@ impl Run {
         });
         Ok(Self {
             nodes: nodes.collect(),
+            plan: trajectory.as_ref().and_then(|t| t["plan"].as_str()).map(str::to_string),
             teacher_hash: trajectory.as_ref().and_then(|t| t["teacher_hash"].as_str()).map(str::to_string),
             config,
             metrics: metrics.unwrap_or_default(),

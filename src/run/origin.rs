@@ -249,7 +249,7 @@ pub fn steps(card: &TeacherCard, config: &Config) -> Result<Steps> {
 
 /// `disback`, or the base method's name where no trajectory was used.
 pub fn method(config: &Config) -> &'static str {
-    if config.degrade.nodes > 0 { "disback" } else { "base" }
+    if config.degrade.nodes.any() { "disback" } else { "base" }
 }
 
 /// The objective's name, as the configuration has it.

@@ -6,6 +6,7 @@ use tch::Device;
 
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::{Checkpoint, StageKind};
+use crate::distill::gan::taps;
 use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
 use crate::distill::{Config, Job, Outcome, RunDir, Stages, Student, Trajectory, Unobserved, distill, trajectory};
@@ -392,6 +393,9 @@ impl Session {
             let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)?;
             watcher.time_limit = request.time_limit;
             if request.stages != Stages::Degrade {
+                for tap in taps::configured(config, denoiser)?.iter().filter(|tap| tap.place.is_some()) {
+                    request.monitor.remark(&format!("gan.taps: {tap}"));
+                }
                 watcher.data = DataCheck::begin(config, &teacher.card.card, fresh, &*request.monitor)?;
             }
             Ok(watcher)

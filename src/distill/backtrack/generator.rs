@@ -1,6 +1,6 @@
 //! The generator's side of stage 2.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::networks::Networks;
 use crate::diffusion::{Conditions, Form, Guidance};
@@ -49,6 +49,9 @@ pub(super) struct Made {
     /// The score mismatch to the target: the excess of the target's denoising loss over the fake score's on the student's
     /// samples (the target's alone where an objective has no fake score). Without a graph.
     pub mismatch: Tensor,
+    /// Mean weighted square of the difference between target and fake score (the mismatch, where there is no fake score): what of the
+    /// mismatch there would be if the fake score followed at once, see [`crate::distill::plan`]. Without a graph.
+    pub gap: Tensor,
     /// Noised samples, and x0 by target and fake score, without a graph.
     pub seen: (Tensor, Tensor, Option<Tensor>),
 }
@@ -80,13 +83,7 @@ pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch
         _ => None,
     };
     let fake = fake.map(|(d, _)| d);
-    let mismatch = tch::no_grad(|| -> Result<Tensor> {
-        let mut excess = target.f_sub(x0)?.f_square()?;
-        if let Some(fake) = &fake {
-            excess = excess.f_sub(&fake.f_sub(x0)?.f_square()?)?;
-        }
-        Ok(excess.f_mul(&noised.weights)?.f_mean(Kind::Float)?)
-    })?;
+    let (mismatch, gap) = tch::no_grad(|| noised.mismatch(x0, &target, fake.as_ref()))?;
     let terms = Terms {
         x0,
         x_t: &x_t,
@@ -105,5 +102,5 @@ pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch
     };
     let loss = objective.loss(&terms)?;
     let seen = (x_t.detach(), target.detach(), fake.as_ref().map(Tensor::detach));
-    Ok(Made { loss, gan, mismatch, seen })
+    Ok(Made { loss, gan, mismatch, gap, seen })
 }

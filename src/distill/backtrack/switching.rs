@@ -11,12 +11,12 @@ use crate::error::Result;
 /// Relative fall of the mismatch below which it counts as not falling.
 const FALL: f32 = 0.02;
 
-/// The next target, where it is time to switch before generator update `update`.
+/// The next target, where it is time to switch before generator update `update`. `every`: the updates of each target, by count.
 pub(super) fn next_target(
     job: &Job,
     state: &mut State,
     update: u64,
-    last: usize,
+    (last, every): (usize, u64),
     mismatch_sum: &mut Tensor,
 ) -> Result<Option<usize>> {
     let settings = &job.config.backtrack;
@@ -25,7 +25,7 @@ pub(super) fn next_target(
     }
     match settings.switch {
         Switch::Count => {
-            let target = target_by_count(update, settings.switch_every, last);
+            let target = target_by_count(update, every, last);
             Ok((target != state.target).then_some(target))
         }
         Switch::Mismatch => {

@@ -74,7 +74,7 @@ pub fn passes(config: &Config) -> Passes {
     let images = config.images();
     let fake = u64::from(config.has_fake());
     // A student of several steps is trained at one of them, each as often, and the steps before that one are run too.
-    let made = images * (config.student.sigmas.len() as u64 + 2) / 2;
+    let made = images * (config.student.further_steps() as u64 + 2) / 2;
     let gan = u64::from(!config.gan.data.is_empty());
     // (By a weaker network the second pass is that network's, and the teacher's as the target alone: at most so many.)
     let target = if config.guidance == 1.0 { 1 } else { 2 };

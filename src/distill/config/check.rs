@@ -1,8 +1,11 @@
 //! Values that make no sense, refused before the first step.
 
-use super::{Config, DegradeConfig, Init, LoraConfig};
+use super::{Config, DegradeConfig, Distribution, FakeDistribution, Init, LoraConfig};
 use crate::distill::objective::Objective;
 use crate::error::{Error, Result};
+
+/// A student's steps are unrolled in one graph, and trained one after the other.
+const MOST_STEPS: usize = 1000;
 
 impl Config {
     pub(super) fn validate(&self) -> Result<()> {
@@ -156,6 +159,23 @@ impl Config {
             return Err(Error::usage(format!("{key} is given, but guidance is 1: nothing is guided"))
                 .hint(format!("set guidance, or leave {key} out")));
         }
+        for (key, shift) in [
+            ("noise.shift", self.noise.shift),
+            ("student.shift", self.student.shift),
+            ("log.sample_shift", self.log.sample_shift),
+        ] {
+            if !(shift == 0.0 || (0.01..=100.0).contains(&shift)) {
+                return Err(Error::usage(format!("{key} is {shift}, expected 0.01 to 100, or 0 for the card's")));
+            }
+        }
+        let noise = &self.noise;
+        let tabled = noise.distribution == Distribution::Table
+            || noise.fake_distribution == FakeDistribution::Table
+            || !self.gan.data.is_empty();
+        if noise.shift != 0.0 && !tabled {
+            return Err(Error::usage("noise.shift shifts the table of noise levels, from which nothing is drawn: noise.distribution is lognormal")
+                .hint("of a flow the shift multiplies sigma: add its logarithm to noise.log_mean"));
+        }
         if !self.noise.log_mean.is_finite() {
             return Err(Error::usage(format!("noise.log_mean is {}, expected a number", self.noise.log_mean)));
         }
@@ -192,11 +212,23 @@ impl Config {
             return Err(Error::usage("student.init is `random`, but lora.rank keeps the student's own weights frozen")
                 .hint("leave one of the two out, or give a network of its own as student.file"));
         }
+        if student.steps > 0 && (!student.sigmas.is_empty() || student.sigma_init > 0.0) {
+            let key = if student.sigmas.is_empty() { "student.sigma_init" } else { "student.sigmas" };
+            return Err(Error::usage(format!("student.steps and {key} both say at which noise levels the student is evaluated"))
+                .hint(format!("student.steps makes a grid from where the schedule starts: leave {key} out, or student.steps")));
+        }
+        if student.steps == 0 && student.shift != 0.0 {
+            return Err(Error::usage("student.shift shifts the grid of student.steps, which is 0")
+                .hint("student.steps = 4 with student.shift = 3.0 is a grid; leave student.shift out otherwise"));
+        }
+        if student.steps > MOST_STEPS {
+            return Err(Error::usage(format!("student.steps is {}, expected {MOST_STEPS} or less", student.steps)));
+        }
         let unrecorded = [
             ("accumulate is more than 1", self.accumulate > 1),
             (
-                "student.sigmas gives the student further steps, of which one is drawn each time",
-                !student.sigmas.is_empty(),
+                "student.sigmas or .steps gives the student further steps, of which one is drawn each time",
+                student.further_steps() > 0,
             ),
             ("gan.data brings real samples into every step", !self.gan.data.is_empty()),
         ];
@@ -239,6 +271,7 @@ impl Config {
             )
             .hint("gan.data is a folder, .zip, .npz or latents of real samples; leave gan.taps out otherwise"));
         }
+        crate::distill::gan::taps::check(&self.gan.taps)?;
         if self.lora.rank == 0 && (self.lora.alpha > 0.0 || self.lora.include != LoraConfig::default().include) {
             return Err(Error::usage(
                 "lora.alpha or lora.include is given, but lora.rank is 0: all weights are trained",

@@ -12,7 +12,10 @@ pub struct GanConfig {
     pub data: String,
     /// Low and high of the floats in `data`, which are mapped to the card's range; empty: they are the teacher's samples.
     pub range: Vec<f64>,
-    /// Names of tensors inside the teacher's graph whose features the discriminator reads.
+    /// Tensors inside the teacher's graph whose features the discriminator reads: names, or shares of the network's depth as in
+    /// `["50%", "75%", "99%"]`, or both. Depth is counted in layers (convolutions and linear layers) on the longest way from the sample's
+    /// input; a share is the end of the block (where a skip connection is added) that is nearest to it. `disback inspect --taps` and
+    /// `--dry-run` say which tensors those are.
     pub taps: Vec<String>,
     /// Weight of `softplus(-l(fake))` in the generator's loss.
     pub weight_generator: f64,

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::NodeCount;
+
 /// Where on stage 1's course the nodes of the trajectory lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -164,8 +166,14 @@ pub struct StudentConfig {
     /// Noise level at which the network becomes the generator; 0: where the schedule starts (EDM sigma_max, the
     /// last step of a VP table, t = 1 of a flow).
     pub sigma_init: f64,
-    /// Noise levels of the steps after the first, falling; empty: a one-step student.
+    /// Noise levels of the steps after the first, falling; empty: a one-step student, or `steps`.
     pub sigmas: Vec<f64>,
+    /// Steps of the student on a grid, in the place of `sigmas`: of a flow even times, shifted by `shift`; entries of a VP table at equal
+    /// distances from its end; of EDM the first of so many Karras levels and `sigma_min`. 0: what `sigmas` says.
+    pub steps: usize,
+    /// Time shift of the grid of a flow, `t' = shift t / (1 + (shift - 1) t)` (Esser et al. 2024, arXiv 2403.03206, equation 23): above 1
+    /// more of the steps are noisy ones. 0: the card's.
+    pub shift: f64,
     /// Whether fresh noise is added before each of these steps (as in DMD2); otherwise the noise that the step before
     /// has found in its sample is added again (as in DDIM).
     pub stochastic: bool,
@@ -187,9 +195,10 @@ pub struct LoraConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DegradeConfig {
-    /// Nodes beside the teacher (N); 0: no trajectory, the base method.
-    pub nodes: usize,
-    /// Training steps of the degrading copy (at most, where `patience` is set).
+    /// Nodes beside the teacher (N); 0: no trajectory, the base method. `"auto"`: how long stage 1 is, how many nodes there are, where they
+    /// lie and how long each is the target is decided by what stage 1 measures (`docs/running.md`).
+    pub nodes: NodeCount,
+    /// Training steps of the degrading copy (at most, where `patience` is set or `nodes` is `"auto"`).
     pub steps: u64,
     /// Learning rate of stage 1; 0: twice `backtrack.lr_generator`. At a quarter of the generator's rate the copy
     /// hardly learns the student's samples.
@@ -212,7 +221,7 @@ pub struct BacktrackConfig {
     pub ratio: u64,
     /// Learning rate of the generator.
     pub lr_generator: f64,
-    /// Learning rate of the fake score.
+    /// Learning rate of the fake score; 0: twice `lr_generator`.
     pub lr_fake: f64,
     /// AdamW's beta1 and beta2 of the generator; empty: the optimiser's.
     pub betas_generator: Vec<f64>,
@@ -238,8 +247,11 @@ pub struct BacktrackConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NoiseConfig {
-    /// Entries of the schedule's table of noise levels, rising (EDM: Karras; VP: its own steps).
+    /// Entries of the schedule's table of noise levels, rising (EDM: Karras; VP: its own steps; flow: even times, shifted).
     pub levels: usize,
+    /// Time shift of the table of a flow, `t' = shift t / (1 + (shift - 1) t)` (Esser et al. 2024, arXiv 2403.03206, equation 23): above 1
+    /// more of the levels are noisy ones. The table is that of all networks and of the discriminator. 0: the card's.
+    pub shift: f64,
     /// First and last entry drawn where target and fake score are compared.
     pub generator: [usize; 2],
     /// First and last entry drawn for the fake score's training, and for stage 1.
@@ -297,6 +309,8 @@ pub struct LogConfig {
     pub samples: usize,
     /// Heun steps of the teacher's and its degraded copies' samples.
     pub sample_steps: usize,
+    /// Time shift of these steps where the teacher is a flow; 0: the card's.
+    pub sample_shift: f64,
     /// ONNX decoder of latents for the sample grids and all measures, run on latents divided by the card's `latent_scale`; empty: none.
     pub decoder: String,
     /// Iterations between two checkpoints; 0: only where the run stops.
@@ -326,6 +340,13 @@ pub struct EvaluateConfig {
     pub patience: u64,
 }
 
+impl StudentConfig {
+    /// Steps after the first.
+    pub fn further_steps(&self) -> usize {
+        if self.steps > 0 { self.steps - 1 } else { self.sigmas.len() }
+    }
+}
+
 impl Default for EvaluateConfig {
     fn default() -> Self {
         Self { reference: String::new(), features: String::new(), every: 100_000, images: 1000, patience: 0 }
@@ -342,6 +363,8 @@ impl Default for StudentConfig {
             conditions: Vec::new(),
             sigma_init: 0.0,
             sigmas: Vec::new(),
+            steps: 0,
+            shift: 0.0,
             stochastic: true,
         }
     }
@@ -353,7 +376,7 @@ impl Default for LoraConfig {
 }
 impl Default for DegradeConfig {
     fn default() -> Self {
-        Self { nodes: 3, steps: 400, lr: 0.0, betas: Vec::new(), spacing: Spacing::LogIteration, patience: 0 }
+        Self { nodes: NodeCount::Count(3), steps: 400, lr: 0.0, betas: Vec::new(), spacing: Spacing::LogIteration, patience: 0 }
     }
 }
 impl Default for BacktrackConfig {
@@ -379,6 +402,7 @@ impl Default for NoiseConfig {
     fn default() -> Self {
         Self {
             levels: 1000,
+            shift: 0.0,
             generator: [20, 980],
             fake: [0, 999],
             distribution: Distribution::Table,
@@ -404,6 +428,7 @@ impl Default for LogConfig {
             every: 10,
             samples: 64,
             sample_steps: 18,
+            sample_shift: 0.0,
             decoder: String::new(),
             checkpoint_every: 500,
             keep: 2,

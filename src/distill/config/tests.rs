@@ -89,6 +89,10 @@ fn values_that_make_no_sense_are_refused() {
         ("guidance_by=weak.onnx", "guidance_by is given, but guidance is 1"),
         ("guidance_rescale=0.7", "guidance_rescale is given, but guidance is 1"),
         ("guidance_rescale=1.7", "guidance_rescale is 1.7"),
+        ("noise.shift=1000.0", "noise.shift is 1000"),
+        ("student.shift=3.0", "student.steps, which is 0"),
+        ("student.steps=2000", "student.steps is 2000"),
+        ("gan.taps=[\"120%\"]", "gan.data is empty"),
         ("conditions.weights=3", "weights"),
         ("objective=dmd2", "gan.data is empty"),
         ("objective=f-distill", "gan.data is empty"),
@@ -107,6 +111,24 @@ fn values_that_make_no_sense_are_refused() {
         assert_eq!(e.exit_code(), 2, "{pair}");
         assert!(e.to_string().contains(says), "{pair}: {e}");
     }
+}
+
+#[test]
+fn grids_and_shifts_say_one_thing_each() {
+    for (pairs, says) in [
+        (["student.steps=4", "student.sigmas=[1.0]"], "student.steps and student.sigmas both say"),
+        (["student.steps=4", "student.sigma_init=2.0"], "student.steps and student.sigma_init both say"),
+        (["noise.shift=3.0", "noise.distribution=lognormal"], "from which nothing is drawn"),
+        (["gan.data=x.npz", "gan.taps=[\"120%\"]"], "120% of the depth"),
+        (["gan.data=x.npz", "gan.taps=[\"0%\"]"], "0% of the depth"),
+        (["student.steps=2", "cuda_graphs=true"], "student.sigmas or .steps"),
+    ] {
+        let e = sets(&pairs).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains(says), "{pairs:?}: {e}");
+    }
+    assert_eq!(sets(&["student.steps=4", "student.shift=3.0"]).unwrap().student.further_steps(), 3);
+    assert_eq!(sets(&["student.sigmas=[1.0, 0.5]"]).unwrap().student.further_steps(), 2);
+    assert!(sets(&["student.steps=1", "cuda_graphs=true"]).is_ok(), "one step is one step");
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn dmd2_and_f_distill_reach_a_gaussian_with_and_without_a_trajectory() {
     let dir = tempfile::tempdir().unwrap();
     for (objective, nodes) in [(ObjectiveKind::Dmd2, 0), (ObjectiveKind::Dmd2, 3), (ObjectiveKind::FDistill, 3)] {
         let mut c = adversarial(dir.path(), objective);
-        (c.degrade.nodes, c.batch, c.degrade.steps) = (nodes, 256, 100);
+        (c.degrade.nodes, c.batch, c.degrade.steps) = (nodes.into(), 256, 100);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (600, 2, 30);
         c.ema.half_life = 20_000.0;
         c.settings.f_distill.divergence = Divergence::JensenShannon;
@@ -257,4 +257,36 @@ fn data_and_taps_that_do_not_fit_are_refused_before_the_first_step() {
         let e = Gan::new(&c, &teacher, &batches).unwrap_err();
         assert!(e.to_string().contains(says), "{e}");
     }
+}
+
+#[test]
+fn taps_by_share_of_the_depth_are_the_ends_of_blocks() {
+    use crate::distill::gan::taps::resolve;
+    let teacher = digits();
+    let said = |taps: &[&str]| resolve(&taps.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>(), &teacher);
+    let found = said(&["50%", "conv2d_5", "75%", "99 %"]).unwrap();
+    let names: Vec<&str> = found.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(names, ["add_408", "conv2d_5", "add_571", "add_666"]);
+    let features = {
+        let taps: Vec<String> = found.iter().map(|t| t.name.clone()).collect();
+        let x = shim::randn(1, &[3, 1, 8, 8], Device::Cpu).unwrap();
+        let labels = Conditions::new(3, vec![("labels".into(), Tensor::from_slice(&[1i64, 2, 3]))]).unwrap();
+        teacher.denoise_tapped(&x, &[1.0; 3], &labels, &taps).unwrap().1
+    };
+    for (tap, tensor) in found.iter().zip(&features).filter(|(tap, _)| tap.place.is_some()) {
+        let shape: Vec<usize> = tensor.size()[1..].iter().map(|n| *n as usize).collect();
+        assert_eq!(tap.place.as_ref().unwrap().2, shape, "{tap}");
+    }
+    assert!(found[0].to_string().contains("50% = `add_408`") && found[0].to_string().contains("after 11 of 20 layers"));
+    for (taps, says) in [
+        (&["98%", "99%"][..], "98% and 99% are one tensor, `add_666`"),
+        (&["add_666", "99%"], "add_666 and 99% are one tensor"),
+        (&["100%"], "more than 0% and less than 100%"),
+    ] {
+        let e = said(taps).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains(says), "{e}");
+    }
+    // A network that is no graph has no depth.
+    let e = resolve(&["50%".to_owned()], &plain()).unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("no features"), "{e}");
 }

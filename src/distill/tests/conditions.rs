@@ -26,6 +26,26 @@ fn a_file_of_one_class_and_all_weight_on_it_train_the_same_student() {
 }
 
 #[test]
+fn shifted_levels_are_those_of_every_network() {
+    let schedule = ScheduleSpec::Flow { shift: 2.0, direction: Default::default() };
+    let teacher = gaussian(TeacherCard { schedule, ..card(2) }, &[0.8, -0.4], &[0.7, 0.3]);
+    let levels = |shift: f64| {
+        let mut c = config();
+        (c.noise.levels, c.noise.generator, c.noise.fake, c.noise.shift) = (10, [2, 7], [0, 9], shift);
+        let b = batches::Batches::new(&c, &teacher).unwrap();
+        [b.generator_levels.spread(6), b.fake_levels.spread(10), b.degrade_levels.spread(10)].concat()
+    };
+    for (found, of_card) in levels(6.0).iter().zip(levels(0.0)) {
+        assert!((found / of_card - 3.0).abs() < 1e-9, "{found} for {of_card}: thrice the card's shift");
+    }
+    assert_eq!(levels(2.0), levels(0.0), "the card's own shift");
+    let mut c = config();
+    c.noise.shift = 3.0;
+    let e = batches::Batches::new(&c, &plain()).unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("noise.shift shifts the times of a flow"), "{e}");
+}
+
+#[test]
 fn an_interval_that_holds_no_drawn_level_is_no_guidance() {
     let mut c = config();
     (c.degrade.steps, c.backtrack.updates) = (4, 3);

@@ -59,7 +59,7 @@ fn every_objective_brings_a_generator_to_the_teacher() {
     for (objective, nodes) in [(Dmd, 4), (Dmd, 0), (DiffInstruct, 4), (Sid, 4), (Sim, 0)] {
         let dir = tempfile::tempdir().unwrap();
         let mut c = of_its_own();
-        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective.into(), nodes, 256, 200);
+        (c.objective, c.degrade.nodes, c.batch, c.degrade.steps) = (objective.into(), nodes.into(), 256, 200);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (700, 2, 30);
         c.ema.half_life = 20_000.0;
         let student = affine([-0.5, 0.6], [0.2, 0.9]);

@@ -8,7 +8,7 @@ use crate::torch::cpu::group_norm::is_channels_last;
 fn channels_last_is_the_same_run() {
     let dir = tempfile::tempdir().unwrap();
     let mut c = Config { batch: 4, ..config() };
-    (c.degrade.steps, c.degrade.nodes, c.backtrack.updates, c.backtrack.switch_every) = (5, 2, 6, 3);
+    (c.degrade.steps, c.degrade.nodes, c.backtrack.updates, c.backtrack.switch_every) = (5, 2.into(), 6, 3);
     (c.degrade.lr, c.backtrack.lr_generator, c.backtrack.lr_fake) = (1e-4, 1e-4, 1e-4);
     c.student.sigma_init = 0.0;
     let run_with = |last: bool| {

@@ -5,6 +5,7 @@ mod conditions;
 mod generators;
 mod memory_format;
 mod objectives;
+mod planned;
 mod processes;
 mod ranks;
 mod replayed;
@@ -129,7 +130,7 @@ fn config() -> Config {
     let mut c = Config { batch: 64, seed: 3, ..Config::default() };
     c.student.sigma_init = 2.0;
     c.degrade.steps = 40;
-    c.degrade.nodes = 4;
+    c.degrade.nodes = 4.into();
     c.degrade.lr = 0.02;
     c.backtrack.updates = 30;
     c.backtrack.lr_generator = 0.02;
@@ -411,7 +412,7 @@ fn gradient_accumulation_is_a_larger_batch() {
     let norm = |batch: usize, accumulate: usize| {
         let dir = tempfile::tempdir().unwrap();
         let mut c = config();
-        (c.batch, c.accumulate, c.degrade.nodes, c.backtrack.updates) = (batch, accumulate, 0, 1);
+        (c.batch, c.accumulate, c.degrade.nodes, c.backtrack.updates) = (batch, accumulate, 0.into(), 1);
         let (_, seen) = run(dir.path(), &c, &teacher, None).unwrap();
         seen.rows[0].grad_norm_fake.unwrap()
     };

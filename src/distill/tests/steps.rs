@@ -70,6 +70,28 @@ fn few_step_runs_resume_and_differ_from_one_step() {
 }
 
 #[test]
+fn a_grid_is_the_levels_that_it_stands_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = config();
+    (c.degrade.steps, c.backtrack.updates, c.student.sigma_init) = (4, 6, 0.0);
+    c.student.steps = 3;
+    let of_grid = finished(run(&dir.path().join("grid"), &c, &plain(), None).unwrap().0).params().hash().unwrap();
+    let (high, low) = (10f64.powf(1.0 / 7.0), 0.05f64.powf(1.0 / 7.0));
+    c.student.sigmas = [1.0, 2.0].map(|k| (high + k / 3.0 * (low - high)).powf(7.0)).to_vec();
+    c.student.steps = 0;
+    let listed = finished(run(&dir.path().join("listed"), &c, &plain(), None).unwrap().0).params().hash().unwrap();
+    assert_eq!(of_grid, listed);
+    // A flow's, from t = 1: 0.9, 0.75, 0.5 shifted by 3 are sigma 9, 3, 1.
+    let schedule = ScheduleSpec::Flow { shift: 1.0, direction: Default::default() };
+    let flow = crate::diffusion::Conversion::new(&TeacherCard { schedule, ..card(2) }).unwrap();
+    let config = StudentConfig { steps: 4, shift: 3.0, ..StudentConfig::default() };
+    let levels = student::levels(&flow, &config).unwrap();
+    assert!(levels.iter().zip([9.0, 3.0, 1.0]).all(|(a, b)| (a - b).abs() < 1e-9), "{levels:?}");
+    let e = Student::new(plain(), &config).unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("student.shift shifts the times of a flow"), "{e}");
+}
+
+#[test]
 fn levels_must_fall_to_above_zero() {
     for sigmas in [vec![5.0], vec![2.0, 2.0], vec![0.0], vec![2.0, -1.0], vec![f64::NAN]] {
         let config = StudentConfig { sigma_init: 5.0, sigmas: sigmas.clone(), ..Config::default().student };

@@ -9,7 +9,7 @@ fn reads(kind: ObjectiveKind, ratio: u64, steps: u64) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let mut c = config();
     c.objective = kind.into();
-    c.degrade.nodes = 1;
+    c.degrade.nodes = 1.into();
     c.degrade.steps = steps;
     c.backtrack.updates = steps;
     c.backtrack.ratio = ratio;
