@@ -489,3 +489,104 @@ impl disback::run::Monitor for Follower {
         self.notes.lock().unwrap().push(text.to_owned());
     }
 }
+
+/// A weaker network of the digits teacher: its last layer is smaller. With a card in the file, as the teacher has.
+fn weaker(path: &Path, by: f32) {
+    let model = disback::graph::Model::load(Path::new(TEACHER)).unwrap();
+    let mut proto = (*model.proto).clone();
+    let graph = proto.graph.as_mut().unwrap();
+    let last = graph.initializer.iter_mut().find(|t| t.name() == "unet.conv_out.weight").unwrap();
+    let raw = last.raw_data.as_mut().unwrap().to_vec();
+    let scaled = raw.chunks_exact(4).flat_map(|b| (by * f32::from_le_bytes([b[0], b[1], b[2], b[3]])).to_le_bytes());
+    last.raw_data = Some(scaled.collect::<Vec<u8>>().into());
+    disback::graph::save::write(&proto, path).unwrap();
+}
+
+#[test]
+fn a_weaker_network_guides_a_run_its_plan_and_the_teachers_sampler() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    weaker(&dir.join("weak.onnx"), 0.9);
+    let guided = ["--guidance", "2", "--set", "guidance_by=weak.onnx", "--set", "guidance_rescale=0.5"];
+    let small = with(SMALL, &guided);
+    ok(dir, &with(&["distill", TEACHER, "-o", "guided", "-q"], &small));
+    ok(dir, &with(&["distill", TEACHER, "-o", "plain", "-q"], SMALL));
+    assert_ne!(weights(&dir.join("guided")), weights(&dir.join("plain")));
+    let summary = std::fs::read_to_string(dir.join("guided/summary.json")).unwrap();
+    assert!(summary.contains("weak.onnx"), "{summary}");
+    // The same run goes on from anywhere, and not with another network or another reading of it.
+    let resume = with(&["distill", TEACHER, "-o", "guided", "--resume", "-q"], &[]);
+    ok(dir, &resume);
+    let refused = |what: &str| {
+        let (code, text) = fails(dir, &resume);
+        assert!(
+            code == 2 && text.contains("guidance_by: what it names is not what the run began with"),
+            "{what}: {text}"
+        );
+    };
+    std::fs::write(dir.join("weak.card.toml"), "sigma_data = 0.4\n").unwrap();
+    refused("the card");
+    std::fs::remove_file(dir.join("weak.card.toml")).unwrap();
+    weaker(&dir.join("weak.onnx"), 0.8);
+    refused("the weights");
+    // Plans tell it.
+    let text = ok(dir, &with(&["distill", TEACHER, "-o", "dry", "--dry-run"], &small));
+    assert!(text.contains("guidance 2 by ") && text.contains("rescaled by 0.5"), "{text}");
+    assert!(text.contains("the weaker network that guides it"), "{text}");
+    let sets = ["--set", "guidance=2", "--set", "guidance_by=weak.onnx"];
+    let json = |more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&ok(dir, &with(&["estimate", TEACHER, "--batch", "4", "--json"], more))).unwrap()
+    };
+    let (with_it, without) = (json(&sets), json(&[]));
+    let stage = |v: &serde_json::Value, key: &str| v["backtrack"][key].as_f64().unwrap();
+    assert_eq!(stage(&with_it, "guide_passes"), 1.0);
+    let bytes = 4.0 * with_it["parameters"].as_f64().unwrap();
+    assert_eq!(stage(&with_it, "weights") - stage(&without, "weights"), bytes);
+    let flops = stage(&with_it, "flops") / stage(&without, "flops");
+    assert!(
+        (flops - 9.0 / 8.0).abs() < 0.02,
+        "one pass more beside target, fake score (1 + 3) and student (3): {flops}"
+    );
+    // The sampler of `evaluate`: twice the evaluations, other samples.
+    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/digits.npz");
+    let measure = |more: &[&str]| -> serde_json::Value {
+        let line = with(&["evaluate", "--json", "-n", "16", "--steps", "2", TEACHER, data], more);
+        serde_json::from_str(&ok(dir, &line)).unwrap()
+    };
+    let text = [&["--guidance", "2"][..], &["--guidance-by", "weak.onnx", "--guidance-rescale", "0.7"]].concat();
+    assert_ne!(measure(&text), measure(&[]));
+    for (more, says) in [
+        (&["--guidance-by", "weak.onnx"][..], "--guidance-by without --guidance"),
+        (&["--shift", "3"], "shifts the times of a flow"),
+        (&["--guidance", "2", "--guidance-by", "none.onnx"], "none.onnx"),
+    ] {
+        let (code, text) = fails(dir, &with(&["evaluate", "-n", "16", "--steps", "2", TEACHER, data], more));
+        assert!(code != 0 && text.contains(says), "{text}");
+    }
+    let (code, text) = fails(dir, &with(&["distill", TEACHER, "-o", "x", "--set", "guidance_by=weak.onnx"], SMALL));
+    assert!(code == 2 && text.contains("guidance_by is given, but guidance is 1"), "{text}");
+}
+
+#[test]
+fn taps_by_share_and_a_grid_of_steps_are_told_and_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let text = ok(dir, &["inspect", TEACHER, "--taps", "50%,75%,99%"]);
+    for tap in ["50% = `add_408`", "75% = `add_571`", "99% = `add_666`"] {
+        assert!(text.contains(tap), "{text}");
+    }
+    let data = format!("gan.data={}", concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/digits.npz"));
+    let more = ["--objective", "dmd2", "--set", &data, "--set", "student.steps=2"];
+    let taps = |taps: &'static str| with(&with(SMALL, &more), &["--set", taps]);
+    let shares = taps("gan.taps=[\"50%\", \"conv2d_5\", \"99%\"]");
+    let text = ok(dir, &with(&["distill", TEACHER, "-o", "dry", "--dry-run"], &shares));
+    assert!(text.contains("the discriminator reads 50% = `add_408`"), "{text}");
+    assert!(text.contains("steps after the first are at noise levels 2.5152"), "{text}");
+    ok(dir, &with(&["distill", TEACHER, "-o", "shares", "-q"], &shares));
+    ok(
+        dir,
+        &with(&["distill", TEACHER, "-o", "names", "-q"], &taps("gan.taps=[\"add_408\", \"conv2d_5\", \"add_666\"]")),
+    );
+    assert_eq!(weights(&dir.join("shares")), weights(&dir.join("names")));
+    ok(dir, &["distill", TEACHER, "-o", "shares", "--resume", "-q"]);
+}

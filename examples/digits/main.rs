@@ -169,7 +169,13 @@ impl Judge {
 
     fn teacher(&mut self, path: &Path, engine: &EngineOptions) -> Result<Value> {
         let mut teacher = TeacherOnEngine::open(path, &[], engine)?;
-        let request = TeacherRequest { images: request(), sampler: Sampler::Heun, steps: TEACHER_STEPS, guidance: 1.0 };
+        let request = TeacherRequest {
+            images: request(),
+            sampler: Sampler::Heun,
+            steps: TEACHER_STEPS,
+            shift: 0.0,
+            guidance: 1.0.into(),
+        };
         teacher.sample(&request, 0, BATCH)?;
         let started = Instant::now();
         let samples = teacher.sample(&request, 0, IMAGES)?;

@@ -10,10 +10,10 @@ use tch::Device;
 use super::{Globals, table};
 use crate::distill::checkpoint::StageKind;
 use crate::distill::config::{Config, NodeCount, Precision, Switch};
-use crate::distill::metrics::MetricsRow;
-use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, plan};
 use crate::distill::gan::taps;
+use crate::distill::metrics::MetricsRow;
 use crate::distill::student::levels;
+use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, plan};
 use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
@@ -80,6 +80,22 @@ fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
     let stage_two = (TRAINED + averages) * student + fake;
     all.push(("stage 2: student, averages, fake score".to_owned(), stage_two));
     all
+}
+
+/// The targets of stage 2, in words.
+fn switches(config: &Config) -> String {
+    match (config.degrade.nodes.most(), config.backtrack.switch) {
+        (0, _) => "none: the base method".to_owned(),
+        (n, Switch::Count) if config.degrade.nodes.is_auto() => {
+            format!(
+                "{n} targets at most, as stage 1 measures (its steps and images here are the most that it may take)"
+            )
+        }
+        (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
+        (n, Switch::Mismatch) => {
+            format!("{n} targets, by the mismatch, at most {} updates each", config.backtrack.switch_max)
+        }
+    }
 }
 
 /// Prints the plan after a few steps in a folder that is removed again. Nothing of a run is left.
@@ -155,16 +171,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
         Precision::Bf16 => trained + (nodes - 1) * trained / 2,
     };
     let disk = nodes + (config.log.keep as u64 + 1) * checkpoint + 2 * (sizes.student + shared * 4);
-    let switches = match (config.degrade.nodes.most(), config.backtrack.switch) {
-        (0, _) => "none: the base method".to_owned(),
-        (n, Switch::Count) if config.degrade.nodes.is_auto() => {
-            format!("{n} targets at most, as stage 1 measures (its steps and images here are the most that it may take)")
-        }
-        (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
-        (n, Switch::Mismatch) => {
-            format!("{n} targets, by the mismatch, at most {} updates each", config.backtrack.switch_max)
-        }
-    };
+    let switches = switches(config);
     let taps = taps::configured(config, teacher)?;
     let further = match student {
         // (One of a file with a card of its own is evaluated where that card says.)

@@ -86,6 +86,10 @@ pub struct EvaluateArgs {
     /// Its steps; a list gives a row for each, as in 5,9,18.
     #[arg(long, value_name = "N,...", default_value = "18", value_delimiter = ',')]
     steps: Vec<usize>,
+    /// Time shift of these steps for teachers that are flows, t' = s t / (1 + (s - 1) t): above 1 more steps at high noise. 0: the
+    /// card's.
+    #[arg(long, value_name = "S", default_value_t = 0.0)]
+    shift: f64,
     /// Guidance scale of teachers; 1: none. Classifier-free without --guidance-by.
     #[arg(long, default_value_t = 1.0)]
     guidance: f64,
@@ -171,7 +175,8 @@ impl EvaluateArgs {
         if !(self.guidance.is_finite() && self.guidance >= 0.0) {
             return Err(Error::usage(format!("--guidance {}: expected a number of 0 or more", self.guidance)));
         }
-        let said = [("--guidance-by", self.guidance_by.is_some()), ("--guidance-rescale", self.guidance_rescale != 0.0)];
+        let said =
+            [("--guidance-by", self.guidance_by.is_some()), ("--guidance-rescale", self.guidance_rescale != 0.0)];
         if let Some((option, _)) = said.iter().find(|(_, given)| self.guidance == 1.0 && *given) {
             return Err(Error::usage(format!("{option} without --guidance: nothing is guided"))
                 .hint(format!("--guidance 2 guides; or leave {option} out")));
@@ -332,6 +337,7 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         rounding: args.rounding,
         sampler: args.sampler,
         steps: args.steps.first().copied().unwrap_or(18),
+        shift: args.shift,
         guidance: args.guidance()?,
     };
     let values = by_values(args)?;

@@ -2,22 +2,25 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
 
 use crate::cli::Globals;
 use crate::cli::card_args::CardArgs;
-use crate::diffusion::ResolvedCard;
+use crate::diffusion::{Denoiser, ResolvedCard};
+use crate::distill::gan::taps::{self, Tap};
 use crate::error::{Context, Error, Kind, Result};
 use crate::files;
-use crate::graph::{Model, TrainableChoice};
+use crate::graph::{Model, Port, TrainableChoice};
 use crate::inspect::hypothesis::word;
 use crate::inspect::subject::Run;
 use crate::inspect::{self, How, Inspection, ProbeOptions, Proposal};
 use crate::run::teacher;
 use crate::runtime::{self, EngineOptions};
 use crate::shown::{line, say, tell};
+use crate::torch::Network;
 
 /// Show inputs, parameters by role, operators, what is fused or unsupported, the cost, and the teacher card.
 #[derive(Debug, Args)]
@@ -49,6 +52,9 @@ pub struct InspectArgs {
     /// Images of the batch that multiply-adds and activations are counted for.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=65536))]
     pub batch: u64,
+    /// Which tensors lie at these shares of the network's depth, as gan.taps takes them: 50%,75%,99%. Needs a complete card.
+    #[arg(long, value_name = "SHARE,...", value_delimiter = ',')]
+    pub taps: Vec<String>,
     /// Never train tensors of these names.
     #[arg(long, value_name = "GLOB")]
     pub freeze: Vec<String>,
@@ -92,6 +98,7 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
     if !args.parameters {
         found.parameter_list.clear();
     }
+    let taps = taps_of(args, network.as_ref(), &card)?;
     let probing = args.probe || (card.is_err() && !args.no_probe);
     let structure = inspect::propose(&model, &graph, &known, None).stand_in(&graph);
     let shown = card.as_ref().ok().map(|c| &c.card).or(structure.as_ref());
@@ -124,9 +131,16 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         };
         value["proposed_card"] = to_json(&proposal.findings.table())?;
         value["proposal"] = to_json(&proposal.shown())?;
+        if !taps.is_empty() {
+            value["taps"] = taps.iter().map(|t| json!({ "said": t.said, "tensor": t.name })).collect();
+        }
         println!("{}", serde_json::to_string_pretty(&value).map_err(|e| Error::io(e.to_string()))?);
     } else {
         show(args, &found, &card, &proposal)?;
+        if !taps.is_empty() {
+            say!("\ntaps (gan.taps)");
+        }
+        taps.iter().for_each(|tap| say!("  {}", line(&tap.to_string())));
     }
     if args.write_card {
         let (text, open) = match (&card, proposal.card()) {
@@ -146,6 +160,22 @@ pub fn run(args: &InspectArgs, globals: Globals) -> Result<ExitCode> {
         }
     }
     Ok(if found.unsupported.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The tensors of `--taps`.
+fn taps_of(args: &InspectArgs, network: Option<&Network>, card: &Result<ResolvedCard>) -> Result<Vec<Tap>> {
+    if args.taps.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (Some(network), Ok(resolved)) = (network, card) else {
+        return Err(Error::usage("--taps needs a network that can be imported, with a complete card")
+            .hint("`disback inspect` without it says what is missing"));
+    };
+    let specs = |ports: &[Port]| ports.iter().map(teacher::spec).collect::<Vec<_>>();
+    let inputs = specs(&network.fed_inputs());
+    resolved.card.check_against(&inputs, &specs(network.outputs()))?;
+    let denoiser = Denoiser::new(Box::new(network.alias()), Arc::new(resolved.card.clone()), &inputs)?;
+    taps::resolve(&args.taps, &denoiser)
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> Result<serde_json::Value> {

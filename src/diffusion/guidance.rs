@@ -79,8 +79,9 @@ impl Guidance {
 /// one is told the teacher is told too. (Schedule, prediction, time, layout and null values are each network's own.)
 pub fn check_weaker(teacher: &TeacherCard, weaker: &TeacherCard) -> Result<()> {
     let differ = |what: &str, a: String, b: String| {
-        Err(Error::usage(format!("the weaker network's card has {what} {a}, the teacher's {b}"))
-            .hint("it guides a teacher of the same samples; correct <file>.card.toml beside it, or the file's metadata"))
+        Err(Error::usage(format!("the weaker network's card has {what} {a}, the teacher's {b}")).hint(
+            "it guides a teacher of the same samples; correct <file>.card.toml beside it, or the file's metadata",
+        ))
     };
     if weaker.shape != teacher.shape {
         return differ("shape", format!("{:?}", weaker.shape), format!("{:?}", teacher.shape));

@@ -326,11 +326,7 @@ pub(super) struct Wanted<'a> {
 }
 
 /// Null values of conditions for `rows` samples, in the order of the conditions.
-pub(super) fn nulls(
-    conditions: &[(Condition, InputSpec)],
-    rows: usize,
-    device: Device,
-) -> Result<Vec<Option<Tensor>>> {
+pub(super) fn nulls(conditions: &[(Condition, InputSpec)], rows: usize, device: Device) -> Result<Vec<Option<Tensor>>> {
     let null = |(condition, spec): &(Condition, InputSpec)| {
         let host = HostConditions::null(condition, spec, rows)?;
         host.map(|h| send(&convert::to_torch(&h)?, device)).transpose()

@@ -162,8 +162,22 @@ impl super::denoiser::Denoiser {
         steps: usize,
         guidance: impl Into<super::Guidance>,
     ) -> Result<Sampled<tch::Tensor>> {
+        self.sample_shifted(z, cond, (sampler, steps), 0.0, guidance)
+    }
+
+    /// [`super::denoiser::Denoiser::sample`] in steps whose times are shifted by another number than the card's, see [`Schedule::with_shift`].
+    ///
+    /// Errors: a shift for a teacher that is no flow.
+    pub fn sample_shifted(
+        &self,
+        z: &tch::Tensor,
+        cond: &super::conditions::Conditions,
+        (sampler, steps): (Sampler, usize),
+        shift: f64,
+        guidance: impl Into<super::Guidance>,
+    ) -> Result<Sampled<tch::Tensor>> {
         let guidance = guidance.into();
-        let schedule = self.conversion().schedule();
+        let schedule = &self.conversion().schedule().clone().with_shift(shift, "the shift of the sampler's times")?;
         let (sampler, steps) = sampler.fitting(self.card().prediction, steps);
         let rows = z.size().first().copied().unwrap_or(0) as usize;
         let _no_grad = tch::no_grad_guard();

@@ -244,6 +244,23 @@ impl Schedule {
         Ok(Self::Vp { ln_sigma })
     }
 
+    /// The schedule with its times shifted by another number than the card says, see [`shifted`]: other levels to draw from and another
+    /// grid to sample on, of the same network. 0: as it is. `key`: what the number is called.
+    ///
+    /// Errors: a schedule that is no flow; a number beyond 0.01 to 100.
+    pub fn with_shift(self, shift: f64, key: &str) -> Result<Self> {
+        match self {
+            _ if shift == 0.0 => Ok(self),
+            Self::Flow { .. } if SHIFTS.contains(&shift) => Ok(Self::Flow { shift }),
+            Self::Flow { .. } => {
+                let (low, high) = SHIFTS.into_inner();
+                Err(Error::usage(format!("{key} is {shift:?}, expected a number from {low:?} to {high:?}")))
+            }
+            _ => Err(Error::usage(format!("{key} shifts the times of a flow, which this teacher's schedule is not"))
+                .hint(format!("leave {key} out"))),
+        }
+    }
+
     /// Number of table entries of a VP schedule.
     pub fn steps(&self) -> Option<usize> {
         match self {
@@ -378,6 +395,29 @@ impl Schedule {
         };
         sigmas.push(0.0);
         sigmas
+    }
+}
+
+impl Schedule {
+    /// The falling noise levels at which a student of `n` steps is evaluated, the first where the schedule starts (infinite for a flow):
+    /// flow even times, shifted, of which the last is `1/n` before its shift (FastGen's `t_list` without the 0 at its end); VP table
+    /// entries with diffusers' "trailing" spacing (DMD2's 999, 749, 499, 249); EDM and TrigFlow the first `n` of `n + 1` Karras levels: the
+    /// last one, `sigma_min`, stands for the clean end.
+    ///
+    /// Errors: more steps than a VP table has.
+    pub fn student_sigmas(&self, n: usize) -> Result<Vec<f64>> {
+        let n = n.max(1);
+        Ok(match self {
+            Self::Edm { sigma_min, sigma_max, rho } => karras(*sigma_min, *sigma_max, *rho, n + 1)[..n].to_vec(),
+            Self::TrigFlow { sigma_min, sigma_max, .. } => {
+                karras(*sigma_min, *sigma_max, default_rho(), n + 1)[..n].to_vec()
+            }
+            Self::Vp { ln_sigma } if n > ln_sigma.len() => {
+                return Err(Error::usage(format!("{n} steps on a schedule of {}", ln_sigma.len())));
+            }
+            Self::Vp { .. } => self.sampling_sigmas(n)[..n].to_vec(),
+            Self::Flow { shift } => (0..n).map(|i| self.sigma(shifted(1.0 - i as f64 / n as f64, *shift))).collect(),
+        })
     }
 }
 

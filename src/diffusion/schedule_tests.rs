@@ -190,3 +190,45 @@ fn parameters_whose_noise_levels_are_no_numbers_are_refused() {
         assert!(e.exit_code() == 2 && e.to_string().contains(says), "{spec:?}: {e}");
     }
 }
+
+#[test]
+fn a_shifted_flow_has_the_grids_of_diffusers_and_fastgen() {
+    let flow = || Schedule::new(&ScheduleSpec::Flow { shift: 1.0, direction: Default::default() }).unwrap();
+    // FlowMatchEulerDiscreteScheduler(shift=s).set_timesteps(sigmas=np.linspace(1, 1/n, n)) of diffusers 0.36: its sigmas are our times.
+    for (shift, times) in [
+        (3.0, &[1.0, 0.9, 0.75, 0.5, 0.0][..]),
+        (0.5, &[1.0, 0.6666666269302368, 0.4285714626312256, 0.25, 0.111111119389534, 0.0]),
+    ] {
+        let n = times.len() - 1;
+        let shifted = flow().with_shift(shift, "shift").unwrap();
+        let steps = shifted.student_sigmas(n).unwrap();
+        assert_eq!((steps.len(), steps[0]), (n, f64::INFINITY));
+        let sampling = shifted.sampling_sigmas(n);
+        for (k, t) in times.iter().enumerate().skip(1) {
+            close(flow().t(sampling[k]), *t, 1e-7);
+            steps.get(k).into_iter().for_each(|s| close(flow().t(*s), *t, 1e-7));
+        }
+        // sigma = t / (1 - t): shifted times are levels `shift` times as high.
+        for (a, b) in shifted.training_sigmas(20).iter().zip(flow().training_sigmas(20)) {
+            close(*a, shift * b, 1e-12);
+        }
+        // The network's own times are what they were.
+        assert_eq!(shifted.t(2.0), flow().t(2.0));
+    }
+    assert_eq!(flow().with_shift(0.0, "shift").unwrap(), flow());
+    let e = flow().with_shift(1e3, "noise.shift").unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("noise.shift is 1000.0"), "{e}");
+    let e = vp(Betas::Linear).with_shift(3.0, "noise.shift").unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("schedule is not"), "{e}");
+    // DMD2's steps of Stable Diffusion, and EDM's rho grid: the last level stands for the clean end.
+    let steps = vp(Betas::ScaledLinear).student_sigmas(4).unwrap();
+    let times: Vec<f64> = steps.iter().map(|s| vp(Betas::ScaledLinear).t(*s).round()).collect();
+    assert_eq!(times, [999.0, 749.0, 499.0, 249.0]);
+    assert!(vp(Betas::Linear).student_sigmas(1001).is_err());
+    let edm = Schedule::new(&ScheduleSpec::Edm { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0 }).unwrap();
+    let (high, low) = (80f64.powf(1.0 / 7.0), 0.002f64.powf(1.0 / 7.0));
+    let steps = edm.student_sigmas(2).unwrap();
+    assert_eq!(steps[0], 80.0);
+    close(steps[1], ((high + low) / 2.0).powi(7), 1e-12);
+    assert_eq!(edm.student_sigmas(1).unwrap(), [80.0]);
+}

@@ -31,6 +31,8 @@ pub struct TeacherRequest {
     pub sampler: Sampler,
     /// Steps of the solver.
     pub steps: usize,
+    /// Time shift of the steps of a flow, see [`super::Schedule::with_shift`]; 0: the card's.
+    pub shift: f64,
     /// Guidance: classifier-free, or by the teacher's weaker network ([`TeacherOnEngine::guided_by`]).
     pub guidance: Guidance,
 }
@@ -185,7 +187,13 @@ impl TeacherOnEngine {
     }
 
     /// What the network is given as the samples, and what it gives, in the card's order; `twice`: then the same without conditions.
-    fn evaluate(&mut self, x_edm: &[f32], sigma: f64, cond: &HostConditions, twice: bool) -> Result<(Vec<f32>, Vec<f32>)> {
+    fn evaluate(
+        &mut self,
+        x_edm: &[f32],
+        sigma: f64,
+        cond: &HostConditions,
+        twice: bool,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
         let rows = cond.len();
         let (layout, shape) = (self.card.layout, self.card.shape.as_slice());
         if x_edm.len() != rows * self.card.sample_len() {
@@ -276,7 +284,8 @@ impl TeacherOnEngine {
 
     /// Samples images `start..start + count`: image `k` starts from [`crate::noise::image_noise`] of (seed, k).
     pub fn sample(&mut self, request: &TeacherRequest, start: u64, count: usize) -> Result<TeacherSamples> {
-        let schedule = self.conversion.schedule().clone();
+        let schedule =
+            self.conversion.schedule().clone().with_shift(request.shift, "the shift of the sampler's times")?;
         let (sampler, steps) = request.sampler.fitting(self.card.prediction, request.steps);
         let sigmas = sampler.sigmas(&schedule, steps);
         let len = self.card.sample_len();

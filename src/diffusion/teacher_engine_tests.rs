@@ -75,7 +75,7 @@ fn card() -> TeacherCard {
 
 fn request() -> TeacherRequest {
     let images = SampleRequest { seed: 11, batch: 64, ..SampleRequest::default() };
-    TeacherRequest { images, sampler: Sampler::Heun, steps: 18, guidance: 1.0.into() }
+    TeacherRequest { images, sampler: Sampler::Heun, steps: 18, shift: 0.0, guidance: 1.0.into() }
 }
 
 /// The ODE's solution from `80 z` to noise level 0.
@@ -177,6 +177,32 @@ fn a_weaker_network_leads_away_from_its_own_mean() {
     let other = TeacherCard { shape: vec![6], ..card() };
     let error = check_weaker(&card(), &other).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("the weaker network's card has shape [6]"), "{error}");
+}
+
+#[test]
+fn a_shift_moves_the_steps_of_a_flow() {
+    let schedule = ScheduleSpec::Flow { shift: 1.0, direction: Default::default() };
+    let flow = Arc::new(TeacherCard { schedule, ..card() });
+    let engine = runtime::open_bytes(&gaussian_teacher("batch"), None, &EngineOptions::default()).unwrap();
+    let mut teacher = TeacherOnEngine::new(engine, flow.clone()).unwrap();
+    let mut request = request();
+    (request.sampler, request.steps, request.images.classes) = (Sampler::Euler, 4, vec![2]);
+    let schedule = flow.schedule().unwrap();
+    let z: Vec<f64> = image_noise(11, 0, 6).iter().map(|v| f64::from(*v)).collect();
+    let denoise =
+        |x: &Vec<f64>, s: f64| Ok(x.iter().map(|x| (SD * SD * x + s * s * MEANS[2]) / (SD * SD + s * s)).collect());
+    let mut made = Vec::new();
+    for (shift, times) in [(0.0, [0.75, 0.5, 0.25]), (3.0, [0.9, 0.75, 0.5])] {
+        request.shift = shift;
+        let found = teacher.sample(&request, 0, 1).unwrap().images.to_f32();
+        let sigmas = [&[schedule.sigma_max()][..], &times.map(|t| schedule.sigma(t)), &[0.0]].concat();
+        let want = Sampler::Euler.run(&schedule, &z, &sigmas, denoise).unwrap().value;
+        assert!(found.iter().zip(&want).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-3), "{found:?} {want:?}");
+        made.push(found);
+    }
+    assert_ne!(made[0], made[1]);
+    let e = open(&gaussian_teacher("batch"), &EngineOptions::default()).sample(&request, 0, 1).unwrap_err();
+    assert!(e.exit_code() == 2 && e.to_string().contains("schedule is not"), "{e}");
 }
 
 #[test]
@@ -315,6 +341,15 @@ fn libtorch_and_onnx_runtime_sample_the_same_digits() {
     let here = convert::to_host(&here.value.clamp(-1.0, 1.0)).unwrap().to_f32();
     for (x, y) in here.iter().zip(there.images.to_f32()) {
         assert!((x - y).abs() < 1e-3, "{x} is not {y}");
+    }
+    // Guided and rescaled as well.
+    wanted.guidance = Guidance::everywhere(3.0).rescaled(0.7).unwrap();
+    let guided = engine.sample(&wanted, 0, 6).unwrap().images.to_f32();
+    let z = HostTensor::new(&[6, c, h, w], &batch_noise(11, 0, 6, c * h * w)).unwrap();
+    let same = denoiser.sample(&convert::to_torch(&z).unwrap(), &cond, Sampler::Heun, 8, wanted.guidance).unwrap();
+    let same = convert::to_host(&same.value.clamp(-1.0, 1.0)).unwrap().to_f32();
+    for (x, y) in same.iter().zip(&guided) {
+        assert!((x - y).abs() < 2e-3, "{x} is not {y}, guided");
     }
     assert!(here.iter().any(|v| *v > 0.5) && here.iter().any(|v| *v < -0.5), "no digits: {here:?}");
 }

@@ -36,9 +36,7 @@ impl Batches {
     /// Errors: conditions that do not fit the teacher's card.
     pub fn new(config: &Config, teacher: &Denoiser) -> Result<Self> {
         let card = teacher.card();
-        let schedule = card.schedule()?;
-        let table = schedule.training_sigmas(config.noise.levels);
-        let discrete = schedule.steps().is_some();
+        let (table, discrete) = table(config, card)?;
         let noise = &config.noise;
         let levels = |distribution, range| Levels::new(noise, distribution, range, &table, discrete);
         let fake = match noise.fake_distribution {
@@ -90,6 +88,14 @@ impl Batches {
     pub fn conditions(&self, draws: &Draws, denoiser: &Denoiser) -> Result<Conditions> {
         Conditions::from_host(&draws.conditions(&self.conditions, denoiser.card(), self.batch)?, self.device)
     }
+}
+
+/// The table of noise levels that training draws from, rising, and whether the network knows no others.
+///
+/// Errors: `noise.shift` for a schedule that is no flow.
+pub fn table(config: &Config, card: &TeacherCard) -> Result<(Vec<f64>, bool)> {
+    let schedule = card.schedule()?.with_shift(config.noise.shift, "noise.shift")?;
+    Ok((schedule.training_sigmas(config.noise.levels), schedule.steps().is_some()))
 }
 
 /// Where the configured conditions come from, checked against the card.

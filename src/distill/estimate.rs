@@ -212,14 +212,15 @@ fn estimate_of(
     };
     let objective = config.built_objective()?;
     let fake = u64::from(objective.needs_fake());
-    let stage = |weights: u64, spreads: &[Spread], highest: f64, passes: f64, student_passes: f64, guide_passes: f64| {
-        let gradients = spreads.iter().map(|s| s.whole).sum::<f64>().min(highest) as u64;
-        let optimizer = spreads.iter().map(|s| 2.0 * s.kept * s.whole).sum::<f64>() as u64;
-        let activations = (highest - gradients as f64).max(0.0) as u64;
-        let weights = weights + frozen + given + guide_bytes;
-        let total = weights + gradients + optimizer + activations;
-        StageCost { weights, gradients, optimizer, activations, total, passes, student_passes, guide_passes }
-    };
+    let stage =
+        |weights: u64, spreads: &[Spread], highest: f64, passes: f64, student_passes: f64, guide_passes: f64| {
+            let gradients = spreads.iter().map(|s| s.whole).sum::<f64>().min(highest) as u64;
+            let optimizer = spreads.iter().map(|s| 2.0 * s.kept * s.whole).sum::<f64>() as u64;
+            let activations = (highest - gradients as f64).max(0.0) as u64;
+            let weights = weights + frozen + given + guide_bytes;
+            let total = weights + gradients + optimizer + activations;
+            StageCost { weights, gradients, optimizer, activations, total, passes, student_passes, guide_passes }
+        };
     let ratio = config.backtrack.ratio as f64;
     let weaker = teacher.weaker().is_some();
     let guided = if config.guidance != 1.0 && !weaker { 2.0 } else { 1.0 };

@@ -60,7 +60,11 @@ impl Student {
     ///
     /// Errors: noise levels in the configuration, of which such a network knows nothing.
     pub fn of_generator(generator: Generator, config: &StudentConfig) -> Result<Self> {
-        let set = [("student.sigmas", !config.sigmas.is_empty()), ("student.sigma_init", config.sigma_init > 0.0)];
+        let set = [
+            ("student.sigmas", !config.sigmas.is_empty()),
+            ("student.steps", config.steps > 0),
+            ("student.sigma_init", config.sigma_init > 0.0),
+        ];
         match set.iter().find(|(_, set)| *set) {
             None => Ok(Self::Generator(generator)),
             Some((key, _)) => Err(Error::usage(format!(
@@ -264,8 +268,28 @@ fn known(conversion: &Conversion, key: &str, sigma: f64) -> Result<()> {
     }
 }
 
-/// The noise levels of the steps after the first.
+/// The noise levels of the steps after the first: those that are listed, or those of the grid.
 pub fn levels(conversion: &Conversion, config: &StudentConfig) -> Result<Vec<f64>> {
+    match config.steps {
+        0 => listed(conversion, config),
+        steps => {
+            let schedule = conversion.schedule().clone().with_shift(config.shift, "student.shift")?;
+            let first = conversion.at_start(None)?.sigma;
+            let levels = schedule.student_sigmas(steps).context("student.steps")?.split_off(1);
+            match levels.first().is_none_or(|second| *second < first) {
+                true => Ok(levels),
+                // (Where the table's end is so steep that the student starts before it.)
+                false => Err(Error::usage(format!(
+                    "student.steps is {steps}: the second level would be {:.4}, and the student starts at {first:.4}",
+                    levels[0]
+                ))
+                .hint("list the levels of the further steps in student.sigmas instead")),
+            }
+        }
+    }
+}
+
+fn listed(conversion: &Conversion, config: &StudentConfig) -> Result<Vec<f64>> {
     let first = conversion.at_start((config.sigma_init > 0.0).then_some(config.sigma_init))?.sigma;
     let schedule = conversion.schedule();
     let bad = |what: String| {

@@ -160,7 +160,7 @@ pub fn teacher(
     let mut teacher = TeacherOnEngine::open(path, card, options)?;
     let load_ms = ms(began);
     let images = SampleRequest { batch, embeddings: teacher.random_rows(1, batch)?, ..SampleRequest::default() };
-    let request = TeacherRequest { images, sampler: Sampler::default(), steps, guidance: 1.0.into() };
+    let request = TeacherRequest { images, sampler: Sampler::default(), steps, shift: 0.0, guidance: 1.0.into() };
     let mut nfe = teacher.sample(&request, 0, batch)?.nfe;
     let mut times = Vec::new();
     let end = Instant::now() + Duration::from_secs_f64(seconds.clamp(0.0, 3600.0));

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::Statistics;
-use crate::diffusion::{Guidance, Sampler};
 use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest, card_of};
+use crate::diffusion::{Guidance, Sampler};
 use crate::error::{Context, Error, Result};
 use crate::io::images::Rounding;
 use crate::io::{ImageSet, idx, npy, table};
@@ -60,6 +60,8 @@ pub struct Draw {
     pub sampler: Sampler,
     /// Steps of the teacher's sampler.
     pub steps: usize,
+    /// Time shift of these steps where the teacher is a flow; 0: the card's.
+    pub shift: f64,
     /// Guidance of the teacher: classifier-free, or by its weaker network ([`Source::guided_by`]).
     pub guidance: Guidance,
 }
@@ -67,7 +69,14 @@ pub struct Draw {
 impl Default for Draw {
     fn default() -> Self {
         let request = SampleRequest { batch: 64, ..SampleRequest::default() };
-        Self { request, rounding: Rounding::default(), sampler: Sampler::Heun, steps: 18, guidance: 1.0.into() }
+        Self {
+            request,
+            rounding: Rounding::default(),
+            sampler: Sampler::Heun,
+            steps: 18,
+            shift: 0.0,
+            guidance: 1.0.into(),
+        }
     }
 }
 
@@ -329,8 +338,8 @@ impl Source {
                 nfe: 1,
             }),
             Self::Teacher(teacher) => {
-                let (sampler, steps, guidance) = (draw.sampler, draw.steps, draw.guidance);
-                let request = TeacherRequest { images: draw.request.clone(), sampler, steps, guidance };
+                let Draw { sampler, steps, shift, guidance, .. } = *draw;
+                let request = TeacherRequest { images: draw.request.clone(), sampler, steps, shift, guidance };
                 let made = teacher.sample(&request, start as u64, count)?;
                 let labels = teacher.card().classes().map(|classes| {
                     let given = &draw.request.classes;

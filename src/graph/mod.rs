@@ -3,6 +3,7 @@
 pub mod attributes;
 pub mod calls;
 pub mod definition;
+pub mod depth;
 pub mod edit;
 pub mod fuse;
 pub mod inline;

@@ -28,7 +28,7 @@ pub(super) fn check_recorded(trajectory: &Path, config: &Config, card: &Resolved
     if !file.is_file() {
         return Ok(());
     }
-    let levels = ["student.sigma_init", "student.sigmas", "student.stochastic"];
+    let levels = ["student.sigma_init", "student.sigmas", "student.steps", "student.shift", "student.stochastic"];
     let recorded = Config::of_run(&file)?;
     match recorded.differences(config)?.into_iter().find(|d| levels.contains(&d.0.as_str())) {
         None => Ok(()),
@@ -43,6 +43,7 @@ pub(super) fn check_recorded(trajectory: &Path, config: &Config, card: &Resolved
 pub(super) fn check_stages(config: &Config, stages: Stages, teacher: &Denoiser) -> Result<()> {
     if stages == Stages::Degrade {
         check_student(config, teacher)?;
+        crate::distill::batches::table(config, teacher.card())?;
         return crate::distill::batches::conditions(config, teacher.card()).map(drop);
     }
     check_stage_two(config, teacher)

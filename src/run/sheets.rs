@@ -41,6 +41,8 @@ pub struct Sheets {
     /// What the networks' samples are.
     view: View,
     steps: usize,
+    /// Time shift of the steps; 0: the card's.
+    shift: f64,
     guidance: Guidance,
     /// Images a forward pass.
     batch: usize,
@@ -60,6 +62,7 @@ impl Sheets {
         student: Option<&Student>,
         decoder: Option<Decoder>,
     ) -> Result<Self> {
+        card.schedule()?.with_shift(config.log.sample_shift, "log.sample_shift")?;
         let (count, seed) = (config.log.samples, config.seed);
         let noise = |row: &[usize]| {
             let size: Vec<usize> = std::iter::once(count).chain(row.iter().copied()).collect();
@@ -75,6 +78,7 @@ impl Sheets {
             decoder,
             view: View::of_card(card),
             steps: config.log.sample_steps,
+            shift: config.log.sample_shift,
             guidance: config.target_guidance()?,
             batch: config.batch,
             events: EventWriter::append(run.path())?,
@@ -286,10 +290,10 @@ impl Observer for Sheets {
     }
 
     fn node_recorded(&mut self, node: usize, denoiser: &Denoiser) -> Result<()> {
-        let (steps, guidance) = (self.steps, guidance_of(self.guidance, denoiser, node));
+        let (steps, shift, guidance) = (self.steps, self.shift, guidance_of(self.guidance, denoiser, node));
         let name = if node == 0 { "teacher".to_owned() } else { format!("degraded-node-{node:03}") };
         let sample = |z: &tch::Tensor, conditions: &Conditions| {
-            Ok(denoiser.sample(z, conditions, Sampler::Heun, steps, guidance)?.value)
+            Ok(denoiser.sample_shifted(z, conditions, (Sampler::Heun, steps), shift, guidance)?.value)
         };
         self.write(&name, &self.noise.clone(), sample, device_of(denoiser))
     }

@@ -14,6 +14,7 @@ use super::monitor::Monitor;
 use super::origin::{StudentOrigin, Written};
 use super::sheets::{self, Sheets};
 use crate::diffusion::Denoiser;
+use crate::distill::batches;
 use crate::distill::checkpoint::StageKind;
 use crate::distill::inputs::denoising_loss;
 use crate::distill::metrics::{self, MetricsRow};
@@ -298,7 +299,7 @@ impl<'a> Watcher<'a> {
     /// Denoising losses of target and fake score on the student's samples, by noise level, as a line of levels.jsonl.
     fn levels(&mut self, step: &Step, networks: &Running) -> Result<()> {
         let card = &self.origin.teacher.card.card;
-        let table = card.schedule()?.training_sigmas(self.config.noise.levels);
+        let (table, _) = batches::table(self.config, card)?;
         let [low, high] = self.config.noise.generator;
         let at = |k: usize| table.get(low + (high - low) * k / (LEVELS - 1)).copied();
         let sigmas: Vec<f64> = (0..LEVELS).filter_map(at).collect();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
+use crate::graph::depth::{self, Places};
 use crate::graph::fuse::{self, Report};
 use crate::graph::roles::{self, Buffer, Parameter};
 use crate::graph::{Graph, Model, Port, TrainableChoice, ValueId, calls, lower, narrow, widen};
@@ -45,6 +46,10 @@ pub trait Forward {
     /// Names of the tensors inside the network that depend on its inputs, in the order in which they are made.
     fn tap_names(&self) -> Vec<String> {
         Vec::new()
+    }
+    /// Where the tensors inside the network lie between its input `sample` and its output `output`. Empty for a network that is no graph.
+    fn places(&self, _sample: &str, _output: &str) -> Places {
+        Places::default()
     }
     /// The parameters of this copy.
     fn params(&self) -> &ParamSet;
@@ -379,6 +384,10 @@ impl Forward for Network {
             }
         }
         names
+    }
+
+    fn places(&self, sample: &str, output: &str) -> Places {
+        depth::places(&self.shared.graph, sample, output)
     }
 
     fn params(&self) -> &ParamSet {

@@ -23,9 +23,7 @@ impl Config {
         self.settings.check()?;
         self.check_additions()?;
         let settings = &self.degrade;
-        if settings.nodes.is_auto()
-            && (settings.spacing != DegradeConfig::default().spacing || settings.patience > 0)
-        {
+        if settings.nodes.is_auto() && (settings.spacing != DegradeConfig::default().spacing || settings.patience > 0) {
             return Err(Error::usage(
                 "degrade.nodes is `auto`, which says where the nodes lie and when stage 1 ends: degrade.spacing and degrade.patience are not read",
             )
@@ -214,8 +212,12 @@ impl Config {
         }
         if student.steps > 0 && (!student.sigmas.is_empty() || student.sigma_init > 0.0) {
             let key = if student.sigmas.is_empty() { "student.sigma_init" } else { "student.sigmas" };
-            return Err(Error::usage(format!("student.steps and {key} both say at which noise levels the student is evaluated"))
-                .hint(format!("student.steps makes a grid from where the schedule starts: leave {key} out, or student.steps")));
+            return Err(Error::usage(format!(
+                "student.steps and {key} both say at which noise levels the student is evaluated"
+            ))
+            .hint(format!(
+                "student.steps makes a grid from where the schedule starts: leave {key} out, or student.steps"
+            )));
         }
         if student.steps == 0 && student.shift != 0.0 {
             return Err(Error::usage("student.shift shifts the grid of student.steps, which is 0")

@@ -376,7 +376,14 @@ impl Default for LoraConfig {
 }
 impl Default for DegradeConfig {
     fn default() -> Self {
-        Self { nodes: NodeCount::Count(3), steps: 400, lr: 0.0, betas: Vec::new(), spacing: Spacing::LogIteration, patience: 0 }
+        Self {
+            nodes: NodeCount::Count(3),
+            steps: 400,
+            lr: 0.0,
+            betas: Vec::new(),
+            spacing: Spacing::LogIteration,
+            patience: 0,
+        }
     }
 }
 impl Default for BacktrackConfig {

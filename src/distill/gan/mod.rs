@@ -3,6 +3,7 @@
 
 mod data;
 mod head;
+pub mod taps;
 
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::axes::written;
 use crate::diffusion::{Conditions, Denoiser};
-use crate::distill::batches::Batches;
+use crate::distill::batches::{self, Batches};
 use crate::distill::config::{Config, Distribution};
 use crate::distill::draws::{Draws, Levels, Purpose};
 use crate::error::{Error, Result};
@@ -63,20 +64,18 @@ impl Gan {
             return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
                 .hint(possible()));
         }
-        let features = tapped(&config.gan.taps).map_err(|e| e.also(possible()))?;
-        let shapes: Vec<(String, Vec<i64>)> =
-            config.gan.taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
+        let taps: Vec<String> = taps::resolve(&config.gan.taps, teacher)?.into_iter().map(|tap| tap.name).collect();
+        let features = tapped(&taps).map_err(|e| e.also(possible()))?;
+        let shapes: Vec<(String, Vec<i64>)> = taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
         let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device).map_err(|e| e.also(possible()))?;
         head.params().set_requires_grad(true)?;
-        let schedule = card.schedule()?;
-        let table = schedule.training_sigmas(config.noise.levels);
-        let levels =
-            Levels::new(&config.noise, Distribution::Table, config.gan.levels, &table, schedule.steps().is_some());
+        let (table, discrete) = batches::table(config, card)?;
+        let levels = Levels::new(&config.noise, Distribution::Table, config.gan.levels, &table, discrete);
         Ok(Some(Self {
             adam: AdamW::new(head.params(), config.adamw(config.gan.lr, &config.backtrack.betas_fake))?,
             head,
             data,
-            taps: config.gan.taps.clone(),
+            taps,
             levels,
             weight_generator: config.gan.weight_generator,
             weight_discriminator: config.gan.weight_discriminator,
