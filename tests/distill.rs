@@ -557,7 +557,7 @@ fn a_weaker_network_guides_a_run_its_plan_and_the_teachers_sampler() {
     assert_ne!(measure(&text), measure(&[]));
     for (more, says) in [
         (&["--guidance-by", "weak.onnx"][..], "--guidance-by without --guidance"),
-        (&["--shift", "3"], "shifts the times of a flow"),
+        (&["--shift", "3"], "only a flow's times are shifted"),
         (&["--guidance", "2", "--guidance-by", "none.onnx"], "none.onnx"),
     ] {
         let (code, text) = fails(dir, &with(&["evaluate", "-n", "16", "--steps", "2", TEACHER, data], more));

@@ -177,7 +177,7 @@ impl super::denoiser::Denoiser {
         guidance: impl Into<super::Guidance>,
     ) -> Result<Sampled<tch::Tensor>> {
         let guidance = guidance.into();
-        let schedule = &self.conversion().schedule().clone().with_shift(shift, "the shift of the sampler's times")?;
+        let schedule = &self.conversion().schedule().clone().with_shift(shift, "the sampler's time shift")?;
         let (sampler, steps) = sampler.fitting(self.card().prediction, steps);
         let rows = z.size().first().copied().unwrap_or(0) as usize;
         let _no_grad = tch::no_grad_guard();

@@ -256,8 +256,10 @@ impl Schedule {
                 let (low, high) = SHIFTS.into_inner();
                 Err(Error::usage(format!("{key} is {shift:?}, expected a number from {low:?} to {high:?}")))
             }
-            _ => Err(Error::usage(format!("{key} shifts the times of a flow, which this teacher's schedule is not"))
-                .hint(format!("leave {key} out"))),
+            _ => Err(Error::usage(format!(
+                "{key}: only a flow's times are shifted, and this teacher's schedule is no flow"
+            ))
+            .hint(format!("leave {key} out"))),
         }
     }
 

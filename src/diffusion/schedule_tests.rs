@@ -219,7 +219,7 @@ fn a_shifted_flow_has_the_grids_of_diffusers_and_fastgen() {
     let e = flow().with_shift(1e3, "noise.shift").unwrap_err();
     assert!(e.exit_code() == 2 && e.to_string().contains("noise.shift is 1000.0"), "{e}");
     let e = vp(Betas::Linear).with_shift(3.0, "noise.shift").unwrap_err();
-    assert!(e.exit_code() == 2 && e.to_string().contains("schedule is not"), "{e}");
+    assert!(e.exit_code() == 2 && e.to_string().contains("schedule is no flow"), "{e}");
     // DMD2's steps of Stable Diffusion, and EDM's rho grid: the last level stands for the clean end.
     let steps = vp(Betas::ScaledLinear).student_sigmas(4).unwrap();
     let times: Vec<f64> = steps.iter().map(|s| vp(Betas::ScaledLinear).t(*s).round()).collect();

@@ -284,8 +284,7 @@ impl TeacherOnEngine {
 
     /// Samples images `start..start + count`: image `k` starts from [`crate::noise::image_noise`] of (seed, k).
     pub fn sample(&mut self, request: &TeacherRequest, start: u64, count: usize) -> Result<TeacherSamples> {
-        let schedule =
-            self.conversion.schedule().clone().with_shift(request.shift, "the shift of the sampler's times")?;
+        let schedule = self.conversion.schedule().clone().with_shift(request.shift, "the sampler's time shift")?;
         let (sampler, steps) = request.sampler.fitting(self.card.prediction, request.steps);
         let sigmas = sampler.sigmas(&schedule, steps);
         let len = self.card.sample_len();

@@ -202,7 +202,7 @@ fn a_shift_moves_the_steps_of_a_flow() {
     }
     assert_ne!(made[0], made[1]);
     let e = open(&gaussian_teacher("batch"), &EngineOptions::default()).sample(&request, 0, 1).unwrap_err();
-    assert!(e.exit_code() == 2 && e.to_string().contains("schedule is not"), "{e}");
+    assert!(e.exit_code() == 2 && e.to_string().contains("schedule is no flow"), "{e}");
 }
 
 #[test]

@@ -42,7 +42,7 @@ fn shifted_levels_are_those_of_every_network() {
     let mut c = config();
     c.noise.shift = 3.0;
     let e = batches::Batches::new(&c, &plain()).unwrap_err();
-    assert!(e.exit_code() == 2 && e.to_string().contains("noise.shift shifts the times of a flow"), "{e}");
+    assert!(e.exit_code() == 2 && e.to_string().contains("noise.shift: only a flow"), "{e}");
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn a_grid_is_the_levels_that_it_stands_for() {
     let levels = student::levels(&flow, &config).unwrap();
     assert!(levels.iter().zip([9.0, 3.0, 1.0]).all(|(a, b)| (a - b).abs() < 1e-9), "{levels:?}");
     let e = Student::new(plain(), &config).unwrap_err();
-    assert!(e.exit_code() == 2 && e.to_string().contains("student.shift shifts the times of a flow"), "{e}");
+    assert!(e.exit_code() == 2 && e.to_string().contains("student.shift: only a flow"), "{e}");
 }
 
 #[test]
