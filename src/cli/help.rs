@@ -38,6 +38,7 @@ const EXAMPLES: [(&str, &[&str]); 18] = [
             "run/student.onnx -o student-fp16.onnx --precision fp16",
             "run/student.onnx -o student-8.onnx --batch 8 --opset 21 --image",
             "teacher.onnx --run run/ --ema live -o latest.onnx",
+            "teacher.onnx --run run/ --format diffusers --pipeline teacher/ -o student/",
         ],
     ),
     ("verify", &["run/student.onnx", "run/student.onnx --teacher teacher.onnx --target tensorrt,webgpu"]),

@@ -104,11 +104,18 @@ fn vp(card: &TeacherCard, schedule: &Schedule, levels: &[f64], stochastic: bool)
     // (Levels are those of the table's entries.)
     let entries: Vec<usize> = levels.iter().map(|&s| schedule.t(s).round().max(0.0) as usize).collect();
     let (n, total) = (entries.len(), entries[0] + 1);
-    let even: Vec<usize> = (0..n).map(|i| (total - i * (total / n)).saturating_sub(1)).collect();
-    if total % n != 0 || entries != even {
+    let stride = total / n;
+    let even: Vec<usize> = (1..=n).rev().map(|i| (i * stride).saturating_sub(1)).collect();
+    if entries != even {
+        let level = |&k: &usize| format!("{:.6}", schedule.sigma(k as f64));
+        let at: Vec<String> = even.iter().map(level).collect();
         return refuse(
             format!("they are at {entries:?} of the schedule's table, and diffusers divides the table evenly"),
-            &format!("for its {n} steps train with student.sigma_init and student.sigmas at {even:?}, or another even division; {WITHOUT}"),
+            &format!(
+                "for {n} steps at {even:?} train with student.sigma_init = {} and student.sigmas = [{}]; {WITHOUT}",
+                at[0],
+                at[1..].join(", ")
+            ),
         );
     }
     if n > 1 && stochastic && total == n {

@@ -57,6 +57,9 @@ fn what_no_scheduler_makes_is_refused_with_the_way_out() {
     let level = |k: f64| schedule.sigma(k);
     let uneven = text_of(of(&vp, None, &steps(&[level(600.0)], false)));
     assert!(uneven.contains("[999, 600]") && uneven.contains("[999, 499]"), "{uneven}");
+    assert!(uneven.contains(&format!("student.sigmas = [{:.6}]", level(499.0))), "{uneven}");
+    let thirds = text_of(of(&vp, None, &steps(&[level(666.0), level(332.0)], false)));
+    assert!(thirds.contains("[998, 665, 332]"), "{thirds}");
     assert_eq!(of(&vp, None, &steps(&[level(499.0)], false)).unwrap().class, "DDIMScheduler");
     let ends_at_zero = text_of(of(&vp, Some(level(1.0)), &steps(&[level(0.0)], true)));
     assert!(ends_at_zero.contains("LCMScheduler"), "{ends_at_zero}");
