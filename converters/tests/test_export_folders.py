@@ -61,14 +61,14 @@ def test_a_unet_of_pixels_makes_the_students_images(tmp_path, weights, kind):
 def test_several_steps_are_those_of_the_student(tmp_path, weights, stochastic):
     """Steps at even places of the table: the sampler of latent consistency models with fresh noise, DDIM without."""
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    levels = [float(np.sqrt((1 - kept[k]) / kept[k])) for k in (749, 499, 249)]
+    levels = [float(np.sqrt((1 - kept[k]) / kept[k])) for k in (499,)]
     given = ["--weights", weights, *run_of(tmp_path / "run", {"sigmas": levels, "stochastic": stochastic})]
     report = export(TEACHER, "diffusers", DIGITS, tmp_path / "p", *given)
     disback("export", TEACHER, *given, "-o", tmp_path / "student.onnx")
     assert report["scheduler"] == ("LCMScheduler" if stochastic else "DDIMScheduler")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "p")
     made = called(report, pipe, output_type="np").images
-    drawn = torch.cat(noise(*[(4, 1, 8, 8)] * (4 if stochastic else 1)), 1)
+    drawn = torch.cat(noise(*[(4, 1, 8, 8)] * (2 if stochastic else 1)), 1)
     ours = student(tmp_path / "student.onnx", drawn, class_labels=LABELS).transpose(0, 2, 3, 1)
     same(made, (ours / 2 + 0.5).clip(0, 1))
 

@@ -84,6 +84,10 @@ def as_teacher(model, kind, path):
     if "XL" in kind:
         time = next(i for i in graph.graph.input if i.name == "timestep")
         time.type.tensor_type.shape.dim.add().dim_param = "batch_size"
+        for node in graph.graph.node:
+            node.input[:] = ["first_timestep" if name == "timestep" else name for name in node.input]
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "first"))
+        graph.graph.node.insert(0, onnx.helper.make_node("Gather", ["timestep", "first"], ["first_timestep"]))
     onnx.save(graph, path)
     path.with_suffix(".card.toml").write_text(CARDS[kind])
 

@@ -155,7 +155,10 @@ impl PipelineFolder {
                 Schedulers::Flow => no("no pipeline of classes in pixels"),
                 Schedulers::Vp | Schedulers::Edm | Schedulers::Consistency if square => Ok(OF_PIXELS.into()),
                 _ => self.refuse(
-                    &format!("unet/config.json has sample_size {}, but {OF_PIXELS} makes squares", self.config["sample_size"]),
+                    &format!(
+                        "unet/config.json has sample_size {}, but {OF_PIXELS} makes squares",
+                        self.config["sample_size"]
+                    ),
                     "student.onnx runs without diffusers",
                 ),
             };

@@ -1,7 +1,7 @@
 //! The network as optimum's ONNX Runtime pipelines call it: the inputs' and the output's names are theirs, its time stays free.
 
-use super::folder::{Family, PipelineFolder};
 use super::FolderStudent;
+use super::folder::{Family, PipelineFolder};
 use crate::diffusion::{TeacherCard, TimeUnit};
 use crate::error::{Error, Result};
 use crate::export::base;

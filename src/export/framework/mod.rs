@@ -16,8 +16,8 @@ use crate::diffusion::TeacherCard;
 use crate::error::{Context, Error, Result};
 use crate::export::{Steps, StudentOptions};
 use crate::files;
-use crate::graph::save;
 use crate::graph::roles::Declared;
+use crate::graph::save;
 use crate::torch::{Network, ParamSet};
 
 use folder::{Family, PipelineFolder};
@@ -158,8 +158,11 @@ fn read_me(report: &FolderReport, framework: Framework) -> String {
              pipe = ORTDiffusionPipeline.from_pretrained(\".\")"
             .to_owned(),
     };
-    let mut text =
-        format!("A student of disback {}.\n\n```python\n{load}\nimages = {}.images\n```\n", env!("CARGO_PKG_VERSION"), report.call);
+    let mut text = format!(
+        "A student of disback {}.\n\n```python\n{load}\nimages = {}.images\n```\n",
+        env!("CARGO_PKG_VERSION"),
+        report.call
+    );
     for warning in &report.warnings {
         text += &format!("\n{warning}\n");
     }
