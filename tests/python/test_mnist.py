@@ -64,11 +64,11 @@ def test_the_teacher_denoises_the_test_images_and_knows_their_classes(test_set):
     def error(sigma, classes):
         return float(np.square(denoise(images + sigma * noise, sigma, classes) - images).mean())
 
-    # (A Wiener filter that knows only the variance, 0.38, leaves 0.073 and 0.28; this teacher 0.0072 and 0.036.)
-    assert error(0.3, labels) < 0.009
-    assert error(1.0, labels) < 0.043
+    # (A Wiener filter that knows only the variance, 0.38, leaves 0.073 and 0.28; this teacher 0.0062 and 0.031.)
+    assert error(0.3, labels) < 0.0075
+    assert error(1.0, labels) < 0.036
     right, none, wrong = (error(3.0, c) for c in (labels, np.full(100, 10), (labels + 1) % 10))
-    assert right < 0.95 * none < none < 0.95 * wrong
+    assert right < 0.9 * none < none < 0.8 * wrong
 
 
 def test_the_schedule_of_the_sheet_is_that_of_the_card():
