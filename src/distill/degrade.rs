@@ -79,7 +79,8 @@ impl<'a> Degrade<'a> {
         copy.params().set_requires_grad(true)?;
         let mut adam = AdamW::new(copy.params(), config.adamw(config.degrade_lr(), &config.degrade.betas))?;
         adam.share(&job.world, config.sums_apart(batches.device), config.distributed.shares_states())?;
-        let probe = Probe::new(&batches, teacher, &initial)?;
+        let looked_at = if config.degrade.nodes.is_auto() { plan::batches_of_a_look(config.batch) } else { 1 };
+        let probe = Probe::new(&batches, teacher, &initial, looked_at)?;
         let (recorder, form) = recorder(config, batches.device)?;
         let (state, trajectory) = match resume {
             Some(mut checkpoint) => {
@@ -106,8 +107,21 @@ impl<'a> Degrade<'a> {
         let steps = if config.degrade.nodes.is_auto() { plan::most_steps(config) } else { config.degrade.steps };
         let record_at = recording_plan(&config.degrade);
         let lr = adam.lr(1.0);
-        let stage =
-            Self { config, teacher, batches, initial, copy, adam, probe, recorder, form, trajectory, steps, record_at, lr };
+        let stage = Self {
+            config,
+            teacher,
+            batches,
+            initial,
+            copy,
+            adam,
+            probe,
+            recorder,
+            form,
+            trajectory,
+            steps,
+            record_at,
+            lr,
+        };
         Ok((stage, state))
     }
 
@@ -138,16 +152,17 @@ impl<'a> Degrade<'a> {
     }
 
     /// Looks at the copy where it is time to, and records what is to be a candidate. Whether stage 1 ends.
-    fn look(&mut self, job: &Job, state: &State) -> Result<bool> {
+    fn look(&mut self, job: &Job, state: &mut State) -> Result<bool> {
         if !plan::looks_after(state.iteration, self.steps) {
             return Ok(false);
         }
-        let (loss, gap) = self.probe.look(&self.copy, self.teacher)?;
+        let [loss, gap] = self.probe.look(&self.copy, self.teacher)?;
         let (loss, gap) = (job.world.decide(loss)?, job.world.decide(gap)?);
         let index = self.trajectory.nodes().len();
         let (file, hash) = (String::new(), String::new());
         let seen = Node { index, file, iteration: state.iteration, loss: Some(loss), hash, gap: Some(gap) };
-        let look = plan::after_look(self.trajectory.nodes(), &seen, self.steps);
+        let look = plan::after_look(self.trajectory.nodes(), &seen, state.best_loss, self.steps);
+        state.best_loss = Some(loss);
         if look.record {
             self.trajectory.record_looked(self.copy.params(), &seen)?;
         }
@@ -279,9 +294,14 @@ impl Stage for Degrade<'_> {
     }
 }
 
-/// The denoising loss on a fixed batch of the initial student's samples with levels spread over the whole range: the
-/// same number for the same weights, so that nodes can be compared.
+/// The denoising loss on fixed samples of the initial student with levels spread over the whole range: the same number for the same
+/// weights, so that nodes can be compared.
 struct Probe {
+    batches: Vec<Fixed>,
+}
+
+/// One batch of them.
+struct Fixed {
     x0: Tensor,
     sigmas: Vec<f64>,
     noise: Tensor,
@@ -289,33 +309,45 @@ struct Probe {
 }
 
 impl Probe {
-    fn new(batches: &Batches, teacher: &Denoiser, initial: &Student) -> Result<Self> {
-        let draws = batches.draws(Phase::Probe, 0, 0);
-        let conditions = batches.conditions(&draws, teacher)?;
-        let z = batches.latent(&draws, initial)?;
-        let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
-        let noise = batches.noise(&draws, Purpose::FakeNoise)?;
-        Ok(Self { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })
+    /// Of so many batches.
+    fn new(batches: &Batches, teacher: &Denoiser, initial: &Student, count: usize) -> Result<Self> {
+        let one = |k: usize| {
+            let draws = batches.draws(Phase::Probe, 0, k);
+            let conditions = batches.conditions(&draws, teacher)?;
+            let z = batches.latent(&draws, initial)?;
+            let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
+            let noise = batches.noise(&draws, Purpose::FakeNoise)?;
+            Ok(Fixed { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })
+        };
+        Ok(Self { batches: (0..count).map(one).collect::<Result<_>>()? })
+    }
+
+    /// Means over the batches.
+    fn means<const N: usize>(&self, of: impl Fn(&Fixed) -> Result<[Tensor; N]>) -> Result<[f32; N]> {
+        let mut sums = [0.0; N];
+        for fixed in &self.batches {
+            for (sum, value) in sums.iter_mut().zip(tch::no_grad(|| of(fixed))?) {
+                *sum += value.f_double_value(&[])?;
+            }
+        }
+        Ok(sums.map(|sum| (sum / self.batches.len() as f64) as f32))
     }
 
     fn loss(&self, denoiser: &Denoiser) -> Result<f32> {
-        let loss = tch::no_grad(|| denoising_loss(denoiser, &self.x0, &self.sigmas, &self.noise, &self.conditions))?;
-        Ok(loss.f_double_value(&[])? as f32)
+        let [loss] = self.means(|f| Ok([denoising_loss(denoiser, &f.x0, &f.sigmas, &f.noise, &f.conditions)?]))?;
+        Ok(loss)
     }
 
-    /// The copy's loss, and its gap to the teacher.
-    fn look(&self, copy: &Denoiser, teacher: &Denoiser) -> Result<(f32, f32)> {
-        tch::no_grad(|| {
-            let noised = Noised::new(copy, &self.sigmas, &self.noise, Form::Short)?;
-            let x_t = noised.add_to(&self.x0)?;
-            let of = |d: &Denoiser| -> Result<Tensor> {
-                Ok(d.denoise_prepared(&x_t, &noised.prepared, &self.conditions, &[])?.0)
-            };
-            let (made, by_teacher) = (of(copy)?, of(teacher)?);
-            let mean = |t: Tensor| -> Result<f32> {
-                Ok(t.f_square()?.f_mul(&noised.weights)?.f_mean(tch::Kind::Float)?.f_double_value(&[])? as f32)
-            };
-            Ok((mean(made.f_sub(&self.x0)?)?, mean(made.f_sub(&by_teacher)?)?))
+    /// The copy's loss, and its gap to the teacher: the mean weighted square of the difference between what the two denoise.
+    fn look(&self, copy: &Denoiser, teacher: &Denoiser) -> Result<[f32; 2]> {
+        self.means(|f| {
+            let noised = Noised::new(copy, &f.sigmas, &f.noise, Form::Short)?;
+            let x_t = noised.add_to(&f.x0)?;
+            let of = |d: &Denoiser| d.denoise_prepared(&x_t, &noised.prepared, &f.conditions, &[]);
+            let (by_copy, by_teacher) = (of(copy)?.0, of(teacher)?.0);
+            let mean =
+                |t: Tensor| -> Result<Tensor> { Ok(t.f_square()?.f_mul(&noised.weights)?.f_mean(tch::Kind::Float)?) };
+            Ok([mean(by_copy.f_sub(&f.x0)?)?, mean(by_copy.f_sub(&by_teacher)?)?])
         })
     }
 }

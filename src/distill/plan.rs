@@ -17,12 +17,19 @@ use crate::distill::compare::passes;
 use crate::distill::config::Config;
 use crate::distill::trajectory::Node;
 
-/// Stage 1 ends where the copy has come so far.
+/// Stage 1 does not end before the copy has come so far.
 const ENOUGH: f64 = 0.75;
+/// Nor while its loss still falls by more than this share of what it has fallen in all from one look to the next.
+const STILL_FALLING: f64 = 0.1;
 /// Share of the forward passes of a whole run that stage 1 may cost.
-const SHARE: f64 = 0.05;
-/// Between two looks of stage 1 the number of steps grows by this factor.
-const GROWTH: f64 = 1.4;
+const SHARE: f64 = 0.08;
+/// Samples of a look, at least: of few the distance of two losses cannot be told from chance.
+const SAMPLES: usize = 128;
+/// The first look, and the factor by which the steps grow from one look to the next.
+const FIRST: u64 = 2;
+const GROWTH: f64 = 1.6;
+/// Share of stage 1's steps for which all nodes before the teacher together are the target.
+const HELD: f64 = 0.3;
 /// A node is recorded where the copy has come so much farther than at the last.
 const FARTHER: f64 = 0.15;
 /// Where the teacher's loss on the student's samples is above the copy's by less than this share, there is nothing to record.
@@ -42,7 +49,7 @@ pub fn tracking_of(teacher: &Node, node: &Node) -> Option<f64> {
     tracking(f64::from(gap), f64::from(before) - f64::from(now))
 }
 
-/// Steps that stage 1 may have: `degrade.steps`, and no more than a twentieth of the forward passes of the run.
+/// Steps that stage 1 may have: `degrade.steps`, and no more than that share of the forward passes of the run.
 pub fn most_steps(config: &Config) -> u64 {
     let p = passes(config);
     let stage_two = (config.backtrack.updates * p.of_update(config.backtrack.ratio)) as f64;
@@ -55,13 +62,27 @@ pub fn left_for_stage_two(budget: u64) -> u64 {
     (budget as f64 * (1.0 - SHARE)) as u64
 }
 
-/// Whether stage 1 looks at the copy after `step` steps.
+/// Whether stage 1 looks at the copy after `step` steps, of `steps` at most.
 pub fn looks_after(step: u64, steps: u64) -> bool {
-    let mut at = 1;
+    let mut at = FIRST;
     while at < step.min(steps) {
-        at = ((at as f64 * GROWTH) as u64).max(at + 1);
+        at = (at as f64 * GROWTH).ceil() as u64;
     }
     at == step || step == steps
+}
+
+/// Batches of `batch` samples in a look.
+pub fn batches_of_a_look(batch: usize) -> usize {
+    SAMPLES.div_ceil(batch.max(1))
+}
+
+/// Forward passes, in images, of the looks of a stage 1 that has ended after `done` steps: one of the copy, one of the teacher.
+pub fn passes_of_looks(config: &Config, done: u64) -> u64 {
+    if !config.degrade.nodes.is_auto() {
+        return 0;
+    }
+    let looks = (1..=done).filter(|step| looks_after(*step, most_steps(config))).count() as u64;
+    2 * looks * (batches_of_a_look(config.batch) * config.batch) as u64
 }
 
 /// What stage 1 does after a look at its copy, whose node this would be.
@@ -73,13 +94,16 @@ pub struct Look {
     pub end: bool,
 }
 
-/// Decides after a look: `nodes` are those recorded so far, `seen` is the copy as it is now.
-pub fn after_look(nodes: &[Node], seen: &Node, steps: u64) -> Look {
+/// Decides after a look: `nodes` are those recorded so far, `seen` is the copy as it is now, `before` its loss at the look before.
+pub fn after_look(nodes: &[Node], seen: &Node, before: Option<f32>, steps: u64) -> Look {
     let teacher = &nodes[0];
     let now = tracking_of(teacher, seen).unwrap_or_default();
-    let before = nodes.last().and_then(|n| tracking_of(teacher, n)).unwrap_or_default();
-    let end = now >= ENOUGH || seen.iteration >= steps;
-    Look { record: end || now >= before + FARTHER, end }
+    let last = nodes.last().and_then(|n| tracking_of(teacher, n)).unwrap_or_default();
+    let loss = |loss: Option<f32>| f64::from(loss.unwrap_or(f32::INFINITY));
+    let fallen = loss(teacher.loss) - loss(seen.loss);
+    let falling = loss(before.or(teacher.loss)) - loss(seen.loss) > STILL_FALLING * fallen;
+    let end = now >= ENOUGH && !falling || seen.iteration >= steps;
+    Look { record: end || now >= last + FARTHER, end }
 }
 
 /// What comes of stage 1.
@@ -120,12 +144,10 @@ pub fn choose(candidates: &[Node], most: usize, steps: u64) -> Plan {
     }
     nodes.push(last);
     let come = tracking_of(teacher, end).unwrap_or_default();
-    let ended = if come >= ENOUGH {
-        "which is enough".to_owned()
-    } else if end.iteration >= steps {
-        "and it may take no more steps (degrade.steps, or a twentieth of the run)".to_owned()
+    let ended = if end.iteration < steps {
+        "and its loss has stopped falling"
     } else {
-        String::new()
+        "and it may take no more steps (degrade.steps, or 8 % of the run's forward passes)"
     };
     let hold = hold(end.iteration, count);
     let targets = match count {
@@ -141,11 +163,11 @@ pub fn choose(candidates: &[Node], most: usize, steps: u64) -> Plan {
     Plan { nodes, why }
 }
 
-/// Generator updates for which each node before the teacher is the target: all of them together as many as half of stage 1's steps, which
-/// cost about as much. (Where they stayed longer, the lead of stage 1 was lost: examples/convergence.)
+/// Generator updates for which each node before the teacher is the target, after a stage 1 of so many steps. (Where they stayed longer, the
+/// lead of stage 1 was lost: examples/convergence.)
 pub fn hold(steps: u64, nodes: usize) -> u64 {
-    let before_teacher = nodes.saturating_sub(1).max(1) as u64;
-    steps.div_ceil(2 * before_teacher).max(1)
+    let before_teacher = nodes.saturating_sub(1).max(1);
+    ((steps as f64 * HELD / before_teacher as f64).ceil() as u64).max(1)
 }
 
 #[cfg(test)]
@@ -175,13 +197,16 @@ mod tests {
     #[test]
     fn stage_one_ends_when_the_copy_has_come_far_enough() {
         let nodes = [at(0, 0, 0.0), at(1, 2, 0.2)];
-        let look = |k, iteration| after_look(&nodes, &at(2, iteration, k), 40);
-        assert_eq!(look(0.3, 3), Look { record: false, end: false });
-        assert_eq!(look(0.4, 3), Look { record: true, end: false });
-        assert_eq!(look(0.8, 5), Look { record: true, end: true });
-        assert_eq!(look(0.1, 40), Look { record: true, end: true });
+        let before = |k: f64| Some((1.5 - k * (2.0 - k)) as f32);
+        let look = |k, earlier, iteration| after_look(&nodes, &at(2, iteration, k), before(earlier), 40);
+        assert_eq!(look(0.3, 0.2, 4), Look { record: false, end: false });
+        assert_eq!(look(0.4, 0.2, 4), Look { record: true, end: false });
+        // Far enough, but the loss has fallen from 0.75 to 0.54 of an excess of 1, then from 0.58 to 0.54.
+        assert_eq!(look(0.8, 0.5, 7), Look { record: true, end: false });
+        assert_eq!(look(0.8, 0.75, 7), Look { record: true, end: true });
+        assert_eq!(look(0.1, 0.05, 40), Look { record: true, end: true });
         let looks: Vec<u64> = (1..=40).filter(|s| looks_after(*s, 40)).collect();
-        assert_eq!(looks, [1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 40]);
+        assert_eq!(looks, [2, 4, 7, 12, 20, 32, 40]);
     }
 
     #[test]
@@ -190,7 +215,11 @@ mod tests {
         let candidates: Vec<Node> = ks.iter().enumerate().map(|(i, k)| at(i, 4 * i as u64, *k)).collect();
         let plan = choose(&candidates, 3, 100);
         assert_eq!(plan.nodes, [0, 2, 4, 5]);
-        assert!(plan.why.contains("20 steps") && plan.why.contains("90 %") && plan.why.contains("5 updates each"), "{}", plan.why);
+        assert!(
+            plan.why.contains("20 steps") && plan.why.contains("90 %") && plan.why.contains("3 updates each"),
+            "{}",
+            plan.why
+        );
         assert_eq!(choose(&candidates[..2], 3, 4).nodes, [0, 1]);
         // The copy is no better than the teacher: nothing to record.
         let plan = choose(&[at(0, 0, 0.0), node(1, 9, 1.499, 1e-4)], 3, 9);
@@ -199,11 +228,13 @@ mod tests {
     }
 
     #[test]
-    fn stage_one_costs_a_twentieth_of_the_run_at_most() {
-        let sets = ["batch=4", "backtrack.updates=190", "degrade.nodes=auto"].map(String::from);
+    fn stage_one_costs_so_much_of_the_run_at_most() {
+        let sets = ["batch=4", "backtrack.updates=184", "degrade.nodes=auto"].map(String::from);
         let config = Config::resolve(None, &sets).unwrap();
-        // 190 updates of 16 passes are 3040, of 3200 in all; a step of stage 1 is 8.
-        assert_eq!((most_steps(&config), left_for_stage_two(3200)), (20, 3040));
+        // 184 updates of 16 passes are 2944, of 3200 in all; a step of stage 1 is 8.
+        assert_eq!((most_steps(&config), left_for_stage_two(3200)), (32, 2944));
+        // Looks after 2, 4 and 7 steps, of 32 batches of 4 samples.
+        assert_eq!((batches_of_a_look(4), batches_of_a_look(200), passes_of_looks(&config, 11)), (32, 1, 3 * 2 * 128));
         let few = Config::resolve(None, &[&sets[..], &["degrade.steps=5".into()]].concat()).unwrap();
         assert_eq!(most_steps(&few), 5);
     }

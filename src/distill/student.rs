@@ -274,11 +274,11 @@ pub fn levels(conversion: &Conversion, config: &StudentConfig) -> Result<Vec<f64
         0 => listed(conversion, config),
         steps => {
             let schedule = conversion.schedule().clone().with_shift(config.shift, "student.shift")?;
-            let first = conversion.at_start(None)?.sigma;
+            let first = conversion.at_start((config.sigma_init > 0.0).then_some(config.sigma_init))?.sigma;
             let levels = schedule.student_sigmas(steps).context("student.steps")?.split_off(1);
             match levels.first().is_none_or(|second| *second < first) {
                 true => Ok(levels),
-                // (Where the table's end is so steep that the student starts before it.)
+                // (`sigma_init`, or a table whose end is so steep that the student starts before it.)
                 false => Err(Error::usage(format!(
                     "student.steps is {steps}: the second level would be {:.4}, and the student starts at {first:.4}",
                     levels[0]

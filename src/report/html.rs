@@ -174,7 +174,8 @@ mod tests {
             .collect();
         put(
             "trajectory/trajectory.json",
-            format!("{{\"teacher_hash\":\"abc\",\"nodes\":[{}]}}", nodes.join(",")).as_bytes(),
+            format!("{{\"teacher_hash\":\"abc\",\"plan\":\"stage 1 took <9> steps\",\"nodes\":[{}]}}", nodes.join(","))
+                .as_bytes(),
         );
         let png = encode_png(&[7; 64], [1, 8, 8]).unwrap();
         for name in ["teacher", "degraded-node-001", "degraded-node-003", "student-node-003"] {
@@ -195,6 +196,7 @@ mod tests {
         // Three losses, the mismatch over iterations, and its bars by node.
         assert_eq!(text.matches("<svg").count(), 5);
         assert!(text.contains("Node 1<") && text.contains("stage-1 step 300, loss 3.250"));
+        assert!(text.contains("<p>Stage 1 took &lt;9&gt; steps.</p>"));
         // Nothing is fetched from elsewhere.
         assert!(!text.contains("src=\"http") && !text.contains("href=") && !text.contains("@import"));
     }

@@ -4,12 +4,19 @@ use serde_json::{Value, json};
 use tch::Device;
 
 use crate::distill::config::NodeCount;
-use crate::distill::{Config, RunDir, Trajectory, metrics};
+use crate::distill::{Config, RunDir, metrics};
 use crate::error::{Error, Result};
 use crate::run::divergence;
 use crate::run::origin::{StudentOrigin, describe, method, objective_name};
 use crate::run::request::Request;
 use crate::torch::{Forward, device, shim};
+
+/// Nodes beside the teacher of the run's trajectory.
+fn recorded(run: &RunDir) -> Option<usize> {
+    let index = crate::files::read_inside(run.path(), "trajectory/trajectory.json", crate::files::JSON).ok()?;
+    let nodes = serde_json::from_slice::<Value>(&index).ok()?["nodes"].as_array()?.len();
+    nodes.checked_sub(1)
+}
 
 /// Most bytes that this process has held in memory.
 fn peak_host() -> Option<u64> {
@@ -40,7 +47,7 @@ pub(super) fn write_summary(
     // (What `auto` has chosen stands in the trajectory.)
     let nodes = match config.degrade.nodes {
         NodeCount::Count(nodes) => Some(nodes),
-        NodeCount::Auto => Trajectory::open(&run.trajectory(), &origin.teacher.hash).ok().map(|t| t.last()),
+        NodeCount::Auto => recorded(run),
     };
     summary["run"] = json!({
         "command": request.command,

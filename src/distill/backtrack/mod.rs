@@ -290,7 +290,8 @@ impl Stage for Backtrack<'_> {
     fn begin(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()> {
         let settings = &self.config.backtrack;
         let update = state.iteration / settings.ratio;
-        if let Some(next) = switching::next_target(job, state, update, (self.last, self.every), &mut self.mismatch_sum)? {
+        if let Some(next) = switching::next_target(job, state, update, (self.last, self.every), &mut self.mismatch_sum)?
+        {
             log.progress.note(&format!("update {update}: target {} -> {next}", state.target));
             self.gather(&job.world)?;
             job.observer.target_left(state.target, self.networks.averages.first())?;

@@ -81,6 +81,11 @@ pub fn passes(config: &Config) -> Passes {
     Passes { degrade: 2 * images, iteration: made + (fake + 2 * gan) * images, update: (target + fake + gan) * images }
 }
 
+/// Forward passes, in images, of a stage 1 of so many steps, with the looks at its copy where `degrade.nodes` is `auto`.
+pub fn stage_one(config: &Config, steps: u64) -> u64 {
+    steps * passes(config).degrade + plan::passes_of_looks(config, steps)
+}
+
 /// What an unfinished run leaves beside its checkpoint.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Looks {
@@ -94,9 +99,8 @@ struct Looks {
 
 struct Looker<'a> {
     judge: &'a mut dyn Judge,
+    config: &'a Config,
     every: u64,
-    passes: Passes,
-    ratio: u64,
     file: PathBuf,
     looks: Looks,
     note: &'a mut dyn FnMut(Point),
@@ -124,17 +128,20 @@ impl Observer for Looker<'_> {
         if step.stage == StageKind::Degrade {
             (self.looks.degrade_steps, self.looks.degrade_seconds) = (step.iteration, step.seconds);
         }
-        let updates = step.updates;
+        let (updates, last) = (step.updates, self.config.backtrack.updates);
         let student = match &step.networks {
-            Some(networks) if step.updated && updates.is_multiple_of(self.every) => networks.average,
+            Some(networks) if step.updated && (updates.is_multiple_of(self.every) || updates == last) => {
+                networks.average
+            }
             _ => return Ok(Wish::default()),
         };
         let looked = self.looks.looking.last().copied().unwrap_or(0.0);
         let seconds = self.looks.degrade_seconds + step.seconds - looked;
         let before = Instant::now();
         let distance = self.judge.distance(student)?;
-        let p = self.passes;
-        let forwards = self.looks.degrade_steps * p.degrade + updates * p.of_update(self.ratio);
+        let p = passes(self.config);
+        let forwards =
+            stage_one(self.config, self.looks.degrade_steps) + updates * p.of_update(self.config.backtrack.ratio);
         let point = Point { updates, forwards, seconds, distance };
         (self.note)(point);
         self.looks.points.push(point);
@@ -187,8 +194,7 @@ pub fn run_arm(
         let recorded = Trajectory::open(&run.trajectory(), &teacher.params().hash()?)?;
         looks.degrade_steps = recorded.nodes().last().map_or(0, |n| n.iteration);
     }
-    let (passes, ratio) = (passes(config), config.backtrack.ratio);
-    let mut looker = Looker { judge, every, passes, ratio, file: looks_file.clone(), looks, note };
+    let mut looker = Looker { judge, config, every, file: looks_file.clone(), looks, note };
     let job = Job { config, student, run: &run, observer: &mut looker, stop, silent: true, world: World::alone() };
     let outcome = distill(job, teacher, Stages::Both).with_context(|| dir.display().to_string())?;
     if matches!(outcome, Outcome::Stopped(_)) {

@@ -210,14 +210,11 @@ impl Config {
             return Err(Error::usage("student.init is `random`, but lora.rank keeps the student's own weights frozen")
                 .hint("leave one of the two out, or give a network of its own as student.file"));
         }
-        if student.steps > 0 && (!student.sigmas.is_empty() || student.sigma_init > 0.0) {
-            let key = if student.sigmas.is_empty() { "student.sigma_init" } else { "student.sigmas" };
-            return Err(Error::usage(format!(
-                "student.steps and {key} both say at which noise levels the student is evaluated"
-            ))
-            .hint(format!(
-                "student.steps makes a grid from where the schedule starts: leave {key} out, or student.steps"
-            )));
+        if student.steps > 0 && !student.sigmas.is_empty() {
+            return Err(Error::usage(
+                "student.steps and student.sigmas both say at which noise levels the student is evaluated",
+            )
+            .hint("student.steps makes a grid, student.sigmas lists levels: leave one of the two out"));
         }
         if student.steps == 0 && student.shift != 0.0 {
             return Err(Error::usage("student.shift shifts the grid of student.steps, which is 0")

@@ -169,7 +169,8 @@ pub struct StudentConfig {
     /// Noise levels of the steps after the first, falling; empty: a one-step student, or `steps`.
     pub sigmas: Vec<f64>,
     /// Steps of the student on a grid, in the place of `sigmas`: of a flow even times, shifted by `shift`; entries of a VP table at equal
-    /// distances from its end; of EDM the first of so many Karras levels and `sigma_min`. 0: what `sigmas` says.
+    /// distances from its end; of EDM the first of so many Karras levels and `sigma_min`. The
+    /// first step is at `sigma_init` where that is given, and the others must lie below it. 0: what `sigmas` says.
     pub steps: usize,
     /// Time shift of the grid of a flow, `t' = shift t / (1 + (shift - 1) t)` (Esser et al. 2024, arXiv 2403.03206, equation 23): above 1
     /// more of the steps are noisy ones. 0: the card's.

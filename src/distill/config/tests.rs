@@ -117,7 +117,6 @@ fn values_that_make_no_sense_are_refused() {
 fn grids_and_shifts_say_one_thing_each() {
     for (pairs, says) in [
         (["student.steps=4", "student.sigmas=[1.0]"], "student.steps and student.sigmas both say"),
-        (["student.steps=4", "student.sigma_init=2.0"], "student.steps and student.sigma_init both say"),
         (["noise.shift=3.0", "noise.distribution=lognormal"], "from which nothing is drawn"),
         (["gan.data=x.npz", "gan.taps=[\"120%\"]"], "120% of the depth"),
         (["gan.data=x.npz", "gan.taps=[\"0%\"]"], "0% of the depth"),

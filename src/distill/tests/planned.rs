@@ -14,7 +14,8 @@ fn tracking_tells_how_far_a_fake_score_has_come() {
     const N: usize = 20_000;
     let (spread, mean) = (0.5f32, 1.5f32);
     let at = |m: f32| gaussian(card(1), &[m], &[spread]);
-    let normal = |seed, n: usize| Tensor::from_slice(&crate::noise::batch_noise(seed, 0, n, 1)).view([n as i64, 1, 1, 1]);
+    let normal =
+        |seed, n: usize| Tensor::from_slice(&crate::noise::batch_noise(seed, 0, n, 1)).view([n as i64, 1, 1, 1]);
     let x0 = normal(1, N) * f64::from(spread) + f64::from(mean);
     let sigmas: Vec<f64> = (0..N).map(|k| 0.3 + 2.0 * k as f64 / N as f64).collect();
     let conditions = Conditions::none(N as i64);

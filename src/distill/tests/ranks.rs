@@ -36,7 +36,8 @@ fn every_objective_ends_alike_for_samples_of_every_rank() {
         [(DiffInstruct, 0), (Dmd, 0), (Dmd2, 0), (FDistill, 0), (Sds, 0), (Sid, 0), (Sim, 0), (Dmd, 1)]
     {
         let mut c = config();
-        (c.objective, c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) = (objective.into(), 8, 4, 1.into(), 6);
+        (c.objective, c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) =
+            (objective.into(), 8, 4, 1.into(), 6);
         if further > 0 {
             (c.student.sigmas, c.student.stochastic) = (vec![0.5], true);
         }

@@ -1,6 +1,7 @@
 //! Students of several steps in training.
 
 use super::*;
+use crate::diffusion::TimeUnit;
 use crate::distill::config::StudentConfig;
 use crate::distill::draws::{Draws, Phase, Purpose};
 use crate::distill::objective::ObjectiveKind;
@@ -83,9 +84,14 @@ fn a_grid_is_the_levels_that_it_stands_for() {
     assert_eq!(of_grid, listed);
     // A flow's, from t = 1: 0.9, 0.75, 0.5 shifted by 3 are sigma 9, 3, 1.
     let schedule = ScheduleSpec::Flow { shift: 1.0, direction: Default::default() };
-    let flow = crate::diffusion::Conversion::new(&TeacherCard { schedule, ..card(2) }).unwrap();
+    let flow = TeacherCard { schedule, prediction: Prediction::Flow, ..card(2) };
+    let flow = crate::diffusion::Conversion::new(&TeacherCard { time_unit: TimeUnit::Unit, ..flow }).unwrap();
     let config = StudentConfig { steps: 4, shift: 3.0, ..StudentConfig::default() };
     let levels = student::levels(&flow, &config).unwrap();
+    // Where the first step starts elsewhere, the others are where they were, below it or not at all.
+    let from = |sigma_init| student::levels(&flow, &StudentConfig { sigma_init, ..config.clone() });
+    assert_eq!(from(20.0).unwrap(), levels);
+    assert!(from(5.0).unwrap_err().to_string().contains("the second level would be 9.0000"));
     assert!(levels.iter().zip([9.0, 3.0, 1.0]).all(|(a, b)| (a - b).abs() < 1e-9), "{levels:?}");
     let e = Student::new(plain(), &config).unwrap_err();
     assert!(e.exit_code() == 2 && e.to_string().contains("student.shift: only a flow"), "{e}");
