@@ -197,7 +197,7 @@ pub struct LoraConfig {
 #[serde(default)]
 pub struct DegradeConfig {
     /// Nodes beside the teacher (N); 0: no trajectory, the base method. `"auto"`: how long stage 1 is, how many nodes there are, where they
-    /// lie and how long each is the target is decided by what stage 1 measures (`docs/running.md`).
+    /// lie and how long each is the target is decided by what stage 1 measures (`docs/settings.md`).
     pub nodes: NodeCount,
     /// Training steps of the degrading copy (at most, where `patience` is set or `nodes` is `"auto"`).
     pub steps: u64,
