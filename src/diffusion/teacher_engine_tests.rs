@@ -189,8 +189,11 @@ fn a_shift_moves_the_steps_of_a_flow() {
     (request.sampler, request.steps, request.images.classes) = (Sampler::Euler, 4, vec![2]);
     let schedule = flow.schedule().unwrap();
     let z: Vec<f64> = image_noise(11, 0, 6).iter().map(|v| f64::from(*v)).collect();
-    let denoise =
-        |x: &Vec<f64>, s: f64| Ok(x.iter().map(|x| (SD * SD * x + s * s * MEANS[2]) / (SD * SD + s * s)).collect());
+    // (A flow's network is given x_t = x_edm / (1 + sigma), and this one takes that for x_edm.)
+    let denoise = |x: &Vec<f64>, s: f64| {
+        let one = |x: &f64| (SD * SD * x / (1.0 + s) + s * s * MEANS[2]) / (SD * SD + s * s);
+        Ok(x.iter().map(one).collect())
+    };
     let mut made = Vec::new();
     for (shift, times) in [(0.0, [0.75, 0.5, 0.25]), (3.0, [0.9, 0.75, 0.5])] {
         request.shift = shift;
