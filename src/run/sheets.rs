@@ -275,6 +275,7 @@ impl Observer for Sheets {
             ("grad_norm_fake", row.grad_norm_fake),
             ("grad_norm_generator", row.grad_norm_generator),
             ("mismatch", row.mismatch),
+            ("tracking", row.tracking),
             ("loss_gan", row.loss_gan),
             ("loss_discriminator", row.loss_discriminator),
             ("node", Some(row.node as f64)),

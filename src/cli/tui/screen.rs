@@ -78,10 +78,11 @@ fn numbers(state: &State) -> [String; 3] {
             of(|r| format!("{:.2e}", r.lr))
         ),
         format!(
-            "loss {}   generator {}   mismatch {}   skipped {}",
+            "loss {}   generator {}   mismatch {}   tracking {}   skipped {}",
             number(row.and_then(|r| r.loss_fake)),
             number(row.and_then(|r| r.loss_generator)),
             number(row.and_then(|r| r.mismatch)),
+            number(row.and_then(|r| r.tracking)),
             of(|r| r.skipped.to_string())
         ),
         third,
@@ -165,6 +166,7 @@ mod tests {
             images_per_s: 321.5,
             seconds: iteration as f64 * 2.0,
             mismatch: Some(0.0123),
+            tracking: Some(0.9),
             ..serde_json::from_str::<MetricsRow>(text).unwrap()
         }
     }
@@ -241,7 +243,7 @@ mod tests {
         let (full, rest) = (gauge.matches('█').count(), gauge.matches('░').count());
         assert!(full * 4 >= full + rest - 4 && full * 4 <= full + rest + 4, "{gauge}");
         assert!(lines[2].starts_with("node 3/5   images/s 321.5   images 3200   lr 1.00e-5"), "{shown}");
-        assert!(lines[3].starts_with("loss 0.02000   generator 0.2500   mismatch 0.01230   skipped 0"), "{shown}");
+        assert!(lines[3].starts_with("loss 0.02000   generator 0.2500   mismatch 0.01230   tracking 0.9000   skipped 0"), "{shown}");
         assert!(
             lines[5].starts_with("loss of the fake score") && lines[20..23] == ["  note 3", "  note 4", "  note 5"]
         );

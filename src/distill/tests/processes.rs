@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::distill::checkpoint::StageKind::{Backtrack, Degrade};
+use crate::distill::config::NodeCount;
 use crate::distill::objective::{Choice, Objective, ObjectiveKind, Terms};
 use crate::io::npy;
 use crate::tensor::HostTensor;
@@ -112,6 +113,21 @@ fn any_number_of_processes_ends_with_the_bytes_of_one() {
             assert_eq!(rows, expected, "{objective:?}, {size} processes");
         }
     }
+}
+
+#[test]
+fn a_plan_by_measurement_is_the_same_in_every_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = config();
+    (c.batch, c.accumulate, c.degrade.nodes, c.backtrack.updates) = (4, 3, NodeCount::Auto, 120);
+    let paths = [1, 2].map(|size| {
+        let path = dir.path().join(size.to_string());
+        shared(size, &path, &c, &plain, None);
+        path
+    });
+    assert_eq!(remains(&paths[0]), remains(&paths[1]));
+    let trajectory = Trajectory::open(&paths[1].join("trajectory"), &plain().params().hash().unwrap()).unwrap();
+    assert!(trajectory.last() > 1 && trajectory.plan().is_some(), "{trajectory:?}");
 }
 
 #[test]
