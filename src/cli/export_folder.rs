@@ -77,6 +77,7 @@ pub fn run(args: &ExportArgs, framework: Framework, globals: Globals) -> Result<
         }));
     };
     let to = FolderOptions { framework, pipeline: pipeline.clone(), out: args.out.clone(), copy: args.folder.copy };
+    folders::check(&to)?;
     let report = from_run::chosen(&args.model, &args.from, |origin, params, config, options| {
         if origin.file.is_some() {
             return Err(Error::usage(format!(

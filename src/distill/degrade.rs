@@ -8,7 +8,7 @@ use crate::distill::batches::Batches;
 use crate::distill::checkpoint::{Checkpoint, StageKind, State, named};
 use crate::distill::config::{Config, DegradeConfig, NodeCount, Spacing};
 use crate::distill::draws::{Phase, Purpose};
-use crate::distill::inputs::{Inputs, Noised, denoising_loss};
+use crate::distill::inputs::{Inputs, Noised};
 use crate::distill::job::{Job, recorder};
 use crate::distill::log::{At, Log};
 use crate::distill::nonfinite::{self, Candidate, Finding};
@@ -156,7 +156,7 @@ impl<'a> Degrade<'a> {
         if !plan::looks_after(state.iteration, self.steps) {
             return Ok(false);
         }
-        let [loss, gap] = self.probe.look(&self.copy, self.teacher)?;
+        let [loss, gap] = self.probe.look(&self.copy)?;
         let (loss, gap) = (job.world.decide(loss)?, job.world.decide(gap)?);
         let index = self.trajectory.nodes().len();
         let (file, hash) = (String::new(), String::new());
@@ -306,27 +306,44 @@ struct Fixed {
     sigmas: Vec<f64>,
     noise: Tensor,
     conditions: Conditions,
+    /// What the teacher denoises.
+    by_teacher: Tensor,
+}
+
+impl Fixed {
+    /// Errors of what a denoiser makes of them, with their weights: to the samples, and to what the teacher makes.
+    fn errors(&self, denoiser: &Denoiser) -> Result<[Tensor; 2]> {
+        let noised = Noised::new(denoiser, &self.sigmas, &self.noise, Form::Short)?;
+        let (x_t, prepared) = (noised.add_to(&self.x0)?, &noised.prepared);
+        let (made, _) = denoiser.denoise_prepared(&x_t, prepared, &self.conditions, &[])?;
+        let mean =
+            |t: Tensor| -> Result<Tensor> { Ok(t.f_square()?.f_mul(&noised.weights)?.f_mean(tch::Kind::Float)?) };
+        Ok([mean(made.f_sub(&self.x0)?)?, mean(made.f_sub(&self.by_teacher)?)?])
+    }
 }
 
 impl Probe {
     /// Of so many batches.
     fn new(batches: &Batches, teacher: &Denoiser, initial: &Student, count: usize) -> Result<Self> {
-        let one = |k: usize| {
+        let one = |k: usize| -> Result<Fixed> {
             let draws = batches.draws(Phase::Probe, 0, k);
             let conditions = batches.conditions(&draws, teacher)?;
             let z = batches.latent(&draws, initial)?;
-            let x0 = tch::no_grad(|| initial.training_images(&draws, &z, &conditions))?;
-            let noise = batches.noise(&draws, Purpose::FakeNoise)?;
-            Ok(Fixed { x0, sigmas: batches.degrade_levels.spread(batches.batch), noise, conditions })
+            let x0 = initial.training_images(&draws, &z, &conditions)?;
+            let (noise, sigmas) =
+                (batches.noise(&draws, Purpose::FakeNoise)?, batches.degrade_levels.spread(batches.batch));
+            let x_t = Noised::new(teacher, &sigmas, &noise, Form::Short)?.add_to(&x0)?;
+            let by_teacher = teacher.denoise(&x_t, &sigmas, &conditions)?;
+            Ok(Fixed { x0, sigmas, noise, conditions, by_teacher })
         };
-        Ok(Self { batches: (0..count).map(one).collect::<Result<_>>()? })
+        Ok(Self { batches: (0..count).map(|k| tch::no_grad(|| one(k))).collect::<Result<_>>()? })
     }
 
-    /// Means over the batches.
-    fn means<const N: usize>(&self, of: impl Fn(&Fixed) -> Result<[Tensor; N]>) -> Result<[f32; N]> {
-        let mut sums = [0.0; N];
+    /// A denoiser's loss, and its gap to the teacher: the mean weighted square of the difference between what the two denoise.
+    fn look(&self, denoiser: &Denoiser) -> Result<[f32; 2]> {
+        let mut sums = [0.0; 2];
         for fixed in &self.batches {
-            for (sum, value) in sums.iter_mut().zip(tch::no_grad(|| of(fixed))?) {
+            for (sum, value) in sums.iter_mut().zip(tch::no_grad(|| fixed.errors(denoiser))?) {
                 *sum += value.f_double_value(&[])?;
             }
         }
@@ -334,21 +351,8 @@ impl Probe {
     }
 
     fn loss(&self, denoiser: &Denoiser) -> Result<f32> {
-        let [loss] = self.means(|f| Ok([denoising_loss(denoiser, &f.x0, &f.sigmas, &f.noise, &f.conditions)?]))?;
+        let [loss, _] = self.look(denoiser)?;
         Ok(loss)
-    }
-
-    /// The copy's loss, and its gap to the teacher: the mean weighted square of the difference between what the two denoise.
-    fn look(&self, copy: &Denoiser, teacher: &Denoiser) -> Result<[f32; 2]> {
-        self.means(|f| {
-            let noised = Noised::new(copy, &f.sigmas, &f.noise, Form::Short)?;
-            let x_t = noised.add_to(&f.x0)?;
-            let of = |d: &Denoiser| d.denoise_prepared(&x_t, &noised.prepared, &f.conditions, &[]);
-            let (by_copy, by_teacher) = (of(copy)?.0, of(teacher)?.0);
-            let mean =
-                |t: Tensor| -> Result<Tensor> { Ok(t.f_square()?.f_mul(&noised.weights)?.f_mean(tch::Kind::Float)?) };
-            Ok([mean(by_copy.f_sub(&f.x0)?)?, mean(by_copy.f_sub(&by_teacher)?)?])
-        })
     }
 }
 

@@ -14,7 +14,7 @@
 //! score in stage 2 (`tracking` in `metrics.jsonl`).
 
 use crate::distill::compare::passes;
-use crate::distill::config::Config;
+use crate::distill::config::{Config, NodeCount};
 use crate::distill::trajectory::Node;
 
 /// Stage 1 does not end before the copy has come so far.
@@ -24,7 +24,7 @@ const STILL_FALLING: f64 = 0.1;
 /// Share of the forward passes of a whole run that stage 1 may cost.
 const SHARE: f64 = 0.08;
 /// Samples of a look, at least: of few the distance of two losses cannot be told from chance.
-const SAMPLES: usize = 128;
+const SAMPLES: usize = 64;
 /// The first look, and the factor by which the steps grow from one look to the next.
 const FIRST: u64 = 2;
 const GROWTH: f64 = 1.6;
@@ -49,12 +49,21 @@ pub fn tracking_of(teacher: &Node, node: &Node) -> Option<f64> {
     tracking(f64::from(gap), f64::from(before) - f64::from(now))
 }
 
-/// Steps that stage 1 may have: `degrade.steps`, and no more than that share of the forward passes of the run.
+/// Steps that stage 1 may have: `degrade.steps`, and no more than that share of the forward passes of the run, looks included.
 pub fn most_steps(config: &Config) -> u64 {
     let p = passes(config);
     let stage_two = (config.backtrack.updates * p.of_update(config.backtrack.ratio)) as f64;
-    let paid = (stage_two * SHARE / (1.0 - SHARE) / p.degrade as f64) as u64;
-    config.degrade.steps.min(paid).max(1)
+    let paid = stage_two * SHARE / (1.0 - SHARE);
+    let look = samples_of_a_look(config);
+    let (mut steps, mut spent) = (0, look);
+    while steps < config.degrade.steps {
+        spent += p.degrade + if is_look(steps + 1) { look } else { 0 };
+        if spent as f64 > paid {
+            break;
+        }
+        steps += 1;
+    }
+    steps.max(NodeCount::AUTO_MOST as u64)
 }
 
 /// Forward passes that are left for stage 2 of a budget for both.
@@ -64,11 +73,16 @@ pub fn left_for_stage_two(budget: u64) -> u64 {
 
 /// Whether stage 1 looks at the copy after `step` steps, of `steps` at most.
 pub fn looks_after(step: u64, steps: u64) -> bool {
+    is_look(step) || step == steps
+}
+
+/// Whether `step` is one of the steps after which there is a look, each so much later than the one before.
+fn is_look(step: u64) -> bool {
     let mut at = FIRST;
-    while at < step.min(steps) {
+    while at < step {
         at = (at as f64 * GROWTH).ceil() as u64;
     }
-    at == step || step == steps
+    at == step
 }
 
 /// Batches of `batch` samples in a look.
@@ -76,13 +90,18 @@ pub fn batches_of_a_look(batch: usize) -> usize {
     SAMPLES.div_ceil(batch.max(1))
 }
 
-/// Forward passes, in images, of the looks of a stage 1 that has ended after `done` steps: one of the copy, one of the teacher.
+/// Samples of a look.
+fn samples_of_a_look(config: &Config) -> u64 {
+    (batches_of_a_look(config.batch) * config.batch) as u64
+}
+
+/// Forward passes, in images, of the looks of a stage 1 that has ended after `done` steps: one of the copy for each, and one of the teacher.
 pub fn passes_of_looks(config: &Config, done: u64) -> u64 {
-    if !config.degrade.nodes.is_auto() {
+    if !config.degrade.nodes.is_auto() || done == 0 {
         return 0;
     }
-    let looks = (1..=done).filter(|step| looks_after(*step, most_steps(config))).count() as u64;
-    2 * looks * (batches_of_a_look(config.batch) * config.batch) as u64
+    let looks = (1..=done).filter(|step| is_look(*step) || *step == done).count() as u64;
+    (looks + 1) * samples_of_a_look(config)
 }
 
 /// What stage 1 does after a look at its copy, whose node this would be.
@@ -231,10 +250,13 @@ mod tests {
     fn stage_one_costs_so_much_of_the_run_at_most() {
         let sets = ["batch=4", "backtrack.updates=184", "degrade.nodes=auto"].map(String::from);
         let config = Config::resolve(None, &sets).unwrap();
-        // 184 updates of 16 passes are 2944, of 3200 in all; a step of stage 1 is 8.
-        assert_eq!((most_steps(&config), left_for_stage_two(3200)), (32, 2944));
-        // Looks after 2, 4 and 7 steps, of 32 batches of 4 samples.
-        assert_eq!((batches_of_a_look(4), batches_of_a_look(200), passes_of_looks(&config, 11)), (32, 1, 3 * 2 * 128));
+        // 184 updates of 16 passes are 2944, of 3200 in all: 256 for stage 1. A step is 8, a look 64: that of the teacher, and after 2, 4 and
+        // 7 steps.
+        assert_eq!(left_for_stage_two(3200), 2944);
+        let steps = most_steps(&config);
+        assert!(8 * steps + 64 * 3 <= 256 && 8 * (steps + 1) + 64 * (3 + u64::from(steps + 1 == 7)) > 256, "{steps}");
+        // Looks after 2, 4, 7 and, since it is the end, 11 steps, of 16 batches of 4 samples; and one of the teacher.
+        assert_eq!((batches_of_a_look(4), batches_of_a_look(200), passes_of_looks(&config, 11)), (16, 1, 5 * 64));
         let few = Config::resolve(None, &[&sets[..], &["degrade.steps=5".into()]].concat()).unwrap();
         assert_eq!(most_steps(&few), 5);
     }

@@ -243,7 +243,10 @@ mod tests {
         let (full, rest) = (gauge.matches('█').count(), gauge.matches('░').count());
         assert!(full * 4 >= full + rest - 4 && full * 4 <= full + rest + 4, "{gauge}");
         assert!(lines[2].starts_with("node 3/5   images/s 321.5   images 3200   lr 1.00e-5"), "{shown}");
-        assert!(lines[3].starts_with("loss 0.02000   generator 0.2500   mismatch 0.01230   tracking 0.9000   skipped 0"), "{shown}");
+        assert!(
+            lines[3].starts_with("loss 0.02000   generator 0.2500   mismatch 0.01230   tracking 0.9000   skipped 0"),
+            "{shown}"
+        );
         assert!(
             lines[5].starts_with("loss of the fake score") && lines[20..23] == ["  note 3", "  note 4", "  note 5"]
         );

@@ -75,6 +75,14 @@ pub struct FolderStudent<'a> {
     pub steps: &'a Steps,
 }
 
+/// What can be said before the teacher is loaded.
+///
+/// Errors: a folder that no student can be put into; a place that is taken.
+pub fn check(options: &FolderOptions) -> Result<()> {
+    PipelineFolder::open(&options.pipeline)?.parts(options.framework)?;
+    free(&options.out)
+}
+
 /// Writes the folder, whole or not at all: it is made beside its place and then moved there.
 ///
 /// Errors: a card or steps that no scheduler of diffusers makes; a folder that is not the teacher's; a place that is taken.
@@ -175,6 +183,23 @@ fn write_json(path: &Path, value: &Json) -> Result<()> {
     files::write_atomic(path, text.as_bytes())
 }
 
+/// Errors: there is something at the place of the new folder.
+fn free(out: &Path) -> Result<()> {
+    let taken = |what: &str| {
+        Err(Error::usage(format!("{}: {what}", out.display()))
+            .hint("name a folder that is not there: it is made whole, beside nothing else"))
+    };
+    if out.is_dir() {
+        let mut entries = std::fs::read_dir(out).with_context(|| out.display().to_string())?;
+        if entries.next().is_some() {
+            return taken("the folder is there and not empty");
+        }
+    } else if out.symlink_metadata().is_ok() {
+        return taken("is there and no folder");
+    }
+    Ok(())
+}
+
 /// A folder on its way to its place; what is not kept is removed.
 struct Place {
     made: tempfile::TempDir,
@@ -183,18 +208,7 @@ struct Place {
 
 impl Place {
     fn new(out: &Path) -> Result<Self> {
-        let taken = |what: &str| {
-            Err(Error::usage(format!("{}: {what}", out.display()))
-                .hint("name a folder that is not there: it is made whole, beside nothing else"))
-        };
-        if out.is_dir() {
-            let mut entries = std::fs::read_dir(out).with_context(|| out.display().to_string())?;
-            if entries.next().is_some() {
-                return taken("the folder is there and not empty");
-            }
-        } else if out.symlink_metadata().is_ok() {
-            return taken("is there and no folder");
-        }
+        free(out)?;
         let parent = match out.parent() {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),
