@@ -77,8 +77,8 @@ fn both_arms_are_run_judged_and_kept() {
     assert!(next.status.success(), "{}", String::from_utf8_lossy(&next.stderr));
     let third: serde_json::Value = serde_json::from_slice(&next.stdout).unwrap();
     let last = |arm: &str| third[arm][0]["points"].as_array().unwrap().last().unwrap()["updates"].clone();
-    // 5 updates of either arm pay for themselves (beside 1 step of stage 1 or none); looks are after every second.
-    assert_eq!((last("base"), last("trajectory")), (4.into(), 4.into()));
+    // 5 updates of either arm pay for themselves (beside 1 step of stage 1 or none); looks are after every second and after the last.
+    assert_eq!((last("base"), last("trajectory")), (5.into(), 5.into()));
     let text = std::fs::read_to_string(dir.path().join("next/compare.md")).unwrap();
     assert_eq!(text.matches("Command: `").count(), 2, "{text}");
     let svg = std::fs::read_to_string(dir.path().join("next/compare.svg")).unwrap();
@@ -111,7 +111,8 @@ fn a_killed_comparison_goes_on_and_ends_alike() {
         })
     };
     assert_eq!(curves(&again), curves(&whole));
-    assert_eq!(curves(&whole)[1].len(), 4);
+    // After 2, 4, 6 and 8 updates, and after the last.
+    assert_eq!(curves(&whole)[1].len(), 5);
     assert!(!looks.exists());
 }
 

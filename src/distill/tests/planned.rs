@@ -50,7 +50,7 @@ fn stage_one_takes_as_long_as_it_must_and_its_nodes_are_the_targets() {
         let steps = seen.rows.iter().filter(|r| r.mismatch.is_none()).count() as u64;
         assert_eq!(nodes[last].iteration, steps);
         let come: Vec<f64> = nodes[1..].iter().map(|n| plan::tracking_of(&nodes[0], n).unwrap()).collect();
-        assert!(come.windows(2).all(|w| w[0] < w[1]), "{come:?}");
+        assert!(come.iter().all(|k| (0.1..1.3).contains(k)) && come[0] < 1.0, "{come:?}");
         assert!(come[last - 1] > 0.7 || steps == plan::most_steps(&c), "{come:?} after {steps} steps");
         assert!(trajectory.plan().unwrap().contains(&format!("took {steps} steps")), "{:?}", trajectory.plan());
         // From the node before the last to the teacher, each for as many updates as the plan says.
