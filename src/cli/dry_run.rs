@@ -13,7 +13,7 @@ use crate::distill::config::{Config, NodeCount, Precision, Switch};
 use crate::distill::gan::taps;
 use crate::distill::metrics::MetricsRow;
 use crate::distill::student::levels;
-use crate::distill::{Job, Observer, RunDir, Stages, compare, distill, plan};
+use crate::distill::{Job, Observer, RunDir, Stages, cost, distill, plan};
 use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
@@ -132,7 +132,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let guide = teacher.weaker().map_or(0, |w| 4 * w.params().elements() as u64);
     let sizes = Sizes { trained, shared: 4 * shared, student: 4 * of_student, guide };
     let images = config.images();
-    let passes = compare::passes(config);
+    let passes = cost::passes(config);
     let degrade_steps = match config.degrade.nodes {
         NodeCount::Count(0) => 0,
         NodeCount::Count(_) => config.degrade.steps,

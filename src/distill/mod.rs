@@ -5,6 +5,7 @@ pub mod batches;
 pub mod checkpoint;
 pub mod compare;
 pub mod config;
+pub mod cost;
 pub mod debug_batch;
 pub mod degrade;
 pub mod draws;

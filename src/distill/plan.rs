@@ -13,8 +13,8 @@
 //! `k` is below 1 where the copy still lags, and 1 where it is the score of the student's samples. The same number is measured of the fake
 //! score in stage 2 (`tracking` in `metrics.jsonl`).
 
-use crate::distill::compare::passes;
 use crate::distill::config::{Config, NodeCount};
+use crate::distill::cost::passes;
 use crate::distill::trajectory::Node;
 
 /// Stage 1 does not end before the copy has come so far.
@@ -143,8 +143,8 @@ pub fn choose(candidates: &[Node], most: usize, steps: u64) -> Plan {
     let fall = (loss(teacher) - loss(end)) / loss(teacher).max(f64::MIN_POSITIVE);
     if last == 0 || fall < LITTLE {
         let why = format!(
-            "no trajectory: after {} steps the loss on the student's samples is {:.1} % below the teacher's, so the teacher already \
-             denoises them about as well as a score of their own",
+            "no trajectory: after {} steps the loss on the student's samples is {:.1} % below the teacher's. Either the teacher already \
+             denoises them about as well as a score of their own, or the copy learns too slowly (degrade.lr, degrade.steps)",
             end.iteration,
             100.0 * fall.max(0.0)
         );

@@ -19,7 +19,7 @@ use crate::distill::checkpoint::StageKind;
 use crate::distill::inputs::denoising_loss;
 use crate::distill::metrics::{self, MetricsRow};
 use crate::distill::observer::Begin;
-use crate::distill::{Config, DebugBatch, Observer, RunDir, Running, Step, Student, Wish, compare};
+use crate::distill::{Config, DebugBatch, Observer, RunDir, Running, Step, Student, Wish, cost};
 use crate::error::{Context, Error, Kind, Result};
 use crate::eval::in_loop::{At, InLoop, Settings};
 use crate::noise::batch_noise;
@@ -199,9 +199,11 @@ impl<'a> Watcher<'a> {
 
     /// Forward passes of all networks so far, in images, stage 1 included: as a comparison counts them.
     fn passes(&self, step: &Step) -> u64 {
-        let each = compare::passes(self.config);
-        let iterations = step.images / self.config.images();
-        2 * self.degraded.0 + iterations * each.iteration + step.updates * each.update
+        let (each, images) = (cost::passes(self.config), self.config.images());
+        let iterations = step.images / images;
+        cost::stage_one(self.config, self.degraded.0 / images)
+            + iterations * each.iteration
+            + step.updates * each.update
     }
 
     fn measure(&mut self, step: &Step, networks: &Running) -> Result<()> {

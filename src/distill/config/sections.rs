@@ -236,7 +236,7 @@ pub struct BacktrackConfig {
     pub cooldown_shape: CooldownShape,
     /// When stage 2 goes on to the next target.
     pub switch: Switch,
-    /// Generator updates a target (`switch = "count"`), or between two measurements of the mismatch (`"mismatch"`).
+    /// Generator updates a target (`switch = "count"`; not read where `degrade.nodes` is `"auto"`, whose plan says it), or between two measurements of the mismatch (`"mismatch"`).
     pub switch_every: u64,
     /// Measurements without a lower mismatch before a switch (`switch = "mismatch"`).
     pub switch_patience: u64,
