@@ -30,6 +30,12 @@ pub fn line(text: &str) -> Cow<'_, str> {
     escaped(text, |_| false)
 }
 
+/// `1 step`, `2 steps`.
+pub fn counted(n: impl Into<u64>, noun: &str) -> String {
+    let n = n.into();
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
 /// `println!` for people: what holds names from files. (JSON has its own escapes.)
 macro_rules! say {
     ($($text:tt)*) => { println!("{}", $crate::shown::lines(&format!($($text)*))) };

@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 
 const TEACHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/teacher.onnx");
 
+/// The teacher as the network that guides it.
+const SAME_GUIDE: &str = concat!("guidance_by=", env!("CARGO_MANIFEST_DIR"), "/examples/digits/teacher.onnx");
+
 /// Few steps, few images: seconds on one core.
 const SMALL: &[&str] = &[
     "--device",
@@ -187,16 +190,16 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
 fn every_objective_distils_the_digits_teacher() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let objectives = ["dmd", "diff-instruct", "sds", "sid", "sim", "dmd2", "f-distill"];
+    let objectives = ["dmd", "diff-instruct", "sds", "sid", "sim", "dmd2", "f-distill", "uni-instruct"];
     let data = format!("gan.data={}", concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/digits.npz"));
-    // A feature map and a vector in the middle of the digits U-Net.
-    let gan = ["--set", data.as_str(), "--set", "gan.taps=[\"conv2d_5\", \"linear_5\"]"];
+    // A layer and the end of a block in the digits U-Net.
+    let gan = ["--set", data.as_str(), "--set", "gan.taps=[\"conv2d_5\", \"add_408\"]"];
     let mut students = Vec::new();
     for objective in objectives {
         for nodes in ["0", "2"] {
             let run = format!("{objective}-{nodes}");
             let small = with(&SMALL[..6], &SMALL[8..]);
-            let adversarial = matches!(objective, "dmd2" | "f-distill");
+            let adversarial = matches!(objective, "dmd2" | "f-distill" | "uni-instruct");
             let small = if adversarial { with(&small, &gan) } else { small };
             ok(dir, &with(&["distill", TEACHER, "-o", &run, "--objective", objective, "--nodes", nodes], &small));
             let rows = rows(&dir.join(&run));
@@ -394,6 +397,19 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
             "did you mean ... what can be tapped",
         ),
         (
+            with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"linear_5\"]"]),
+            2,
+            "`linear_5` depends on the noise level or on conditions alone ... what can be tapped",
+        ),
+        (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"abc%\"]"]), 2, "`abc%` is no share"),
+        (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"\"]"]), 2, "an empty entry"),
+        (with(&gan, &["--set", "gan.data=good.npz", "--set", "gan.shared_pass=true"]), 2, "does not differentiate"),
+        (vec!["--set", "gan.head=channel-mean"], 2, "gan.head is given, but gan.data is empty"),
+        (vec!["--set", "student.steps=65"], 2, "expected 64 or less"),
+        (vec!["--guidance", "2", "--set", SAME_GUIDE], 2, "guidance_by: ... is the teacher itself"),
+        (vec!["--nodes", "-1"], 2, "`-1` is not a number of nodes"),
+        (vec!["--nodes", "auto", "--degrade-steps", "1"], 2, "`auto`, which may keep 3 nodes, but degrade.steps is 1"),
+        (
             with(&gan[..2], &["--set", "gan.data=good.npz"]),
             2,
             "gan.taps is empty: ... what can be tapped, from input to output: ... `conv2d_1` [B, 16, 8, 8], ... (16 of ",
@@ -558,10 +574,18 @@ fn a_weaker_network_guides_a_run_its_plan_and_the_teachers_sampler() {
     for (more, says) in [
         (&["--guidance-by", "weak.onnx"][..], "--guidance-by without --guidance"),
         (&["--shift", "3"], "only a flow's times are shifted"),
-        (&["--guidance", "2", "--guidance-by", "none.onnx"], "none.onnx"),
+        (&["--shift", "-1"], "--shift -1: expected a number above 0"),
+        (&["--guidance", "2", "--guidance-by", "none.onnx"], "--guidance-by: none.onnx"),
+        (&["--guidance", "2", "--guidance-by", TEACHER], "is the teacher itself"),
+        (&["--guidance", "2", "--guidance-rescale", "7"], "--guidance-rescale: "),
     ] {
         let (code, text) = fails(dir, &with(&["evaluate", "-n", "16", "--steps", "2", TEACHER, data], more));
         assert!(code != 0 && text.contains(says), "{text}");
+    }
+    for more in [&["--shift", "3"][..], &["--guidance", "2"], &["--guidance-by", "weak.onnx"]] {
+        let (code, text) = fails(dir, &with(&["evaluate", data, data], more));
+        let says = format!("{} says how teachers sample, but none of the sets is a teacher", more[0]);
+        assert!(code == 2 && text.contains(&says), "{text}");
     }
     let (code, text) = fails(dir, &with(&["distill", TEACHER, "-o", "x", "--set", "guidance_by=weak.onnx"], SMALL));
     assert!(code == 2 && text.contains("guidance_by is given, but guidance is 1"), "{text}");
@@ -574,6 +598,16 @@ fn taps_by_share_and_a_grid_of_steps_are_told_and_run() {
     let text = ok(dir, &["inspect", TEACHER, "--taps", "50%,75%,99%"]);
     for tap in ["50% = `add_408`", "75% = `add_571`", "99% = `add_666`"] {
         assert!(text.contains(tap), "{text}");
+    }
+    for (taps, says) in [
+        ("conv2d_55", "did you mean `conv2d_5"),
+        ("linear_5", "says nothing about a sample"),
+        ("50", "the graph has no tensor `50`"),
+        ("50%,,75%", "gan.taps holds an empty entry"),
+        ("abc%", "`abc%` is no share of the depth"),
+    ] {
+        let (code, text) = fails(dir, &["inspect", TEACHER, "--taps", taps]);
+        assert!(code == 2 && text.contains(says), "{taps}: {text}");
     }
     let data = format!("gan.data={}", concat!(env!("CARGO_MANIFEST_DIR"), "/examples/digits/digits.npz"));
     let more = ["--objective", "dmd2", "--set", &data, "--set", "student.steps=2"];

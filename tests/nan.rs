@@ -50,8 +50,8 @@ fn gan() -> String {
 fn a_teacher_that_overflows_at_some_levels_stops_every_objective_and_is_named() {
     let dir = support::folder("nan-teacher");
     overflowing(&dir);
-    for objective in ["dmd", "sid", "sim", "dmd2", "f-distill"] {
-        let gan = if matches!(objective, "dmd2" | "f-distill") { gan() } else { String::new() };
+    for objective in ["dmd", "sid", "sim", "dmd2", "f-distill", "uni-instruct"] {
+        let gan = if matches!(objective, "dmd2" | "f-distill" | "uni-instruct") { gan() } else { String::new() };
         let (code, _, errors) =
             run(&dir, &format!("distill nan.onnx -o {objective} --objective {objective} {SMALL} {gan}"));
         let first = errors.lines().find(|l| l.contains("error")).unwrap_or_default();

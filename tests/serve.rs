@@ -11,6 +11,8 @@ use disback::{HostTensor, onnx, tensor};
 
 #[path = "serve/protocol.rs"]
 mod protocol;
+#[path = "serve/several.rs"]
+mod several;
 #[path = "serve/strangers.rs"]
 mod strangers;
 #[allow(dead_code, reason = "each test target uses its own part")]
@@ -31,8 +33,15 @@ impl Server {
     fn of(student: &[u8], more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("student.onnx"), student).unwrap();
+        Self::in_folder(dir, &["student.onnx"], more)
+    }
+
+    /// Of these students in a folder.
+    fn in_folder(dir: tempfile::TempDir, students: &[&str], more: &[&str]) -> Self {
         let mut process = command(dir.path())
-            .args(["serve", "student.onnx", "--port", "0", "--json", "--engine", "tract", "--max-batch", "16"])
+            .arg("serve")
+            .args(students)
+            .args(["--port", "0", "--json", "--engine", "tract", "--max-batch", "16"])
             .args(more)
             .stdout(Stdio::piped())
             .spawn()
@@ -148,12 +157,18 @@ fn many_callers_get_the_images_of_the_command_line() {
         let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{name}\n{text}"));
         line.rsplit_once(' ').unwrap().1.parse().unwrap()
     };
-    assert_eq!((number("disback_requests_total{code=\"200\"}"), number("disback_images_total")), (48.0, 48.0));
-    assert_eq!(number("disback_batch_images_sum"), 48.0);
-    assert!(number("disback_batch_images_count") <= 48.0, "{text}");
-    assert_eq!(number("disback_waiting_requests"), 0.0);
+    assert_eq!(
+        (number("disback_requests_total{code=\"200\"}"), number("disback_images_total{model=\"student\"}")),
+        (48.0, 48.0)
+    );
+    assert_eq!(number("disback_batch_images_sum{model=\"student\"}"), 48.0);
+    assert!(number("disback_batch_images_count{model=\"student\"}") <= 48.0, "{text}");
+    assert_eq!(number("disback_waiting_requests{model=\"student\"}"), 0.0);
     assert_eq!(number("disback_request_duration_seconds_count"), 48.0);
-    assert_eq!(number("disback_network_duration_seconds_count"), number("disback_batch_images_count"));
+    assert_eq!(
+        number("disback_network_duration_seconds_count{model=\"student\"}"),
+        number("disback_batch_images_count{model=\"student\"}")
+    );
     assert_eq!(server.stop(), Some(0));
 }
 

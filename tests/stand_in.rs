@@ -131,6 +131,7 @@ fn objectives_run_there_as_on_the_cpu() {
         ("sds", "--set student.init=random --set memory.format=channels-last"),
         ("dmd2", &gan),
         ("f-distill", &gan),
+        ("uni-instruct", &gan),
     ] {
         both(&dir, name, &format!("{digits} --objective {name} {more}"), 5e-3);
     }

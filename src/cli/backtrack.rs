@@ -24,6 +24,6 @@ pub struct BacktrackArgs {
 }
 
 pub fn run(args: &BacktrackArgs, globals: Globals) -> Result<ExitCode> {
-    let asked = args.run.request(args.backtrack.sets(), Stages::Backtrack, args.backtrack.forms())?;
+    let asked = args.run.request(args.backtrack.method.sets(), Stages::Backtrack, args.backtrack.forms())?;
     train(&args.run, Request { trajectory: args.trajectory.clone(), ..asked }, globals)
 }

@@ -8,6 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::Globals;
+use super::distill::{DegradeOptions, MethodOptions};
 use super::signals::{self, STOP};
 use super::teacher::TeacherArgs;
 use crate::diffusion::{Conditions, Denoiser, TeacherCard};
@@ -42,6 +43,13 @@ pub struct CompareArgs {
     /// Any key of the configuration; wins over the file.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+    /// Images a forward pass. [batch]
+    #[arg(long)]
+    batch: Option<usize>,
+    #[command(flatten)]
+    degrade: DegradeOptions,
+    #[command(flatten)]
+    method: MethodOptions,
     /// The reference: images as for `evaluate`, or samples of another kind with their own values.
     #[arg(long, value_name = "PATH")]
     reference: PathBuf,
@@ -49,8 +57,8 @@ pub struct CompareArgs {
     /// are compared by their values without one.
     #[arg(long, value_name = "FILE")]
     features: Option<PathBuf>,
-    /// Seeds, one pair of runs each.
-    #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
+    /// Seeds, a list with commas; one pair of runs each.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0,1,2")]
     seeds: Vec<u64>,
     /// Generator updates between two looks; a twentieth of all where absent.
     #[arg(long)]
@@ -68,6 +76,15 @@ pub struct CompareArgs {
     /// Folder of a finished comparison to show in the same figure and table; may be repeated.
     #[arg(long, value_name = "DIR")]
     beside: Vec<PathBuf>,
+}
+
+impl CompareArgs {
+    /// Keys of the configuration, the options before `--set`.
+    fn sets(&self) -> Vec<String> {
+        let batch = self.batch.map(|n| format!("batch={n}"));
+        let options = batch.into_iter().chain(self.degrade.sets()).chain(self.method.sets());
+        options.chain(self.sets.iter().cloned()).collect()
+    }
 }
 
 /// A finished comparison, as `compare.json` has it.
@@ -223,7 +240,7 @@ impl CompareArgs {
 
 pub fn run(args: &CompareArgs, globals: Globals) -> Result<ExitCode> {
     Place::refuse("compare")?;
-    let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &args.sets)?);
+    let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &args.sets())?);
     if !config.degrade.nodes.any() {
         return Err(Error::usage("degrade.nodes is 0: there is no trajectory to compare with"));
     }

@@ -16,7 +16,7 @@ use crate::distill::config::NodeCount;
 use crate::distill::{Config, Stages};
 use crate::error::{Context, Result};
 use crate::run::{Console, Finished, Forms, PreparedRun, Request, Resume, TimeLimit};
-use crate::shown::tell;
+use crate::shown::{counted, tell};
 use crate::torch::dist::World;
 use crate::torch::dist::launcher::Place;
 
@@ -91,21 +91,22 @@ pub struct RunArgs {
 /// Options of stage 1.
 #[derive(Debug, Args)]
 pub struct DegradeOptions {
-    /// Nodes of the trajectory beside the teacher, or `auto`: chosen by what stage 1 measures. [degrade.nodes]
-    #[arg(long, value_name = "N")]
+    /// Nodes of the trajectory beside the teacher; 0: no trajectory, the base method; `auto`: up to 3, chosen by what stage 1 measures.
+    /// [degrade.nodes]
+    #[arg(long, value_name = "N|auto")]
     pub nodes: Option<NodeCount>,
     /// Steps of stage 1. [degrade.steps]
     #[arg(long, value_name = "N")]
     pub degrade_steps: Option<u64>,
 }
 
-/// Options of stage 2.
+/// Options that say what stage 2 does.
 #[derive(Debug, Args)]
-pub struct BacktrackOptions {
+pub struct MethodOptions {
     /// Generator updates. [backtrack.updates]
     #[arg(long, value_name = "N")]
     pub updates: Option<u64>,
-    /// dmd, diff-instruct (or vsd), sid, sim, sds, dmd2 or f-distill. [objective]
+    /// dmd, diff-instruct (or vsd), sid, sim, sds; with real images (gan.data) dmd2, f-distill, uni-instruct. [objective]
     #[arg(long)]
     pub objective: Option<String>,
     /// Guidance scale of the targets. [guidance]
@@ -114,6 +115,13 @@ pub struct BacktrackOptions {
     /// Learning rate of generator and fake score. [backtrack.lr_generator, backtrack.lr_fake]
     #[arg(long)]
     pub lr: Option<f64>,
+}
+
+/// Options of stage 2.
+#[derive(Debug, Args)]
+pub struct BacktrackOptions {
+    #[command(flatten)]
+    pub method: MethodOptions,
     /// Also write student-same-graph.onnx: the teacher's graph with the student's weights.
     #[arg(long)]
     pub same_graph: bool,
@@ -135,7 +143,7 @@ pub struct DistillArgs {
 
 pub fn run(args: &DistillArgs, globals: Globals) -> Result<ExitCode> {
     let mut sets = args.degrade.sets();
-    sets.extend(args.backtrack.sets());
+    sets.extend(args.backtrack.method.sets());
     train(&args.run, args.run.request(sets, Stages::Both, args.backtrack.forms())?, globals)
 }
 
@@ -169,6 +177,7 @@ impl RunArgs {
             stages,
             forms,
             stop: signals::STOP.clone(),
+            unbegun: signals::UNBEGUN.clone(),
             command: super::command_line(),
             ..Request::new(&self.teacher.teacher, &self.out)
         })
@@ -221,7 +230,9 @@ impl BacktrackOptions {
     pub fn forms(&self) -> Forms {
         Forms { per_step: self.per_step, same_graph: self.same_graph }
     }
+}
 
+impl MethodOptions {
     pub fn sets(&self) -> Vec<String> {
         let pairs = [
             pair("backtrack.updates", self.updates),
@@ -258,8 +269,9 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
         prepared.rehearse(folder.path())?;
         return super::dry_run::run(&prepared, globals);
     }
-    signals::at_work();
+    // (While the run is being prepared, a signal ends the process and leaves no folder.)
     let session = prepared.open()?;
+    signals::at_work();
     let folder = session.run().path().to_owned();
     let view = shared.map(View::start).transpose()?;
     let finished = session.distill();
@@ -274,7 +286,7 @@ pub fn train(args: &RunArgs, mut request: Request, globals: Globals) -> Result<E
         Finished::Followed => return Ok(ExitCode::SUCCESS),
         Finished::Recorded(trajectory) => (
             ExitCode::SUCCESS,
-            format!("{} nodes in {}", trajectory.last(), trajectory.dir().display()),
+            format!("{} in {}", counted(trajectory.last() as u64, "node"), trajectory.dir().display()),
             json!({ "ok": true, "outcome": "recorded", "nodes": trajectory.last(), "trajectory": trajectory.dir() }),
         ),
         Finished::Distilled(made) => {

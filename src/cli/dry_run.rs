@@ -9,7 +9,7 @@ use tch::Device;
 
 use super::{Globals, table};
 use crate::distill::checkpoint::StageKind;
-use crate::distill::config::{Config, NodeCount, Precision, Switch};
+use crate::distill::config::{Config, Precision, Switch};
 use crate::distill::gan::taps;
 use crate::distill::metrics::MetricsRow;
 use crate::distill::student::levels;
@@ -18,7 +18,7 @@ use crate::error::{Context, Error, Result};
 use crate::run::PreparedRun;
 use crate::run::memory::shown as bytes;
 use crate::run::origin::describe;
-use crate::shown::say;
+use crate::shown::{counted, say};
 use crate::torch::dist::World;
 use crate::torch::{Forward, device, shim};
 
@@ -84,17 +84,26 @@ fn sets(config: &Config, sizes: &Sizes) -> Vec<(String, u64)> {
 
 /// The targets of stage 2, in words.
 fn switches(config: &Config) -> String {
+    let b = &config.backtrack;
+    let targets = |nodes: usize| counted(nodes as u64 - 1, "target");
     match (config.degrade.nodes.most(), config.backtrack.switch) {
         (0, _) => "none: the base method".to_owned(),
         (n, Switch::Count) if config.degrade.nodes.is_auto() => {
             format!(
-                "{n} targets at most, as stage 1 measures (its steps and images here are the most that it may take)"
+                "{n} nodes at most, chosen by what stage 1 measures (its steps and images here are the most that it may take: {})",
+                plan::limit(config)
             )
         }
-        (n, Switch::Count) => format!("{n} targets, {} updates each before the teacher", config.backtrack.switch_every),
-        (n, Switch::Mismatch) => {
-            format!("{n} targets, by the mismatch, at most {} updates each", config.backtrack.switch_max)
+        (1, _) => "1 node: the teacher is the target from the first update on".to_owned(),
+        // (The last node is where stage 1 ends: the first target is the one before it.)
+        (n, Switch::Count) => {
+            format!("{n} nodes; {} before the teacher, each for {}", targets(n), counted(b.switch_every, "update"))
         }
+        (n, Switch::Mismatch) => format!(
+            "{n} nodes; {} before the teacher, each until the mismatch says so, for {} at most",
+            targets(n),
+            counted(b.switch_max, "update")
+        ),
     }
 }
 
@@ -133,11 +142,7 @@ pub fn run(prepared: &PreparedRun, globals: Globals) -> Result<ExitCode> {
     let sizes = Sizes { trained, shared: 4 * shared, student: 4 * of_student, guide };
     let images = config.images();
     let passes = cost::passes(config);
-    let degrade_steps = match config.degrade.nodes {
-        NodeCount::Count(0) => 0,
-        NodeCount::Count(_) => config.degrade.steps,
-        NodeCount::Auto => plan::most_steps(config),
-    };
+    let degrade_steps = plan::steps(config);
     let iterations = config.backtrack.updates * config.backtrack.ratio;
     let stages = [
         ("degrade", StageKind::Degrade, degrade_steps, degrade_steps * passes.degrade),

@@ -9,9 +9,10 @@ use serde_json::json;
 use tch::Device;
 
 use super::Globals;
+use super::distill::{DegradeOptions, MethodOptions};
 use super::teacher::TeacherArgs;
-use crate::distill::Config;
 use crate::distill::estimate::{StageCost, estimate};
+use crate::distill::{Config, plan};
 use crate::error::{Error, Result};
 use crate::inspect;
 use crate::run::{self, origin, ranks};
@@ -33,6 +34,10 @@ pub struct EstimateArgs {
     /// Images a forward pass. [batch]
     #[arg(long)]
     pub batch: Option<usize>,
+    #[command(flatten)]
+    pub degrade: DegradeOptions,
+    #[command(flatten)]
+    pub method: MethodOptions,
     /// Processes that share the run: what each of them takes.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub world: usize,
@@ -53,6 +58,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
         return Err(Error::usage(format!("--world {}: expected 1 to 65536 processes", args.world)));
     }
     let mut sets: Vec<String> = args.batch.iter().map(|b| format!("batch={b}")).collect();
+    sets.extend(args.degrade.sets().into_iter().chain(args.method.sets()));
     sets.extend(args.sets.iter().cloned());
     let config = args.teacher.reading.with_card(Config::resolve(args.config.as_deref(), &sets)?);
     device::set_threads(config.threads);
@@ -85,6 +91,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
     };
     let seconds = |s: &StageCost| Some(flops(s)? / (args.tflops? * 1e12));
     let stages = [("degrade", &found.degrade), ("backtrack", &found.backtrack)];
+    let (steps, iterations) = (plan::steps(&config), config.backtrack.updates * config.backtrack.ratio);
     if globals.json {
         let mut value = json!({
             "world": found.world, "batch": found.batch, "parameters": found.parameters, "student": origin::describe(&config),
@@ -95,6 +102,7 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
             value[name]["flops"] = json!(flops(s));
             value[name]["seconds"] = json!(seconds(s));
         }
+        (value["degrade"]["iterations"], value["backtrack"]["iterations"]) = (json!(steps), json!(iterations));
         println!("{}", serde_json::to_string_pretty(&value).map_err(|e| Error::io(e.to_string()))?);
         return Ok(ExitCode::SUCCESS);
     }
@@ -126,6 +134,12 @@ pub fn run(args: &EstimateArgs, globals: Globals) -> Result<ExitCode> {
         ]);
     }
     say!("{table}");
+    let auto = config.degrade.nodes.is_auto();
+    say!(
+        "iterations: {}{steps} in stage 1{}, {iterations} in stage 2",
+        if auto { "at most " } else { "" },
+        if auto { format!(" (degrade.nodes is `auto`: {})", plan::limit(&config)) } else { String::new() }
+    );
     if !config.gan.data.is_empty() {
         say!("without what the discriminator takes");
     }

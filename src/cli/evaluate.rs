@@ -181,7 +181,30 @@ impl EvaluateArgs {
             return Err(Error::usage(format!("{option} without --guidance: nothing is guided"))
                 .hint(format!("--guidance 2 guides; or leave {option} out")));
         }
-        Guidance::everywhere(self.guidance).rescaled(self.guidance_rescale)
+        Guidance::everywhere(self.guidance).rescaled(self.guidance_rescale).context("--guidance-rescale")
+    }
+
+    /// Refuses options that say how teachers sample where there is none.
+    fn check_teachers(&self) -> Result<()> {
+        if self.shift != 0.0 && !(self.shift.is_finite() && self.shift > 0.0) {
+            return Err(Error::usage(format!(
+                "--shift {}: expected a number above 0, or 0 for the card's",
+                self.shift
+            )));
+        }
+        let said = [
+            ("--shift", self.shift != 0.0),
+            ("--guidance", self.guidance != 1.0),
+            ("--guidance-by", self.guidance_by.is_some()),
+            ("--guidance-rescale", self.guidance_rescale != 0.0),
+        ];
+        match said.iter().find(|(_, given)| *given) {
+            Some((option, _)) if !self.sets.iter().any(|set| Source::is_teacher(set)) => Err(Error::usage(format!(
+                "{option} says how teachers sample, but none of the sets is a teacher"
+            ))
+            .hint("students make their samples in the steps, and with the guidance, that they were trained for")),
+            _ => Ok(()),
+        }
     }
 
     /// A set of images as it is measured. Floats that do not look like ones of the range need `--range`.
@@ -222,7 +245,7 @@ impl Judge<'_> {
             Some(_) => Source::open_values(path, &card, &options)?,
             None => Source::open_with(path, self.range, &card, &options)?,
         };
-        let source = source.guided_by(self.args.guidance_by.as_deref(), &options)?;
+        let source = source.guided_by(path, self.args.guidance_by.as_deref(), &options).context("--guidance-by")?;
         let source = source.decoded(self.args.decoder.as_deref(), &options)?;
         Ok(match source {
             Source::Images(set) => Source::Images(self.args.images(set, path)?),
@@ -347,7 +370,8 @@ fn judge<'a>(args: &'a EvaluateArgs, reference_path: &Path, globals: Globals) ->
         true => Source::open_values(reference_path, &card, &options)?,
         false => Source::open_with(reference_path, range, &card, &options)?,
     };
-    source = source.guided_by(args.guidance_by.as_deref(), &options)?.decoded(args.decoder.as_deref(), &options)?;
+    source = source.guided_by(reference_path, args.guidance_by.as_deref(), &options).context("--guidance-by")?;
+    source = source.decoded(args.decoder.as_deref(), &options)?;
     if let Source::Images(set) = source {
         source = Source::Images(args.images(set, reference_path)?);
     }
@@ -424,6 +448,7 @@ pub fn run(args: &EvaluateArgs, globals: Globals) -> Result<ExitCode> {
             "--save-statistics FILE.npz keeps the statistics of one set; --run DIR measures the students of a run",
         ));
     }
+    args.check_teachers()?;
     let mut judge = judge(args, reference, globals)?;
     let mut rows = Vec::new();
     for (k, path) in generated.iter().enumerate() {

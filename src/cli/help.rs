@@ -84,10 +84,17 @@ pub fn with_help(command: Command) -> Command {
         "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{list}Options:\n{{options}}\n\n\
             `disback COMMAND --help` has the options of a command, and examples.\n"
     ));
-    EXAMPLES.iter().fold(command, |c, (name, lines)| match c.find_subcommand(name) {
+    let command = EXAMPLES.iter().fold(command, |c, (name, lines)| match c.find_subcommand(name) {
         Some(_) => c.mut_subcommand(name, |s| s.after_help(examples(name, lines))),
         None => c,
-    })
+    });
+    let names: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
+    names.into_iter().fold(command, |c, name| c.mut_subcommand(name, taking_negative_numbers))
+}
+
+/// A value of `-1` is refused for what it is, and not taken for an option.
+fn taking_negative_numbers(command: Command) -> Command {
+    command.mut_args(|arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg })
 }
 
 fn examples(name: &str, lines: &[&str]) -> String {

@@ -1,4 +1,4 @@
-//! `disback serve`: a student behind HTTP.
+//! `disback serve`: students behind HTTP.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -16,13 +16,14 @@ use crate::runtime::student::Student;
 use crate::serve::{Access, ServeOptions, serve};
 use crate::shown::say;
 
-/// Serve a student over HTTP: GET /sample?seed=1&n=4&classes=3 gives a PNG (format=npy: the array), /health, /metrics, and the
+/// Serve students over HTTP: GET /sample?seed=1&n=4&classes=3 gives a PNG (format=npy: the array), /health, /metrics, and the
 /// Open Inference Protocol: POST /v2/models/NAME/infer.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// student.onnx.
-    student: PathBuf,
-    /// Name of the model in the Open Inference Protocol (/v2/models/NAME/infer) [default: the file's name without its ending].
+    /// student.onnx, or several; NAME=FILE gives one another name than the file's. Of several, /sample wants model=NAME.
+    #[arg(required = true, num_args = 1.., value_name = "[NAME=]FILE")]
+    students: Vec<String>,
+    /// Name of a single model (/v2/models/NAME/infer) [default: the file's name without its ending].
     #[arg(long, value_name = "NAME")]
     model_name: Option<String>,
     /// Address to listen on. The default takes calls from this machine only.
@@ -91,6 +92,18 @@ fn token(path: &Path) -> Result<String> {
     Ok(token.to_owned())
 }
 
+/// The name and the file of a student, as the command line says them.
+fn named(text: &str) -> (String, PathBuf) {
+    let stem = |path: &Path| path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    match text.split_once('=') {
+        // (A file may have the sign in its name.)
+        Some((name, file)) if !Path::new(text).exists() && !name.contains(['/', '\\']) => {
+            (name.to_owned(), file.into())
+        }
+        _ => (stem(Path::new(text)), text.into()),
+    }
+}
+
 /// A quarter of the memory that is free.
 fn free_quarter() -> u64 {
     memory::free().map_or(1 << 30, |free| free.bytes / 4)
@@ -116,11 +129,20 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
             return Err(Error::usage(format!("{name} 0: expected 1 or more")));
         }
     }
-    let student = Student::open(&args.student, &args.engine.options(&[args.max_batch])?)?;
-    let engine = student.engine_name();
-    let stem = args.student.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut files: Vec<(String, PathBuf)> = args.students.iter().map(|text| named(text)).collect();
+    match (&args.model_name, &mut files[..]) {
+        (Some(name), [(one, _)]) => one.clone_from(name),
+        (Some(_), _) => {
+            return Err(Error::usage("--model-name names a single student")
+                .hint("of several, each has its file's name, or that of NAME=FILE"));
+        }
+        (None, _) => {}
+    }
+    let engine = args.engine.options(&[args.max_batch])?;
+    let open = |(name, path): (String, PathBuf)| Ok((name, Student::open(&path, &engine)?));
+    let students = files.into_iter().map(open).collect::<Result<Vec<_>>>()?;
+    let engines: Vec<(String, String)> = students.iter().map(|(n, s)| (n.clone(), s.engine_name())).collect();
     let options = ServeOptions {
-        model: args.model_name.clone().unwrap_or(stem),
         address: SocketAddr::new(args.host, args.port),
         batch: args.max_batch,
         queue: args.queue,
@@ -140,11 +162,17 @@ pub fn run(args: &ServeArgs, globals: Globals) -> Result<ExitCode> {
             log: args.access_log,
         },
     };
-    serve(student, options, |address| {
+    serve(students, options, |address| {
         if globals.json {
-            println!("{}", json!({ "ok": true, "listening": address.to_string(), "engine": engine }));
+            let models: Vec<_> = engines.iter().map(|(n, e)| json!({ "name": n, "engine": e })).collect();
+            let engine = &engines[0].1;
+            println!("{}", json!({ "ok": true, "listening": address.to_string(), "engine": engine, "models": models }));
         } else if !globals.quiet {
-            say!("{engine} on http://{address}/sample (Ctrl-C stops)");
+            for (name, engine) in &engines {
+                let which = if engines.len() > 1 { format!("?model={name}") } else { String::new() };
+                say!("{engine} on http://{address}/sample{which}");
+            }
+            say!("Ctrl-C stops");
         }
     })?;
     Ok(ExitCode::SUCCESS)

@@ -5,6 +5,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::run::Unbegun;
 
 /// Exit code of a run that was stopped with a checkpoint by a signal or a time limit: `EX_TEMPFAIL`, to be started again.
 pub const AGAIN: u8 = 75;
@@ -13,6 +14,9 @@ pub const INTERRUPTED: u8 = 130;
 
 /// Raised by the first signal: the run stops after the present step, with a checkpoint.
 pub(super) static STOP: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// The folder of a run that is not at work yet, which a signal removes.
+pub(super) static UNBEGUN: LazyLock<Unbegun> = LazyLock::new(Unbegun::default);
 
 /// Whether there is anything to save: before, a signal ends the process at once.
 static AT_WORK: AtomicBool = AtomicBool::new(false);
@@ -55,6 +59,7 @@ fn received(signal: i32, repeats: bool, before: &mut Option<Instant>) {
             FIRST.store(signal, Ordering::SeqCst);
             STOP.store(true, Ordering::SeqCst);
             if !AT_WORK.load(Ordering::SeqCst) {
+                UNBEGUN.discard();
                 end(exit_code().into());
             }
         }

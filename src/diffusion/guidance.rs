@@ -7,6 +7,13 @@ use crate::error::{Error, Result};
 use super::card::TeacherCard;
 use super::condition::Condition;
 
+/// What is said of a teacher that is to be guided by its own network, in the file `weaker`.
+pub(crate) fn by_itself(weaker: &str) -> Error {
+    Error::usage(format!("{weaker} is the teacher itself: the difference to itself guides nothing")).hint(
+        "autoguidance takes a weaker network of the same data: fewer weights, or an earlier state of the training",
+    )
+}
+
 /// `D_u + scale (D_c - D_u)` for `low < sigma <= high`, `D_c` elsewhere. `D_u` is the network without its conditions, or a weaker
 /// network.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -39,6 +39,7 @@ pub use fixed::FixedInput;
 #[cfg(feature = "train")]
 pub use generator::{Generator, GeneratorNames, GeneratorPorts};
 pub use guidance::Guidance;
+pub(crate) use guidance::by_itself;
 #[cfg(feature = "train")]
 pub use prepared::{Form, PreparedLevels};
 pub use sampler::{Sampled, Sampler, VectorSpace};

@@ -29,9 +29,14 @@ pub fn passes(config: &Config) -> Passes {
     // A student of several steps is trained at one of them, each as often, and the steps before that one are run too.
     let made = images * (config.student.further_steps() as u64 + 2) / 2;
     let gan = u64::from(!config.gan.data.is_empty());
+    let judged = if config.gan.shared_pass { 0 } else { gan };
     // (By a weaker network the second pass is that network's, and the teacher's as the target alone: at most so many.)
     let target = if config.guidance == 1.0 { 1 } else { 2 };
-    Passes { degrade: 2 * images, iteration: made + (fake + 2 * gan) * images, update: (target + fake + gan) * images }
+    Passes {
+        degrade: 2 * images,
+        iteration: made + (fake + 2 * gan) * images,
+        update: (target + fake + judged) * images,
+    }
 }
 
 /// Forward passes, in images, of a stage 1 of so many steps, with the looks at its copy where `degrade.nodes` is `auto`.

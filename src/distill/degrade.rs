@@ -104,7 +104,7 @@ impl<'a> Degrade<'a> {
                 (State::new(StageKind::Degrade, trajectory.teacher_hash()), trajectory)
             }
         };
-        let steps = if config.degrade.nodes.is_auto() { plan::most_steps(config) } else { config.degrade.steps };
+        let steps = plan::steps(config);
         let record_at = recording_plan(&config.degrade);
         let lr = adam.lr(1.0);
         let stage = Self {
@@ -131,7 +131,8 @@ impl<'a> Degrade<'a> {
         let chosen_later = chooses_later(settings);
         let which = match (settings.nodes, chosen_later) {
             (NodeCount::Auto, _) => {
-                let plan = plan::choose(self.trajectory.nodes(), settings.nodes.most(), self.steps);
+                let plan =
+                    plan::choose(self.trajectory.nodes(), settings.nodes.most(), self.steps, &plan::limit(self.config));
                 if !job.silent && job.world.leads() {
                     tell!("{}", plan.why);
                 }
@@ -195,8 +196,8 @@ impl Stage for Degrade<'_> {
     fn total(&self) -> u64 {
         self.steps
     }
-    fn last_node(&self) -> usize {
-        self.config.degrade.nodes.most()
+    fn last_node(&self) -> Option<usize> {
+        (!chooses_later(&self.config.degrade)).then(|| self.config.degrade.nodes.most())
     }
 
     fn begin(&mut self, _job: &mut Job, _state: &mut State, _log: &mut Log) -> Result<()> {

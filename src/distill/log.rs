@@ -36,7 +36,7 @@ pub(crate) struct Log {
 
 impl Log {
     /// Opens `metrics.jsonl`, dropping the rows after the checkpoint that the stage goes on from.
-    pub fn new(job: &Job, state: &State, total: u64, last: usize, device: tch::Device) -> Result<Self> {
+    pub fn new(job: &Job, state: &State, total: u64, last: Option<usize>, device: tch::Device) -> Result<Self> {
         let images = state.iteration * job.config.images();
         // A run that is shorter than what may be skipped must not end well either where nothing was ever done.
         let most = |steps: u64| job.config.optimizer.max_skips.min(steps);

@@ -59,8 +59,8 @@ pub struct Begin {
     pub total: u64,
     /// Generator updates that are done; 0 in stage 1.
     pub updates: u64,
-    /// Index of the trajectory's last node.
-    pub last: usize,
+    /// Index of the trajectory's last node; `None` in a stage 1 that records candidates, of which the nodes are chosen in the end.
+    pub last: Option<usize>,
 }
 
 /// Where a stage stands after an iteration.

@@ -16,6 +16,7 @@
 use crate::distill::config::{Config, NodeCount};
 use crate::distill::cost::passes;
 use crate::distill::trajectory::Node;
+use crate::shown::counted;
 
 /// Stage 1 does not end before the copy has come so far.
 const ENOUGH: f64 = 0.75;
@@ -49,7 +50,8 @@ pub fn tracking_of(teacher: &Node, node: &Node) -> Option<f64> {
     tracking(f64::from(gap), f64::from(before) - f64::from(now))
 }
 
-/// Steps that stage 1 may have: `degrade.steps`, and no more than that share of the forward passes of the run, looks included.
+/// Steps that stage 1 may have: `degrade.steps`, and no more than that share of the forward passes of the run, looks included; but as many
+/// as there may be nodes.
 pub fn most_steps(config: &Config) -> u64 {
     let p = passes(config);
     let stage_two = (config.backtrack.updates * p.of_update(config.backtrack.ratio)) as f64;
@@ -64,6 +66,28 @@ pub fn most_steps(config: &Config) -> u64 {
         steps += 1;
     }
     steps.max(NodeCount::AUTO_MOST as u64)
+}
+
+/// Steps of stage 1, or with `degrade.nodes = "auto"` as many as it may have.
+pub fn steps(config: &Config) -> u64 {
+    match config.degrade.nodes {
+        NodeCount::Count(0) => 0,
+        NodeCount::Count(_) => config.degrade.steps,
+        NodeCount::Auto => most_steps(config),
+    }
+}
+
+/// What keeps stage 1 from taking more steps than [`most_steps`], for people.
+pub fn limit(config: &Config) -> String {
+    if most_steps(config) >= config.degrade.steps {
+        format!("degrade.steps is {}", config.degrade.steps)
+    } else {
+        format!(
+            "stage 1 may cost {:.0} % of the run's forward passes, and backtrack.updates is {}",
+            100.0 * SHARE,
+            config.backtrack.updates
+        )
+    }
 }
 
 /// Forward passes that are left for stage 2 of a budget for both.
@@ -135,17 +159,18 @@ pub struct Plan {
 }
 
 /// The nodes that are kept of the candidates of stage 1: the last, and up to two before it at equal distances from the teacher (the
-/// square root of the gap).
-pub fn choose(candidates: &[Node], most: usize, steps: u64) -> Plan {
+/// square root of the gap). `most`: so many of them; `steps`: as many could have been taken, for the reason `limit`.
+pub fn choose(candidates: &[Node], most: usize, steps: u64, limit: &str) -> Plan {
     let (teacher, last) = (&candidates[0], candidates.len() - 1);
     let end = &candidates[last];
     let loss = |node: &Node| f64::from(node.loss.unwrap_or_default());
     let fall = (loss(teacher) - loss(end)) / loss(teacher).max(f64::MIN_POSITIVE);
     if last == 0 || fall < LITTLE {
+        let capped = if end.iteration < steps { String::new() } else { format!(" (no more steps: {limit})") };
         let why = format!(
-            "no trajectory: after {} steps the loss on the student's samples is {:.1} % below the teacher's. Either the teacher already \
-             denoises them about as well as a score of their own, or the copy learns too slowly (degrade.lr, degrade.steps)",
-            end.iteration,
+            "no trajectory: after {}{capped} the loss on the student's samples is {:.1} % below the teacher's. Either the teacher \
+             already denoises them about as well as a score of their own, or the copy learns too slowly for so few steps (degrade.lr)",
+            counted(end.iteration, "step"),
             100.0 * fall.max(0.0)
         );
         return Plan { nodes: vec![0], why };
@@ -164,19 +189,23 @@ pub fn choose(candidates: &[Node], most: usize, steps: u64) -> Plan {
     nodes.push(last);
     let come = tracking_of(teacher, end).unwrap_or_default();
     let ended = if end.iteration < steps {
-        "and its loss has stopped falling"
+        "and its loss has stopped falling".to_owned()
     } else {
-        "and it may take no more steps (degrade.steps, or 8 % of the run's forward passes)"
+        format!("and it may take no more steps ({limit})")
     };
     let hold = hold(end.iteration, count);
     let targets = match count {
         1 => "the teacher is the target from the first update on".to_owned(),
-        _ => format!("{} nodes come before the teacher, for {hold} updates each", count - 1),
+        _ => format!(
+            "before the teacher, {} the target for {} each",
+            if count == 2 { "one node is".to_owned() } else { format!("{} nodes are", count - 1) },
+            counted(hold, "update")
+        ),
     };
     let why = format!(
-        "stage 1 took {} steps: the copy has come {:.0} % of the way from the teacher to the score of the student's first samples, {ended}; \
+        "stage 1 took {}: the copy has come {:.0} % of the way from the teacher to the score of the student's first samples, {ended}; \
          {targets}",
-        end.iteration,
+        counted(end.iteration, "step"),
         100.0 * come.min(1.0),
     );
     Plan { nodes, why }
@@ -232,18 +261,22 @@ mod tests {
     fn nodes_lie_at_equal_distances_from_the_teacher() {
         let ks = [0.0, 0.2, 0.3, 0.45, 0.62, 0.9];
         let candidates: Vec<Node> = ks.iter().enumerate().map(|(i, k)| at(i, 4 * i as u64, *k)).collect();
-        let plan = choose(&candidates, 3, 100);
+        let plan = choose(&candidates, 3, 100, "degrade.steps is 100");
         assert_eq!(plan.nodes, [0, 2, 4, 5]);
         assert!(
             plan.why.contains("20 steps") && plan.why.contains("90 %") && plan.why.contains("3 updates each"),
             "{}",
             plan.why
         );
-        assert_eq!(choose(&candidates[..2], 3, 4).nodes, [0, 1]);
+        assert_eq!(choose(&candidates[..2], 3, 4, "").nodes, [0, 1]);
         // The copy is no better than the teacher: nothing to record.
-        let plan = choose(&[at(0, 0, 0.0), node(1, 9, 1.499, 1e-4)], 3, 9);
+        let plan = choose(&[at(0, 0, 0.0), node(1, 9, 1.499, 1e-4)], 3, 9, "degrade.steps is 9");
         assert_eq!(plan.nodes, [0]);
-        assert!(plan.why.starts_with("no trajectory"), "{}", plan.why);
+        assert!(
+            plan.why.starts_with("no trajectory: after 9 steps (no more steps: degrade.steps is 9) the loss"),
+            "{}",
+            plan.why
+        );
     }
 
     #[test]
@@ -258,6 +291,7 @@ mod tests {
         // Looks after 2, 4, 7 and, since it is the end, 11 steps, of 16 batches of 4 samples; and one of the teacher.
         assert_eq!((batches_of_a_look(4), batches_of_a_look(200), passes_of_looks(&config, 11)), (16, 1, 5 * 64));
         let few = Config::resolve(None, &[&sets[..], &["degrade.steps=5".into()]].concat()).unwrap();
-        assert_eq!(most_steps(&few), 5);
+        assert_eq!((most_steps(&few), limit(&few).as_str()), (5, "degrade.steps is 5"));
+        assert_eq!(limit(&config), "stage 1 may cost 8 % of the run's forward passes, and backtrack.updates is 184");
     }
 }

@@ -18,7 +18,7 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     stage: StageKind,
     total: u64,
-    last: usize,
+    last: Option<usize>,
     silent: bool,
     lines: u64,
 }
@@ -27,8 +27,8 @@ pub struct Progress {
 const ROWS_A_LINE: u64 = 10;
 
 impl Progress {
-    /// `total` iterations, `last` the number of the trajectory's last node.
-    pub fn new(stage: StageKind, total: u64, start: u64, last: usize, silent: bool) -> Self {
+    /// `total` iterations, `last` the number of the trajectory's last node, where it is known.
+    pub fn new(stage: StageKind, total: u64, start: u64, last: Option<usize>, silent: bool) -> Self {
         let bar = (!silent && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(total).with_position(start);
             let style = "{prefix} {bar:24} {pos}/{len}  {msg}  ETA {eta}";
@@ -67,7 +67,11 @@ impl Progress {
     }
 
     fn describe(&self, row: &MetricsRow) -> String {
-        let mut text = format!("node {}/{}  {:.0} images/s", row.node, self.last, row.images_per_s);
+        let node = match self.last {
+            Some(last) => format!("node {}/{last}", row.node),
+            None => format!("candidate {}", row.node),
+        };
+        let mut text = format!("{node}  {:.0} images/s", row.images_per_s);
         let mut number = |name: &str, v: Option<f64>| {
             if let Some(v) = v {
                 text.push_str(&format!("  {name} {}", crate::report::text::number(v)));

@@ -25,8 +25,9 @@ pub(crate) trait Stage {
     /// Iterations of the whole stage.
     fn total(&self) -> u64;
 
-    /// Last node of the trajectory, or the number of nodes that are wanted.
-    fn last_node(&self) -> usize;
+    /// Last node of the trajectory, or the number of nodes that are wanted. `None` where what is recorded are candidates, of which the
+    /// nodes are chosen in the end.
+    fn last_node(&self) -> Option<usize>;
 
     /// Before the micro-batches of an iteration: what depends on where the run stands, such as the target.
     fn begin(&mut self, job: &mut Job, state: &mut State, log: &mut Log) -> Result<()>;

@@ -118,6 +118,11 @@ impl Trajectory {
     /// Opens a recorded trajectory of the teacher with this hash.
     pub fn open(dir: &Path, teacher_hash: &str) -> Result<Self> {
         let path = dir.join(INDEX);
+        if !path.exists() {
+            return Err(Error::usage(format!("{}: no trajectory (there is no {INDEX})", dir.display())).hint(
+                "`disback degrade TEACHER -o DIR` records one; --trajectory takes that DIR, or its trajectory/",
+            ));
+        }
         let text = crate::files::read(&path, crate::files::JSON).with_context(|| path.display().to_string())?;
         let index = Index::from_text(&text).with_context(|| path.display().to_string())?;
         let bad = |what: String| Err(Error::mismatch(what).context(path.display().to_string()));

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use super::Statistics;
 use crate::diffusion::teacher_engine::{TeacherOnEngine, TeacherRequest, card_of};
-use crate::diffusion::{Guidance, Sampler};
+use crate::diffusion::{Guidance, Sampler, by_itself};
 use crate::error::{Context, Error, Result};
+use crate::graph::Model;
 use crate::io::images::Rounding;
 use crate::io::{ImageSet, idx, npy, table};
 use crate::runtime::EngineOptions;
@@ -94,6 +95,13 @@ pub struct Drawn {
 fn latents(what: &str) -> Error {
     Error::mismatch(format!("the {what} makes latents, which are no images"))
         .hint("--decoder FILE.onnx (while training: log.decoder) makes images of them")
+}
+
+/// Refuses a file of the same network as the one that guides the other.
+fn refuse_itself(own: &Path, weaker: &Path) -> Result<()> {
+    let len = |path: &Path| std::fs::metadata(path).map(|m| m.len()).with_context(|| path.display().to_string());
+    let same = len(own)? == len(weaker)? && Model::load(own)?.graph_hash() == Model::load(weaker)?.graph_hash();
+    if same { Err(by_itself(&weaker.display().to_string())) } else { Ok(()) }
 }
 
 impl Source {
@@ -187,6 +195,15 @@ impl Source {
             }
             _ => false,
         }
+    }
+
+    /// Whether a file is an ONNX model that is no student of ours, as far as the file says it.
+    pub fn is_teacher(path: &Path) -> bool {
+        if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("onnx")) {
+            return false;
+        }
+        let decoded = crate::files::map(path).map_err(Error::from).and_then(|bytes| student::decode(&bytes));
+        decoded.is_ok_and(|model| !student::metadata(&model).contains_key("student.method"))
     }
 
     fn model(path: &Path, card: &[String], options: &EngineOptions) -> Result<Self> {
@@ -289,14 +306,15 @@ impl Source {
         }
     }
 
-    /// A teacher guided by the weaker network in `path`, read by its own card: see [`TeacherOnEngine::guided_by`]. Other sources are as
+    /// A teacher, opened from the file `own`, guided by the weaker network in `path`, read by its own card: see [`TeacherOnEngine::guided_by`]. Other sources are as
     /// they were.
     ///
     /// Errors: a file that is no teacher, or one that cannot guide this one.
-    pub fn guided_by(self, path: Option<&Path>, options: &EngineOptions) -> Result<Self> {
+    pub fn guided_by(self, own: &Path, path: Option<&Path>, options: &EngineOptions) -> Result<Self> {
         let Some(path) = path else { return Ok(self) };
         match self {
             Self::Teacher(teacher) => {
+                refuse_itself(own, path)?;
                 let weaker = TeacherOnEngine::open(path, &[], options)?;
                 let guided = teacher.guided_by(weaker).with_context(|| path.display().to_string())?;
                 Ok(Self::Teacher(Box::new(guided)))

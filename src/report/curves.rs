@@ -9,6 +9,7 @@ use super::plot::{Mark, Series, curves};
 use super::run::Run;
 use super::text::esc;
 use crate::eval::in_loop::InLoopPoint;
+use crate::shown::counted;
 
 fn plot(svg: Option<String>, title: &str) -> String {
     svg.map_or(String::new(), |svg| {
@@ -155,7 +156,8 @@ pub fn students(run: &Run) -> String {
 /// Distances of this run and of others over updates, forward passes and seconds.
 pub fn distances(run: &Run, others: &[(String, Vec<InLoopPoint>)]) -> String {
     let nodes = run.nodes.len().saturating_sub(1);
-    let own = if nodes > 0 { format!("with {nodes} nodes") } else { "without trajectory".to_string() };
+    let own =
+        if nodes > 0 { format!("with {}", counted(nodes as u64, "node")) } else { "without trajectory".to_string() };
     let mut all: Vec<(&str, &[InLoopPoint])> = vec![(&own, &run.points)];
     all.extend(others.iter().map(|(name, points)| (name.as_str(), points.as_slice())));
     let frechet = run.points.iter().any(|p| p.frechet.is_some());

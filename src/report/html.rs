@@ -7,6 +7,7 @@ use super::text::{esc, plain};
 use super::{curves, gallery, tables};
 use crate::error::Result;
 use crate::eval::in_loop::InLoopPoint;
+use crate::shown::counted;
 
 /// Writes `report.html` into a run directory from what lies in it, finished or not, and returns its path.
 pub fn write(run_dir: &Path) -> Result<PathBuf> {
@@ -20,7 +21,7 @@ pub fn write_beside(run_dir: &Path, baselines: &[PathBuf]) -> Result<PathBuf> {
     for folder in baselines {
         let other = Run::read(folder)?;
         let nodes = other.nodes.len().saturating_sub(1);
-        let kind = if nodes > 0 { format!("{nodes} nodes") } else { "without trajectory".to_string() };
+        let kind = if nodes > 0 { counted(nodes as u64, "node") } else { "without trajectory".to_string() };
         others.push((format!("{}, {kind}", name_of(folder)), other.points));
     }
     let path = run_dir.join("report.html");

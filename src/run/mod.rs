@@ -33,7 +33,7 @@ pub mod watcher;
 
 pub use monitor::{Console, Monitor};
 pub use origin::{Forms, StudentOrigin, Written};
-pub use request::{Request, Resume};
+pub use request::{Request, Resume, Unbegun};
 pub use session::{Distilled, Finished, PreparedRun, Session};
 pub use student_file::StudentFile;
 pub use teacher::{Teacher, TeacherOptions, denoiser};

@@ -1,8 +1,8 @@
 //! What a run is asked to do.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use crate::distill::checkpoint::StageKind;
 use crate::distill::objective::Objective;
@@ -47,6 +47,24 @@ pub enum Resume {
     IfBegun,
 }
 
+/// The folder of a new run that is being prepared: its student is tried before the first step, and nothing in it is worth keeping.
+#[derive(Debug, Clone, Default)]
+pub struct Unbegun(Arc<Mutex<Option<RunDir>>>);
+
+impl Unbegun {
+    /// From now on [`Unbegun::discard`] removes this folder; with `None` nothing.
+    pub(super) fn set(&self, run: Option<RunDir>) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = run;
+    }
+
+    /// Removes the folder, where there is one: for a process that ends at once.
+    pub fn discard(&self) {
+        if let Some(run) = self.0.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            run.discard();
+        }
+    }
+}
+
 /// A run as it is asked for: which teacher, where, with which settings.
 #[derive(Clone)]
 pub struct Request {
@@ -85,6 +103,8 @@ pub struct Request {
     pub monitor: Arc<dyn Monitor>,
     /// Raised from outside: the run stops after the present step, with a checkpoint.
     pub stop: Arc<AtomicBool>,
+    /// Knows the folder of a new run as long as that is being prepared.
+    pub unbegun: Unbegun,
     /// When the run must be over: it stops before, with a checkpoint.
     pub time_limit: Option<TimeLimit>,
     /// Whether a progress bar is shown on standard error.
@@ -116,6 +136,7 @@ impl Request {
             forms: Forms::default(),
             monitor: Arc::new(Console::default()),
             stop: Arc::new(AtomicBool::new(false)),
+            unbegun: Unbegun::default(),
             time_limit: None,
             progress: false,
             world: World::alone(),

@@ -6,6 +6,7 @@ use tch::Device;
 
 use crate::diffusion::Denoiser;
 use crate::distill::checkpoint::{Checkpoint, StageKind};
+use crate::distill::config::NodeCount;
 use crate::distill::gan::taps;
 use crate::distill::lock::RunLock;
 use crate::distill::rundir::check_resumable;
@@ -26,6 +27,9 @@ use crate::run::watcher::{self, Watcher};
 use crate::runtime::decoder::Decoder;
 use crate::torch::train::cuda_graph;
 use crate::torch::{device, shim};
+
+/// Students of more steps than this are told about while their export is tried.
+const MANY_STEPS: usize = 8;
 
 /// A request whose teacher and student are loaded and checked. Nothing is written yet.
 pub struct PreparedRun {
@@ -167,10 +171,7 @@ impl PreparedRun {
             checks::check_recorded(recorded.dir(), &config, card)?;
             let initial = Student::hash_of_initial(self.student.as_ref(), &self.denoiser, &config)?;
             recorded.check_student(initial.as_deref())?;
-            // (What `auto` has measured says how long each node is the target.)
-            if !(config.degrade.nodes.is_auto() && recorded.plan().is_some()) {
-                config.degrade.nodes = recorded.last().into();
-            }
+            config.degrade.nodes = self.nodes_of(recorded)?;
             config.degrade.steps = config.degrade.steps.max(recorded.last() as u64);
         }
         if *stages == Stages::Backtrack && recorded.is_none() && config.degrade.nodes.any() {
@@ -190,6 +191,33 @@ impl PreparedRun {
                 run.discard();
                 Err(e)
             }
+        }
+    }
+
+    /// `degrade.nodes` for a trajectory that another run has recorded. What `auto` has measured says how long each node is the target,
+    /// unless this run was told a number of nodes.
+    fn nodes_of(&self, recorded: &Trajectory) -> Result<NodeCount> {
+        let Request { config, sets, monitor, .. } = &self.request;
+        let said = Config::gives(config.as_deref(), sets, "degrade.nodes")?;
+        let auto = self.config.degrade.nodes.is_auto();
+        match recorded.plan() {
+            Some(_) if auto || !said => {
+                if !auto {
+                    monitor.remark(
+                        "note: the trajectory was planned by measurement, and the nodes are the target as long as it says \
+                         (degrade.nodes = \"auto\"; give a number for backtrack.switch_every updates each)",
+                    );
+                }
+                Ok(NodeCount::Auto)
+            }
+            None if auto => {
+                monitor.remark(
+                    "note: degrade.nodes is `auto`, but the trajectory was recorded without a plan by measurement: each node is the \
+                     target for backtrack.switch_every updates",
+                );
+                Ok(recorded.last().into())
+            }
+            _ => Ok(recorded.last().into()),
         }
     }
 
@@ -264,7 +292,16 @@ impl PreparedRun {
         if session.prepared.request.resume != Resume::Always {
             let p = &session.prepared;
             let (student, forms) = (p.student.as_ref(), p.request.forms);
+            let steps = session.config.student.further_steps() + 1;
+            if steps > MANY_STEPS {
+                p.request.monitor.remark(&format!(
+                    "note: writing and running an untrained student of {steps} steps in one graph before the first step; this takes longer \
+                     the more steps it has"
+                ));
+            }
+            p.request.unbegun.set(fresh.then(|| session.run.clone()));
             let tried = checks::rehearse(p.origin(), &p.denoiser, student, &session.config, forms, session.run.path());
+            p.request.unbegun.set(None);
             tried.map_err(|e| session.undo(fresh, e))?;
         }
         Ok(session)
@@ -393,7 +430,7 @@ impl Session {
             let mut watcher = Watcher::new(origin, config, run, sheets, request.monitor.clone(), *device)?;
             watcher.time_limit = request.time_limit;
             if request.stages != Stages::Degrade {
-                for tap in taps::configured(config, denoiser)?.iter().filter(|tap| tap.place.is_some()) {
+                for tap in taps::configured(config, denoiser)?.iter().filter(|tap| tap.said != tap.name) {
                     request.monitor.remark(&format!("gan.taps: {tap}"));
                 }
                 watcher.data = DataCheck::begin(config, &teacher.card.card, fresh, &*request.monitor)?;

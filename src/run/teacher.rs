@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::diffusion::{CardSource, Condition, Denoiser, InputSpec, ResolvedCard, TeacherCard};
+use crate::diffusion::{CardSource, Condition, Denoiser, InputSpec, ResolvedCard, TeacherCard, by_itself};
 use crate::distill::Config;
 use crate::error::{Context, Error, Result};
 use crate::graph::ir::Port;
@@ -170,7 +170,11 @@ pub fn weaker(teacher: &Teacher, config: &Config) -> Result<Option<Teacher>> {
         operators: teacher.operators.clone(),
         ..TeacherOptions::default()
     };
-    Teacher::load(path, &options, teacher.network.device()).map(Some).context(GUIDE)
+    let weaker = Teacher::load(path, &options, teacher.network.device()).context(GUIDE)?;
+    if weaker.graph_hash == teacher.graph_hash {
+        return Err(by_itself(&path.display().to_string()).context(GUIDE));
+    }
+    Ok(Some(weaker))
 }
 
 /// The key that names the weaker network.

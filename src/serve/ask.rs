@@ -25,6 +25,8 @@ pub(super) struct Wanted {
     /// Classes of the images in turn, by commas.
     #[serde(default)]
     classes: String,
+    /// Name of the model, where several are served.
+    pub(super) model: Option<String>,
     /// `png` or `npy`; by the Accept header where absent.
     format: Option<String>,
 }

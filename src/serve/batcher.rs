@@ -1,13 +1,12 @@
 //! Requests of several callers in one call of the network: what has come while the network was busy shares the next call, and an
 //! idle network never waits. An image does not depend on its batch, so nobody notices but the throughput.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use super::metrics::Metrics;
+use super::metrics::ModelMetrics;
 use crate::error::{Error, Kind, Result};
 use crate::runtime::run_batched;
 use crate::runtime::student::Student;
@@ -85,7 +84,7 @@ pub struct Limits {
 #[derive(Clone)]
 pub struct Batcher {
     jobs: SyncSender<Job>,
-    metrics: Arc<Metrics>,
+    metrics: ModelMetrics,
 }
 
 /// Why there is no sample.
@@ -100,7 +99,7 @@ impl Batcher {
     pub fn start(
         student: Student,
         limits: Limits,
-        metrics: Arc<Metrics>,
+        metrics: ModelMetrics,
     ) -> Result<(Self, std::thread::JoinHandle<()>)> {
         let (jobs, waiting) = sync_channel(limits.queue.max(1));
         let seen = metrics.clone();
@@ -128,7 +127,7 @@ impl Batcher {
     }
 }
 
-fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &Metrics) {
+fn run(mut student: Student, waiting: &Receiver<Job>, limits: Limits, metrics: &ModelMetrics) {
     let mut held: Option<Job> = None;
     let wanted = |job: Job| {
         // Its caller has gone.
@@ -290,13 +289,18 @@ mod tests {
             answers.push(answer);
         }
         drop((jobs, answers.remove(1)));
-        let metrics = Metrics::new("tract".into());
+        let counted = super::super::metrics::Metrics::default();
+        let metrics = counted.of_model("student", "tract");
         run(student, &waiting, Limits { batch: 12, queue: 8, bytes: 1 << 20 }, &metrics);
         let counts: Vec<usize> = answers.iter_mut().map(|a| a.try_recv().unwrap().unwrap().shape()[0]).collect();
         assert_eq!(counts, [3, 1, 9]);
-        let text = metrics.text().unwrap();
+        let text = counted.text().unwrap();
         // 3 and 1 together; 9 more are too many for the call.
-        for line in ["disback_batch_images_count 2", "disback_images_total 13", "disback_abandoned_requests_total 1"] {
+        for line in [
+            "disback_batch_images_count{model=\"student\"} 2",
+            "disback_images_total{model=\"student\"} 13",
+            "disback_abandoned_requests_total{model=\"student\"} 1",
+        ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
     }

@@ -11,7 +11,7 @@ use axum::http::{HeaderValue, Method, Request, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use super::{Service, failure};
+use super::{Rejected, Service, failure, rejected};
 
 /// Who may ask.
 #[derive(Debug, Clone, Default)]
@@ -57,6 +57,9 @@ pub(super) async fn guard(
     if path == "/sample" || super::v2::makes_samples(&path) || status >= 400 {
         s.metrics.answered(status, seconds);
     }
+    if let Some(Rejected(reason)) = response.extensions().get() {
+        s.metrics.rejected(reason);
+    }
     if access.log {
         let shown: String = path.chars().take(200).flat_map(char::escape_default).collect();
         eprintln!("{} {peer} {method} {shown} {status} {:.1} ms", now(), seconds * 1e3);
@@ -89,19 +92,21 @@ fn refuse<B>(access: &Access, address: SocketAddr, request: &Request<B>) -> Opti
     };
     if host.is_some_and(|host| !host_fits(access, address, host)) {
         let text = "the request's Host is not this server's: --host-name NAME lets a name through";
-        return Some(failure(StatusCode::MISDIRECTED_REQUEST, text));
+        return Some(rejected("host", failure(StatusCode::MISDIRECTED_REQUEST, text)));
     }
     // (Browsers say so of requests that another site's page makes; others do not send it.)
     let cross = headers.get("sec-fetch-site").is_some_and(|v| v == "cross-site");
     if cross && (access.cors.is_none() || access.cors.as_deref() != text(header::ORIGIN)) {
-        return Some(failure(StatusCode::FORBIDDEN, "another site's page asks: --cors ORIGIN lets one through"));
+        let text = "another site's page asks: --cors ORIGIN lets one through";
+        return Some(rejected("origin", failure(StatusCode::FORBIDDEN, text)));
     }
     let token = access.token.as_deref().filter(|_| !is_health(path))?;
     let given = text(header::AUTHORIZATION).and_then(|v| v.strip_prefix("Bearer ")).unwrap_or("");
     if same(token.as_bytes(), given.trim().as_bytes()) {
         return None;
     }
-    let mut refused = failure(StatusCode::UNAUTHORIZED, "this server wants its token: Authorization: Bearer TOKEN");
+    let text = "this server wants its token: Authorization: Bearer TOKEN";
+    let mut refused = rejected("token", failure(StatusCode::UNAUTHORIZED, text));
     refused.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     Some(refused)
 }

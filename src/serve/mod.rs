@@ -1,4 +1,5 @@
-//! A student behind HTTP: `/sample`, `/health`, `/metrics`, and the Open Inference Protocol (`/v2`). What a team puts behind its balancer, and strangers send anything to.
+//! Students behind HTTP: `/sample`, `/health`, `/metrics`, and the Open Inference Protocol (`/v2`). What a team puts behind its balancer,
+//! and strangers send anything to.
 
 mod ask;
 mod batcher;
@@ -7,6 +8,9 @@ mod budget;
 mod connections;
 mod guard;
 mod metrics;
+mod model;
+mod openapi;
+mod process;
 mod v2;
 
 use std::net::SocketAddr;
@@ -30,15 +34,16 @@ use crate::error::{Error, Result};
 use crate::io::images::{encode_png, quantise};
 use crate::io::npy;
 use crate::report::grid;
-use crate::runtime::student::{SampleRequest, Student, StudentInfo};
+use crate::runtime::student::{Student, StudentInfo};
 use crate::tensor::HostTensor;
 
 use ask::{Ask, Most, Wanted};
-use batcher::{Batcher, Limits, Refused};
+use batcher::Limits;
 use budget::{Budget, Held};
 use connections::Pages;
 pub use guard::Access;
 use metrics::Metrics;
+use model::Models;
 
 /// Bodies that are read out of their form at the same time.
 const READERS: usize = 2;
@@ -50,8 +55,6 @@ const ERROR_CHARS: usize = 500;
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
-    /// Name of the model in the Open Inference Protocol.
-    pub model: String,
     /// Address and port to listen on; port 0 lets the system choose a free one.
     pub address: SocketAddr,
     /// Images a call of the network, and a request, at most.
@@ -75,10 +78,8 @@ pub struct ServeOptions {
 }
 
 struct Service {
-    info: StudentInfo,
-    engine: String,
+    models: Models,
     options: ServeOptions,
-    batcher: Batcher,
     budget: Budget,
     readers: Semaphore,
     metrics: Arc<Metrics>,
@@ -87,20 +88,14 @@ struct Service {
 
 /// Serves until the process is told to stop (SIGINT, SIGTERM): then, at once or after [`ServeOptions::drain`], no connection is
 /// taken any more, and what was asked for is answered within [`ServeOptions::grace`]. A second word to stop ends at once. `ready`
-/// hears the address in use.
+/// hears the address in use. `students`: each with the name by which it is asked for.
 ///
-/// Errors: an address that is taken; a student that does not run.
-pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
-    // A student that cannot run should not become healthy; the first caller should not wait for what is made once.
-    let info = student.info().clone();
-    let warm_up = SampleRequest { batch: 1, embeddings: info.random_rows(0, 1)?, ..SampleRequest::default() };
-    student.sample(&warm_up, 0, 1)?;
-    student.foresee(&warm_up, options.batch)?;
-    let engine = student.engine_name();
-    let metrics = Arc::new(Metrics::new(engine.clone()));
-    let bytes = usize::try_from(options.memory / 4).unwrap_or(usize::MAX);
+/// Errors: an address that is taken; a student that does not run; two of one name.
+pub fn serve(students: Vec<(String, Student)>, options: ServeOptions, ready: impl FnOnce(SocketAddr)) -> Result<()> {
+    let metrics = Arc::new(Metrics::default());
+    let bytes = usize::try_from(options.memory / 4 / students.len().max(1) as u64).unwrap_or(usize::MAX);
     let limits = Limits { batch: options.batch, queue: options.queue, bytes };
-    let (batcher, thread) = Batcher::start(student, limits, metrics.clone())?;
+    let (models, threads) = Models::start(students, limits, &metrics)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let ended = runtime.block_on(async move {
         let (address, limit) = (options.address, options.connections);
@@ -111,9 +106,7 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
         })?;
         ready(listener.local_addr()?);
         let service = Arc::new(Service {
-            info,
-            engine,
-            batcher,
+            models,
             budget: Budget::new(options.memory),
             readers: Semaphore::new(READERS),
             metrics,
@@ -148,8 +141,8 @@ pub fn serve(mut student: Student, options: ServeOptions, ready: impl FnOnce(Soc
         // Somebody did not finish in time: the network's call for them is not waited for.
         return Ok(());
     }
-    // All senders are gone: the network's thread finishes what waits and ends.
-    thread.join().map_err(|_| Error::backend("the network's thread panicked"))
+    // All senders are gone: the networks' threads finish what waits and end.
+    threads.into_iter().try_for_each(|t| t.join().map_err(|_| Error::backend("a network's thread panicked")))
 }
 
 fn pages(service: &Arc<Service>) -> Pages {
@@ -161,6 +154,7 @@ fn pages(service: &Arc<Service>) -> Pages {
         .clone()
         .route("/sample", get(sample).post(sample))
         .route("/metrics", get(page))
+        .route("/openapi.json", get(openapi::page))
         .merge(v2::pages())
         .fallback(unknown)
         .method_not_allowed_fallback(method);
@@ -186,13 +180,16 @@ async fn stopped() {
 }
 
 async fn health(State(s): State<Arc<Service>>) -> Response {
-    let conditions: serde_json::Map<String, serde_json::Value> =
-        s.info.embeddings().map(|c| (c.input.name.clone(), json!(body::wanted(&c.input)))).collect();
     let stopping = s.stopping.load(Ordering::Relaxed);
     let (code, status) = if stopping { (StatusCode::SERVICE_UNAVAILABLE, "stopping") } else { (StatusCode::OK, "ok") };
-    let body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "engine": s.engine, "shape": s.info.shape,
-        "noise_shape": s.info.noise_shape, "classes": s.info.classes(), "conditions": conditions, "range": s.info.range,
-        "max_images": s.options.batch, "max_body_bytes": s.options.body });
+    let mut body = json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "max_images": s.options.batch,
+        "max_body_bytes": s.options.body });
+    let all: Vec<serde_json::Value> = s.models.all().iter().map(|m| m.described()).collect();
+    // What one student is stands with the rest; of several each stands for itself.
+    if let ([serde_json::Value::Object(one)], Some(whole)) = (&all[..], body.as_object_mut()) {
+        whole.extend(one.iter().filter(|(key, _)| *key != "name").map(|(k, v)| (k.clone(), v.clone())));
+    }
+    body["models"] = all.into();
     answer(code, "application/json", body.to_string().into_bytes().into())
 }
 
@@ -215,7 +212,7 @@ async fn page(State(s): State<Arc<Service>>) -> Response {
 async fn unknown() -> Response {
     failure(
         StatusCode::NOT_FOUND,
-        "no such page: there are /sample, /health, /metrics, /v2/health/live, /v2/health/ready and /v2/models/NAME",
+        "no such page: there are /sample, /health, /metrics, /openapi.json, /v2/health/live, /v2/health/ready and /v2/models/NAME",
     )
 }
 
@@ -227,11 +224,12 @@ async fn method() -> Response {
 }
 
 async fn crowded() -> Response {
-    busy("too many connections; try again")
+    busy("connections", "too many connections; try again")
 }
 
-fn busy(text: &str) -> Response {
-    let mut response = failure(StatusCode::SERVICE_UNAVAILABLE, text);
+/// `reason`: under which the refusal is counted.
+fn busy(reason: &'static str, text: &str) -> Response {
+    let mut response = rejected(reason, failure(StatusCode::SERVICE_UNAVAILABLE, text));
     response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     response
 }
@@ -247,8 +245,14 @@ async fn sample(
     let limit = s.options.timeout;
     match tokio::time::timeout(limit, answered(s, headers, query, body)).await {
         Ok(Ok(response) | Err(response)) => response,
-        Err(_) => failure(StatusCode::GATEWAY_TIMEOUT, &format!("no answer within {} s", limit.as_secs_f64())),
+        Err(_) => late(limit),
     }
+}
+
+/// There was no answer in time.
+fn late(limit: Duration) -> Response {
+    let text = format!("no answer within {} s", limit.as_secs_f64());
+    rejected("timeout", failure(StatusCode::GATEWAY_TIMEOUT, &text))
 }
 
 type Answer = std::result::Result<Response, Response>;
@@ -262,26 +266,22 @@ async fn answered(
 ) -> Answer {
     let plain = |e: QueryRejection| e.body_text().replacen("Failed to deserialize query string", "the query", 1);
     let Query(wanted) = query.map_err(|e| failure(StatusCode::BAD_REQUEST, &plain(e)))?;
+    let model = s.models.chosen(wanted.model.as_deref())?;
     let (body, held) = received(&s, &headers, body).await?;
-    let full = || busy("too much is in flight; try again");
+    let full = || busy("memory", "too much is in flight; try again");
     let held = held.resize(&s.budget, ask::bytes_to_read(&body, s.options.body)).ok_or_else(full)?;
     let ended = |_| failure(StatusCode::SERVICE_UNAVAILABLE, "the server ends");
     // Off the threads that answer health; a few at a time.
-    let permit = s.readers.acquire().await.map_err(|_| busy("the server ends"))?;
-    let service = s.clone();
+    let permit = s.readers.acquire().await.map_err(|_| busy("stopping", "the server ends"))?;
+    let of = model.clone();
     let most = Most { images: s.options.batch, body: s.options.body };
-    let read = move || ask::read(&service.info, most, &headers, &wanted, &body);
+    let read = move || ask::read(&of.info, most, &headers, &wanted, &body);
     let ask = tokio::task::spawn_blocking(read).await.map_err(ended)??;
     drop(permit);
-    let held = held.resize(&s.budget, ask.bytes(&s.info)).ok_or_else(full)?;
+    let held = held.resize(&s.budget, ask.bytes(&model.info)).ok_or_else(full)?;
     let Ask { inputs, count, npy } = ask;
-    let samples = match s.batcher.sample(inputs, count).await {
-        Ok(samples) => samples,
-        Err(Refused::Busy) => return Err(busy("too many requests wait; try again")),
-        Err(Refused::Failed(e)) => return Err(failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string())),
-    };
-    let service = s.clone();
-    let made = tokio::task::spawn_blocking(move || write(&samples, &service.info, npy)).await.map_err(ended)?;
+    let samples = model.sample(inputs, count).await?;
+    let made = tokio::task::spawn_blocking(move || write(&samples, &model.info, npy)).await.map_err(ended)?;
     let (kind, bytes) = made.map_err(|e| failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))?;
     Ok(answer(StatusCode::OK, kind, held.keep(bytes)))
 }
@@ -309,7 +309,10 @@ pub fn read_request(
 /// The body, where it is not too long, comes in time and has room, with the bytes that it holds.
 async fn received(s: &Service, headers: &HeaderMap, body: Body) -> std::result::Result<(Bytes, Held), Response> {
     let limit = s.options.body;
-    let too_long = || failure(StatusCode::PAYLOAD_TOO_LARGE, &format!("the body has more than {limit} bytes"));
+    let too_long = || {
+        let text = format!("the body has more than {limit} bytes");
+        rejected("body_size", failure(StatusCode::PAYLOAD_TOO_LARGE, &text))
+    };
     let length = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     // (One that does not say its length may be as long as any.)
     let unknown = headers.contains_key(header::TRANSFER_ENCODING).then_some(limit as u64);
@@ -317,14 +320,15 @@ async fn received(s: &Service, headers: &HeaderMap, body: Body) -> std::result::
     if length > limit as u64 {
         return Err(too_long());
     }
-    let held = s.budget.take(length).ok_or_else(|| busy("too much is in flight; try again"))?;
+    let held = s.budget.take(length).ok_or_else(|| busy("memory", "too much is in flight; try again"))?;
     let time = connections::HEAD + Duration::from_secs(length / BODY_RATE);
     match tokio::time::timeout(time, to_bytes(body, limit)).await {
         Ok(Ok(bytes)) => Ok((bytes, held)),
         Ok(Err(_)) if unknown.is_some() => Err(too_long()),
         Ok(Err(_)) => Err(failure(StatusCode::BAD_REQUEST, "the body ended before its Content-Length")),
         Err(_) => {
-            Err(failure(StatusCode::REQUEST_TIMEOUT, &format!("the body did not come within {} s", time.as_secs())))
+            let text = format!("the body did not come within {} s", time.as_secs());
+            Err(rejected("slow_body", failure(StatusCode::REQUEST_TIMEOUT, &text)))
         }
     }
 }
@@ -348,6 +352,16 @@ fn write(samples: &HostTensor, info: &StudentInfo, as_npy: bool) -> Result<(&'st
 
 fn answer(status: StatusCode, kind: &'static str, body: Bytes) -> Response {
     (status, [(header::CONTENT_TYPE, kind)], body).into_response()
+}
+
+/// Why a request was refused that another time, or from another caller, would have been answered.
+#[derive(Debug, Clone, Copy)]
+struct Rejected(&'static str);
+
+/// Has a refusal counted under this reason.
+fn rejected(reason: &'static str, mut response: Response) -> Response {
+    response.extensions_mut().insert(Rejected(reason));
+    response
 }
 
 fn failure(status: StatusCode, text: &str) -> Response {

@@ -17,8 +17,9 @@ use axum::{Router, http::header};
 use serde_json::json;
 
 use super::ask::{Ask, bytes_to_read};
-use super::batcher::{Refused, Rows};
-use super::{Answer, Service, answer, body, busy, failure, received};
+use super::batcher::Rows;
+use super::model::Model;
+use super::{Answer, Service, answer, body, busy, failure, late, received};
 use crate::error::{Error, Kind, Result};
 use crate::runtime::student::{ConditionKind, SampleRequest, Student, StudentInfo};
 use crate::runtime::{Dim, ValueInfo};
@@ -37,6 +38,7 @@ pub(super) const HEAD_LENGTH: &str = "inference-header-content-length";
 pub(super) fn pages() -> Router<Arc<Service>> {
     Router::new()
         .route("/v2", get(server))
+        .route("/v2/repository/index", post(index))
         .route("/v2/models/{name}", get(model))
         .route("/v2/models/{name}/ready", get(ready))
         .route("/v2/models/{name}/infer", post(infer))
@@ -52,16 +54,17 @@ pub(super) fn makes_samples(path: &str) -> bool {
 
 type Names = Path<Vec<(String, String)>>;
 
-/// Refuses another model than the one that is served.
+/// The model that a page is about. The error is the answer.
 #[allow(clippy::result_large_err, reason = "one a request, and the error is its answer")]
-fn known(s: &Service, Path(names): &Names) -> std::result::Result<(), Response> {
+fn known(s: &Service, Path(names): &Names) -> std::result::Result<Arc<Model>, Response> {
     let given = |what: &str| names.iter().find(|(k, _)| k == what).map(|(_, v)| v.as_str());
-    let unknown = |text: String| Err(failure(StatusCode::NOT_FOUND, &text));
-    let served = &s.options.model;
-    match (given("name"), given("version")) {
-        (Some(name), _) if name != served => unknown(format!("no model `{name}`: there is `{served}`")),
-        (_, Some(version)) if version != VERSION => unknown(format!("no version {version} of `{served}`: there is 1")),
-        _ => Ok(()),
+    let model = s.models.chosen(given("name"))?;
+    match given("version") {
+        Some(version) if version != VERSION => {
+            let text = format!("no version {version} of `{}`: there is 1", model.name);
+            Err(failure(StatusCode::NOT_FOUND, &text))
+        }
+        _ => Ok(model),
     }
 }
 
@@ -70,28 +73,37 @@ fn page(value: &serde_json::Value) -> Response {
 }
 
 async fn server() -> Response {
-    page(&json!({ "name": "disback", "version": env!("CARGO_PKG_VERSION"), "extensions": ["binary_tensor_data"] }))
+    page(
+        &json!({ "name": "disback", "version": env!("CARGO_PKG_VERSION"), "extensions": ["binary_tensor_data", "model_repository"] }),
+    )
+}
+
+/// The models that are served (Triton's repository extension).
+async fn index(State(s): State<Arc<Service>>) -> Response {
+    let one = |m: &Arc<Model>| json!({ "name": m.name, "version": VERSION, "state": "READY" });
+    page(&s.models.all().iter().map(one).collect::<Vec<_>>().into())
 }
 
 async fn ready(State(s): State<Arc<Service>>, names: Names) -> Response {
     match known(&s, &names) {
-        Ok(()) => super::ready_for_more(State(s)).await.into_response(),
+        Ok(_) => super::ready_for_more(State(s)).await.into_response(),
         Err(refused) => refused,
     }
 }
 
 async fn model(State(s): State<Arc<Service>>, names: Names) -> Response {
-    if let Err(refused) = known(&s, &names) {
-        return refused;
-    }
+    let model = match known(&s, &names) {
+        Ok(model) => model,
+        Err(refused) => return refused,
+    };
     let describe = |input: &ValueInfo| {
         let rows = input.shape.iter().skip(1).map(|d| if let Dim::Fixed(n) = d { *n as i64 } else { -1 });
         let shape: Vec<i64> = std::iter::once(-1).chain(rows).collect();
         json!({ "name": input.name, "datatype": wire::datatype(input.dtype), "shape": shape })
     };
-    let inputs: Vec<_> = inputs(&s.info).map(|(input, _)| describe(input)).collect();
-    let shape: Vec<i64> = std::iter::once(-1).chain(s.info.shape.iter().map(|&n| n as i64)).collect();
-    page(&json!({ "name": s.options.model, "versions": [VERSION], "platform": "onnx_onnxv1", "inputs": inputs,
+    let inputs: Vec<_> = inputs(&model.info).map(|(input, _)| describe(input)).collect();
+    let shape: Vec<i64> = std::iter::once(-1).chain(model.info.shape.iter().map(|&n| n as i64)).collect();
+    page(&json!({ "name": model.name, "versions": [VERSION], "platform": "onnx_onnxv1", "inputs": inputs,
         "outputs": [{ "name": OUTPUT, "datatype": "FP32", "shape": shape }] }))
 }
 
@@ -102,17 +114,18 @@ fn inputs(info: &StudentInfo) -> impl Iterator<Item = (&ValueInfo, Option<&Condi
 }
 
 async fn infer(State(s): State<Arc<Service>>, names: Names, headers: HeaderMap, body: Body) -> Response {
-    if let Err(refused) = known(&s, &names) {
-        return refused;
-    }
+    let model = match known(&s, &names) {
+        Ok(model) => model,
+        Err(refused) => return refused,
+    };
     let limit = s.options.timeout;
-    match tokio::time::timeout(limit, inferred(s, headers, body)).await {
+    match tokio::time::timeout(limit, inferred(s, model, headers, body)).await {
         Ok(Ok(response) | Err(response)) => response,
-        Err(_) => failure(StatusCode::GATEWAY_TIMEOUT, &format!("no answer within {} s", limit.as_secs_f64())),
+        Err(_) => late(limit),
     }
 }
 
-async fn inferred(s: Arc<Service>, headers: HeaderMap, body: Body) -> Answer {
+async fn inferred(s: Arc<Service>, model: Arc<Model>, headers: HeaderMap, body: Body) -> Answer {
     let bad = |text: &str| failure(StatusCode::BAD_REQUEST, text);
     if headers.get(header::CONTENT_ENCODING).is_some_and(|v| v != "identity") {
         return Err(failure(StatusCode::UNSUPPORTED_MEDIA_TYPE, "compressed requests are not taken"));
@@ -122,14 +135,14 @@ async fn inferred(s: Arc<Service>, headers: HeaderMap, body: Body) -> Answer {
         given => given.flatten(),
     };
     let (body, held) = received(&s, &headers, body).await?;
-    let full = || busy("too much is in flight; try again");
+    let full = || busy("memory", "too much is in flight; try again");
     let held = held.resize(&s.budget, bytes_to_read(&body, s.options.body)).ok_or_else(full)?;
     let ended = |_| failure(StatusCode::SERVICE_UNAVAILABLE, "the server ends");
-    let permit = s.readers.acquire().await.map_err(|_| busy("the server ends"))?;
-    let service = s.clone();
+    let permit = s.readers.acquire().await.map_err(|_| busy("stopping", "the server ends"))?;
+    let (of, most) = (model.clone(), s.options.batch);
     let read = move || -> Result<(Ask, Option<String>, bool)> {
         let wanted = Wanted::read(&body, length)?;
-        Ok((asked(&service.info, service.options.batch, &wanted)?, wanted.id, wanted.binary))
+        Ok((asked(&of.info, most, &wanted)?, wanted.id, wanted.binary))
     };
     let read = tokio::task::spawn_blocking(read).await.map_err(ended)?;
     let (ask, id, binary) = read.map_err(|e| match e.kind() {
@@ -137,16 +150,11 @@ async fn inferred(s: Arc<Service>, headers: HeaderMap, body: Body) -> Answer {
         _ => failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
     })?;
     drop(permit);
-    let values = ask.count * s.info.shape.iter().product::<usize>();
+    let values = ask.count * model.info.shape.iter().product::<usize>();
     let text = if binary { 0 } else { wire::CHARS * values as u64 };
-    let held = held.resize(&s.budget, ask.bytes(&s.info) + text).ok_or_else(full)?;
-    let samples = match s.batcher.sample(ask.inputs, ask.count).await {
-        Ok(samples) => samples,
-        Err(Refused::Busy) => return Err(busy("too many requests wait; try again")),
-        Err(Refused::Failed(e)) => return Err(failure(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string())),
-    };
-    let name = s.options.model.clone();
-    let write = move || wire::write(&name, VERSION, id.as_deref(), &samples, binary);
+    let held = held.resize(&s.budget, ask.bytes(&model.info) + text).ok_or_else(full)?;
+    let samples = model.sample(ask.inputs, ask.count).await?;
+    let write = move || wire::write(&model.name, VERSION, id.as_deref(), &samples, binary);
     let (head, bytes) = tokio::task::spawn_blocking(write).await.map_err(ended)?;
     let kind = if binary { "application/octet-stream" } else { "application/json" };
     let mut response = answer(StatusCode::OK, kind, held.keep(bytes));

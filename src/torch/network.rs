@@ -333,7 +333,8 @@ impl Network {
     }
 }
 
-fn no_such_tap(name: &str, known: &[String]) -> Error {
+/// What is said of a name that no tensor of the graph has.
+pub(crate) fn no_such_tap(name: &str, known: &[String]) -> Error {
     let error = Error::usage(format!("the graph has no tensor `{name}`"));
     let likeness = |k: &&String| (strsim::normalized_damerau_levenshtein(name, k) * 1e6) as u64;
     match known.iter().max_by_key(likeness) {

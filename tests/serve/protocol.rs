@@ -87,7 +87,8 @@ fn tensors_come_and_go_as_json_and_as_bytes() {
     assert!(close(&numbers(&found["outputs"][0]), &server.expected(&["-n", "5", "--seed", "9"])[4..]));
     let text = String::from_utf8(server.get("/metrics").body).unwrap();
     assert!(
-        text.contains("disback_requests_total{code=\"200\"} 4") && text.contains("disback_images_total 13"),
+        text.contains("disback_requests_total{code=\"200\"} 4")
+            && text.contains("disback_images_total{model=\"student\"} 13"),
         "{text}"
     );
 }

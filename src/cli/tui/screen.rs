@@ -70,9 +70,9 @@ fn numbers(state: &State) -> [String; 3] {
     }
     [
         format!(
-            "node {}/{}   images/s {}   images {}   lr {}",
+            "node {}{}   images/s {}   images {}   lr {}",
             state.node,
-            state.nodes,
+            state.nodes.map_or_else(String::new, |last| format!("/{last}")),
             of(|r| format!("{:.1}", r.images_per_s)),
             of(|r| r.images.to_string()),
             of(|r| format!("{:.2e}", r.lr))
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_screen_shows_the_run() {
-        let mut state = State { run: "runs/digits".into(), nodes: 5, total: 100, ..State::default() };
+        let mut state = State { run: "runs/digits".into(), nodes: Some(5), total: 100, ..State::default() };
         assert!(text(&state, 80, 24).contains("nothing measured yet"));
         for k in 1..=50 {
             state.iteration = k;
@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_screen_of_80_by_24_has_room_for_all() {
-        let mut state = State { run: "runs/digits".into(), nodes: 5, total: 100, ..State::default() };
+        let mut state = State { run: "runs/digits".into(), nodes: Some(5), total: 100, ..State::default() };
         (1..=25).for_each(|k| state.row(&row(k)));
         state.iteration = 25;
         (1..=5).for_each(|k| state.note(format!("note {k}")));

@@ -16,7 +16,7 @@ pub struct State {
     pub iteration: u64,
     pub total: u64,
     pub node: usize,
-    pub nodes: usize,
+    pub nodes: Option<usize>,
     /// The newest row of metrics.
     pub row: Option<MetricsRow>,
     pub loss_fake: VecDeque<f64>,

@@ -62,8 +62,9 @@ pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch
     let Batch { batches, draws, x0, inputs } = *batch;
     let (noised, conditions) = (inputs.noised()?, &inputs.conditions);
     let x_t = noised.add_to(x0)?;
-    let gan = networks.gan.as_ref().filter(|_| objective.needs_ratio() && last);
-    let taps = gan.map_or(&[][..], |g| g.taps());
+    let told = networks.gan.as_ref().filter(|_| objective.needs_ratio() && last);
+    let judged = networks.gan.as_ref().filter(|gan| gan.shares_pass());
+    let taps = told.or(judged).map_or(&[][..], |g| g.taps());
     type Tapped = (Tensor, Vec<Tensor>);
     let scores = || -> Result<(Tensor, Option<Tapped>)> {
         let guided = inputs.guided.as_ref().unwrap_or(&noised.prepared);
@@ -73,13 +74,12 @@ pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch
         Ok((target, fake.transpose()?))
     };
     let (target, fake) = if objective.through_scores() { networks.with_frozen(scores)? } else { tch::no_grad(scores)? };
-    let log_ratio = match (gan, &fake) {
-        (Some(gan), Some((_, features))) => {
-            let logits = tch::no_grad(|| gan.logits(features))?;
-            let mut column = vec![1; x_t.dim()];
-            column[0] = batches.batch as i64;
-            Some(logits.f_view(&column[..])?)
-        }
+    let log_ratio = match (told, &fake) {
+        (Some(gan), Some((_, features))) => Some(tch::no_grad(|| gan.log_ratio(features, x_t.dim()))?),
+        _ => None,
+    };
+    let judged = match (judged, &fake) {
+        (Some(gan), Some((_, features))) => Some(networks.with_frozen(|| gan.loss_of(features))?),
         _ => None,
     };
     let fake = fake.map(|(d, _)| d);
@@ -94,6 +94,7 @@ pub(super) fn loss(networks: &Networks, objective: &dyn Objective, batch: &Batch
         log_ratio: log_ratio.as_ref(),
     };
     let gan = match (&networks.gan, &networks.fake) {
+        _ if judged.is_some() => judged,
         (Some(gan), Some(fake)) => {
             let judge = || gan.generator_loss(&fake.network, batches, draws, x0, conditions);
             Some(networks.with_frozen(judge)?)

@@ -282,8 +282,8 @@ impl Stage for Backtrack<'_> {
     fn total(&self) -> u64 {
         self.config.backtrack.updates * self.config.backtrack.ratio
     }
-    fn last_node(&self) -> usize {
-        self.last
+    fn last_node(&self) -> Option<usize> {
+        Some(self.last)
     }
 
     /// Switches to the next target where it is time, and sets the learning rates.

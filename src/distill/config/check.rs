@@ -1,11 +1,11 @@
 //! Values that make no sense, refused before the first step.
 
-use super::{Config, DegradeConfig, Distribution, FakeDistribution, Init, LoraConfig};
+use super::{Config, DegradeConfig, Distribution, FakeDistribution, HeadKind, Init, LoraConfig, NodeCount};
 use crate::distill::objective::Objective;
 use crate::error::{Error, Result};
 
 /// A student's steps are unrolled in one graph, and trained one after the other.
-const MOST_STEPS: usize = 1000;
+const MOST_STEPS: usize = 64;
 
 impl Config {
     pub(super) fn validate(&self) -> Result<()> {
@@ -30,10 +30,17 @@ impl Config {
             .hint("leave them out, or give a number of nodes"));
         }
         if self.degrade.nodes.most() as u64 > self.degrade.steps {
+            let few = match self.degrade.nodes {
+                NodeCount::Auto => {
+                    format!("degrade.nodes is `auto`, which may keep {} nodes", NodeCount::AUTO_MOST)
+                }
+                NodeCount::Count(_) => format!("degrade.nodes is {}", self.degrade.nodes),
+            };
             return Err(Error::usage(format!(
-                "degrade.nodes is {} with degrade.steps = {}: a node needs at least one step, and `auto` may have three",
-                self.degrade.nodes, self.degrade.steps
-            )));
+                "{few}, but degrade.steps is {}: each node is recorded after a step of its own",
+                self.degrade.steps
+            ))
+            .hint("raise degrade.steps (--degrade-steps), or take fewer nodes (--nodes)"));
         }
         Ok(())
     }
@@ -220,8 +227,15 @@ impl Config {
             return Err(Error::usage("student.shift shifts the grid of student.steps, which is 0")
                 .hint("student.steps = 4 with student.shift = 3.0 is a grid; leave student.shift out otherwise"));
         }
+        if student.sigmas.len() >= MOST_STEPS {
+            return Err(Error::usage(format!(
+                "student.sigmas has {} levels, expected less than {MOST_STEPS}: each is a step of the student's graph",
+                student.sigmas.len()
+            )));
+        }
         if student.steps > MOST_STEPS {
-            return Err(Error::usage(format!("student.steps is {}, expected {MOST_STEPS} or less", student.steps)));
+            return Err(Error::usage(format!("student.steps is {}, expected {MOST_STEPS} or less", student.steps))
+                .hint("a student of few steps has 2 to 8: all of them stand in one graph, and each is trained"));
         }
         let unrecorded = [
             ("accumulate is more than 1", self.accumulate > 1),
@@ -251,7 +265,10 @@ impl Config {
             return Err(Error::usage(
                 "this objective has a discriminator, which needs real samples: gan.data is empty",
             )
-            .hint("gan.data is a folder, .zip, .npz or latents; `dmd` is the same method without data"));
+            .hint(
+                "gan.data is a folder, .zip, .npz or latents; without data there are `dmd`, `sid` and others, and `uni-instruct` with \
+                 uni_instruct.divergence=reverse-kl",
+            ));
         }
         if !objective.needs_fake() && !self.gan.data.is_empty() {
             return Err(Error::usage(format!(
@@ -259,11 +276,23 @@ impl Config {
             ))
             .hint("the discriminator goes with every objective that has a fake score"));
         }
+        if self.gan.shared_pass && !objective.through_scores() {
+            return Err(Error::usage(format!(
+                "gan.shared_pass is true, but the objective `{name}` does not differentiate the fake score, so that no gradient of \
+                 the discriminator comes through its pass"
+            ))
+            .hint("gan.shared_pass goes with `sid`, `sim` and `uni-instruct`"));
+        }
         Ok(())
     }
 
     /// The discriminator and low-rank adaptation: settings that say nothing without each other.
     fn check_additions(&self) -> Result<()> {
+        let additions = [("head", self.gan.head != HeadKind::Layers), ("shared_pass", self.gan.shared_pass)];
+        if let Some((key, _)) = additions.into_iter().find(|(_, set)| *set && self.gan.data.is_empty()) {
+            return Err(Error::usage(format!("gan.{key} is given, but gan.data is empty: there is no discriminator"))
+                .hint("gan.data is a folder, .zip, .npz or latents of real samples"));
+        }
         if !self.gan.taps.is_empty() && self.gan.data.is_empty() {
             return Err(Error::usage(
                 "gan.taps is given, but gan.data is empty: there is no discriminator to read them",

@@ -17,6 +17,13 @@ pub struct GanConfig {
     /// input; a share is the end of the block (where a skip connection is added) that is nearest to it. `disback inspect --taps` and
     /// `--dry-run` say which tensors those are.
     pub taps: Vec<String>,
+    /// What makes logits of the features: `layers`, convolutions or a linear layer of their own for each tap (DMD2), or `channel-mean`,
+    /// the mean over the channels at each place, a logit each and no weights (SiDA).
+    pub head: HeadKind,
+    /// Judges the generator's samples as the objective has noised them, in the objective's own pass of the fake score (SiDA), and not at
+    /// levels and noise of their own, which costs a further pass. For objectives that differentiate the scores: `sid`, `sim`,
+    /// `uni-instruct`.
+    pub shared_pass: bool,
     /// Weight of `softplus(-l(fake))` in the generator's loss.
     pub weight_generator: f64,
     /// Weight of `softplus(l(fake)) + softplus(-l(real))` in the fake score's and the head's loss.
@@ -25,6 +32,17 @@ pub struct GanConfig {
     pub lr: f64,
     /// First and last entry of the table of noise levels at which images are judged.
     pub levels: [usize; 2],
+}
+
+/// What makes a discriminator of features.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadKind {
+    /// Layers of their own for each tap.
+    #[default]
+    Layers,
+    /// The mean over the channels at each place (Zhou et al. 2024, SiDA).
+    ChannelMean,
 }
 
 /// How data sets of real images are treated.
@@ -55,6 +73,8 @@ impl Default for GanConfig {
             data: String::new(),
             range: Vec::new(),
             taps: Vec::new(),
+            head: HeadKind::Layers,
+            shared_pass: false,
             weight_generator: 3e-3,
             weight_discriminator: 1e-2,
             lr: 1e-4,

@@ -20,7 +20,7 @@ use crate::torch::Compute;
 use crate::torch::train::lora::LoraOptions;
 use crate::torch::train::optim::AdamWConfig;
 
-pub use gan::{DataConfig, GanConfig};
+pub use gan::{DataConfig, GanConfig, HeadKind};
 pub use node_count::NodeCount;
 pub use sections::{
     BacktrackConfig, ConditionsConfig, CooldownShape, DegradeConfig, DistributedConfig, Distribution, EmaConfig,

@@ -1,8 +1,10 @@
-//! The discriminator's head: small networks on the fake score's own features, one for each tap, whose answers are averaged.
+//! The discriminator's head: small networks on the fake score's own features, one for each tap, whose answers are averaged; or no
+//! weights at all, where the features' own mean over their channels is the answer at each place.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::diffusion::{Layout, TeacherCard};
+use crate::distill::config::HeadKind;
 use crate::error::{Error, Result};
 use crate::torch::{ParamSet, shim};
 
@@ -19,6 +21,8 @@ enum Form {
     Map { halvings: usize, channels: usize },
     /// `[B, T, C]` or `[B, C]`: a layer on every token.
     Tokens,
+    /// The mean over this axis.
+    Mean { channels: usize },
 }
 
 /// What the sample's own axes say about those of features inside the network.
@@ -89,8 +93,16 @@ impl Head {
     /// Heads for features of these shapes (first dimension the batch). The last layer starts at zero: every logit is 0, real
     /// and generated samples are equally likely.
     ///
+    /// [`HeadKind::ChannelMean`] has no layers.
+    ///
     /// Errors: features of less than two or more than five dimensions.
-    pub fn new(features: &[(String, Vec<i64>)], axes: &Axes, seed: u64, device: Device) -> Result<Self> {
+    pub fn new(
+        kind: HeadKind,
+        features: &[(String, Vec<i64>)],
+        axes: &Axes,
+        seed: u64,
+        device: Device,
+    ) -> Result<Self> {
         let (mut names, mut tensors, mut forms) = (Vec::new(), Vec::new(), Vec::new());
         for (k, (tap, shape)) in features.iter().enumerate() {
             let mut add = |name: &str, shape: &[i64], fan_in: Option<i64>| -> Result<()> {
@@ -110,6 +122,10 @@ impl Head {
                 )));
             }
             let at = axes.channels_in(shape);
+            if kind == HeadKind::ChannelMean {
+                forms.push(Form::Mean { channels: at });
+                continue;
+            }
             let c = shape[at];
             let form = if at + 1 == shape.len() && shape.len() <= 3 {
                 add("linear.weight", &[WIDTH, c], Some(c))?;
@@ -147,7 +163,7 @@ impl Head {
         &self.params
     }
 
-    /// Logits `[B]` that a sample is real, the mean over the taps.
+    /// Logits that a sample is real: `[B]`, the mean over the taps, or `[B, places]` without layers, with the places of all taps.
     pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
         if features.len() != self.forms.len() {
             return Err(Error::mismatch(format!("{} features for {} taps", features.len(), self.forms.len())));
@@ -155,6 +171,7 @@ impl Head {
         let mut params = self.params.tensors().iter();
         let mut next = || params.next().ok_or_else(|| Error::mismatch("the head has too few parameters"));
         let mut sum: Option<Tensor> = None;
+        let mut places = Vec::new();
         for (x, form) in features.iter().zip(&self.forms) {
             let x = x.f_to_kind(Kind::Float)?;
             let pooled = match form {
@@ -168,6 +185,11 @@ impl Head {
                     let sides: Vec<i64> = (2..x.dim() as i64).collect();
                     x.f_mean_dim(sides.as_slice(), false, Kind::Float)?
                 }
+                Form::Mean { channels } => {
+                    let mean = x.f_mean_dim([*channels as i64].as_slice(), false, Kind::Float)?;
+                    places.push(mean.f_reshape([mean.size()[0], -1])?);
+                    continue;
+                }
                 Form::Tokens => {
                     let hidden = x.f_linear(next()?, Some(next()?))?.f_silu()?;
                     if hidden.dim() == 3 { hidden.f_mean_dim([1i64].as_slice(), false, Kind::Float)? } else { hidden }
@@ -178,6 +200,9 @@ impl Head {
                 None => logit,
                 Some(sum) => sum.f_add(&logit)?,
             });
+        }
+        if !places.is_empty() {
+            return Ok(Tensor::f_cat(&places, 1)?);
         }
         let sum = sum.ok_or_else(|| Error::mismatch("a discriminator without taps"))?;
         Ok(sum.f_div_scalar(self.forms.len() as f64)?)

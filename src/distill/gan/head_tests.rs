@@ -41,7 +41,9 @@ fn a_logit_for_each_sample_of_features_of_every_rank() {
         (&[3, 8, 8], Layout::ChannelsFirst, &[3, 24, 8, 8]),
         (&[1, 8, 8, 8], Layout::ChannelsFirst, &[3, 8, 8, 8, 8]),
     ] {
-        let head = Head::new(&[("tap".into(), features.to_vec())], &axes(shape, layout), 3, Device::Cpu).unwrap();
+        let head =
+            Head::new(HeadKind::Layers, &[("tap".into(), features.to_vec())], &axes(shape, layout), 3, Device::Cpu)
+                .unwrap();
         let x = shim::randn(1, features, Device::Cpu).unwrap().set_requires_grad(true);
         let zero = head.logits(&[x.shallow_clone()]).unwrap();
         assert!(zero.size() == [3] && f64::try_from(zero.abs().max()).unwrap() == 0.0, "{features:?}");
@@ -58,6 +60,32 @@ fn a_logit_for_each_sample_of_features_of_every_rank() {
         assert!(reached[0] == 0 && reached[2] == 0 && reached[1] > each * 9 / 10, "{features:?}: {reached:?}");
     }
     let bad =
-        Head::new(&[("a".into(), vec![4, 6, 1, 1, 1, 1])], &axes(&[6], Layout::None), 3, Device::Cpu).unwrap_err();
+        Head::new(HeadKind::Layers, &[("a".into(), vec![4, 6, 1, 1, 1, 1])], &axes(&[6], Layout::None), 3, Device::Cpu)
+            .unwrap_err();
     assert!(bad.exit_code() == 2 && bad.to_string().contains("`a` has shape [4, 6, 1, 1, 1, 1]"), "{bad}");
+}
+
+#[test]
+fn without_layers_each_places_mean_over_the_channels_is_its_logit() {
+    let features = [("map".to_owned(), vec![2i64, 3, 2, 2]), ("tokens".to_owned(), vec![2, 5, 4])];
+    let axes = axes(&[3, 8, 8], Layout::ChannelsFirst);
+    let head = Head::new(HeadKind::ChannelMean, &features, &axes, 3, Device::Cpu).unwrap();
+    assert!(head.params().is_empty());
+    let values: Vec<Tensor> =
+        features.iter().zip(1..).map(|((_, s), seed)| shim::randn(seed, s, Device::Cpu).unwrap()).collect();
+    let logits = head.logits(&values).unwrap();
+    assert_eq!(logits.size(), [2, 4 + 5]);
+    for b in 0..2i64 {
+        let got = Vec::<f32>::try_from(logits.get(b)).unwrap();
+        let map = Vec::<f32>::try_from(values[0].get(b).reshape([-1])).unwrap();
+        let tokens = Vec::<f32>::try_from(values[1].get(b).reshape([-1])).unwrap();
+        for place in 0..4 {
+            let expected = (map[place] + map[4 + place] + map[8 + place]) / 3.0;
+            assert!((got[place] - expected).abs() < 1e-6, "{got:?}");
+        }
+        for place in 0..5 {
+            let expected = tokens[4 * place..4 * place + 4].iter().sum::<f32>() / 4.0;
+            assert!((got[4 + place] - expected).abs() < 1e-6, "{got:?}");
+        }
+    }
 }

@@ -31,6 +31,7 @@ pub struct Gan {
     data: RealImages,
     taps: Vec<String>,
     levels: Levels,
+    shared_pass: bool,
     weight_generator: f64,
     weight_discriminator: f64,
 }
@@ -64,10 +65,12 @@ impl Gan {
             return Err(Error::usage("gan.taps is empty: the discriminator needs the features of one tensor at least")
                 .hint(possible()));
         }
-        let taps: Vec<String> = taps::resolve(&config.gan.taps, teacher)?.into_iter().map(|tap| tap.name).collect();
+        let resolved = taps::resolve(&config.gan.taps, teacher).map_err(|e| e.also(possible()))?;
+        let taps: Vec<String> = resolved.into_iter().map(|tap| tap.name).collect();
         let features = tapped(&taps).map_err(|e| e.also(possible()))?;
         let shapes: Vec<(String, Vec<i64>)> = taps.iter().cloned().zip(features.iter().map(Tensor::size)).collect();
-        let head = Head::new(&shapes, &Axes::of(card), config.seed, batches.device).map_err(|e| e.also(possible()))?;
+        let head = Head::new(config.gan.head, &shapes, &Axes::of(card), config.seed, batches.device)
+            .map_err(|e| e.also(possible()))?;
         head.params().set_requires_grad(true)?;
         let (table, discrete) = batches::table(config, card)?;
         let levels = Levels::new(&config.noise, Distribution::Table, config.gan.levels, &table, discrete);
@@ -77,6 +80,7 @@ impl Gan {
             data,
             taps,
             levels,
+            shared_pass: config.gan.shared_pass,
             weight_generator: config.gan.weight_generator,
             weight_discriminator: config.gan.weight_discriminator,
         }))
@@ -92,9 +96,27 @@ impl Gan {
         &self.taps
     }
 
-    /// Logits `[B]` of features that were tapped at [`Gan::taps`].
+    /// Logits `[B]` or `[B, places]` of features that were tapped at [`Gan::taps`].
     pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
         self.head.logits(features)
+    }
+
+    /// `log p_data / p_generator` by the discriminator, `[B, 1, ...]` of `rank` axes: the mean of each sample's logits.
+    pub fn log_ratio(&self, features: &[Tensor], rank: usize) -> Result<Tensor> {
+        let logits = self.logits(features)?;
+        let mut column = vec![1; rank];
+        column[0] = logits.size()[0];
+        Ok(logits.f_reshape([column[0], -1])?.f_mean_dim([1i64].as_slice(), false, Kind::Float)?.f_view(&column[..])?)
+    }
+
+    /// Whether the generator's samples are judged in the objective's own pass of the fake score.
+    pub fn shares_pass(&self) -> bool {
+        self.shared_pass
+    }
+
+    /// The generator's loss `w_g mean softplus(-l)` of features that carry the generator's graph.
+    pub fn loss_of(&self, features: &[Tensor]) -> Result<Tensor> {
+        Ok(softplus(&self.logits(features)?.f_neg()?)?.f_mul_scalar(self.weight_generator)?)
     }
 
     fn judge(&self, network: &Denoiser, x0: &Tensor, sigmas: &[f64], noise: &Tensor, c: &Conditions) -> Result<Tensor> {
@@ -158,7 +180,12 @@ fn softplus(x: &Tensor) -> Result<Tensor> {
 /// values of tensors by their names.
 fn tappable(teacher: &Denoiser, rows: i64, tapped: impl Fn(&[String]) -> Result<Vec<Tensor>>) -> String {
     const SHOWN: usize = 16;
-    let names = teacher.network().tap_names();
+    let card = teacher.card();
+    let places = teacher.network().places(&card.sample, &card.output).all;
+    let names = match places.is_empty() {
+        true => teacher.network().tap_names(),
+        false => places.into_iter().map(|place| place.name).collect(),
+    };
     let Some(last) = names.len().checked_sub(1) else { return "this network has no named tensors inside".into() };
     // (Twice as many as are shown: half of them may be of another kind.)
     let count = names.len().min(2 * SHOWN);

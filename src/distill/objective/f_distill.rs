@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use crate::distill::objective::{Objective, Terms, distance_to_target, surrogate};
 use crate::error::Result;
 
-/// The f-divergences of f-distill by their weight `h(r) = r^2 f''(r)`.
+/// The f-divergences of f-distill and Uni-Instruct by their weight `h(r) = r^2 f''(r)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Divergence {
@@ -46,18 +46,37 @@ pub struct FDistill {
 /// Log ratios beyond this say no more than this.
 const LARGEST_LOGIT: f64 = 10.0;
 
-impl FDistill {
+impl Divergence {
     /// `h(r)` of `log r`.
-    pub fn weight(&self, log_ratio: &Tensor) -> Result<Tensor> {
+    pub fn weight(self, log_ratio: &Tensor) -> Result<Tensor> {
+        Ok(self.weight_and_slope(log_ratio)?.0)
+    }
+
+    /// `h(r)` and `r h'(r)` of `log r`: the weight and its derivative with respect to `log r`.
+    pub fn weight_and_slope(self, log_ratio: &Tensor) -> Result<(Tensor, Tensor)> {
         let l = log_ratio.f_clamp(-LARGEST_LOGIT, LARGEST_LOGIT)?;
-        Ok(match self.divergence {
-            Divergence::ReverseKl => l.f_ones_like()?,
-            Divergence::ForwardKl => l.f_exp()?,
-            // r / (1 + r)
-            Divergence::JensenShannon => l.f_sigmoid()?,
+        Ok(match self {
+            Self::ReverseKl => (l.f_ones_like()?, l.f_zeros_like()?),
+            Self::ForwardKl => {
+                let r = l.f_exp()?;
+                (r.shallow_clone(), r)
+            }
+            // r / (1 + r), whose slope is r / (1 + r)^2.
+            Self::JensenShannon => {
+                let h = l.f_sigmoid()?;
+                let slope = h.f_mul(&l.f_neg()?.f_sigmoid()?)?;
+                (h, slope)
+            }
             // sqrt r; a constant factor is lost in h / mean h.
-            Divergence::SquaredHellinger => l.f_mul_scalar(0.5)?.f_exp()?,
-            Divergence::Jeffreys => l.f_exp()?.f_add_scalar(1.0)?,
+            Self::SquaredHellinger => {
+                let h = l.f_mul_scalar(0.5)?.f_exp()?;
+                let slope = h.f_mul_scalar(0.5)?;
+                (h, slope)
+            }
+            Self::Jeffreys => {
+                let r = l.f_exp()?;
+                (r.f_add_scalar(1.0)?, r)
+            }
         })
     }
 }
@@ -75,7 +94,7 @@ impl Objective for FDistill {
         let mut g = t.fake()?.detach().f_sub(&t.target.detach())?.f_div(&distance_to_target(t)?)?;
         // The ratio is that of data to generator: while the target is a node of the trajectory it says nothing.
         if let Some(l) = t.log_ratio {
-            let h = self.weight(&l.detach())?;
+            let h = self.divergence.weight(&l.detach())?;
             g = g.f_mul(&h.f_div(&h.f_mean(Kind::Float)?)?)?;
         }
         surrogate(t.x0, &g)

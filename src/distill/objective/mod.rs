@@ -10,6 +10,7 @@ mod sid;
 mod sim;
 #[cfg(test)]
 mod tests;
+mod uni_instruct;
 
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ pub use f_distill::{Divergence, FDistill, FDistillConfig};
 pub use sds::Sds;
 pub use sid::{Sid, SidConfig};
 pub use sim::{Sim, SimConfig};
+pub use uni_instruct::{UniInstruct, UniInstructConfig};
 
 /// The objectives of this crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +46,8 @@ pub enum ObjectiveKind {
     Sid,
     /// Score implicit matching (Luo et al. 2024) with the pseudo-Huber distance, differentiated through the fake score.
     Sim,
+    /// Uni-Instruct (Wang et al. 2025): an f-divergence expanded along the diffusion, SiD's loss weighted by the density ratio.
+    UniInstruct,
 }
 
 /// Settings of the objectives that have any; each is a section of the configuration.
@@ -56,14 +60,18 @@ pub struct Settings {
     pub sim: SimConfig,
     /// Read with `objective = "f-distill"`.
     pub f_distill: FDistillConfig,
+    /// Read with `objective = "uni-instruct"`.
+    pub uni_instruct: UniInstructConfig,
 }
 
 impl Settings {
     /// Refuses numbers that no objective could be computed with.
     pub(crate) fn check(&self) -> Result<()> {
-        let (alpha, c) = (self.sid.alpha, self.sim.c);
-        if !(alpha.is_finite() && alpha >= 0.0) {
-            return Err(Error::usage(format!("sid.alpha is {alpha}, expected 0 or more")));
+        let c = self.sim.c;
+        for (key, alpha) in [("sid.alpha", self.sid.alpha), ("uni_instruct.alpha", self.uni_instruct.alpha)] {
+            if !(alpha.is_finite() && alpha >= 0.0) {
+                return Err(Error::usage(format!("{key} is {alpha}, expected 0 or more")));
+            }
         }
         if !(c.is_finite() && c > 0.0) {
             return Err(Error::usage(format!("sim.c is {c}, expected a number above 0")));
@@ -74,8 +82,8 @@ impl Settings {
 
 impl ObjectiveKind {
     /// Every objective of this crate.
-    pub const ALL: [Self; 7] =
-        [Self::Dmd, Self::DiffInstruct, Self::Sid, Self::Sim, Self::Sds, Self::Dmd2, Self::FDistill];
+    pub const ALL: [Self; 8] =
+        [Self::Dmd, Self::DiffInstruct, Self::Sid, Self::Sim, Self::Sds, Self::Dmd2, Self::FDistill, Self::UniInstruct];
 
     /// The objective as it is configured.
     pub fn build(self, settings: &Settings) -> Arc<dyn Objective> {
@@ -87,6 +95,10 @@ impl ObjectiveKind {
             Self::Sds => Arc::new(Sds),
             Self::Sid => Arc::new(Sid { alpha: settings.sid.alpha }),
             Self::Sim => Arc::new(Sim { c: settings.sim.c }),
+            Self::UniInstruct => {
+                let UniInstructConfig { divergence, alpha } = settings.uni_instruct;
+                Arc::new(UniInstruct { divergence, alpha })
+            }
         }
     }
 
@@ -100,6 +112,7 @@ impl ObjectiveKind {
             Self::Sds => "sds",
             Self::Sid => "sid",
             Self::Sim => "sim",
+            Self::UniInstruct => "uni-instruct",
         }
     }
 

@@ -133,6 +133,67 @@ fn sid_gradient_is_that_of_the_fisher_divergence_between_gaussians() {
     assert!((exact - 0.8 * 0.0625 / 1.06f64.powi(2)).abs() < 1e-6, "{exact}");
 }
 
+/// `E_p[h(q / p) (s_p - s_q)^2] sigma^4 / 2` of `p = N(theta, s^2 + sigma^2)` and `q = N(m, v + sigma^2)`, on a fine grid.
+fn expanded(divergence: Divergence, theta: f64, s: f64, m: f64, v: f64, sigma: f64) -> f64 {
+    let (p, q) = (s * s + sigma * sigma, v + sigma * sigma);
+    let (n, width) = (40_000, 12.0 * p.sqrt());
+    let x = Tensor::linspace(theta - width, theta + width, n, (Kind::Double, Device::Cpu));
+    let log = |mean: f64, variance: f64| (&x - mean).square() * (-0.5 / variance) - 0.5 * variance.ln();
+    let (log_p, log_q) = (log(theta, p), log(m, q));
+    let u = (&x - theta) / -p + (&x - m) / q;
+    let h = divergence.weight(&(log_q - &log_p)).unwrap();
+    let density = log_p.exp();
+    let mass = density.sum(Kind::Double);
+    ((density * h * u.square()).sum(Kind::Double) / mass).double_value(&[]) * sigma.powi(4) / 2.0
+}
+
+#[test]
+fn uni_instruct_gradient_is_that_of_the_expanded_divergence_between_gaussians() {
+    let (side, options) = (1200, (Kind::Double, Device::Cpu));
+    let quantiles =
+        Tensor::linspace(0.5 / side as f64, 1.0 - 0.5 / side as f64, side, options).special_ndtri().view([side, 1]);
+    let (z, e) = (quantiles.expand([side, side], false), quantiles.tr().expand([side, side], false));
+    let column = |x: Tensor| x.reshape([side * side, 1, 1, 1]);
+    let (z, e) = (column(z), column(e));
+    // A second pixel, far from its target and without a difference of the scores, makes the weights of all samples one.
+    let far = 1e7;
+    let beside = |x: &Tensor, other: f64| Tensor::cat(&[x, &Tensor::full_like(x, other)], 3);
+    for divergence in [
+        Divergence::ReverseKl,
+        Divergence::ForwardKl,
+        Divergence::JensenShannon,
+        Divergence::SquaredHellinger,
+        Divergence::Jeffreys,
+    ] {
+        for (theta, s, m, v, sigma) in [(0.9, 1.1, 0.2, 0.8, 0.7), (-0.6, 0.9, 0.3, 0.7, 1.5)] {
+            let t = Tensor::from(theta).set_requires_grad(true);
+            let x0 = &t + &z * s;
+            let x_t = &x0 + &e * sigma;
+            let (p, q) = (s * s + sigma * sigma, v + sigma * sigma);
+            let level = Tensor::full([side * side, 1, 1, 1], sigma, options);
+            let log = |mean: f64, variance: f64| (&x_t - mean).square() * (-0.5 / variance) - 0.5 * variance.ln();
+            let ratio = (log(m, q) - log(theta, p)).detach();
+            // The scores are fixed functions of x_t: the fake score's mean does not move with theta.
+            let terms = Terms {
+                x0: &beside(&x0, far),
+                x_t: &beside(&x_t, far),
+                noise: &beside(&e, 0.0),
+                sigma: &level,
+                target: &beside(&denoiser(m, v, &x_t, sigma), 0.0),
+                fake: Some(&beside(&denoiser(theta, s * s, &x_t, sigma), 0.0)),
+                log_ratio: (divergence != Divergence::ReverseKl).then_some(&ratio),
+            };
+            UniInstruct { divergence, alpha: 0.5 }.loss(&terms).unwrap().backward();
+            let mean = divergence.weight(&ratio).unwrap().mean(Kind::Double).double_value(&[]);
+            let got = t.grad().double_value(&[]) * far * mean;
+            let d = 1e-4;
+            let at = |theta| expanded(divergence, theta, s, m, v, sigma);
+            let expected = (at(theta + d) - at(theta - d)) / (2.0 * d);
+            assert!((got - expected).abs() < 5e-3 * expected.abs(), "{divergence:?}: {got} for {expected}");
+        }
+    }
+}
+
 #[test]
 fn gradients_are_those_of_an_independent_computation_in_score_units() {
     let file: serde_json::Value = serde_json::from_str(include_str!("../../../tests/data/objectives.json")).unwrap();

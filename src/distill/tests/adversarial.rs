@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::distill::batches::Batches;
+use crate::distill::config::HeadKind;
 use crate::distill::draws::{Phase, Purpose};
 use crate::distill::gan::{Axes, Gan, Head};
 use crate::distill::objective::{Divergence, FDistill, Objective, ObjectiveKind, Terms};
@@ -31,9 +32,15 @@ fn adversarial(dir: &std::path::Path, objective: ObjectiveKind) -> Config {
 }
 
 #[test]
-fn dmd2_and_f_distill_reach_a_gaussian_with_and_without_a_trajectory() {
+fn objectives_with_data_reach_a_gaussian_with_and_without_a_trajectory() {
     let dir = tempfile::tempdir().unwrap();
-    for (objective, nodes) in [(ObjectiveKind::Dmd2, 0), (ObjectiveKind::Dmd2, 3), (ObjectiveKind::FDistill, 3)] {
+    for (objective, nodes) in [
+        (ObjectiveKind::Dmd2, 0),
+        (ObjectiveKind::Dmd2, 3),
+        (ObjectiveKind::FDistill, 3),
+        (ObjectiveKind::UniInstruct, 0),
+        (ObjectiveKind::UniInstruct, 3),
+    ] {
         let mut c = adversarial(dir.path(), objective);
         (c.degrade.nodes, c.batch, c.degrade.steps) = (nodes.into(), 256, 100);
         (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (600, 2, 30);
@@ -87,6 +94,70 @@ fn the_discriminator_finds_the_density_ratio() {
     }
 }
 
+/// SiDA: SiD with a discriminator that has no weights and reads the objective's own pass of the fake score.
+fn sida(dir: &std::path::Path) -> Config {
+    let mut c = adversarial(dir, ObjectiveKind::Sid);
+    (c.gan.head, c.gan.shared_pass) = (HeadKind::ChannelMean, true);
+    c
+}
+
+#[test]
+fn a_shared_pass_judges_what_the_objective_has_noised() {
+    // The first update without a trajectory: fake score and target are the teacher.
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = sida(dir.path());
+    (c.degrade.nodes, c.backtrack.updates, c.optimizer.clip, c.gan.weight_generator) = (0.into(), 1, 0.0, 0.3);
+    c.log.every = 1;
+    let teacher = plain();
+    let path = dir.path().join("run");
+    let (_, seen) = run(&path, &c, &teacher, None).unwrap();
+    let batches = Batches::new(&c, &teacher).unwrap();
+    let draws = batches.draws(Phase::Backtrack, 0, 0);
+    let student = teacher.copy().unwrap();
+    student.params().set_requires_grad(true).unwrap();
+    let conditions = batches.conditions(&draws, &teacher).unwrap();
+    let z = batches.noise(&draws, Purpose::Latent).unwrap();
+    let x = student.generate(&z, &conditions, &student::start(&teacher, &c.student).unwrap()).unwrap();
+    let sigmas = draws.sigmas(Purpose::GeneratorSigma, &batches.generator_levels, c.batch);
+    let sigma = crate::torch::convert::column(&sigmas, 3, Device::Cpu).unwrap();
+    let x_t = &x + batches.noise(&draws, Purpose::GeneratorNoise).unwrap() * sigma;
+    let (_, features) = teacher.denoise_tapped(&x_t, &sigmas, &conditions, &c.gan.taps).unwrap();
+    let judged = (-features[0].mean_dim([-1i64].as_slice(), false, Kind::Float)).softplus().mean(Kind::Float) * 0.3;
+    // (SiD's own loss has no gradient while the scores are equal.)
+    judged.backward();
+    let told = seen.rows.last().unwrap().loss_gan.unwrap();
+    assert!((told - judged.double_value(&[])).abs() < 1e-6, "{told} for {}", judged.double_value(&[]));
+    let hash = plain().params().hash().unwrap();
+    let mut checkpoint = checkpoint::Checkpoint::latest(&path.join("checkpoints"), &hash).unwrap().unwrap();
+    for (name, t) in student.params().iter() {
+        let m = checkpoint.take(&format!("adam_student/m/{name}")).unwrap() / (1.0 - c.optimizer.beta1);
+        let gradient = t.grad();
+        let (error, scale) = ((m - &gradient).abs().max().double_value(&[]), gradient.abs().max().double_value(&[]));
+        assert!(scale > 1e-5 && error < 1e-4 * scale, "{name}: {error:e} of {scale:e}");
+    }
+}
+
+#[test]
+fn sida_reaches_a_gaussian_and_resumes_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut c = sida(dir.path());
+    (c.degrade.nodes, c.batch, c.degrade.steps) = (3.into(), 256, 100);
+    (c.backtrack.updates, c.backtrack.ratio, c.backtrack.switch_every) = (600, 2, 30);
+    (c.ema.half_life, c.gan.weight_generator) = (20_000.0, 3e-3);
+    let (outcome, _) = run(&dir.path().join("long"), &c, &plain(), None).unwrap();
+    let (mean, sd) = moments(&finished(outcome), 20_000);
+    for (got, expected) in mean.iter().chain(&sd).zip([0.8, -0.4, 0.7, 0.3]) {
+        assert!((got - expected).abs() < 0.06, "{mean:?} {sd:?}");
+    }
+    (c.batch, c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (8, 6, 8, 2);
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+    run(&whole, &c, &plain(), None).unwrap();
+    let flag = AtomicBool::new(false);
+    run(&cut, &c, &plain(), Some((&flag, checkpoint::StageKind::Backtrack, 5))).unwrap();
+    run(&cut, &c, &plain(), None).unwrap();
+    assert_eq!(remains(&cut), remains(&whole));
+}
+
 #[test]
 fn a_gan_of_weight_zero_is_dmd_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
@@ -107,7 +178,7 @@ fn a_gan_of_weight_zero_is_dmd_bit_for_bit() {
 #[test]
 fn adversarial_runs_resume_to_the_same_bytes_with_several_averages() {
     let dir = tempfile::tempdir().unwrap();
-    for objective in [ObjectiveKind::Dmd2, ObjectiveKind::FDistill] {
+    for objective in [ObjectiveKind::Dmd2, ObjectiveKind::FDistill, ObjectiveKind::UniInstruct] {
         let mut c = adversarial(dir.path(), objective);
         (c.degrade.steps, c.backtrack.updates, c.backtrack.switch_every) = (6, 8, 2);
         c.ema.more = vec![100.0, 5000.0];
@@ -143,7 +214,7 @@ fn each_average_is_what_a_run_with_that_half_life_ends_with() {
 fn the_generators_term_reaches_neither_the_fake_score_nor_the_head() {
     let features =
         [("a".to_owned(), vec![4i64, 6]), ("b".to_owned(), vec![4, 5, 9, 7]), ("c".to_owned(), vec![4, 3, 5])];
-    let head = Head::new(&features, &Axes::of(&card(3)), 3, Device::Cpu).unwrap();
+    let head = Head::new(HeadKind::Layers, &features, &Axes::of(&card(3)), 3, Device::Cpu).unwrap();
     let x: Vec<Tensor> =
         features.iter().map(|(_, s)| shim::randn(1, s, Device::Cpu).unwrap().set_requires_grad(true)).collect();
     assert_eq!(head.logits(&x).unwrap(), Tensor::zeros([4], (Kind::Float, Device::Cpu)), "undecided at the start");
@@ -198,7 +269,7 @@ fn f_distill_weighs_by_the_second_derivative_of_its_divergence() {
     for (divergence, f) in table {
         let d = 1e-4;
         let h: Vec<f64> = ratios.iter().map(|&r| r * r * (f(r + d) - 2.0 * f(r) + f(r - d)) / (d * d)).collect();
-        let got = Vec::<f64>::try_from(FDistill { divergence }.weight(&Tensor::from_slice(&logs)).unwrap()).unwrap();
+        let got = Vec::<f64>::try_from(divergence.weight(&Tensor::from_slice(&logs)).unwrap()).unwrap();
         for k in 0..4 {
             assert!((got[k] / got[2] - h[k] / h[2]).abs() < 1e-4, "{divergence:?}: {got:?} {h:?}");
         }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::distill::batches::Batches;
 use crate::distill::draws::{Phase, Purpose};
-use crate::distill::objective::{Choice, ObjectiveKind};
+use crate::distill::objective::{Choice, Divergence, ObjectiveKind};
 use crate::torch::convert::column;
 use crate::torch::shim;
 use crate::torch::train::optim::AdamW;
@@ -144,9 +144,12 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
             ObjectiveKind::DiffInstruct => towards(fake_x - real),
             ObjectiveKind::Dmd | ObjectiveKind::Dmd2 | ObjectiveKind::FDistill => towards((fake_x - real) / distance),
             ObjectiveKind::Sds => towards(((x_t - real) / &sigma - e) * &sigma),
-            ObjectiveKind::Sid => {
+            // (Without a discriminator, which is that of the reverse KL, Uni-Instruct is SiD with another alpha.)
+            ObjectiveKind::Sid | ObjectiveKind::UniInstruct => {
+                let alpha =
+                    if kind == ObjectiveKind::Sid { c.settings.sid.alpha } else { c.settings.uni_instruct.alpha };
                 let difference = &real - fake_x;
-                let projected = (&real - &x) - &difference * c.settings.sid.alpha;
+                let projected = (&real - &x) - &difference * alpha;
                 (difference * projected / distance).mean(Kind::Float)
             }
             ObjectiveKind::Sim => {
@@ -177,10 +180,11 @@ fn base_method(c: &Config, teacher: &Denoiser) -> [String; 2] {
 #[test]
 fn no_nodes_is_the_base_method_bit_for_bit() {
     use ObjectiveKind::*;
-    for objective in [Dmd, DiffInstruct, Sds, Sid, Sim] {
+    for objective in [Dmd, DiffInstruct, Sds, Sid, Sim, UniInstruct] {
         let teacher = labelled();
         let mut c = config();
         (c.objective, c.degrade.nodes) = (objective.into(), 0.into());
+        c.settings.uni_instruct.divergence = Divergence::ReverseKl;
         let dir = tempfile::tempdir().unwrap();
         let (outcome, seen) = run(dir.path(), &c, &teacher, None).unwrap();
         let student = finished(outcome).params().hash().unwrap();

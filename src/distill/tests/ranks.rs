@@ -30,11 +30,19 @@ fn ended(dir: &std::path::Path, shape: &[usize], c: &Config) -> Vec<f32> {
 
 #[test]
 fn every_objective_ends_alike_for_samples_of_every_rank() {
-    use ObjectiveKind::{DiffInstruct, Dmd, Dmd2, FDistill, Sds, Sid, Sim};
+    use ObjectiveKind::{DiffInstruct, Dmd, Dmd2, FDistill, Sds, Sid, Sim, UniInstruct};
     let dir = tempfile::tempdir().unwrap();
-    for (objective, further) in
-        [(DiffInstruct, 0), (Dmd, 0), (Dmd2, 0), (FDistill, 0), (Sds, 0), (Sid, 0), (Sim, 0), (Dmd, 1)]
-    {
+    for (objective, further) in [
+        (DiffInstruct, 0),
+        (Dmd, 0),
+        (Dmd2, 0),
+        (FDistill, 0),
+        (Sds, 0),
+        (Sid, 0),
+        (Sim, 0),
+        (UniInstruct, 0),
+        (Dmd, 1),
+    ] {
         let mut c = config();
         (c.objective, c.batch, c.degrade.steps, c.degrade.nodes, c.backtrack.updates) =
             (objective.into(), 8, 4, 1.into(), 6);

@@ -62,7 +62,8 @@ impl PipelineFolder {
             value.map(Some).with_context(|| file.display().to_string())
         };
         if !path.is_dir() {
-            return Err(Error::usage(format!("--pipeline {}: no such folder", path.display()))
+            let what = if path.exists() { "a file, expected a folder" } else { "no such folder" };
+            return Err(Error::usage(format!("--pipeline {}: {what}", path.display()))
                 .hint("give the folder that the teacher was converted from"));
         }
         let index = read(path.join("model_index.json"))?;

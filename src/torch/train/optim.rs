@@ -84,6 +84,9 @@ impl AdamW {
     /// otherwise have other bits than that of several processes. Costs the memory of the gradients once more. `sharded`: each
     /// process keeps the moments of a share of the parameters, steps those, and hands out their new values.
     pub fn share(&mut self, world: &World, apart: bool, sharded: bool) -> Result<()> {
+        if self.params.is_empty() {
+            return Ok(());
+        }
         if sharded && !world.is_alone() {
             let owners = Owners::new(world, &self.params);
             owners.let_go(&self.exp_avg)?;
@@ -117,6 +120,9 @@ impl AdamW {
     /// Updates the parameters from their gradients with `lr_scale` times the learning rate, then lets the gradients go.
     /// Parameters that no gradient has reached stay as they are.
     pub fn step(&mut self, lr_scale: f64) -> Result<()> {
+        if self.params.is_empty() {
+            return Ok(());
+        }
         let everywhere = self.reducer.as_mut().map(Reducer::finish).transpose()?;
         let grads = shim::grads(&self.params)?;
         // Of those that this process steps.
