@@ -99,6 +99,22 @@ def gelu_tanh(shape):
     return "Gelu by tanh", {"x": shape}, chain, lambda g: g("Gelu", "x", approximate="tanh")
 
 
+def gelu_tanh_written(shape):
+    """The exporters' chain beside the one that `export` writes in its place, each with a Neg behind it: what a graph gives out is not joined."""
+
+    def chain(g):
+        cube = g("Mul", g("Mul", "x", "x"), "x")
+        inner = g("Mul", g("Add", "x", g("Mul", cube, g.number(0.044715))), g.number((2 / np.pi) ** 0.5))
+        return g("Neg", g("Mul", g("Mul", "x", g("Add", g("Tanh", inner), g.number(1))), g.number(0.5)))
+
+    def written(g):
+        bracket = g("Add", g("Mul", g("Mul", "x", g.number(0.044715)), "x"), g.number(1))
+        inner = g("Mul", g("Mul", "x", g.number((2 / np.pi) ** 0.5)), bracket)
+        return g("Neg", g("Mul", g("Mul", "x", g.number(0.5)), g("Add", g("Tanh", inner), g.number(1))))
+
+    return "Gelu by tanh, the chain as `export` writes it", {"x": shape}, chain, written
+
+
 def attention(shape):
     root = shape[-1] ** -0.25
 
@@ -119,6 +135,7 @@ def main():
         layer_norm([16, 256, 384]),
         gelu([16, 256, 384]),
         gelu_tanh([16, 256, 384]),
+        gelu_tanh_written([16, 256, 384]),
         attention([2, 8, 1024, 40]),
     ]
     for name, shapes, *forms in cases:

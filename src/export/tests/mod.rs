@@ -355,7 +355,8 @@ fn chains_are_written_as_the_operators_that_they_are() {
             assert!(error < 1e-5, "{engine:?}, opset {opset}, {fuse:?}: {error}");
         }
         let written = report.fused.unwrap_or_default();
-        for (operator, n) in &written.operators {
+        // (The chain that is written for Gelu by tanh is no operator.)
+        for (operator, n) in written.operators.iter().filter(|(o, _)| !o.contains("chain")) {
             assert_eq!(count(&after, operator), *n, "{operator} at opset {opset}");
         }
         (written, after)
@@ -369,12 +370,11 @@ fn chains_are_written_as_the_operators_that_they_are() {
         assert_eq!(count(&after, gone), 0, "{gone}");
     }
     let (auto, _) = operators(23, Fuse::Auto);
-    assert_eq!(names(&auto), ["Gelu 1", "LayerNormalization 1"], "{auto:?}");
+    assert_eq!(names(&auto), ["Gelu 1", "Gelu by tanh (chain) 1", "LayerNormalization 1"], "{auto:?}");
     let left: Vec<&str> = auto.kept.iter().map(|c| c.operator.as_str()).collect();
-    assert_eq!(left.len(), 4, "{auto:?}");
-    assert!(auto.kept.iter().any(|c| c.reason.contains("OpenCV 5 computes the exact Gelu")), "{auto:?}");
+    assert_eq!(left.len(), 3, "{auto:?}");
     let (old, _) = operators(17, Fuse::All);
-    assert_eq!(names(&old), ["LayerNormalization 1"], "{old:?}");
+    assert_eq!(names(&old), ["Gelu by tanh (chain) 1", "LayerNormalization 1"], "{old:?}");
     assert!(old.kept.iter().any(|c| c.reason == "Attention exists since opset 23, this is 17"), "{old:?}");
     let (none, after) = operators(23, Fuse::None);
     assert!(none.operators.is_empty() && count(&after, "Erf") == 1 && count(&after, "Softmax") == 1);
