@@ -1,7 +1,8 @@
 #!/bin/sh
 # The study of README.md: `sh examples/convergence/study.sh OUT TASK OBJECTIVE...` from the root of the repository. TASK is digits, shapes
 # or mnist. Every arm has the same number of forward passes, stage 1 counted. What is finished is not repeated, and an interrupted run goes
-# on from its checkpoint. SEEDS=0,1,2 are the seeds, ARMS="equal auto ..." some of the arms. `study.py OUT` makes the tables.
+# on from its checkpoint. SEEDS=0,1,2 are the seeds, ARMS="equal auto ..." some of the arms. START=random begins with fresh weights in the
+# place of the teacher's copy, and is four times as long (OUT/TASK-random). `study.py OUT` makes the tables.
 #
 # Arms, each a comparison of the base method (no trajectory) with a trajectory:
 #   equal  the fake score as fast as the generator; the trajectory with its defaults (3 nodes, 20 steps, 3 updates each)
@@ -31,25 +32,34 @@ mnist)
     exit 2
     ;;
 esac
+folder=$task start=""
+case ${START:-copy} in
+copy) ;;
+random) folder=$task-random start="--set student.init=random" images=$((images * 4)) every=$((every * 4)) ;;
+*)
+    echo "START is copy or random" >&2
+    exit 2
+    ;;
+esac
 for objective in "$@"; do
     # Forward passes of a generator update of the equal arm: student and fake score in training, target and fake score for the generator.
-    passes=4 more=""
+    passes=4 more=$start
     case $objective in
-    sid) more="--set student.sigma_init=2.5 --set noise.generator=[0,800]" ;;
-    dmd2) more="--set gan.data=$reference --set gan.taps=[\"$tap\"]" passes=7 ;;
+    sid) more="$more --set student.sigma_init=2.5 --set noise.generator=[0,800]" ;;
+    dmd2) more="$more --set gan.data=$reference --set gan.taps=[\"$tap\"]" passes=7 ;;
     esac
     compare() {
         arm=$1 looks=$2
         shift 2
         # shellcheck disable=SC2086
-        "$disback" compare $teacher -o "$out/$task/$objective/$arm" --config "examples/convergence/$task.toml" \
+        "$disback" compare $teacher -o "$out/$folder/$objective/$arm" --config "examples/convergence/$task.toml" \
             --set "objective=$objective" --reference $reference --features $features --seeds "${SEEDS:-0,1,2}" \
             --every $looks --samples 1024 --budget $((images * passes)) $more "$@"
     }
     for arm in ${ARMS:-equal auto fast five}; do
         case $arm in
         equal) compare equal $every ;;
-        auto) compare auto $every --set degrade.nodes=auto --base "$out/$task/$objective/equal" ;;
+        auto) compare auto $every --set degrade.nodes=auto --base "$out/$folder/$objective/equal" ;;
         fast) compare fast $every --set degrade.nodes=auto --set backtrack.lr_fake=0 ;;
         five) compare five $((every / 4)) --set degrade.nodes=auto --set backtrack.ratio=5 ;;
         *) echo "no arm $arm" >&2 && exit 2 ;;

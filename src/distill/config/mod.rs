@@ -5,6 +5,8 @@ mod check;
 mod gan;
 mod keys;
 mod node_count;
+#[cfg(test)]
+mod reference;
 mod sections;
 
 use std::path::Path;
