@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up themselves; afterwards plain `cargo build` and `cargo test` work too.
-.PHONY: setup build wheel wheel-runtime demo test test-converters test-web check-small fuzz bench lint clean
+.PHONY: setup build wheel wheel-runtime demo docs test test-converters test-web check-small fuzz bench lint clean
 
 setup:
 	@scripts/setup
@@ -19,6 +19,11 @@ wheel-runtime: setup
 # Distils the digits teacher into a one-step student and opens nothing: the run lies in runs/digits.
 demo: build
 	cargo run --release --quiet --example digits
+
+# The documentation as a site, in target/site. A broken link, also one into the repository, fails.
+docs:
+	[ -x .venv-docs/bin/mkdocs ] || { python3 -m venv .venv-docs && .venv-docs/bin/pip install --quiet --disable-pip-version-check -r converters/requirements/docs.txt; }
+	.venv-docs/bin/mkdocs build --strict --quiet
 
 # One thread a test: the test runners themselves run several at a time.
 test: setup

@@ -330,12 +330,14 @@ def finish(network, options):
     return write(network, options, describe)
 
 
-def finish_part(network, options):
-    """The same for what is no teacher (a decoder, a text encoder): no card, its own example inputs."""
+def finish_part(network, options, metadata=()):
+    """The same for what is no teacher (a decoder, a text encoder): no card, its own example inputs. `metadata`: pairs for the file."""
 
     def origin(model, network, _named):
         del model.metadata_props[:]
         model.metadata_props.add(key="disback.converter", value=f"disback-convert {VERSION}, {network.framework}, {network.exporter}")
+        for key, value in metadata:
+            model.metadata_props.add(key=key, value=value)
 
     return write(network, options, origin)
 

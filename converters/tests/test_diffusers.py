@@ -258,6 +258,13 @@ def test_decoder_text_encoder_and_prompts(tmp_path, capsys):
     # Back as a pipeline of diffusers: one call of it gives what the student's and the decoder's files give.
     report = same_text_images(out, small.conditional(), folder, prompts)
     assert (report["pipeline"], report["scheduler"]) == ("StableDiffusionPipeline", "DDIMScheduler")
+    # The decoder's file behind the student: the scale is applied once.
+    disback("export", tmp_path / "student.onnx", "--decoder", tmp_path / "teacher.vae_decoder.onnx", "-o", tmp_path / "images.onnx")
+    given = {"noise": latents[:1].numpy(), "encoder_hidden_states": prompts["encoder_hidden_states"][:1]}
+    (made,) = run("images.onnx", given)
+    with torch.no_grad():
+        expected = vae.decode(torch.from_numpy(run("student.onnx", given)[0]) / 0.25).sample.numpy()
+    np.testing.assert_allclose(np.clip(made, -1, 1), np.clip(expected, -1, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize(

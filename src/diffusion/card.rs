@@ -70,7 +70,7 @@ fn half() -> f64 {
     0.5
 }
 
-/// What a teacher's ONNX file does not say about its diffusion model. The README documents the fields under the same
+/// What a teacher's ONNX file does not say about its diffusion model. docs/teacher-cards.md documents the fields under the same
 /// names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::error::{Context, Error, Result};
 use crate::graph::{Model, save, tensors};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto, tensor_shape_proto::dimension, type_proto};
+use crate::runtime::decoder::divisor;
 use crate::runtime::student::{StudentInfo, parse_value};
 use crate::runtime::{Dim, model_values};
 use crate::tensor::{DType, HostTensor};
@@ -102,6 +103,7 @@ pub fn decoder(model: &mut ModelProto, path: &Path, range: [f64; 2]) -> Result<(
     let images = images.ok_or_else(|| Error::usage(format!("{shown}: no output is a batch of images")))?.clone();
     align(model, &mut decoder).with_context(|| shown.clone())?;
     let scale = info.metadata.get("latent_scale").map(|t| parse_value(t)).and_then(|v| v.as_float()).unwrap_or(1.0);
+    let scale = divisor(&decoder, scale);
     let Some(mut part) = decoder.graph else { return Ok(()) };
     prefix(&mut part, "decoder/");
     let (entry, exit) = (format!("decoder/{}", input.name), format!("decoder/{}", images.name));

@@ -2,15 +2,25 @@
 
 use std::path::Path;
 
-use super::{Dim, Engine, EngineOptions, open, run_batched};
+use super::{Dim, Engine, EngineOptions, open, run_batched, student};
 use crate::error::{Context, Error, Result};
+use crate::onnx::ModelProto;
 use crate::tensor::HostTensor;
+
+/// By what latents are divided before a decoder takes them: the card's `latent_scale` (0.18215 for Stable Diffusion). A decoder whose
+/// metadata hold `disback.decoder.takes = samples` does that itself, and adds the shift that some autoencoders have.
+pub fn divisor(decoder: &ModelProto, latent_scale: f64) -> f64 {
+    match student::metadata(decoder).get("decoder.takes").map(String::as_str) {
+        Some("samples") => 1.0,
+        _ => latent_scale,
+    }
+}
 
 /// A network of one input, the latents `[N, C, h, w]`, and one output, the images in [-1, 1].
 pub struct Decoder {
     engine: Box<dyn Engine>,
     input: String,
-    /// Latents are divided by this before they are decoded (0.18215 for Stable Diffusion).
+    /// See [`divisor`].
     scale: f64,
 }
 
@@ -18,7 +28,7 @@ impl Decoder {
     /// Values of the images that come out.
     pub const RANGE: [f64; 2] = [-1.0, 1.0];
 
-    /// Opens a decoder for latents of this shape (C, h, w).
+    /// Opens a decoder for latents of this shape (C, h, w), `scale` being the card's `latent_scale`.
     ///
     /// Errors: latents of another rank, a graph that does not take them.
     pub fn open(path: &Path, shape: &[usize], scale: f64, options: &EngineOptions) -> Result<Self> {
@@ -38,6 +48,7 @@ impl Decoder {
             if !fits {
                 return Err(Error::usage(format!("the decoder wants {input}, the latents are {shape:?}")));
             }
+            let scale = divisor(&student::decode(&crate::files::map(path)?)?, scale);
             Ok(Self { input: input.name.clone(), engine, scale })
         };
         run().with_context(|| path.display().to_string())
@@ -81,7 +92,7 @@ mod tests {
             output: vec![value("image", DType::F32, &["N", "4", "h", "w"])],
             ..Default::default()
         };
-        std::fs::write(&path, model(graph, &[])).unwrap();
+        std::fs::write(&path, model(graph.clone(), &[])).unwrap();
         let options = EngineOptions::default();
         let latents: Vec<f32> = (0..5 * 4 * 6).map(|v| v as f32 * 0.01 - 0.5).collect();
         let latents = HostTensor::new(&[5, 4, 2, 3], &latents).unwrap();
@@ -91,6 +102,13 @@ mod tests {
         assert_eq!(images.shape(), [5, 4, 2, 3]);
         for (image, latent) in images.to_f32().iter().zip(latents.to_f32()) {
             assert!((image - (latent / 0.25).tanh()).abs() < 1e-5);
+        }
+        // One that scales by itself is given the samples as they are.
+        let whole = dir.path().join("whole.onnx");
+        std::fs::write(&whole, model(graph, &[("disback.decoder.takes", "samples")])).unwrap();
+        let images = Decoder::open(&whole, &[4, 2, 3], 0.25, &options).unwrap().decode(&latents).unwrap();
+        for (image, latent) in images.to_f32().iter().zip(latents.to_f32()) {
+            assert!((image - latent.tanh()).abs() < 1e-5);
         }
         let Err(e) = Decoder::open(&path, &[3, 2, 3], 1.0, &options) else { panic!("three channels for four") };
         assert!(e.exit_code() == 2 && e.to_string().contains("decoder.onnx"), "{e}");

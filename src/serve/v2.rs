@@ -73,9 +73,7 @@ fn page(value: &serde_json::Value) -> Response {
 }
 
 async fn server() -> Response {
-    page(
-        &json!({ "name": "disback", "version": env!("CARGO_PKG_VERSION"), "extensions": ["binary_tensor_data", "model_repository"] }),
-    )
+    page(&json!({ "name": "disback", "version": env!("CARGO_PKG_VERSION"), "extensions": ["binary_tensor_data"] }))
 }
 
 /// The models that are served (Triton's repository extension).

@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
         return (made.last_hidden_state, made.hidden_states[-2], *([] if pooled is None else [pooled]))
 
 
-def part(module, name, examples, out, options, outputs):
+def part(module, name, examples, out, options, outputs, metadata=()):
     """One of them exported and compared like a teacher."""
     from ..torch_route.export import network
 
@@ -53,7 +53,7 @@ def part(module, name, examples, out, options, outputs):
     made.native = renamed
     path = Path(out).with_suffix(f".{name}.onnx")
     options.progress(f"{name}: {path.name}")
-    return finish_part(made, Options(path, options.tolerance, options.opset, False, options.progress))
+    return finish_part(made, Options(path, options.tolerance, options.opset, False, options.progress), metadata)
 
 
 def check(source, vae, text_encoder):
@@ -66,12 +66,13 @@ def check(source, vae, text_encoder):
 
 
 def vae_decoder(source, card, options):
-    """`teacher.vae_decoder.onnx`."""
+    """`teacher.vae_decoder.onnx`, which says that it takes the network's samples: scale and shift are inside."""
     folder = Folder(source)
     vae = folder.load("vae")
     shape = card["shape"]
     latents = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
-    return part(Decoder(vae).eval(), "vae_decoder", {"latents": latents}, options.out, options, ["images"])
+    takes = [("disback.decoder.takes", "samples")]
+    return part(Decoder(vae).eval(), "vae_decoder", {"latents": latents}, options.out, options, ["images"], takes)
 
 
 def text_encoders(source, options):

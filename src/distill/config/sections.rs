@@ -144,7 +144,7 @@ pub enum Init {
     /// The weights of its file: the teacher's, or those of `student.file`.
     #[default]
     Given,
-    /// Fresh weights drawn from `seed`, see [`crate::torch::train::init`].
+    /// Fresh weights drawn from `seed`, layer by layer.
     Random,
 }
 

@@ -10,7 +10,7 @@ use crate::error::Result;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Divergence {
-    /// `h = 1`: DMD2.
+    /// `h = 1`: all samples weigh alike.
     ReverseKl,
     /// `h = r`.
     ForwardKl,

@@ -96,8 +96,8 @@ impl ObjectiveKind {
             Self::Sid => Arc::new(Sid { alpha: settings.sid.alpha }),
             Self::Sim => Arc::new(Sim { c: settings.sim.c }),
             Self::UniInstruct => {
-                let UniInstructConfig { divergence, alpha } = settings.uni_instruct;
-                Arc::new(UniInstruct { divergence, alpha })
+                let UniInstructConfig { divergence, alpha, ratio_gradient } = settings.uni_instruct;
+                Arc::new(UniInstruct { divergence, alpha, ratio_gradient })
             }
         }
     }

@@ -183,7 +183,7 @@ fn uni_instruct_gradient_is_that_of_the_expanded_divergence_between_gaussians() 
                 fake: Some(&beside(&denoiser(theta, s * s, &x_t, sigma), 0.0)),
                 log_ratio: (divergence != Divergence::ReverseKl).then_some(&ratio),
             };
-            UniInstruct { divergence, alpha: 0.5 }.loss(&terms).unwrap().backward();
+            UniInstruct { divergence, alpha: 0.5, ratio_gradient: true }.loss(&terms).unwrap().backward();
             let mean = divergence.weight(&ratio).unwrap().mean(Kind::Double).double_value(&[]);
             let got = t.grad().double_value(&[]) * far * mean;
             let d = 1e-4;
@@ -191,6 +191,35 @@ fn uni_instruct_gradient_is_that_of_the_expanded_divergence_between_gaussians() 
             let expected = (at(theta + d) - at(theta - d)) / (2.0 * d);
             assert!((got - expected).abs() < 5e-3 * expected.abs(), "{divergence:?}: {got} for {expected}");
         }
+    }
+}
+
+#[test]
+fn uni_instruct_without_the_ratios_gradient_is_sid_by_sample() {
+    // Each sample's gradient is SiD's times h over the batch's mean h.
+    let numbers = |values: [f64; 3]| Tensor::from_slice(&values).view([3, 1, 1, 1]);
+    let (e, sigma) = (numbers([0.3, -1.0, 0.6]), numbers([0.5, 1.0, 2.0]));
+    let logs = numbers([-1.0, 0.4, 2.0]);
+    let gradient = |objective: &dyn Objective, log_ratio: Option<&Tensor>| {
+        let x0 = numbers([0.7, -0.2, 1.4]).set_requires_grad(true);
+        let x_t = &x0 + &e * &sigma;
+        let (target, fake) = (&x_t * 0.4 + 0.1, &x_t * 0.7 - 0.2);
+        let (target, fake) = (&target, Some(&fake));
+        objective
+            .loss(&Terms { x0: &x0, x_t: &x_t, noise: &e, sigma: &sigma, target, fake, log_ratio })
+            .unwrap()
+            .backward();
+        x0.grad()
+    };
+    let sid = gradient(&Sid { alpha: 1.2 }, None);
+    for divergence in [Divergence::ForwardKl, Divergence::JensenShannon, Divergence::Jeffreys] {
+        let uni = UniInstruct { divergence, alpha: 1.2, ratio_gradient: false };
+        let h = divergence.weight(&logs).unwrap();
+        let expected = &sid * &h / h.mean(Kind::Double);
+        let error = (gradient(&uni, Some(&logs)) - &expected).abs().max().double_value(&[]);
+        assert!(error < 1e-6, "{divergence:?}: {error}");
+        // Towards a node there is no ratio.
+        assert_eq!(gradient(&uni, None), sid);
     }
 }
 

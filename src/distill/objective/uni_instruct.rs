@@ -11,6 +11,11 @@
 //! In denoised samples (`s = (D - x_t) / sigma^2`) and times `sigma^4 / 2` that is
 //! `E[h (D_q - D_p) . (D_q - x0) - (h / 2 + r h' / 2) |D_q - D_p|^2]`: with `h = 1` (reverse KL) SiD's loss with `alpha = 1/2`.
 //! The gradient of `log r` with respect to `x_t` is `-u`, so of a discriminator only the value is needed.
+//!
+//! The terms with `h'` and with the gradient of `log r` hold for the ratio itself. A discriminator that lags tells another one, and then they
+//! drive the generator away: on the digits example the distance rose above that of noise (docs/settings.md). With `h` as a fixed weight of each
+//! sample, `E[h (D_q - D_p) . (D_q - x0) - alpha h |D_q - D_p|^2]`, what is minimised is the score difference weighted by `h`, whose least value is
+//! still reached by `p = q` alone.
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -27,21 +32,27 @@ pub struct UniInstructConfig {
     /// Weight of `h |D_r - D_f|^2`, as in SiD. 0.5 is the gradient of the divergence itself; more takes off what a fake score that
     /// lags behind adds to it.
     pub alpha: f64,
+    /// Whether the gradient has the terms that follow from the ratio's own dependence on the generator, which it has in the paper. They
+    /// need a discriminator that tells the ratio well at every noise level; otherwise the ratio is a fixed weight of each sample.
+    pub ratio_gradient: bool,
 }
 
 impl Default for UniInstructConfig {
     fn default() -> Self {
-        Self { divergence: Divergence::JensenShannon, alpha: 1.0 }
+        Self { divergence: Divergence::JensenShannon, alpha: 1.2, ratio_gradient: false }
     }
 }
 
-/// `L = mean (h d . (D_r - x0) - (alpha h + r h' / 2) d . d) / sg mean |x0 - D_r|` with `d = D_r - D_f`, and `h / mean h` for `h`.
+/// `L = mean (h d . (D_r - x0) - alpha h d . d) / sg mean |x0 - D_r|` with `d = D_r - D_f`, and `h / mean h` for `h`; with
+/// `ratio_gradient` also `- r h' / 2 d . d`, and `h` follows `x_t`.
 #[derive(Debug, Clone, Copy)]
 pub struct UniInstruct {
     /// The f-divergence whose weight `h` is used.
     pub divergence: Divergence,
     /// Weight of the squared difference of the scores.
     pub alpha: f64,
+    /// Whether the ratio follows the generator.
+    pub ratio_gradient: bool,
 }
 
 impl Objective for UniInstruct {
@@ -66,9 +77,13 @@ impl Objective for UniInstruct {
             let projected = projected.f_sub(&difference.f_mul_scalar(self.alpha)?)?;
             return Ok(difference.f_mul(&projected)?.f_div(&scale)?.f_mean(Kind::Float)?);
         };
-        let (h, slope) = self.divergence.weight_and_slope(&followed(l, &difference, t)?)?;
+        let ratio = if self.ratio_gradient { followed(l, &difference, t)? } else { l.detach() };
+        let (h, slope) = self.divergence.weight_and_slope(&ratio)?;
         let mean = h.detach().f_mean(Kind::Float)?;
-        let squared = h.f_mul_scalar(self.alpha)?.f_add(&slope.f_mul_scalar(0.5)?)?;
+        let mut squared = h.f_mul_scalar(self.alpha)?;
+        if self.ratio_gradient {
+            squared = squared.f_add(&slope.f_mul_scalar(0.5)?)?;
+        }
         let loss = h.f_mul(&projected)?.f_sub(&squared.f_mul(&difference)?)?.f_mul(&difference)?;
         Ok(loss.f_div(&scale)?.f_div(&mean)?.f_mean(Kind::Float)?)
     }
