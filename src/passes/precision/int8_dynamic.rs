@@ -1,6 +1,9 @@
 //! Arithmetic in 8 bits: matrix products and convolutions with constant weights as DynamicQuantizeLinear, MatMulInteger or
 //! ConvInteger, and a product with the scales. Weights are symmetric with a scale for each output channel; activations are
 //! quantised as they come, a scale for each tensor. So an image is rounded by the range of the whole batch that it is in.
+//!
+//! Weights are unsigned with the zero point 128: ONNX Runtime multiplies unsigned by signed numbers with instructions that cut sums
+//! beyond 16 bits on processors without VNNI, and the samples would be others there.
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,6 +18,11 @@ use crate::passes::evaluate;
 use crate::passes::evaluate::Inputs;
 use crate::passes::precision::half::gemm_as_matmul;
 use crate::passes::precision::int8::{QuantisationReport, SMALLEST, most_within, none_within, rows};
+
+/// How names of weights in 8 bits end.
+const WEIGHT: &str = "/int8";
+/// The zero point of all weights.
+const MIDDLE: u8 = 128;
 
 /// A node that can be computed in 8 bits.
 struct Candidate {
@@ -54,7 +62,7 @@ pub fn quantise(model: &mut ModelProto, limit: f64, calibration: &[Inputs]) -> R
     }));
     *model = most.model;
     let weights = model.graph.iter().flat_map(|g| &g.initializer).filter(|t| t.dims.len() > 1);
-    let tensors = weights.filter(|t| t.data_type() == DType::I8.to_onnx()).count();
+    let tensors = weights.filter(|t| t.data_type() == DType::U8.to_onnx() && t.name().ends_with(WEIGHT)).count();
     Ok(QuantisationReport { tensors, kept, max_abs: most.max_abs })
 }
 
@@ -137,8 +145,13 @@ fn rewrite(model: &ModelProto, chosen: &HashSet<&str>, form: Form) -> Result<Mod
     let Some(graph) = model.graph.as_mut() else { return Ok(model) };
     let held: HashMap<String, usize> =
         graph.initializer.iter().enumerate().map(|(i, t)| (t.name().to_owned(), i)).collect();
-    let mut w =
-        Writer { taken: edit::value_names(graph), inputs: HashMap::new(), weights: HashMap::new(), out: Vec::new() };
+    let mut w = Writer {
+        taken: edit::value_names(graph),
+        inputs: HashMap::new(),
+        weights: HashMap::new(),
+        middle: String::new(),
+        out: Vec::new(),
+    };
     for n in std::mem::take(&mut graph.node) {
         let weight = n.input.get(1).and_then(|i| held.get(i)).copied();
         match weight {
@@ -175,6 +188,8 @@ struct Writer {
     inputs: HashMap<String, (Quantity, String)>,
     /// Quantised weights, by name and operator.
     weights: HashMap<(String, bool), Quantity>,
+    /// Name of the weights' zero point, once there is one.
+    middle: String,
     out: Vec<NodeProto>,
 }
 
@@ -197,6 +212,15 @@ impl Writer {
         self.inputs[x].clone()
     }
 
+    /// The constant [`MIDDLE`].
+    fn middle(&mut self, graph: &mut crate::onnx::GraphProto) -> String {
+        if self.middle.is_empty() {
+            self.middle = self.name("disback/int8_zero");
+            graph.initializer.push(tensors::to_proto(&self.middle, &HostTensor::scalar(MIDDLE)));
+        }
+        self.middle.clone()
+    }
+
     /// The weight in 8 bits, and its scales in the shape in which they meet the result: one number a channel.
     fn weight(
         &mut self,
@@ -211,6 +235,7 @@ impl Writer {
         }
         let axis = if conv { 0 } else { tensor.rank() - 1 };
         let (q, scales) = rows(&tensor.to_f32(), tensor.shape(), axis);
+        let q: Vec<u8> = q.into_iter().map(|v| (i16::from(v) + i16::from(MIDDLE)) as u8).collect();
         let shape = if conv { a_channel(scales.len(), tensor.rank()) } else { vec![scales.len()] };
         let names = ["int8", "scale"].map(|what| self.name(&format!("{name}/{what}")));
         graph.initializer.push(tensors::to_proto(&names[0], &HostTensor::new(tensor.shape(), &q)?));
@@ -234,7 +259,8 @@ impl Writer {
         let steps = ["product", "product_f32", "scale", "scaled"].map(|what| self.name(&format!("{y}/{what}")));
         let bias = n.input.get(2).filter(|b| !b.is_empty()).cloned();
         let op = if conv { "ConvInteger" } else { "MatMulInteger" };
-        let mut product = edit::node(op, &[&q, &weight, &zero], &steps[0]);
+        let middle = self.middle(graph);
+        let mut product = edit::node(op, &[&q, &weight, &zero, &middle], &steps[0]);
         product.attribute.clone_from(&n.attribute);
         if form == Form::Replaced {
             product.name.clone_from(&n.name);
