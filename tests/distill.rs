@@ -187,6 +187,42 @@ fn a_run_leaves_everything_and_its_parts_make_the_same_student() {
 }
 
 #[test]
+fn a_plan_by_measurement_goes_with_its_trajectory() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let few = ["--device", "cpu", "--threads", "1", "--batch", "4", "--set", "log.samples=0"];
+    let steps = ["--degrade-steps", "4"];
+    ok(dir, &with(&with(&["degrade", TEACHER, "-o", "auto", "--nodes", "auto", "--updates", "99"], &few), &steps));
+    ok(dir, &with(&with(&["degrade", TEACHER, "-o", "two", "--nodes", "2"], &few), &steps));
+    let planned = "note: the trajectory was planned by measurement";
+    let unplanned = "note: degrade.nodes is `auto`, but the trajectory was recorded without a plan";
+    for (k, (from, more, said, nodes)) in [
+        ("auto", &[][..], planned, "\"auto\""),
+        ("auto", &["--set", "degrade.nodes=auto"], "", "\"auto\""),
+        // As many as the trajectory has: in so few steps this one has none.
+        ("auto", &["--set", "degrade.nodes=2"], "", "0"),
+        ("two", &[], "", "2"),
+        ("two", &["--set", "degrade.nodes=auto"], unplanned, "2"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = k.to_string();
+        let line = with(&with(&["backtrack", TEACHER, "-o", &out, "--trajectory", from, "--updates", "2"], &few), more);
+        let done = disback(dir, &line);
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{from} {more:?}: {errors}");
+        let notes: Vec<&str> = [planned, unplanned].into_iter().filter(|note| errors.contains(note)).collect();
+        assert_eq!(notes.join(""), said, "{from} {more:?}: {errors}");
+        let config = std::fs::read_to_string(dir.join(&out).join("config.toml")).unwrap();
+        let section = config.split("[degrade]").nth(1).unwrap();
+        assert!(section.contains(&format!("nodes = {nodes}\n")), "{from} {more:?}: {section}");
+        // The warning of a run that is too short knows the trajectory.
+        assert_eq!(errors.contains("end before the teacher itself"), from == "two", "{from} {more:?}: {errors}");
+    }
+}
+
+#[test]
 fn every_objective_distils_the_digits_teacher() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -399,7 +435,7 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (
             with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"linear_5\"]"]),
             2,
-            "`linear_5` depends on the noise level or on conditions alone ... what can be tapped",
+            "`linear_5` depends on the noise level or on conditions alone, ... what can be tapped",
         ),
         (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"abc%\"]"]), 2, "`abc%` is no share"),
         (with(&gan[..2], &["--set", "gan.data=good.npz", "--set", "gan.taps=[\"\"]"]), 2, "an empty entry"),
@@ -600,7 +636,7 @@ fn taps_by_share_and_a_grid_of_steps_are_told_and_run() {
         assert!(text.contains(tap), "{text}");
     }
     for (taps, says) in [
-        ("conv2d_55", "did you mean `conv2d_5"),
+        ("conv2d_55", "did you mean `conv2d_"),
         ("linear_5", "says nothing about a sample"),
         ("50", "the graph has no tensor `50`"),
         ("50%,,75%", "gan.taps holds an empty entry"),

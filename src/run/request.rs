@@ -144,6 +144,13 @@ impl Request {
         }
     }
 
+    /// Warns of a run that ends before the teacher itself is the target.
+    pub(super) fn warn_of_short(&self, config: &Config) {
+        if let Some(short) = config.too_short() {
+            self.monitor.remark(&format!("warning: {short}"));
+        }
+    }
+
     /// Sets a key of the configuration, as in `backtrack.updates=2000`.
     #[must_use]
     pub fn set(mut self, pair: impl Into<String>) -> Self {

@@ -136,8 +136,9 @@ impl PreparedRun {
             StudentOrigin { teacher: &teacher, file: file.as_ref() }.check_same_graph()?;
         }
         let student = origin::given(file.as_ref(), &denoiser, &config)?;
-        if let Some(short) = config.too_short().filter(|_| request.stages != Stages::Degrade) {
-            request.monitor.remark(&format!("warning: {short}"));
+        // (Of a trajectory that another run has recorded, how many nodes it has is known when that is opened.)
+        if request.stages != Stages::Degrade && request.trajectory.is_none() {
+            request.warn_of_short(&config);
         }
         let decoder = decoder(&config, &teacher.card.card)?;
         Ok(Self { request, config, device, teacher, identity, denoiser, file, student, decoder })
@@ -173,6 +174,7 @@ impl PreparedRun {
             recorded.check_student(initial.as_deref())?;
             config.degrade.nodes = self.nodes_of(recorded)?;
             config.degrade.steps = config.degrade.steps.max(recorded.last() as u64);
+            self.request.warn_of_short(&config);
         }
         if *stages == Stages::Backtrack && recorded.is_none() && config.degrade.nodes.any() {
             return Err(Error::usage(format!("{} holds no recorded trajectory", out.display())).hint(

@@ -180,9 +180,10 @@ impl Config {
         Ok(config)
     }
 
-    /// Whether the file or the settings give this key of the top level; otherwise its default holds.
+    /// Whether the file or the settings give this key, as in `batch` or `degrade.nodes`; otherwise its default holds.
     pub fn gives(file: Option<&Path>, sets: &[String], key: &str) -> Result<bool> {
-        Ok(Self::table(file, sets)?.contains_key(key))
+        let table = Value::Table(Self::table(file, sets)?);
+        Ok(key.split('.').try_fold(&table, |inner, part| inner.get(part)).is_some())
     }
 
     /// A resolved configuration from [`Config::to_toml`]'s text, with the caller's own objective where there is one.
