@@ -448,7 +448,7 @@ fn bad_input_gets_one_clear_error_and_leaves_nothing() {
         (
             with(&gan[..2], &["--set", "gan.data=good.npz"]),
             2,
-            "gan.taps is empty: ... what can be tapped, from input to output: ... `conv2d_1` [B, 16, 8, 8], ... (16 of ",
+            "gan.taps is empty: ... what can be tapped, from input to output: ... `group_norm_1` [B, 16, 8, 8], ... (16 of ",
         ),
         (vec!["--set", "evaluate.reference=shapes.npz"], 1, "the reference holds images of 16x16, colour"),
         (vec!["--set", "conditions.file=none.npz"], 1, "none.npz"),

@@ -116,8 +116,11 @@ fn described(models: &[&str], most: usize, token: bool) -> Value {
         ("/v2/health/live", status("live", "Whether the process lives", &[])),
         ("/v2/health/ready", status("ready", "Whether requests are taken", &[])),
         ("/v2/repository/index", index),
-        ("/v2/models/{name}", json_page("model", "Inputs and outputs", &[name.clone()])),
-        ("/v2/models/{name}/ready", status("modelReady", "Whether the model takes requests", &[name.clone()])),
+        ("/v2/models/{name}", json_page("model", "Inputs and outputs", std::slice::from_ref(&name))),
+        (
+            "/v2/models/{name}/ready",
+            status("modelReady", "Whether the model takes requests", std::slice::from_ref(&name)),
+        ),
         ("/v2/models/{name}/infer", infer),
     ];
     paths.extend(all.map(|(path, value)| (path.to_owned(), value)));
