@@ -48,9 +48,11 @@ fn losses(run: &Path) -> Vec<(String, f64)> {
 
 fn near(what: &str, got: &[(String, f64)], want: &[(String, f64)], tolerance: f64) {
     assert!(!want.is_empty() && got.len() == want.len(), "{what}: {got:?} {want:?}");
+    // What is next to nothing is a difference of rounded numbers, which other processors round otherwise.
+    const NOTHING: f64 = 1e-5;
     for ((name, a), (_, b)) in got.iter().zip(want) {
         assert!(
-            (a - b).abs() <= tolerance * b.abs().max(1e-12),
+            (a - b).abs() <= tolerance * b.abs().max(NOTHING),
             "{what}, {name}: {a:e} on the device, {b:e} on the CPU"
         );
     }
